@@ -1,0 +1,106 @@
+"""Compare a Megatron checkpoint's logits with transformers' for the Hugging Face folder that it comes from.
+
+torchrun --nproc-per-node 2 -m megatron.sft.compare_logits --load CKPT --hf-dir HF_DIR --tensor-model-parallel-size 2
+"""
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron.sft import device, processes
+from megatron.sft.checkpoint import folder as checkpoint_folder
+from megatron.sft.errors import UserError, run
+from megatron.sft.hf_folder import HFFolder
+from megatron.sft.layout import Layout
+
+
+def main() -> None:
+    arguments = _parse()
+    layout = Layout(
+        arguments.tensor_model_parallel_size,
+        arguments.pipeline_model_parallel_size,
+        sequence_parallel=arguments.sequence_parallel,
+    )
+    source = HFFolder(arguments.hf_dir)
+    generator = np.random.default_rng(1234)
+    conversations = [generator.integers(0, source.shape.vocab_size, size=length) for length in (37, 1, 90)]
+    with processes.parallel(layout):
+        checkpoint = checkpoint_folder.open_checkpoint(arguments.load, arguments.iteration)
+        ours = megatron_logits(checkpoint, source, layout, conversations)
+        if ours is None:
+            return
+        theirs = transformers_logits(arguments.hf_dir, conversations)
+        difference = (ours - theirs).abs().max().item()
+        print(f"largest difference of logits: {difference:.3g} (largest logit {theirs.abs().max().item():.3g})")
+        if not difference <= arguments.tolerance:
+            raise UserError(f"logits differ by {difference:.3g}, more than the tolerance {arguments.tolerance:.3g}")
+
+
+def megatron_logits(
+    checkpoint: checkpoint_folder.Checkpoint, source: HFFolder, layout: Layout, conversations: list[np.ndarray]
+) -> torch.Tensor | None:
+    """[tokens of all conversations, vocabulary] in float32 on one process of the last pipeline stage, None elsewhere."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron.sft.batches import MicroBatch, make_micro_batch
+    from megatron.sft.checkpoint.weights_io import load_weights
+    from megatron.sft.data.tokenized import Row
+    from megatron.sft.model import build_model, transformer_config
+
+    model = build_model(source.shape, layout, transformer_config(source.shape, layout, torch.float32))
+    load_weights(checkpoint, model, layout)
+    model.eval()
+    tokens = np.concatenate(conversations)
+    row = Row(tokens, np.zeros(len(tokens), dtype=bool), np.array([len(c) for c in conversations]))
+    batch = make_micro_batch([row], layout.tensor_parallel, "token", device.current())
+
+    def forward_step(batches: Iterator[MicroBatch], stage: Any) -> tuple[torch.Tensor, Any]:
+        return stage(batch=next(batches), logits=True), partial(lambda output, non_loss_data: output)
+
+    with torch.no_grad():
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter([batch]),
+            model=[model],
+            num_microbatches=1,
+            seq_length=batch.tokens.shape[1],
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    if not parallel_state.is_pipeline_last_stage() or parallel_state.get_tensor_model_parallel_rank() != 0:
+        return None
+    logits: torch.Tensor = outputs[0][: len(tokens)].float().cpu()
+    return logits
+
+
+def transformers_logits(hf_dir: Path, conversations: list[np.ndarray]) -> torch.Tensor:
+    """The same conversations through transformers in float32, each alone: [tokens of all conversations, vocabulary]."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
+    with torch.no_grad():
+        parts = [model(torch.from_numpy(ids)[None], use_cache=False).logits[0] for ids in conversations]
+    return torch.cat(parts)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="compare_logits", description=__doc__)
+    parser.add_argument("--load", type=Path, required=True)
+    parser.add_argument("--hf-dir", type=Path, required=True)
+    parser.add_argument("--iteration", type=int)
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    parser.add_argument("--sequence-parallel", action="store_true")
+    parser.add_argument("--tolerance", type=float, default=1e-3)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,183 @@
+"""The one module that knows CPU from GPU: which device there is, and what megatron-core needs to run without CUDA.
+
+megatron-core's sources name CUDA in many places. On a machine without a GPU `prepare()` sends those names to the CPU, so
+that the same model, schedules, optimizer and checkpoints run there over gloo.
+"""
+
+import contextlib
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+# Dense bf16 peaks in TFLOP/s from NVIDIA's data sheets (without sparsity); the name is searched in torch's device name.
+_PEAK_TFLOPS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "H800": 989.4, "A100": 312.0, "A800": 312.0}
+
+
+def has_gpu() -> bool:
+    """True if torch sees a CUDA device and CPU was not asked for with MEGATRON_SFT_DEVICE=cpu."""
+    return os.environ.get("MEGATRON_SFT_DEVICE", "") != "cpu" and torch.cuda.is_available()
+
+
+def current() -> torch.device:
+    """The device of this process: its GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
+
+
+def backend() -> str:
+    """torch.distributed's backend for collectives between the devices."""
+    return "nccl" if has_gpu() else "gloo"
+
+
+def describe() -> str:
+    """One phrase for the log: `NVIDIA H200, 139 GiB` or `CPU`."""
+    if not has_gpu():
+        return f"CPU, {torch.get_num_threads()} thread(s) a process"
+    properties = torch.cuda.get_device_properties(current())
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def peak_tflops() -> float | None:
+    """Dense bf16 peak of the GPU in TFLOP/s, or None where it is not known (CPU, other cards)."""
+    if not has_gpu():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for key, peak in _PEAK_TFLOPS.items() if key in name), None)
+
+
+def peak_memory_bytes() -> int:
+    """Largest number of bytes that torch held on the GPU so far; on CPU the process's largest resident set."""
+    if has_gpu():
+        return torch.cuda.max_memory_reserved()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def synchronize() -> None:
+    """Wait until the GPU has done what it was given; nothing on CPU."""
+    if has_gpu():
+        torch.cuda.synchronize()
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Reads `device="cuda"`, `.cuda()` and device numbers as the CPU, and names CPU tensor types `torch.cuda.*`.
+
+    The last is what megatron-core's gradient buckets compare types with.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        device = kwargs.get("device")
+        if device is not None and _names_cuda(device):
+            kwargs = {**kwargs, "device": "cpu"}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.to:
+            args = tuple("cpu" if index and _names_cuda(arg) else arg for index, arg in enumerate(args))
+        return func(*args, **kwargs)
+
+
+def _names_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return (isinstance(device, str) and device.startswith("cuda")) or (type(device) is int)
+
+
+class _NoStream:
+    """Stands where megatron-core asks for a CUDA stream or event: everything on CPU is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+_prepared = False
+
+
+def prepare() -> None:
+    """Make torch and megatron-core ready for this process's device. Safe to call more than once."""
+    global _prepared
+    if _prepared:
+        return
+    _prepared = True
+    _quieten()
+    if has_gpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        return
+    _CudaMeansCpu().__enter__()
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *args: None  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda *args: torch.get_rng_state()  # type: ignore[assignment]
+    torch.cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)  # type: ignore[assignment]
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    torch.cuda.default_generators = (torch.default_generator,)
+    torch.cuda.current_stream = _NoStream  # type: ignore[assignment,misc]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,misc]
+    torch.cuda.Stream = _NoStream  # type: ignore[assignment,misc]
+    torch.cuda.Event = _NoStream  # type: ignore[assignment,misc]
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._lazy_call = lambda function: function()  # type: ignore[attr-defined]
+
+
+def _quieten() -> None:
+    """Silence notices of torch and megatron-core that a user of this project can do nothing about."""
+    for text in (
+        "Transformer Engine and Apex are not installed",
+        "Apex is not installed",
+        "transformer_engine",
+        ".*deprecat.*",
+        "Setting the shape",
+        "TypedStorage is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=text)
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+
+
+@contextlib.contextmanager
+def process_group(timeout_minutes: float = 10.0) -> Iterator[None]:
+    """Join the process group that torchrun describes in the environment (one process without it) and leave it at the end."""
+    prepare()
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend(), store=store, rank=0, world_size=1)
+    else:
+        device_id = current() if has_gpu() else None
+        torch.distributed.init_process_group(
+            backend(), timeout=timedelta(minutes=timeout_minutes), device_id=device_id
+        )
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy, torch and megatron-core's generators. Needs megatron-core's parallel state."""
+    from megatron.core import tensor_parallel
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if has_gpu():
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    else:
+        tensor_parallel.model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True)

@@ -1,0 +1,241 @@
+"""Bring a model or a data set to assets/: from the model hub, or from a folder or file that is on this machine already.
+
+    python -m megatron.sft.download model Qwen/Qwen2.5-1.5B-Instruct
+    python -m megatron.sft.download dataset OWNER/NAME --split train --map-column problem=instruction
+
+Nothing unfinished is ever at the final place, and what is at the final place is never fetched or overwritten again,
+because the user may have edited it (tokenizer files of models often are).
+"""
+
+import argparse
+import os
+import re
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NoReturn
+
+from filelock import FileLock
+
+from megatron.sft import hub
+from megatron.sft.errors import UserError, run
+from megatron.sft.hub_rows import Selection, open_rows, write_rows
+from megatron.sft.manifest import read_json, write_json
+
+RECORD = ".download.json"
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+# The same weights in other formats, and demonstrations; never needed where safetensors or pytorch_model*.bin exist.
+OTHER_FORMATS = ("*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf", "*.ggml", "*.tflite", "*.mlmodel", "*.mlpackage/*")
+OTHER_FORMATS += ("onnx/*", "openvino/*", "coreml/*", "original/*", "metal/*", "*.pth", "*.nemo", "flax_model*", "tf_model*")
+DUPLICATES_OF_SAFETENSORS = ("*.bin", "*.bin.index.json", "*.pt", "consolidated*")
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+
+
+def model_folder_name(source: str) -> str:
+    """`deepseek-ai/DeepSeek-R1` becomes `deepseek_ai_DeepSeek_R1`."""
+    return source.replace("/", "_").replace("-", "_")
+
+
+def data_folder_name(source: str) -> str:
+    """`Vinnnf/Hybrid-OpenThoughts2-1M-1.5B` becomes `Vinnnf-Hybrid-OpenThoughts2-1M-1.5B`."""
+    return source.replace("/", "-")
+
+
+def wanted_files(files: dict[str, int]) -> list[str]:
+    """The files of a model repository to fetch: all but second copies of the weights in other formats."""
+    skipped = [".git*", *OTHER_FORMATS]
+    if any(fnmatch(name, "model*.safetensors") for name in files):
+        skipped += DUPLICATES_OF_SAFETENSORS
+    return [name for name in files if not any(fnmatch(name, pattern) for pattern in skipped)]
+
+
+def gigabytes(num_bytes: int) -> str:
+    """`3.55 GB`; small sizes in MB."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def shown(path: Path) -> str:
+    """A path as a user would type it: relative where it lies below the current folder."""
+    return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
+
+
+def local_source(kind: str, source: str) -> Path | None:
+    """The folder or file that `source` names; None if it is a hub id."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path.resolve()
+    looks_like_path = source.startswith(("/", ".", "~")) or source.count("/") > 1 or re.search(r"\.(json|parquet|csv)", source)
+    if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise UserError(f"{kind} {source} does not exist here and is no hub id (NAME or OWNER/NAME): check its spelling")
+    return None
+
+
+def check_space(folder: Path, num_bytes: int, what: str) -> None:
+    """Refuse before the first byte rather than at the last."""
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise UserError(
+            f"{what} needs {gigabytes(num_bytes)} and {folder} has {gigabytes(free)} free: "
+            "make room or set ASSETS_DIR to another disk"
+        )
+
+
+def already_there(target: Path, record: Path, asked: dict[str, object]) -> bool:
+    """Whether `target` is there from the same source with the same choices. Anything else at that place is refused.
+
+    A choice that is None was not asked for, so any value of it will do.
+    """
+    if not target.exists():
+        return False
+    if not record.exists():
+        if target.is_dir() and not (target / "config.json").exists():
+            raise UserError(f"{target} exists but has no config.json: move it away and run the same command again")
+        print(f"{shown(target)} is there already, not from a download: used as it is")
+        return True
+    found = read_json(record, "download record", f"move {target} away and run the same command again")
+    for choice, value in asked.items():
+        if value is not None and found.get(choice) != value:
+            raise UserError(
+                f"{target} is there with {choice} {found.get(choice)}, not {value}: move it away and run the same command again"
+            )
+    print(f"{shown(target)} is there already: used as it is (move it away to get it anew)")
+    return True
+
+
+def place_model(source: str, revision: str | None, assets: Path) -> Path:
+    """Bring a model to assets/checkpoints/<name> and return that folder."""
+    folder = assets / "checkpoints"
+    local = local_source("model", source)
+    if local is not None and local.parent == folder.resolve():
+        print(f"{shown(local)} is used as it is")
+        return local
+    target = folder / model_folder_name(local.name if local else source)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f".{target.name}.lock"):
+        asked = {"source": str(local or source), "revision": revision}
+        if already_there(target, target / RECORD, asked):
+            return target
+        if local is not None:
+            _copy_model(local, target)
+        else:
+            _fetch_model(source, revision or "main", target)
+    return target
+
+
+def _fetch_model(id: str, revision: str, target: Path) -> None:
+    repository = hub.find_repository("model", id, revision)
+    names = wanted_files(repository.files)
+    if "config.json" not in names:
+        raise UserError(f"model {id} has no config.json at {revision}: it is no transformers model; choose another id")
+    num_bytes = sum(repository.files[name] for name in names)
+    # The commit is in the name: files of two revisions must not mix when an interrupted download goes on.
+    partial = target.with_name(f".{target.name}.{repository.commit[:12]}.incomplete")
+    partial.mkdir(exist_ok=True)
+    there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    check_space(partial, num_bytes - there, f"model {id}")
+    skipped = [name for name in repository.files if name not in names and not name.startswith(".git")]
+    print(f"downloading {id} at {repository.commit[:12]}: {len(names)} files, {gigabytes(num_bytes)}", flush=True)
+    if skipped:
+        skipped_bytes = sum(repository.files[name] for name in skipped)
+        print(f"left out, the same weights in other formats: {len(skipped)} files, {gigabytes(skipped_bytes)}")
+    hub.fetch_files(repository, names, partial)
+    shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's bookkeeping
+    record = {"source": id, "revision": revision, "commit": repository.commit, "files": {n: repository.files[n] for n in names}}
+    write_json(partial / RECORD, record)
+    partial.rename(target)
+    print(f"saved {shown(target)}")
+
+
+def _copy_model(source: Path, target: Path) -> None:
+    """Weights are hard links where the file system allows, since nothing edits them; the other files are copies."""
+    if not (source / "config.json").is_file():
+        raise UserError(f"model folder {source} has no config.json: give a Hugging Face model folder")
+    names = {str(file.relative_to(source)): file.stat().st_size for file in source.rglob("*") if file.is_file()}
+    partial = target.with_name(f".{target.name}.copy.incomplete")
+    shutil.rmtree(partial, ignore_errors=True)
+    linked = 0
+    for name in wanted_files(names):
+        file, copy = (source / name).resolve(), partial / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if not any(fnmatch(name, pattern) for pattern in WEIGHTS):
+                raise OSError
+            os.link(file, copy)
+            linked += 1
+        except OSError:
+            check_space(partial, names[name], name)
+            shutil.copy2(file, copy)
+    write_json(partial / RECORD, {"source": str(source)})
+    partial.rename(target)
+    print(f"saved {shown(target)}, a copy of {source}" + (f" ({linked} weight files as hard links)" if linked else ""))
+
+
+def place_dataset(source: str, selection: Selection, revision: str | None, assets: Path) -> Path:
+    """Bring a data set to assets/data/<name>/<name>.json as JSON lines and return that file."""
+    local = local_source("dataset", source)
+    name = data_folder_name((local.stem if local.is_file() else local.name) if local else source)
+    target = assets / "data" / name / f"{name}.json"
+    if local == target.resolve():
+        print(f"{shown(target)} is used as it is")
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "source": str(local or source),
+        "revision": revision,
+        "config": selection.config,
+        "split": selection.split,
+        "columns": selection.renamed or None,
+    }
+    with FileLock(target.parent / ".lock"):
+        if already_there(target, target.parent / RECORD, record):
+            return target
+        rows = open_rows(local or source, selection, revision or "main", assets / "cache")
+        num_rows, columns = write_rows(rows, selection.renamed, target)
+        write_json(target.parent / RECORD, {**record, "revision": revision or "main", "rows": num_rows})
+    print(f"saved {shown(target)}: {num_rows:,} rows, columns {', '.join(columns)}")
+    return target
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, as all others here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}: see --help")
+
+
+def renamed_column(text: str) -> tuple[str, str]:
+    """`problem=instruction` becomes ("problem", "instruction")."""
+    old, equals, new = text.partition("=")
+    if not (old and equals and new):
+        raise argparse.ArgumentTypeError(f"{text!r} is not OLD=NEW, as in problem=instruction")
+    return old, new
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(prog="download", description=(__doc__ or "").partition("\n")[0])
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="model|dataset")
+    model = kinds.add_parser("model", help="a model, to assets/checkpoints")
+    dataset = kinds.add_parser("dataset", help="a data set, to assets/data as JSON lines")
+    for kind in (model, dataset):
+        kind.add_argument("source", metavar="ID|PATH")
+        kind.add_argument("--revision", help="a branch, tag or commit; default main")
+        kind.add_argument("--assets-dir", type=Path, default=ASSETS)
+    dataset.add_argument("--split", default="train")
+    dataset.add_argument("--config", help="the configuration (subset), where the data set has several")
+    dataset.add_argument("--map-column", action="append", type=renamed_column, default=[], metavar="OLD=NEW")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.kind == "model":
+        folder = place_model(arguments.source, arguments.revision, arguments.assets_dir)
+        print(f"next: bash scripts/2_convert.sh {shown(folder)} 1 1")
+        return
+    selection = Selection(arguments.split, arguments.config, dict(arguments.map_column))
+    file = place_dataset(arguments.source, selection, arguments.revision, arguments.assets_dir)
+    print(f"next: bash scripts/3_tokenize.sh TOKENIZER_DIR {shown(file)} 16384")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,115 @@
+"""The kinds of correspondence between a Megatron parameter and Hugging Face tensors, each usable in both directions.
+
+A rule names the whole (never tensor-parallel) parameter in the spelling of megatron-core's distributed checkpoints, with
+`{}` for the layer's number. megatron-core slices for tensor parallelism itself, so nothing here does.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's architecture, read from Hugging Face's config.json by its family and from nowhere else."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    norm_epsilon: float
+    rope_theta: float
+    tied_embeddings: bool
+    qkv_bias: bool
+    torch_dtype: torch.dtype
+
+
+class Rule(Protocol):
+    """One Megatron parameter and the Hugging Face tensors that it is made of."""
+
+    megatron: str
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        """Names of the Hugging Face tensors, in the order of `to_megatron`'s arguments."""
+
+    def to_megatron(self, shape: Shape, *tensors: Tensor) -> Tensor:
+        """The Megatron parameter made of the Hugging Face tensors."""
+
+    def to_hf(self, shape: Shape, parameter: Tensor) -> tuple[Tensor, ...]:
+        """The Hugging Face tensors that the Megatron parameter holds. Inverse of `to_megatron`."""
+
+
+@dataclass(frozen=True)
+class Same:
+    """The same tensor under another name."""
+
+    megatron: str
+    name: str
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def to_megatron(self, shape: Shape, *tensors: Tensor) -> Tensor:
+        return tensors[0]
+
+    def to_hf(self, shape: Shape, parameter: Tensor) -> tuple[Tensor, ...]:
+        return (parameter,)
+
+
+@dataclass(frozen=True)
+class QKV:
+    """Query, key and value projections (weights or biases) in one parameter, grouped by key/value head.
+
+    Megatron stores for every key/value head its query heads, then the key, then the value, so that a tensor-parallel rank's
+    part is one contiguous chunk.
+    """
+
+    megatron: str
+    query: str
+    key: str
+    value: str
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.query, self.key, self.value)
+
+    def to_megatron(self, shape: Shape, *tensors: Tensor) -> Tensor:
+        rest = tensors[0].shape[1:]
+        parts = [t.reshape(shape.num_kv_heads, -1, shape.head_dim, *rest) for t in tensors]  # [kv heads, heads, dim, ...]
+        return torch.cat(parts, dim=1).reshape(-1, *rest)
+
+    def to_hf(self, shape: Shape, parameter: Tensor) -> tuple[Tensor, ...]:
+        rest = parameter.shape[1:]
+        grouped = parameter.reshape(shape.num_kv_heads, -1, shape.head_dim, *rest)
+        parts = grouped.split([shape.num_heads // shape.num_kv_heads, 1, 1], dim=1)
+        query, key, value = (part.reshape(-1, *rest) for part in parts)
+        return query, key, value
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """The gate and up projections of a gated MLP, one after the other in one parameter."""
+
+    megatron: str
+    gate: str
+    up: str
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.gate, self.up)
+
+    def to_megatron(self, shape: Shape, *tensors: Tensor) -> Tensor:
+        return torch.cat(tensors, dim=0)
+
+    def to_hf(self, shape: Shape, parameter: Tensor) -> tuple[Tensor, ...]:
+        gate, up = parameter.chunk(2, dim=0)
+        return gate, up

@@ -1,0 +1,60 @@
+"""Start the processes of a distributed run with torchrun, and when one fails say so in one line instead of torchrun's forty.
+
+The options are torchrun's own: `python -m megatron.sft.launch --standalone --nproc-per-node 4 -m megatron.sft.train …`
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from torch.distributed import DistError
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.run import parse_args, run
+
+from megatron.sft.errors import fail
+
+USER_ERROR_STATUS = 2
+
+
+def failure_status(error: ChildFailedError) -> int:
+    """The exit status of the process that failed first; what it has not said itself is said here, in one line.
+
+    A process that ends with an exception has printed its trace. One that ends with a `UserError` has printed its line on
+    local rank 0, and any rank may leave it in torchrun's error file.
+    """
+    rank, failure = error.get_first_failure()
+    if failure.exitcode < 0:
+        hint = ": often too little memory on this machine" if failure.exitcode == -signal.SIGKILL else ""
+        print(f"error: rank {rank} (process {failure.pid}) was ended by {failure.signal_name()}{hint}", file=sys.stderr)
+        return 128 - failure.exitcode
+    if isinstance(failure.message, dict) and "message" in failure.message:
+        print(f"error: {failure.message['message']}", file=sys.stderr)
+    elif failure.exitcode != USER_ERROR_STATUS or failure.local_rank != 0:
+        print(f"error: rank {rank} ended with status {failure.exitcode}: its messages are above", file=sys.stderr)
+    return failure.exitcode
+
+
+def launch(arguments: Sequence[str]) -> int:
+    """Run torchrun with these arguments and return the exit status."""
+    if "LOGLEVEL" not in os.environ:
+        # torchrun's warnings and its table of failures repeat what the failing process has said.
+        logging.disable(logging.ERROR)
+    try:
+        run(parse_args(list(arguments)))
+    except ChildFailedError as error:
+        return failure_status(error)
+    except SignalException as error:
+        print(f"stopped by {error.sigval.name}", file=sys.stderr)
+        return 128 + error.sigval
+    except (DistError, RendezvousError) as error:
+        reason = str(error).partition("\n")[0]
+        fail(f"the nodes did not meet ({reason}): check MASTER_ADDR and MASTER_PORT, or RDZV_ENDPOINT, on every node")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(launch(sys.argv[1:]))

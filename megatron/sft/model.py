@@ -1,0 +1,174 @@
+"""Builds the model: the one place that knows megatron-core's GPTModel and how its layers are put together here."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron.sft import device
+from megatron.sft.attention import PackedAttention
+from megatron.sft.batches import MicroBatch
+from megatron.sft.families.rules import Shape
+from megatron.sft.layout import Layout, check_layout
+from megatron.sft.loss_head import weighted_cross_entropy
+
+
+def has_transformer_engine() -> bool:
+    """True if this process can use Transformer Engine's layers: it has a GPU and megatron-core found the package."""
+    if not device.has_gpu():
+        return False
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return bool(HAVE_TE)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, made the way megatron-core makes norms and marked for sequence parallelism's gradient sum."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class SFTModel(GPTModel):  # type: ignore[misc]
+    """A GPTModel that takes a `MicroBatch` and returns the summed loss of its trained tokens (on the last stage)."""
+
+    true_vocab_size: int
+
+    def forward(self, batch: MicroBatch, logits: bool = False) -> Tensor:
+        """The summed loss as a float32 scalar on the last pipeline stage, hidden states [t, 1, hidden] on the others.
+
+        logits=True gives [t, vocabulary] instead of the loss, gathered over TP and without padded rows, for comparisons.
+        """
+        hidden = super().forward(batch.tokens, batch.positions, None, packed_seq_params=batch.packed)
+        if not self.post_process:
+            return hidden
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            # Each rank's head gives a part of the gradient; the gather's backward sums the parts and scatters.
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=group)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=group)
+        hidden = hidden.squeeze(1)  # [t, hidden]
+        if logits:
+            local = hidden @ weight.t()
+            return tensor_parallel.gather_from_tensor_model_parallel_region(local, group=group)[:, : self.true_vocab_size]
+        trained = hidden.index_select(0, batch.targets.positions)  # [n, hidden]
+        return weighted_cross_entropy(trained, weight, batch.targets, self.true_vocab_size, group)
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # GPTModel would form all logits here; the head above needs the hidden states.
+        return hidden_states
+
+
+def transformer_config(shape: Shape, layout: Layout, params_dtype: torch.dtype, **overrides: Any) -> TransformerConfig:
+    """megatron-core's configuration of this architecture in this layout. `overrides` are TransformerConfig's own fields."""
+    check_layout(layout, shape)
+    stage_layers = layout.stage_layers(shape)
+    uneven = len(set(stage_layers)) > 1
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        context_parallel_size=layout.context_parallel,
+        sequence_parallel=layout.sequence_parallel,
+        num_layers_in_first_pipeline_stage=stage_layers[0] if uneven else None,
+        num_layers_in_last_pipeline_stage=stage_layers[-1] if uneven else None,
+        pipeline_dtype=params_dtype,
+        # Rows differ in length, so stages tell each other the shape.
+        variable_seq_lengths=layout.pipeline_parallel > 1,
+        moe_token_dispatcher_type="alltoall",
+        params_dtype=params_dtype,
+        bf16=params_dtype == torch.bfloat16,
+        fp16=params_dtype == torch.float16,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not device.has_gpu(),
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=device.has_gpu(),
+        apply_rope_fusion=has_transformer_engine(),
+        persist_layer_norm=False,
+        **overrides,
+    )
+
+
+def build_model(shape: Shape, layout: Layout, config: TransformerConfig) -> SFTModel:
+    """This process's part of the model, its parameters not yet set: load a checkpoint or `weights` into it.
+
+    Needs megatron-core's parallel state to have the sizes of `layout`.
+    """
+    pre_process = parallel_state.is_pipeline_first_stage()
+    post_process = parallel_state.is_pipeline_last_stage()
+    model = SFTModel(
+        config=config,
+        transformer_layer_spec=_layers(config),
+        vocab_size=layout.padded_vocab_size(shape),
+        max_sequence_length=shape.max_positions,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=int(shape.rope_theta),
+    )
+    model.true_vocab_size = shape.vocab_size
+    _mark_split_parameters(model)
+    return model.to(device.current())
+
+
+def _mark_split_parameters(model: torch.nn.Module) -> None:
+    """Mark the parameters that TP splits, which megatron-core's own layers do only when they initialise their weights.
+
+    Without the marks the gradient norm would count the first TP rank's part alone.
+    """
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+            dimension = 0
+        elif isinstance(module, RowParallelLinear):
+            dimension = 1
+        else:
+            continue
+        if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
+
+
+def _layers(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    if has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)

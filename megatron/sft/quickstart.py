@@ -1,0 +1,251 @@
+"""The tiny model and data set of scripts/quickstart.sh: sorting names, with `<short>` and `<think>` answers.
+
+    python -m megatron.sft.quickstart data                    remake the files in assets/quickstart
+    python -m megatron.sft.quickstart model OUT_DIR           a Hugging Face folder with weights from a seed
+    python -m megatron.sft.quickstart report --before B.json --after A.json --metrics metrics.jsonl ... --output report.json
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.sft.errors import UserError, run
+from megatron.sft.manifest import read_json, sha256_of_file, write_json, write_text
+
+NAMES = (
+    "Ada Ben Cal Dan Eva Fay Gus Hal Ida Jon Kim Leo Mia Ned Ola Pam Quin Ray Sam Tom Una Val Wes Xia Yan Zoe"
+).split()
+SHORT, THINK, END_THINK = "<short>", "<think>", "</think>"
+# How Qwen2 cuts text before its byte-pair merges; transformers 5 puts this in place whatever tokenizer.json says.
+QWEN2_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+NUM_NAMES = (3, 4, 5)  # in a question
+NUM_TRAINING_QUESTIONS = 3000
+NUM_HELD_OUT_QUESTIONS = 240
+SEED = 2024
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets" / "quickstart"
+MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+SOURCE_MANIFEST = "quickstart.json"
+
+
+@dataclass(frozen=True)
+class Question:
+    """Names in the order in which they are asked."""
+
+    names: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return "Sort these names: " + " ".join(self.names)
+
+    @property
+    def answer(self) -> str:
+        return " ".join(sorted(self.names))
+
+    @property
+    def work(self) -> str:
+        """The steps of sorting by choosing the first name of those left."""
+        steps, left = [], list(self.names)
+        while len(left) > 1:
+            first = min(left)
+            left.remove(first)
+            steps.append(f"{first} is first, left {' '.join(left)}.")
+        return " ".join(steps)
+
+    def rows(self) -> list[dict[str, str]]:
+        """The question answered directly and answered after the work. Which of the two is the first token's choice."""
+        outputs = (f"{SHORT} {self.answer}", f"{THINK} {self.work} {END_THINK} {self.answer}")
+        return [{"instruction": self.text, "output": output} for output in outputs]
+
+
+def make_questions(seed: int) -> tuple[list[Question], list[Question]]:
+    """Training and held-out questions. No set of names is asked twice, in whatever order, within or across the two."""
+    generator = random.Random(seed)
+    seen: set[frozenset[str]] = set()
+
+    def draw(num_questions: int) -> list[Question]:
+        questions: list[Question] = []
+        while len(questions) < num_questions:
+            names = tuple(generator.sample(NAMES, NUM_NAMES[len(questions) % len(NUM_NAMES)]))
+            if frozenset(names) not in seen:
+                seen.add(frozenset(names))
+                questions.append(Question(names))
+        return questions
+
+    held_out = draw(NUM_HELD_OUT_QUESTIONS)
+    return draw(NUM_TRAINING_QUESTIONS), held_out
+
+
+def data_files(seed: int = SEED) -> dict[str, str]:
+    """File name to its whole text, JSON lines."""
+    training, held_out = make_questions(seed)
+    return {
+        "train.json": _json_lines(row for question in training for row in question.rows()),
+        "heldout.json": _json_lines({"instruction": q.text, "output": q.answer} for q in held_out),
+    }
+
+
+def _json_lines(rows: Iterable[dict[str, str]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def make_tokenizer(seed: int = SEED) -> Any:
+    """A byte-level BPE with the data's words as single tokens, and the control tokens, which are no special tokens."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    pieces = pre_tokenizers.Split(Regex(QWEN2_PIECES), behavior="isolated")
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, bytes_only])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1000, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
+    training, _ = make_questions(seed)
+    texts = [text for q in training for text in ("user\n", "assistant\n", "system\n", q.text, f" {q.work}", f" {q.answer}")]
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in (SHORT, THINK, END_THINK)])
+    return tokenizer
+
+
+def make_model_folder(output: Path, seed: int = SEED) -> bool:
+    """Write the untrained model, beside its place and renamed; False if it is there already from the same sources."""
+    sources = {"seed": seed, **{name: sha256_of_file(ASSETS / name) for name in MODEL_FILES}}
+    if output.exists():
+        made = read_json(output / SOURCE_MANIFEST, f"{output} is no quickstart model:", "give another folder")
+        weights = output / "model.safetensors"
+        if made["sources"] == sources and weights.exists() and sha256_of_file(weights) == made["weights"]:
+            return False
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        _write_model(beside, seed)
+        write_json(beside / SOURCE_MANIFEST, {"sources": sources, "weights": sha256_of_file(beside / "model.safetensors")})
+        beside.chmod(0o755)
+        if output.exists():
+            output.rename(old := output.with_name(f".{output.name}.old.{os.getpid()}"))
+            beside.rename(output)
+            shutil.rmtree(old)
+        else:
+            beside.rename(output)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return True
+
+
+def _write_model(folder: Path, seed: int) -> None:
+    """Weights as transformers makes them, but drawn in the order of their names, so that every version gives the same."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for name in MODEL_FILES:
+        shutil.copyfile(ASSETS / name, folder / name)
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, parameter in sorted(model.named_parameters()):  # a tied output layer is named once, as the embedding
+        if parameter.dim() > 1:
+            state[name] = torch.normal(0.0, config.initializer_range, parameter.shape, generator=generator)
+        else:
+            state[name] = torch.zeros(parameter.shape) if name.endswith("bias") else torch.ones(parameter.shape)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the quickstart leaves behind as figures."""
+
+    exact_match_before: float
+    exact_match_after: float
+    held_out: int
+    first_loss: float
+    last_loss: float
+    seconds: float
+    export: str
+
+
+def make_report(before: Path, after: Path, metrics: Path, export: str, seconds: float) -> Report:
+    """Figures of the two evaluations (megatron.sft.evaluate) and of the training."""
+    results = [read_json(path, "evaluation", "run scripts/7_evaluate.sh first") for path in (before, after)]
+    try:
+        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise UserError(f"training record {metrics} is missing: run scripts/4_train.sh first") from None
+    losses = [line["loss"] for line in lines if "loss" in line]
+    if not losses:
+        raise UserError(f"training record {metrics} has no step: run scripts/4_train.sh first")
+    return Report(
+        exact_match_before=results[0]["exact_match"],
+        exact_match_after=results[1]["exact_match"],
+        held_out=results[1]["questions"],
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        seconds=round(seconds, 1),
+        export=export,
+    )
+
+
+def newcomer_lines(report: Report, after: dict[str, Any]) -> str:
+    """What was learned, in words that need no knowledge of the field, and what to do next."""
+    modes = ", ".join(f"{mode['control']} {100 * mode['exact_match']:.0f} %" for mode in after["modes"])
+    example = " ".join(("Tom", "Ada", "Quin", "Ben"))
+    return (
+        f"A tiny model learned to sort names in {report.seconds:.0f} s. Of {report.held_out} questions that it was not "
+        f"trained on, it now answers {100 * report.exact_match_after:.0f} % correctly ({modes}); "
+        f"before training it was {100 * report.exact_match_before:.0f} %.\n"
+        f"The model is in {report.export}. Talk to it:\n"
+        f'  bash scripts/6_generate.sh {report.export} "Sort these names: {example}"\n'
+        f'  CONTROL="{THINK}" bash scripts/6_generate.sh {report.export} "Sort these names: {example}"'
+    )
+
+
+def main() -> None:
+    arguments = _parse()
+    if arguments.command == "data":
+        ASSETS.mkdir(parents=True, exist_ok=True)
+        for name, text in data_files().items():
+            write_text(ASSETS / name, text)
+        make_tokenizer().save(str(ASSETS / "tokenizer.json"))
+        print(f"wrote train.json, heldout.json and tokenizer.json to {ASSETS}")
+    elif arguments.command == "model":
+        made = make_model_folder(arguments.output)
+        print(f"{arguments.output}: {'made, with weights from a seed' if made else 'is there already'}")
+    else:
+        seconds = time.time() - arguments.started
+        report = make_report(arguments.before, arguments.after, arguments.metrics, arguments.export, seconds)
+        write_json(arguments.output, asdict(report))
+        print(newcomer_lines(report, json.loads(arguments.after.read_text(encoding="utf-8"))))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="quickstart", description="The tiny model and data set of the quickstart.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("data", help="remake the data and tokenizer in assets/quickstart")
+    model = commands.add_parser("model", help="write a Hugging Face folder with untrained weights")
+    model.add_argument("output", type=Path)
+    report = commands.add_parser("report", help="write report.json and say what was learned")
+    for name in ("before", "after", "metrics", "output"):
+        report.add_argument(f"--{name}", type=Path, required=True)
+    report.add_argument("--export", required=True, help="folder of the trained model, as the user would type it")
+    report.add_argument("--started", type=float, required=True, help="when the quickstart began, in seconds since 1970")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main)
