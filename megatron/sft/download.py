@@ -11,6 +11,7 @@ import argparse
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NoReturn
@@ -25,8 +26,10 @@ from megatron.sft.manifest import read_json, write_json
 RECORD = ".download.json"
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 # The same weights in other formats, and demonstrations; never needed where safetensors or pytorch_model*.bin exist.
-OTHER_FORMATS = ("*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf", "*.ggml", "*.tflite", "*.mlmodel", "*.mlpackage/*")
-OTHER_FORMATS += ("onnx/*", "openvino/*", "coreml/*", "original/*", "metal/*", "*.pth", "*.nemo", "flax_model*", "tf_model*")
+OTHER_FORMATS = (
+    *("*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf", "*.ggml", "*.tflite", "*.mlmodel", "*.mlpackage/*"),
+    *("onnx/*", "openvino/*", "coreml/*", "original/*", "metal/*", "*.pth", "*.nemo", "flax_model*", "tf_model*"),
+)
 DUPLICATES_OF_SAFETENSORS = ("*.bin", "*.bin.index.json", "*.pt", "consolidated*")
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
@@ -64,10 +67,21 @@ def local_source(kind: str, source: str) -> Path | None:
     path = Path(source).expanduser()
     if path.exists():
         return path.resolve()
-    looks_like_path = source.startswith(("/", ".", "~")) or source.count("/") > 1 or re.search(r"\.(json|parquet|csv)", source)
+    looks_like_path = (
+        source.startswith(("/", ".", "~")) or source.count("/") > 1 or re.search(r"\.(json|parquet|csv)", source)
+    )
     if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise UserError(f"{kind} {source} does not exist here and is no hub id (NAME or OWNER/NAME): check its spelling")
+        raise UserError(
+            f"{kind} {source} does not exist here and is no hub id (NAME or OWNER/NAME): check its spelling"
+        )
     return None
+
+
+def one_at_a_time(assets: Path, name: str) -> FileLock:
+    """A second process that brings the same thing waits, and then finds it there."""
+    locks = assets / "cache" / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return FileLock(locks / f"{name}.lock")
 
 
 def check_space(folder: Path, num_bytes: int, what: str) -> None:
@@ -80,7 +94,7 @@ def check_space(folder: Path, num_bytes: int, what: str) -> None:
         )
 
 
-def already_there(target: Path, record: Path, asked: dict[str, object]) -> bool:
+def already_there(target: Path, record: Path, asked: Mapping[str, object]) -> bool:
     """Whether `target` is there from the same source with the same choices. Anything else at that place is refused.
 
     A choice that is None was not asked for, so any value of it will do.
@@ -111,7 +125,7 @@ def place_model(source: str, revision: str | None, assets: Path) -> Path:
         return local
     target = folder / model_folder_name(local.name if local else source)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{target.name}.lock"):
+    with one_at_a_time(assets, target.name):
         asked = {"source": str(local or source), "revision": revision}
         if already_there(target, target / RECORD, asked):
             return target
@@ -130,9 +144,9 @@ def _fetch_model(id: str, revision: str, target: Path) -> None:
     num_bytes = sum(repository.files[name] for name in names)
     # The commit is in the name: files of two revisions must not mix when an interrupted download goes on.
     partial = target.with_name(f".{target.name}.{repository.commit[:12]}.incomplete")
-    partial.mkdir(exist_ok=True)
     there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-    check_space(partial, num_bytes - there, f"model {id}")
+    check_space(target.parent, num_bytes - there, f"model {id}")
+    partial.mkdir(exist_ok=True)
     skipped = [name for name in repository.files if name not in names and not name.startswith(".git")]
     print(f"downloading {id} at {repository.commit[:12]}: {len(names)} files, {gigabytes(num_bytes)}", flush=True)
     if skipped:
@@ -140,7 +154,12 @@ def _fetch_model(id: str, revision: str, target: Path) -> None:
         print(f"left out, the same weights in other formats: {len(skipped)} files, {gigabytes(skipped_bytes)}")
     hub.fetch_files(repository, names, partial)
     shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's bookkeeping
-    record = {"source": id, "revision": revision, "commit": repository.commit, "files": {n: repository.files[n] for n in names}}
+    record = {
+        "source": id,
+        "revision": revision,
+        "commit": repository.commit,
+        "files": {n: repository.files[n] for n in names},
+    }
     write_json(partial / RECORD, record)
     partial.rename(target)
     print(f"saved {shown(target)}")
@@ -163,7 +182,7 @@ def _copy_model(source: Path, target: Path) -> None:
             os.link(file, copy)
             linked += 1
         except OSError:
-            check_space(partial, names[name], name)
+            check_space(target.parent, names[name], name)
             shutil.copy2(file, copy)
     write_json(partial / RECORD, {"source": str(source)})
     partial.rename(target)
@@ -178,7 +197,6 @@ def place_dataset(source: str, selection: Selection, revision: str | None, asset
     if local == target.resolve():
         print(f"{shown(target)} is used as it is")
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "source": str(local or source),
         "revision": revision,
@@ -186,7 +204,7 @@ def place_dataset(source: str, selection: Selection, revision: str | None, asset
         "split": selection.split,
         "columns": selection.renamed or None,
     }
-    with FileLock(target.parent / ".lock"):
+    with one_at_a_time(assets, name):
         if already_there(target, target.parent / RECORD, record):
             return target
         rows = open_rows(local or source, selection, revision or "main", assets / "cache")

@@ -1,8 +1,11 @@
 """How this project speaks to its user when something is wrong: one line with the thing, its value and the next step."""
 
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -19,13 +22,18 @@ def fail(message: str) -> NoReturn:
 def run(main: Callable[[], None]) -> None:
     """Call an entry module's `main`. A `UserError` becomes one line and exit status 2, any other error keeps its trace.
 
-    In a multi-process run every rank finds the same error; only local rank 0 prints it.
+    Mostly every rank of a multi-process run finds the same error. Local rank 0 prints it; the others leave it in torchrun's
+    error file, a moment later, so that it is told there only if local rank 0 did not fail.
     """
     try:
         main()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             fail(str(error))
+        time.sleep(2.0)
+        if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            content = {"message": {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}}
+            Path(error_file).write_text(json.dumps(content))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

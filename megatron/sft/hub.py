@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
 ANSWER_TIMEOUT_S = 10
+TRIES = 3
 # The HTTP client under huggingface_hub changes with its version.
 HTTP_CLIENTS = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 
@@ -48,19 +50,37 @@ def find_repository(kind: str, id: str, revision: str) -> Repository:
 def fetch_files(repository: Repository, names: list[str], folder: Path) -> None:
     """Bring these files of the repository to `folder`. Those that an earlier try finished are not fetched again."""
     with explained(repository.kind, repository.id, repository.commit):
-        huggingface_hub.snapshot_download(
-            repository.id,
-            repo_type=repository.kind,
-            revision=repository.commit,
-            local_dir=folder,
-            # Names are patterns to snapshot_download; brackets are the only pattern signs that file names contain.
-            allow_patterns=[name.replace("[", "[[]") for name in names],
-        )
+        for tries_left in reversed(range(TRIES)):
+            try:
+                _fetch_snapshot(repository, names, folder)
+                break
+            except Exception as error:
+                if not (_is_of_the_network(error) and tries_left):
+                    raise
+                print(f"the connection broke ({error}): going on", flush=True)
+                time.sleep(1)
     # When the connection breaks, some versions return the part that they have.
     for name in names:
         path = folder / name
         if not path.is_file() or path.stat().st_size != repository.files[name]:
-            raise UserError(f"{name} of {repository.kind} {repository.id} did not arrive whole: run the same command again")
+            raise UserError(
+                f"{name} of {repository.kind} {repository.id} did not arrive whole: run the same command again"
+            )
+
+
+def _fetch_snapshot(repository: Repository, names: list[str], folder: Path) -> None:
+    huggingface_hub.snapshot_download(
+        repository.id,
+        repo_type=repository.kind,
+        revision=repository.commit,
+        local_dir=folder,
+        # Names are patterns to snapshot_download; brackets are the only pattern signs that file names contain.
+        allow_patterns=[name.replace("[", "[[]") for name in names],
+    )
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.partition(".")[0] in HTTP_CLIENTS
 
 
 @contextmanager
@@ -82,7 +102,9 @@ def _meaning(error: BaseException, kind: str, id: str, revision: str) -> str | N
     token = "the token in use was refused" if huggingface_hub.get_token() else "no token is set"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, hub_errors.GatedRepoError):
-        return f" is gated and {token}: accept its conditions on its page, then set HF_TOKEN to a token that may read it"
+        return (
+            f" is gated and {token}: accept its conditions on its page, then set HF_TOKEN to a token that may read it"
+        )
     if isinstance(error, hub_errors.RevisionNotFoundError):
         return f" has no revision {revision}: check REVISION against its branches, tags and commits"
     if isinstance(error, hub_errors.RepositoryNotFoundError):
@@ -97,7 +119,7 @@ def _meaning(error: BaseException, kind: str, id: str, revision: str) -> str | N
         return ": the disk is full: make room or set ASSETS_DIR to another disk, then run the same command again"
     if isinstance(error, hub_errors.OfflineModeIsEnabled):
         return f" is not here and HF_HUB_OFFLINE is set: unset it, or {_offline(kind)}"
-    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.partition(".")[0] in HTTP_CLIENTS:
+    if _is_of_the_network(error):
         return (
             f": {endpoint()} cannot be reached ({error or type(error).__name__}): check the network and its proxy, "
             f"set HF_ENDPOINT to a mirror, or {_offline(kind)}"

@@ -9,6 +9,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,18 +67,25 @@ def _builder(location: str, selection: Selection, revision: str | None, cache: P
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset_builder(location, selection.config, revision=revision, cache_dir=str(cache / "datasets"))
+        return datasets.load_dataset_builder(
+            location, selection.config, revision=revision, cache_dir=str(cache / "datasets")
+        )
     except datasets.exceptions.DataFilesNotFoundError:
         raise UserError(f"dataset {location} has no data files (json, parquet, csv): choose another one") from None
     except (ValueError, RuntimeError) as error:
         # An unknown configuration, several and none chosen, or a data set that is a program.
-        raise UserError(f"dataset {location} with config {selection.config}: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split()).partition(" Example of usage")[0]
+        raise UserError(
+            f"dataset {location}, CONFIG={selection.config or ''}: {reason}: set CONFIG (--config)"
+        ) from None
 
 
 def _files_of_split(builder: Any, selection: Selection) -> list[str]:
     splits = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
     if selection.split not in splits:
-        raise UserError(f"split {selection.split} is not in the data set, which has {', '.join(splits) or 'none'}: set --split")
+        raise UserError(
+            f"split {selection.split} is not in the data set, which has {', '.join(splits) or 'none'}: set SPLIT (--split)"
+        )
     return splits[selection.split]
 
 
@@ -125,6 +133,7 @@ def write_rows(rows: Iterator[Row], renamed: dict[str, str], target: Path) -> tu
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     columns: dict[str, None] = {}
     num_rows = 0
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(beside, "wb") as file:
             for row in rows:
@@ -143,6 +152,8 @@ def write_rows(rows: Iterator[Row], renamed: dict[str, str], target: Path) -> tu
         raise UserError(f"the disk of {target.parent} is full: make room or set ASSETS_DIR to another disk") from None
     finally:
         beside.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not empty, unless this failed
+            target.parent.rmdir()
     return num_rows, list(columns)
 
 
@@ -151,7 +162,9 @@ def _with_new_names(row: Row, renamed: dict[str, str], number: int) -> Row:
         if old not in row:
             raise UserError(f"row {number} has no column {old} to rename, it has {', '.join(row)}: mend COLUMNS")
         if new in row and new not in renamed:
-            raise UserError(f"row {number} has a column {new} already: rename that one too, as {new}=other, or mend COLUMNS")
+            raise UserError(
+                f"row {number} has a column {new} already: rename that one too, as {new}=other, or mend COLUMNS"
+            )
     return {renamed.get(name, name): value for name, value in row.items()}
 
 

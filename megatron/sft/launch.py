@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -31,8 +32,9 @@ def failure_status(error: ChildFailedError) -> int:
         hint = ": often too little memory on this machine" if failure.exitcode == -signal.SIGKILL else ""
         print(f"error: rank {rank} (process {failure.pid}) was ended by {failure.signal_name()}{hint}", file=sys.stderr)
         return 128 - failure.exitcode
-    if isinstance(failure.message, dict) and "message" in failure.message:
-        print(f"error: {failure.message['message']}", file=sys.stderr)
+    message: Any = failure.message
+    if isinstance(message, dict) and "message" in message:
+        print(f"error: {message['message']}", file=sys.stderr)
     elif failure.exitcode != USER_ERROR_STATUS or failure.local_rank != 0:
         print(f"error: rank {rank} ended with status {failure.exitcode}: its messages are above", file=sys.stderr)
     return failure.exitcode

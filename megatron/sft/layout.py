@@ -54,12 +54,12 @@ def check_layout(layout: Layout, shape: Shape) -> None:
     tensor_parallel = layout.tensor_parallel
     sizes = {"attention heads": shape.num_heads, "KV heads": shape.num_kv_heads, "MLP width": shape.ffn_hidden_size}
     works = [n for n in range(1, shape.num_kv_heads + 1) if all(size % n == 0 for size in sizes.values())]
-    for what, size in sizes.items():
-        if size % tensor_parallel:
-            raise UserError(
-                f"TP={tensor_parallel} does not divide the model's {size} {what}: "
-                f"choose TP from {', '.join(map(str, works))}"
-            )
+    undivided = [f"{size} {what}" for what, size in sizes.items() if size % tensor_parallel]
+    if undivided:
+        raise UserError(
+            f"TP={tensor_parallel} does not divide the model's {' and '.join(undivided)}: "
+            f"choose TP from {', '.join(map(str, works))}"
+        )
     if layout.pipeline_parallel > shape.num_layers:
         raise UserError(
             f"PP={layout.pipeline_parallel} is more than the model's {shape.num_layers} layers: choose PP up to that"

@@ -7,7 +7,9 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from megatron.sft.errors import UserError
 
 MODES = ("train", "resume", "plan")
 
@@ -68,6 +70,7 @@ class TrainOptions:
         "RECOMPUTE", "activations computed again in the backward pass", "none", ("none", "selective", "full")
     )
 
+    recipe: str = _setting("RECIPE", "file with these settings, copied beside the checkpoints; set by a recipe", "")
     log_interval: int = _setting("LOG_INTERVAL", "steps a log line", 1)
     save_interval: int = _setting("SAVE_INTERVALS", "steps a checkpoint; the last step is always saved", 1000)
     eval_interval: int = _setting("EVAL_INTERVAL", "steps between validations, where SPLIT has validation rows", 100)
@@ -87,7 +90,7 @@ def flag_of(setting: "Field[Any]") -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[str, TrainOptions]:
     """The mode (`train`, `resume`, `plan`, or `` for the right one of the first two) and the settings."""
-    parser = argparse.ArgumentParser(prog="train", description="Supervised fine-tuning with megatron-core.")
+    parser = _Parser(prog="train", description="Supervised fine-tuning with megatron-core.", allow_abbrev=False)
     parser.add_argument("mode", nargs="?", default="", choices=("", *MODES), metavar="train|resume|plan")
     for setting in fields(TrainOptions):
         kind = setting.type
@@ -97,14 +100,24 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, TrainOptions]:
             flag_of(setting),
             dest=setting.name,
             type=_flag if kind is bool else kind,  # type: ignore[arg-type]
-            required=required,
             default=None if required else setting.default,
             choices=setting.metadata["choices"] or None,
             help=meaning,
         )
     values = vars(parser.parse_args(arguments))
     mode = values.pop("mode")
+    for setting in fields(TrainOptions):
+        if values[setting.name] is None:
+            raise UserError(f"{variable_of(setting)} is not set: it is the {setting.metadata['meaning']}")
     return mode, TrainOptions(**values)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse speaks of options; the user typed variables.
+        for setting in fields(TrainOptions):
+            message = message.replace(f"argument {flag_of(setting)}:", f"{variable_of(setting)}:")
+        raise UserError(f"{message} (docs/options.md lists the settings)")
 
 
 def _flag(text: str) -> bool:

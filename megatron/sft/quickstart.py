@@ -55,12 +55,10 @@ class Question:
 
     @property
     def work(self) -> str:
-        """The steps of sorting by choosing the first name of those left."""
-        steps, left = [], list(self.names)
-        while len(left) > 1:
-            first = min(left)
-            left.remove(first)
-            steps.append(f"{first} is first, left {' '.join(left)}.")
+        """Sorting by insertion: every name in turn is put into its place among those before it."""
+        steps = [f"{self.names[0]}."]
+        for count, name in enumerate(self.names[1:], start=2):
+            steps.append(f"Add {name}: {' '.join(sorted(self.names[:count]))}.")
         return " ".join(steps)
 
     def rows(self) -> list[dict[str, str]]:

@@ -53,6 +53,14 @@ class Options:
     prefix: Path
 
 
+@dataclass(frozen=True)
+class Source:
+    """What the data file is."""
+
+    file_format: str
+    sha256: str
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line, as all others here."""
 
@@ -68,12 +76,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     data_format = file_format(options.input)
     check_tokenizer_folder(options.tokenizer)
-    fingerprint = fingerprint_of(options)
+    source = Source(data_format, sha256_of_file(options.input))
+    fingerprint = fingerprint_of(options, source)
     if is_finished(options.prefix, fingerprint):
         print(f"already tokenised, from the same data, tokenizer and options: {options.prefix}.bin, .idx, .json")
     else:
         try:
-            tokenize(options, data_format, fingerprint)
+            tokenize(options, source, fingerprint)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -124,17 +133,17 @@ def renamed_columns(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         old, _, new = pair.partition("=")
         if not old or not new or old in columns or new in columns.values():
-            raise UserError(f"COLUMNS has {pair!r}: give OLD=NEW, each name once, such as problem=instruction")
+            raise UserError(f"MAP_COLUMNS has {pair!r}: give OLD=NEW, each name once, such as problem=instruction")
         columns[old] = new
     return columns
 
 
-def fingerprint_of(options: Options) -> str:
+def fingerprint_of(options: Options, source: Source) -> str:
     """A hash of all that decides the result: contents of data, tokenizer and template, and the options."""
     paths = [options.tokenizer / name for name in TOKENIZER_FILES]
     files = sorted((path.name, sha256_of_file(path)) for path in paths if path.is_file())
     chosen = (options.length, options.overlong, options.seed, options.packing, sorted(options.columns.items()))
-    return sha256_of_text(repr((FORMAT, ALGORITHM, sha256_of_file(options.input), files, chosen)))
+    return sha256_of_text(repr((FORMAT, ALGORITHM, source.sha256, files, chosen)))
 
 
 def is_finished(prefix: Path, fingerprint: str) -> bool:
@@ -151,7 +160,7 @@ def is_finished(prefix: Path, fingerprint: str) -> bool:
     return finished
 
 
-def tokenize(options: Options, data_format: str, fingerprint: str) -> None:
+def tokenize(options: Options, source: Source, fingerprint: str) -> None:
     """Read, render, tokenise, pack, write, and say what was done."""
     tokenizer = load_tokenizer(options.tokenizer)
     template = ChatTemplate(tokenizer)
@@ -162,11 +171,11 @@ def tokenize(options: Options, data_format: str, fingerprint: str) -> None:
             if len(store.lengths) < NUM_SAMPLES:
                 print_sample(len(store.lengths) + 1, tokenizer, conversation)
             store.add(conversation)
-        print_counts(corpus, data_format)
+        print_counts(corpus, source)
         if not corpus.counts.num_kept:
             raise UserError(f"no conversation of {options.input} is left, see the reasons above: nothing was written")
         packing = packed(store, options)
-        manifest = manifest_of(options, corpus, store, packing, data_format)
+        manifest = manifest_of(options, corpus, store, packing, source)
         store.write(packing, manifest | {"fingerprint": fingerprint})
     fill = 100 * store.num_tokens / (packing.num_rows * options.length)
     print(f"packed {corpus.counts.num_kept} conversations into {packing.num_rows} rows ({fill:.1f} % full)")
@@ -189,7 +198,7 @@ def packed(store: ConversationStore, options: Options) -> Packing:
 
 
 def manifest_of(
-    options: Options, corpus: Corpus, store: ConversationStore, packing: Packing, data_format: str
+    options: Options, corpus: Corpus, store: ConversationStore, packing: Packing, source: Source
 ) -> dict[str, Any]:
     template = corpus.template
     return {
@@ -210,7 +219,7 @@ def manifest_of(
         "chat_template": template.text,
         "chat_template_sha256": sha256_of_text(template.text),
         "notes": sorted(template.notes),
-        "sources": [source_facts(corpus, data_format)],
+        "sources": [source_facts(corpus, source)],
     }
 
 
@@ -228,13 +237,13 @@ def tokenizer_facts(folder: Path, template: ChatTemplate) -> dict[str, Any]:
     }
 
 
-def source_facts(corpus: Corpus, data_format: str) -> dict[str, Any]:
+def source_facts(corpus: Corpus, source: Source) -> dict[str, Any]:
     counts = corpus.counts
     return {
         "path": str(corpus.path.resolve()),
-        "sha256": sha256_of_file(corpus.path),
+        "sha256": source.sha256,
         "format": " and ".join(sorted(corpus.reader.formats)),
-        "file_format": data_format,
+        "file_format": source.file_format,
         "read": counts.num_read,
         "kept": counts.num_kept,
         "dropped": dict(counts.dropped),
@@ -250,11 +259,11 @@ def print_sample(number: int, tokenizer: Any, conversation: Encoded) -> None:
     print(sample_text(tokenizer, conversation.tokens, trained, colour), flush=True)
 
 
-def print_counts(corpus: Corpus, data_format: str) -> None:
+def print_counts(corpus: Corpus, source: Source) -> None:
     """Everything that was read, ignored, dropped or cut, once."""
     counts = corpus.counts
     formats = ", ".join(f"{count} {name}" for name, count in sorted(corpus.reader.formats.items()))
-    print(f"---- read {counts.num_read} rows of {corpus.path} ({data_format}: {formats}) ----")
+    print(f"---- read {counts.num_read} rows of {corpus.path} ({source.file_format}: {formats}) ----")
     for name, count in corpus.reader.ignored_fields.most_common():
         print(f"not used: field {name!r} of {count} rows")
     for reason, count in counts.dropped.items():

@@ -4,14 +4,17 @@ torchrun --nproc-per-node N -m megatron.sft.train [train|resume] --load CKPT --d
 """
 
 import os
+import shutil
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.sft import device, metrics, processes
 from megatron.sft.errors import UserError, run
+from megatron.sft.manifest import write_json
 from megatron.sft.options import parse
 from megatron.sft.row_order import RowOrder
-from megatron.sft.run_plan import RunPlan, describe, resolve
+from megatron.sft.run_plan import RunPlan, describe, options_record, resolve
 
 if TYPE_CHECKING:
     from megatron.sft.batches import MicroBatch
@@ -42,7 +45,7 @@ def _train(plan: RunPlan) -> None:
         processes.say(f"resumed at iteration {iteration}, after {consumed:,} rows")
     else:
         training_state.load_start(engine)
-    options.save.mkdir(parents=True, exist_ok=True)
+    keep_settings(plan)
     metrics.forget_after(options.save, iteration)
     if iteration >= plan.train_iters:
         processes.say(f"nothing to do: the run has {plan.train_iters} steps and iteration {iteration} is saved")
@@ -59,6 +62,16 @@ def _train(plan: RunPlan) -> None:
             folder = training_state.save(engine, iteration, consumed)
             processes.say(f"saved {folder} in {time.monotonic() - started:.1f} s")
     processes.say(f"done: {plan.train_iters} steps, checkpoints in {options.save}\nnext: scripts/5_export.sh {options.save}")
+
+
+def keep_settings(plan: RunPlan) -> None:
+    """Keep the recipe and the resolved settings beside the checkpoints."""
+    folder, recipe = plan.options.save, plan.options.recipe
+    if processes.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        if recipe:
+            shutil.copyfile(recipe, folder / Path(recipe).name)
+        write_json(folder / "settings.json", options_record(plan.options))
 
 
 def _steps_until_log(

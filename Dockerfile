@@ -1,0 +1,22 @@
+# NVIDIA's PyTorch image plus requirements.txt. Nothing is compiled; the image's torch and Transformer Engine stay as they are.
+#
+#   docker build -t megatron-sft .
+#   docker run --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 -v "$PWD":"$PWD" -w "$PWD" -it --rm megatron-sft
+ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
+FROM ${BASE_IMAGE}
+
+WORKDIR /opt/megatron-sft
+COPY requirements.txt ./
+COPY scripts/lib scripts/lib
+# The environment sits on the image's Python. Every script uses it, also those of a repository that is mounted elsewhere.
+ENV MEGATRON_SFT_VENV=/opt/megatron-sft/.venv
+RUN PIP_NO_CACHE_DIR=1 bash -c 'source scripts/lib/common.sh && ensure_setup' && chmod -R a+rX /opt/megatron-sft
+COPY megatron megatron
+# A build has no GPU driver; the image's compatibility libraries stand in for it while importing.
+RUN LD_LIBRARY_PATH=$LD_LIBRARY_PATH:/usr/local/cuda/compat/lib.real:/usr/local/cuda/compat PYTHONNOUSERSITE=1 .venv/bin/python -c '\
+import importlib.metadata, os, torch, transformer_engine, megatron.core, transformers, datasets; \
+assert not torch.__file__.startswith("/opt/megatron-sft"), torch.__file__; \
+assert not transformer_engine.__file__.startswith("/opt/megatron-sft"), transformer_engine.__file__; \
+assert torch.version.cuda, "this torch has no CUDA"; \
+print("torch", torch.__version__, "CUDA", torch.version.cuda, "Transformer Engine", importlib.metadata.version("transformer_engine"))'
+WORKDIR /workspace

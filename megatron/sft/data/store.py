@@ -1,0 +1,131 @@
+"""Writes tokenised data: conversations go to a scratch file as they come, then row by row, as packed, into the result.
+
+Everything is written under temporary names beside the result and renamed at the end, the manifest last.
+"""
+
+import fcntl
+import hashlib
+import os
+from array import array
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+from megatron.sft.data.encoding import Encoded
+from megatron.sft.data.packing import Packing
+from megatron.sft.data.tokenized import MODE_FIRST, MODE_TRAINED, file_of, write_index
+from megatron.sft.errors import UserError
+from megatron.sft.manifest import sha256_of_file, write_json
+
+
+class ConversationStore:
+    """Tokens of conversations in a scratch file, and their lengths and runs in memory (about 16 bytes a turn).
+
+    A context manager: whatever happens, the temporary files are gone at its end. Those of a process that died are
+    written over; those of a process that lives are locked, and a second writer is refused.
+    """
+
+    def __init__(self, prefix: Path, dtype: "np.dtype[Any]") -> None:
+        self.prefix = prefix
+        self.dtype = dtype
+        self.lengths = array("q")
+        self.runs = array("q")  # alternately not trained and trained, for all conversations one after another
+        self.num_runs = array("q")
+        self.num_tokens = 0
+        self.num_trained = 0
+        self.max_token_id = -1
+        self._scratch = self._temporary("tokens")
+
+    def __enter__(self) -> "ConversationStore":
+        try:
+            self.prefix.parent.mkdir(parents=True, exist_ok=True)
+            # Not truncated before it is locked: another process may be writing it.
+            self._file: IO[bytes] = open(os.open(self._scratch, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.prefix.parent} ({error.strerror}): use --output-prefix") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(f"another process is writing {self.prefix}.*: wait for it to finish") from None
+        except OSError:
+            pass  # a file system without locks
+        self._file.truncate()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name in ("bin", "idx", "json", "tokens"):
+            self._temporary(name).unlink(missing_ok=True)
+        self._file.close()
+
+    def add(self, conversation: Encoded) -> None:
+        tokens = conversation.tokens
+        assert conversation.runs[0] > 0
+        assert sum(conversation.runs) == len(tokens)
+        self._file.write(tokens.astype(self.dtype).tobytes())
+        self.lengths.append(len(tokens))
+        self.runs.extend(conversation.runs)
+        self.num_runs.append(len(conversation.runs))
+        self.num_tokens += len(tokens)
+        self.num_trained += conversation.num_trained
+        self.max_token_id = max(self.max_token_id, int(tokens.max()))
+
+    def write(self, packing: Packing, manifest: dict[str, Any]) -> None:
+        """Write the rows of `packing` and put the finished files in place. `manifest` gets `files` added."""
+        num_bytes, digest = self._write_rows(packing)
+        write_index(self._temporary("idx"), self.dtype, *self._segments(packing))
+        files = {
+            "bin": {"bytes": num_bytes, "sha256": digest},
+            "idx": {"bytes": self._temporary("idx").stat().st_size, "sha256": sha256_of_file(self._temporary("idx"))},
+        }
+        write_json(self._temporary("json"), manifest | {"files": files})
+        self._put_in_place()
+
+    def _put_in_place(self) -> None:
+        """Rename the finished files, the manifest last: without it, .bin and .idx count as unfinished."""
+        file_of(self.prefix, "json").unlink(missing_ok=True)
+        try:
+            for name in ("bin", "idx", "json"):
+                os.replace(self._temporary(name), file_of(self.prefix, name))
+        except BaseException:
+            for name in ("bin", "idx"):
+                file_of(self.prefix, name).unlink(missing_ok=True)
+            raise
+
+    def _write_rows(self, packing: Packing) -> tuple[int, str]:
+        """Copy the conversations from the scratch file in packed order. Gives the number of bytes and their SHA-256."""
+        self._file.flush()
+        scratch = np.memmap(self._scratch, dtype=self.dtype, mode="r")
+        lengths = np.frombuffer(self.lengths, dtype=np.int64)
+        starts = np.cumsum(lengths) - lengths
+        digest, num_bytes = hashlib.sha256(), 0
+        with open(self._temporary("bin"), "wb") as file:
+            for row in range(packing.num_rows):
+                members = packing.conversations[packing.starts[row] : packing.starts[row + 1]]
+                pieces = [scratch[starts[one] : starts[one] + lengths[one]] for one in members]
+                content = np.concatenate(pieces).tobytes()
+                file.write(content)
+                digest.update(content)
+                num_bytes += len(content)
+            file.flush()
+            os.fsync(file.fileno())
+        return num_bytes, digest.hexdigest()
+
+    def _segments(self, packing: Packing) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lengths of all segments in packed order, the first segment of every row and one past the last, and modes."""
+        runs = np.frombuffer(self.runs, dtype=np.int64)
+        num_runs = np.frombuffer(self.num_runs, dtype=np.int64)
+        counts = num_runs[packing.conversations]
+        ends = np.concatenate([[0], np.cumsum(counts)])  # [conversations + 1], in packed order
+        place = np.arange(ends[-1]) - np.repeat(ends[:-1], counts)  # of a run in its conversation
+        first_runs = (np.cumsum(num_runs) - num_runs)[packing.conversations]
+        lengths = runs[np.repeat(first_runs, counts) + place]
+        modes = np.where(place % 2 == 1, MODE_TRAINED, 0) + np.where(place == 0, MODE_FIRST, 0)
+        return lengths, ends[packing.starts], modes.astype(np.int8)
+
+    def _temporary(self, name: str) -> Path:
+        return self.prefix.with_name(f".{self.prefix.name}.{name}.tmp")

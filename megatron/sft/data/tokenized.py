@@ -1,0 +1,140 @@
+"""Reads tokenised data: the .bin and .idx files of Megatron's IndexedDataset, and the .json manifest beside them.
+
+A document of the two files is a packed row, a sequence is a segment (a run of tokens with one role in training), and a
+sequence's mode byte says MODE_TRAINED and MODE_FIRST. Needs numpy alone, so that training can import it.
+"""
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.sft.errors import UserError
+from megatron.sft.manifest import read_json
+
+FORMAT = 1
+MODE_TRAINED = 1  # the loss is taken on predicting the tokens of this segment
+MODE_FIRST = 2  # the first segment of a conversation
+REBUILD = "run scripts/3_tokenize.sh again"
+
+# The .idx file: this header, then int32 lengths and int64 byte offsets of the sequences, int64 first sequences of the
+# documents and one past the last, int8 modes of the sequences.
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version 1, dtype code, number of sequences, documents + 1
+DTYPE_CODES = {"uint16": 8, "int32": 4}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed row. `trained` is never True for the first token of a conversation."""
+
+    tokens: np.ndarray  # [n] int64, token ids only
+    trained: np.ndarray  # [n] bool; True: the loss is taken on predicting this token
+    conversation_lengths: np.ndarray  # [c] int64, sums to n
+
+
+@dataclass(frozen=True)
+class Index:
+    """The contents of an .idx file."""
+
+    dtype: np.dtype[Any]
+    lengths: np.ndarray  # [segments] int32
+    pointers: np.ndarray  # [segments] int64, byte offsets into the .bin file
+    documents: np.ndarray  # [rows + 1] int64, first segment of each row
+    modes: np.ndarray  # [segments] int8
+
+
+def token_dtype(vocabulary_size: int) -> "np.dtype[Any]":
+    """Megatron's rule for what holds every token id: 2 bytes below 65,500 tokens, else 4."""
+    return np.dtype(np.uint16 if vocabulary_size < 65500 else np.int32)
+
+
+def file_of(prefix: Path, ending: str) -> Path:
+    """`prefix` + `.bin`, `.idx` or `.json`; a prefix may have dots of its own."""
+    return prefix.with_name(f"{prefix.name}.{ending}")
+
+
+class TokenizedRows:
+    """The rows of `prefix`.bin, .idx, .json. Opening refuses unfinished or damaged sets; a row costs a few slices."""
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = prefix
+        self.manifest: dict[str, Any] = read_json(file_of(prefix, "json"), "manifest of tokenised data", REBUILD)
+        if not isinstance(self.manifest, dict) or self.manifest.get("format") != FORMAT:
+            raise UserError(
+                f"{file_of(prefix, 'json')} is not a manifest of tokenised data, format {FORMAT}: {REBUILD}"
+            )
+        self._check_sizes()
+        self._index = read_index(file_of(prefix, "idx"))
+        num_tokens = int(self._index.lengths.sum(dtype=np.int64))
+        found = {"rows": len(self._index.documents) - 1, "tokens": num_tokens, "dtype": self._index.dtype.name}
+        for name, value in found.items():
+            if value != self.manifest.get(name):
+                raise UserError(f"{prefix}.idx has {name} {value}, its manifest {self.manifest.get(name)}: {REBUILD}")
+        self._tokens = np.memmap(file_of(prefix, "bin"), dtype=self._index.dtype, mode="r")
+        if len(self._tokens) != num_tokens:
+            raise UserError(f"{prefix}.bin has {len(self._tokens)} tokens, its .idx {num_tokens}: {REBUILD}")
+
+    def __len__(self) -> int:
+        return len(self._index.documents) - 1
+
+    def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        segments = slice(int(self._index.documents[index]), int(self._index.documents[index + 1]))
+        lengths, modes = self._index.lengths[segments], self._index.modes[segments]
+        start = int(self._index.pointers[segments.start]) // self._index.dtype.itemsize
+        tokens = np.array(self._tokens[start : start + int(lengths.sum())], dtype=np.int64)
+        trained = np.repeat((modes & MODE_TRAINED) != 0, lengths)
+        firsts = np.flatnonzero(modes & MODE_FIRST)
+        return Row(tokens, trained, np.add.reduceat(lengths, firsts, dtype=np.int64))
+
+    def _check_sizes(self) -> None:
+        for ending, expected in self.manifest["files"].items():
+            path = file_of(self.prefix, ending)
+            if not path.is_file():
+                raise UserError(f"{path} is missing, which the manifest beside it names: {REBUILD}")
+            if path.stat().st_size != expected["bytes"]:
+                raise UserError(
+                    f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}: {REBUILD}"
+                )
+
+
+def read_index(path: Path) -> Index:
+    """Map an .idx file; nothing is copied."""
+    try:
+        content = np.memmap(path, mode="r")
+        magic, version, code, num_segments, num_documents = INDEX_HEADER.unpack(content[: INDEX_HEADER.size].tobytes())
+    except (ValueError, struct.error):
+        raise UserError(f"{path} is empty or cut short: {REBUILD}") from None
+    names = {code: name for name, code in DTYPE_CODES.items()}
+    if magic != INDEX_MAGIC or version != 1 or code not in names:
+        raise UserError(f"{path} is not an index of tokenised data: {REBUILD}")
+    if len(content) != INDEX_HEADER.size + 13 * num_segments + 8 * num_documents:
+        raise UserError(f"{path} has {len(content)} bytes, not what its header says: {REBUILD}")
+    parts, offset = [], INDEX_HEADER.size
+    for kind, count in (
+        (np.int32, num_segments),
+        (np.int64, num_segments),
+        (np.int64, num_documents),
+        (np.int8, num_segments),
+    ):
+        parts.append(np.frombuffer(content, dtype=kind, count=count, offset=offset))
+        offset += parts[-1].nbytes
+    return Index(np.dtype(names[code]), *parts)
+
+
+def write_index(
+    path: Path, dtype: "np.dtype[Any]", lengths: np.ndarray, documents: np.ndarray, modes: np.ndarray
+) -> None:
+    """Write an .idx file, byte for byte what megatron-core's IndexedDatasetBuilder(multimodal=True) writes, without its
+    lists of Python numbers. Lengths and modes of the segments; `documents` as in `Index`."""
+    pointers = np.zeros(len(lengths), dtype=np.int64)
+    np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
+    pointers *= dtype.itemsize
+    with open(path, "wb") as file:
+        file.write(INDEX_HEADER.pack(INDEX_MAGIC, 1, DTYPE_CODES[dtype.name], len(lengths), len(documents)))
+        for part, kind in ((lengths, np.int32), (pointers, np.int64), (documents, np.int64), (modes, np.int8)):
+            file.write(np.ascontiguousarray(part, dtype=kind).tobytes())

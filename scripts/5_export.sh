@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Export a Megatron checkpoint to a Hugging Face model folder, which transformers and vLLM load.
+#
+#   bash scripts/5_export.sh CKPT HF_DIR OUT [ITERATION]
+#
+# CKPT       a checkpoint folder of 4_train.sh or 2_convert.sh, in any format and parallel layout
+# HF_DIR     the original model: config.json, tokenizer and chat template are taken from it
+# OUT        the folder to write
+# ITERATION  the latest unless given
+for lib in "$(dirname "$(readlink -f "$0")")"{,/..}/lib "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+# shellcheck source=scripts/lib/common.sh
+source "$lib/common.sh" || exit 2
+
+help_or_arguments 3 4 "$@"
+run_module export --load "$1" --hf-dir "$2" --output "$3" ${4:+--iteration "$4"}

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Convert a downloaded DeepSeek-R1-Distill-Qwen to a Megatron checkpoint in the classic format, CKPT_FORMAT=torch.
+#
+#   bash scripts/checkpoints/convert_deepseek_r1_to_megatron.sh SIZE [TP] [PP]
+#
+# SIZE is the end of the model's name, such as 1.5B; the model is in assets/checkpoints/deepseek_ai_DeepSeek_R1_Distill_Qwen_SIZE
+for lib in "$(dirname "$(readlink -f "$0")")"{,/..}/lib "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+# shellcheck source=scripts/lib/common.sh
+source "$lib/common.sh" || exit 2
+
+help_or_arguments 1 3 "$@"
+CKPT_FORMAT=${CKPT_FORMAT:-torch} exec bash "$ROOT/scripts/2_convert.sh" "$ASSETS_DIR/checkpoints/deepseek_ai_DeepSeek_R1_Distill_Qwen_$1" "${@:2}"

@@ -1,0 +1,62 @@
+# shellcheck shell=bash
+# What every script here shares: strict mode, ROOT, messages, and starting the Python modules. A script finds this file with
+# the two lines below, which also work through a symbolic link and in the copy that sbatch makes of a script:
+#
+#   for lib in "$(dirname "$(readlink -f "$0")")"{,/..}/lib "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+#   source "$lib/common.sh" || exit 2
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd)
+ASSETS_DIR=${ASSETS_DIR:-$ROOT/assets}
+# shellcheck source=scripts/lib/setup.sh
+source "$ROOT/scripts/lib/setup.sh"
+
+# die MESSAGE: what a user's mistake ends with. The message names the thing, its value and the next step.
+die() {
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+# usage: print the calling script's own header comment.
+usage() {
+  sed -n '2,/^[^#]/{/^#/!q; s/^# \{0,1\}//p;}' "$0"
+}
+
+# help_or_arguments MINIMUM MAXIMUM "$@": -h shows the usage and ends; a wrong number of arguments ends with its first line.
+help_or_arguments() {
+  local minimum=$1 maximum=$2
+  shift 2
+  case ${1-} in -h | --help) usage && exit 0 ;; esac
+  if (($# >= minimum && $# <= maximum)); then return; fi
+  die "${0##*/} got $# arguments: write $(usage | sed -n 's/^  *bash /bash /p' | head -n 1) (-h explains them)"
+}
+
+# run_module MODULE ARGUMENTS...: one Python process, in the user's folder, so that relative paths mean what they say.
+run_module() {
+  local module=$1
+  shift
+  ensure_setup
+  PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m "megatron.sft.$module" "$@"
+}
+
+# launch PROCESSES MODULE ARGUMENTS...: that many processes on this node, started by torchrun. It replaces the shell, so that
+# signals reach torchrun: make it a script's last line. On several nodes NNODES says how many; then either RDZV_ENDPOINT
+# (host:port of any one node) and RDZV_ID, or MASTER_ADDR, MASTER_PORT and each node's NODE_RANK say where they meet.
+launch() {
+  local processes=$1 module=$2 meet=(--standalone --local-addr localhost)
+  shift 2
+  if ((${NNODES:-1} > 1)); then
+    if [[ -n ${RDZV_ENDPOINT-} ]]; then
+      meet=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-megatron-sft}")
+    else
+      [[ -n ${MASTER_ADDR-} && -n ${NODE_RANK-} ]] || die "NNODES=$NNODES needs MASTER_ADDR and each node's NODE_RANK, or RDZV_ENDPOINT: set them"
+      meet=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+    fi
+  fi
+  ensure_setup
+  export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+  # 1: communication and computation keep the order they were issued in, which tensor-parallel overlap relies on.
+  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+  if ((processes > 1)); then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
+  exec "$PYTHON" -m megatron.sft.launch "${meet[@]}" --nproc-per-node "$processes" -m "megatron.sft.$module" "$@"
+}

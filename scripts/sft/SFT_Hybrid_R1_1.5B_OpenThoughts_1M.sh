@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Hybrid reasoning: DeepSeek-R1-Distill-Qwen-1.5B learns to answer after <think> or <short>.
+#
+#   bash scripts/sft/SFT_Hybrid_R1_1.5B_OpenThoughts_1M.sh [train|resume|plan]
+#
+# To make a recipe of your own, copy this file and edit it. A variable in the environment overrides the value here.
+root=$(cd "$(dirname "$(readlink -f "$0")")/../.." && pwd)
+
+: "${MODEL:=deepseek_ai_DeepSeek_R1_Distill_Qwen_1.5B}"
+: "${DATA:=Vinnnf-Hybrid-OpenThoughts2-1M-1.5B}"
+: "${SEQ_LENGTH:=16384}"
+: "${TENSOR_PARALLEL_SIZE:=1}"
+: "${PIPELINE_PARALLEL_SIZE:=1}"
+: "${CONTEXT_PARALLEL_SIZE:=1}"
+
+: "${MICRO_BATCH_SIZE:=1}"
+: "${GLOBAL_BATCH_SIZE:=128}" # the published model was trained on 64 A100
+: "${TRAIN_ITERS:=17000}"
+: "${LR_WARMUP_ITERS:=850}" # 5 % of the steps
+: "${LR:=1e-5}"
+: "${MIN_LR:=1e-6}"
+: "${LR_DECAY_STYLE:=cosine}"
+: "${WEIGHT_DECAY:=0.1}"
+: "${ADAM_BETA1:=0.9}"
+: "${ADAM_BETA2:=0.95}"
+: "${CLIP_GRAD:=1.0}"
+: "${PRECISION:=bf16}"
+
+: "${SPLIT:=999,1,0}"
+: "${LOG_INTERVAL:=10}"
+: "${SAVE_INTERVALS:=1000}"
+: "${EVAL_INTERVAL:=100}"
+: "${EVAL_ITERS:=10}"
+
+TAG=SFT_Hybrid_R1_1.5B_OpenThoughts_1M
+: "${PRETRAIN_CHECKPOINT_PATH:=$root/assets/checkpoints/${MODEL}_Megatron_TP${TENSOR_PARALLEL_SIZE}PP${PIPELINE_PARALLEL_SIZE}}"
+: "${DATA_PATH:=$root/assets/data/$DATA/Tokenized-$DATA-$MODEL-${SEQ_LENGTH}_text_document}"
+: "${OUTPUT_PATH:=$root/outputs/checkpoints/$TAG/train_iters_$TRAIN_ITERS}"
+
+# shellcheck source=scripts/4_train.sh
+source "$root/scripts/4_train.sh"

@@ -1,0 +1,61 @@
+"""Fixtures: tiny models made with transformers, tiny data, and real processes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder of a random Qwen2: untied, QKV biases, 3 layers, 2 KV heads, a vocabulary of 131 (odd)."""
+    return tiny.save_qwen2(tmp_path_factory.mktemp("models") / "tiny_qwen2", tied=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with tied embeddings."""
+    return tiny.save_qwen2(tmp_path_factory.mktemp("models") / "tiny_qwen2_tied", tied=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama in bfloat16: no biases, 5 layers, an explicit head_dim."""
+    return tiny.save_llama(tmp_path_factory.mktemp("models") / "tiny_llama")
+
+
+@pytest.fixture(scope="session")
+def converted(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_qwen2` as a torch_dist checkpoint."""
+    output = tmp_path_factory.mktemp("converted") / "tiny_qwen2_Megatron_TP1PP1"
+    tiny.run_module("convert", "--hf-dir", tiny_qwen2, "--output", output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def packed_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of tokenised data: 64 packed rows of up to 128 tokens."""
+    prefix = tmp_path_factory.mktemp("data") / "packed.v1"
+    return tiny.write_rows(prefix, tiny.random_rows(64, 128), length=128)
+
+
+@pytest.fixture(scope="session")
+def train(converted: Path, packed_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Train the tiny model; returns the run's folder. `train(processes, *options, mode="train", save=None)`."""
+
+    def start(processes: int, *options: object, mode: str = "train", save: Path | None = None, data: Path | None = None) -> Path:
+        folder = save or tmp_path_factory.mktemp("runs") / "run"
+        tiny.launch(
+            processes,
+            "train",
+            mode,
+            *("--load", converted, "--data-path", data or packed_rows, "--save", folder),
+            *("--precision", "fp32", "--lr", "1e-3", "--min-lr", "1e-4", "--train-iters", "10"),
+            *("--global-batch-size", "8", "--micro-batch-size", "2"),
+            *options,
+        )
+        return folder
+
+    return start

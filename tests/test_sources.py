@@ -1,0 +1,171 @@
+"""Rows and conversations: what is read from a file, and what every bad row is told."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.sft.data import sources
+from megatron.sft.data.conversations import Conversation, RowReader
+from megatron.sft.data.sources import file_format, read_rows
+from megatron.sft.errors import UserError
+
+
+def random_value(draw: random.Random, depth: int = 0) -> Any:
+    kind = draw.random()
+    if kind < 0.5:
+        return "".join(draw.choice('ab"\\{}[],\n\té🙂 ') for _ in range(draw.randrange(30)))
+    if kind < 0.6 or depth > 2:
+        return draw.choice([1, -2.5, True, None])
+    values = [random_value(draw, depth + 1) for _ in range(draw.randrange(4))]
+    return values if kind < 0.8 else dict(zip("wxyz", values, strict=False))
+
+
+@pytest.mark.parametrize("piece_bytes", [4, 7, 64, 1 << 20])
+def test_lines_and_arrays_of_any_shape_are_read_in_pieces_of_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    monkeypatch.setattr(sources, "PIECE_BYTES", piece_bytes)
+    draw = random.Random(piece_bytes)
+    path = tmp_path / "data.json"
+    for _ in range(40):
+        rows = [{name: random_value(draw) for name in "abc"} for _ in range(draw.randrange(1, 6))]
+        for text in (
+            json.dumps(rows),
+            json.dumps(rows, indent=2, ensure_ascii=False),
+            "\n".join(map(json.dumps, rows)),
+            "\r\n\n".join(map(json.dumps, rows)) + "\n",
+        ):
+            path.write_bytes(draw.choice([b"", b"\xef\xbb\xbf"]) + text.encode())
+            assert [row.fields for row in read_rows(path)] == rows
+
+
+def test_an_array_is_recognised_by_content_and_rows_know_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('\n [\n {"a": 1},\n\n {"a":\n 2}, {"a": 3}]\n')
+    assert file_format(path) == "json array"
+    assert [(row.line, row.fields["a"]) for row in read_rows(path)] == [(3, 1), (5, 2), (6, 3)]
+    path.write_text('{"a": 1}\n\n{"a": 2}')
+    assert file_format(path) == "json lines"
+    assert [(row.line, row.end) for row in read_rows(path)] == [(1, 9), (3, 18)]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b'{"a": 1}\n{"a":', "line 2: not valid JSON"),
+        (b'{"a": 1}\n[1]\n', "line 2: the row is a list"),
+        (b'{"a": "\xff"}', "line 1: byte 8 of the row is not UTF-8"),
+        (b'{"a": "\\ud83d"}', "line 1: not valid JSON"),
+        (b'{"a": NaN}', "line 1: not valid JSON"),
+        (b'[{"a": 1}\n,]', "line 2: `,` before the end"),
+        (b'[{"a": 1}\n{"b": 2}]', "line 2: expected `,` or `]`"),
+        (b'[{"a": 1}', "not closed with `]`"),
+        (b'[{"a": 1},', "not closed with `]`"),
+        (b'[\n{"a": "x', "line 2: the file ends inside this row"),
+        (b'[\n{"a": [1}, {"a": 2}]', "line 2: not valid JSON"),
+        (b'[\n{"a": "x\n"}]', "line 2: not valid JSON"),
+        (b"[\n1, 2]", "line 2: the row is a number"),
+        (b"[{}]\n x", "line 2: b'x' after the end"),
+        (b" \n ", "is empty"),
+        (b"\x1f\x8b\x08", "gzip-compressed: unpack it"),
+        (b"PAR1", "a parquet file"),
+        (b"\xff\xfe{\x00", "UTF-16"),
+    ],
+)
+def test_a_file_that_is_no_data_is_refused_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "data.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        list(read_rows(path))
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_memory_is_bounded_by_rows_and_not_by_the_file(tmp_path: Path) -> None:
+    import tracemalloc
+
+    path = tmp_path / "data.json"
+    row = json.dumps({"instruction": "q" * 1000, "output": "a" * 1000})
+    path.write_text("[" + ",\n".join([row] * 10_000) + "]")
+    tracemalloc.start()
+    assert sum(1 for _ in read_rows(path)) == 10_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20  # of 20 MB
+
+
+ASKED = {"role": "user", "content": "Q"}
+ANSWERED = {"role": "assistant", "content": "A"}
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ({"instruction": "Q", "output": "A"}, [ASKED, ANSWERED]),
+        ({"instruction": "Q", "input": "", "output": "A", "system": None}, [ASKED, ANSWERED]),
+        (
+            {"instruction": "Q", "input": "more", "output": "A", "system": "S"},
+            [{"role": "system", "content": "S"}, {"role": "user", "content": "Q\nmore"}, ANSWERED],
+        ),
+        ({"messages": [ASKED, ANSWERED]}, [ASKED, ANSWERED]),
+        (
+            {"messages": [{"role": "system", "content": ""}, ASKED, ANSWERED]},
+            [{"role": "system", "content": ""}, ASKED, ANSWERED],
+        ),
+        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, [ASKED, ANSWERED]),
+        (
+            {"id": 7, "conversations": [ASKED, ANSWERED], "system": "S"},
+            [{"role": "system", "content": "S"}, ASKED, ANSWERED],
+        ),
+    ],
+)
+def test_every_format_becomes_messages(row: dict[str, Any], expected: Conversation) -> None:
+    assert RowReader().conversation(row) == expected
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"question": "Q", "answer": "A"}, "fields are 'question', 'answer'; expected 'instruction' and 'output'"),
+        ({"instruction": "Q"}, "field 'output' is missing"),
+        ({"instruction": "Q", "output": None}, "field 'output' is null: it must be text"),
+        ({"instruction": "Q", "output": " \n"}, "field 'output' is empty"),
+        ({"instruction": ["Q"], "output": "A"}, "field 'instruction' is a list: it must be text"),
+        ({"instruction": "Q", "output": "A", "input": 3}, "field 'input' is a number"),
+        ({"instruction": "Q", "output": "A", "history": [["a", "b"]]}, "field 'history' is not supported"),
+        ({"instruction": "Q", "output": "A", "messages": []}, "several formats (messages and instruction)"),
+        ({"messages": []}, "'messages' is an empty list"),
+        ({"messages": "hello"}, "'messages' is text: it must be a list"),
+        ({"messages": [ASKED, "A"]}, "messages[1] is text"),
+        ({"messages": [ASKED, {"role": "assistant"}]}, "field 'messages[1].content' is missing"),
+        ({"messages": [ASKED, {"role": "bot", "content": "A"}]}, "messages[1].role is 'bot', an unknown role"),
+        ({"conversations": [{"from": "user?", "value": "Q"}]}, "conversations[0].from is 'user?', an unknown role"),
+        ({"messages": [ASKED, ANSWERED | {"tool_calls": [{}]}]}, "field 'messages[1].tool_calls' is not supported"),
+        ({"messages": [ASKED, ANSWERED | {"weight": 0}]}, "field 'messages[1].weight' is not supported"),
+        ({"messages": [ASKED, ANSWERED, ASKED]}, "the last turn is 'user'"),
+        ({"messages": [ANSWERED]}, "turn 0 ('assistant') is the first, not 'system' or 'user'"),
+        ({"messages": [ASKED, ASKED, ANSWERED]}, "turn 1 ('user') follows 'user', not 'assistant'"),
+        (
+            {"messages": [ASKED, ANSWERED, {"role": "system", "content": "S"}, ANSWERED]},
+            "turn 2 ('system') follows 'assistant'",
+        ),
+    ],
+)
+def test_a_bad_row_is_refused_with_its_field(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        RowReader().conversation(row)
+    assert message in str(error.value)
+
+
+def test_columns_are_renamed_and_unused_ones_counted() -> None:
+    reader = RowReader({"problem": "instruction", "solution": "output"})
+    rows = [{"problem": "Q", "solution": "A", "id": 1}, {"problem": "Q", "solution": "A", "id": 2, "url": ""}]
+    assert [reader.conversation(row) for row in rows] == [[ASKED, ANSWERED]] * 2
+    assert reader.ignored_fields == {"id": 2, "url": 1}
+    with pytest.raises(UserError, match="field 'problem' is missing"):
+        reader.conversation({"solution": "A"})
+    with pytest.raises(UserError, match="both 'problem' and 'instruction'"):
+        reader.conversation({"problem": "Q", "instruction": "Q", "solution": "A"})
