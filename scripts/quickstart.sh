@@ -43,7 +43,7 @@ bash scripts/2_convert.sh "$model" 2 1
 step "Step 3 of 5: turn the data into packed rows of 256 tokens"
 bash scripts/3_tokenize.sh "$model" "$data" 256
 
-step "Step 4 of 5: train, about two minutes"
+step "Step 4 of 5: train, one to two minutes"
 bash scripts/sft/SFT_Quickstart.sh train
 run_module plot "$out/checkpoints" --output "$out/loss.png" --title "Quickstart: sorting names"
 

@@ -3,6 +3,7 @@
 A control token (`<think>`, `<short>`) is put after the generation prompt: the model goes on as if it had chosen it itself.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,8 @@ class ChatModel:
         answers: dict[int, Answer] = {}
         for start in range(0, len(order), decoding.batch_size):
             batch = order[start : start + decoding.batch_size]
-            for index, (text, finished) in zip(batch, self.generate([prompts[i] for i in batch], decoding), strict=True):
+            texts = self.generate([prompts[index] for index in batch], decoding)
+            for index, (text, finished) in zip(batch, texts, strict=True):
                 answers[index] = Answer(control + text, finished)
             progress(len(batch))
         return [answers[index] for index in range(len(prompts))]
@@ -118,7 +120,9 @@ def load_chat_model(folder: Path, dtype: str = "auto") -> ChatModel:
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist: export one with scripts/5_export.sh, or mend the path")
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json: give a Hugging Face model folder (scripts/5_export.sh makes one)")
+        raise UserError(
+            f"{folder} has no config.json: give a Hugging Face model folder (scripts/5_export.sh makes one)"
+        )
     tokenizer = load_tokenizer(folder)
     import transformers
 
@@ -140,10 +144,8 @@ def load_chat_model(folder: Path, dtype: str = "auto") -> ChatModel:
 def _stop_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
     """The folder's end tokens, and the one that the chat template writes after an answer, which training teaches."""
     template = ChatTemplate(tokenizer)
-    try:
+    with contextlib.suppress(UserError):  # a template that cannot be trained with may still be talked to
         template.render([{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}])
-    except UserError:
-        pass  # a template that cannot be trained with may still be talked to
     eos = generation_config.eos_token_id
     named = eos if isinstance(eos, list) else [eos]
     stop_ids = {token for token in (*named, tokenizer.eos_token_id, *template.end_of_turn_ids) if token is not None}

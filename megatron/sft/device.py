@@ -145,6 +145,7 @@ def _quieten() -> None:
         ".*deprecat.*",
         "Setting the shape",
         "TypedStorage is deprecated",
+        "The .grad attribute of a Tensor that is not a leaf",
     ):
         warnings.filterwarnings("ignore", message=text)
     for category in (FutureWarning, DeprecationWarning):

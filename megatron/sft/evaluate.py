@@ -1,6 +1,6 @@
 """Exact match of a model's answers on a data file: `bash scripts/7_evaluate.sh HF_DIR FILE`, which runs
 
-    python -m megatron.sft.evaluate HF_DIR heldout.json --control "<short>" --control "<think>"
+python -m megatron.sft.evaluate HF_DIR heldout.json --control "<short>" --control "<think>"
 """
 
 import argparse
@@ -154,7 +154,9 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="evaluate", description="Exact match of a model's answers on a data file.")
     parser.add_argument("hf_dir", type=Path)
     parser.add_argument("data", type=Path, help="instruction/output or messages rows; the last answer is the reference")
-    parser.add_argument("--control", action="append", help="ask with this token first, such as <think>; may be repeated")
+    parser.add_argument(
+        "--control", action="append", help="ask with this token first, such as <think>; may be repeated"
+    )
     parser.add_argument("--limit", type=int, help="only the first questions")
     parser.add_argument("--max-new-tokens", type=int, default=Decoding.max_new_tokens)
     parser.add_argument("--batch-size", type=int, default=Decoding.batch_size)

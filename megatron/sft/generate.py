@@ -1,6 +1,6 @@
 """Talk to a model: `bash scripts/6_generate.sh HF_DIR [PROMPT|FILE]`, which runs
 
-    python -m megatron.sft.generate HF_DIR "Sort these names: Tom Ada" --control "<think>"
+python -m megatron.sft.generate HF_DIR "Sort these names: Tom Ada" --control "<think>"
 """
 
 import argparse
@@ -16,7 +16,9 @@ from megatron.sft.errors import UserError, run
 from megatron.sft.manifest import write_text
 
 DATA_ENDINGS = (".json", ".jsonl")
-CHAT_HELP = "/new starts again, /control <TOKEN> begins answers with it (/control alone: with none), /quit or Ctrl-D ends"
+CHAT_HELP = (
+    "/new starts again, /control <TOKEN> begins answers with it (/control alone: with none), /quit or Ctrl-D ends"
+)
 
 
 class TextStream:

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +47,9 @@ def launch(arguments: Sequence[str]) -> int:
         # torchrun's warnings and its table of failures repeat what the failing process has said.
         logging.disable(logging.ERROR)
     try:
-        run(parse_args(list(arguments)))
+        # Without a folder of its own torchrun leaves one in /tmp for every run.
+        with tempfile.TemporaryDirectory(prefix="megatron-sft-") as logs:
+            run(parse_args(["--log-dir", logs, *arguments]))
     except ChildFailedError as error:
         return failure_status(error)
     except SignalException as error:

@@ -46,36 +46,52 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+class OutputHead(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
+    """The output layer, computing the loss instead of all logits.
+
+    It stays a module of its own because megatron-core waits for a module's gathered parameters when the module is called.
+    """
+
+    def forward(self, hidden: Tensor, weight: Tensor, batch: MicroBatch, vocab_size: int, logits: bool) -> Tensor:
+        """hidden: [t / TP with sequence parallelism, 1, hidden size]. Returns what `SFTModel.forward` does."""
+        if self.sequence_parallel:
+            # Each rank's head gives a part of the gradient; the gather's backward sums the parts and scatters.
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        hidden = hidden.squeeze(1)  # [t, hidden]
+        if logits:
+            local = hidden @ weight.t()
+            return tensor_parallel.gather_from_tensor_model_parallel_region(local, group=self.tp_group)[:, :vocab_size]
+        trained = hidden.index_select(0, batch.targets.positions)  # [n, hidden]
+        return weighted_cross_entropy(trained, weight, batch.targets, vocab_size, self.tp_group)
+
+
 class SFTModel(GPTModel):  # type: ignore[misc]
     """A GPTModel that takes a `MicroBatch` and returns the summed loss of its trained tokens (on the last stage)."""
 
-    true_vocab_size: int
+    def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.true_vocab_size = true_vocab_size
+        if self.post_process:
+            # GPTModel makes its output layer itself; only what it computes is changed.
+            self.output_layer.__class__ = OutputHead
 
     def forward(self, batch: MicroBatch, logits: bool = False) -> Tensor:
         """The summed loss as a float32 scalar on the last pipeline stage, hidden states [t, 1, hidden] on the others.
 
         logits=True gives [t, vocabulary] instead of the loss, gathered over TP and without padded rows, for comparisons.
         """
-        hidden = super().forward(batch.tokens, batch.positions, None, packed_seq_params=batch.packed)
+        hidden: Tensor = super().forward(batch.tokens, batch.positions, None, packed_seq_params=batch.packed)
         if not self.post_process:
             return hidden
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        group = self.pg_collection.tp
-        if self.config.sequence_parallel:
-            # Each rank's head gives a part of the gradient; the gather's backward sums the parts and scatters.
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=group)
-        else:
-            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=group)
-        hidden = hidden.squeeze(1)  # [t, hidden]
-        if logits:
-            local = hidden @ weight.t()
-            return tensor_parallel.gather_from_tensor_model_parallel_region(local, group=group)[:, : self.true_vocab_size]
-        trained = hidden.index_select(0, batch.targets.positions)  # [n, hidden]
-        return weighted_cross_entropy(trained, weight, batch.targets, self.true_vocab_size, group)
+        result: Tensor = self.output_layer(hidden, weight, batch, self.true_vocab_size, logits)
+        return result
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # GPTModel would form all logits here; the head above needs the hidden states.
+        # GPTModel would form all logits here; the head takes the hidden states.
         return hidden_states
 
 
@@ -142,8 +158,8 @@ def build_model(shape: Shape, layout: Layout, config: TransformerConfig) -> SFTM
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=int(shape.rope_theta),
+        true_vocab_size=shape.vocab_size,
     )
-    model.true_vocab_size = shape.vocab_size
     _mark_split_parameters(model)
     return model.to(device.current())
 

@@ -1,6 +1,6 @@
 """The loss curve of one run or several as a PNG, from metrics.jsonl. `tools/plot_loss.py RUN...` runs
 
-    python -m megatron.sft.plot outputs/checkpoints/RUN --output loss.png
+python -m megatron.sft.plot outputs/checkpoints/RUN --output loss.png
 """
 
 import argparse
@@ -44,7 +44,9 @@ def read_curve(run_path: Path, name: str) -> Curve:
         try:
             _add(curve, json.loads(line))
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number} is no line of metrics: give the file that training writes") from None
+            raise UserError(
+                f"{path}, line {number} is no line of metrics: give the file that training writes"
+            ) from None
     if not curve.iterations:
         raise UserError(f"{path} has no training step yet: wait for the first log line")
     return curve
@@ -86,11 +88,9 @@ def draw(curves: Sequence[Curve], output: Path, title: str) -> None:
         axes.plot(curve.iterations, curve.losses, color=colour, alpha=0.3, linewidth=0.8, label=raw_label)
         axes.plot(curve.iterations, smoothed(curve.losses), color=colour, linewidth=1.8, label=f"{label} (smoothed)")
         if curve.validation_losses:
-            axes.plot(
-                *(curve.validation_iterations, curve.validation_losses),
-                **{"color": colour, "marker": "o", "markersize": 6, "linestyle": "none", "markeredgecolor": "black"},
-                label=label.replace("loss", "validation loss"),
-            )
+            validation = label.replace("loss", "validation loss")
+            points = (curve.validation_iterations, curve.validation_losses)
+            axes.plot(*points, "o", color=colour, markersize=6, markeredgecolor="black", label=validation)
         lr_axes.plot(curve.iterations, curve.lrs, color=colour, alpha=0.6, linewidth=1.0, linestyle=":")
     _dress(axes, lr_axes, curves, title)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """The tiny model and data set of scripts/quickstart.sh: sorting names, with `<short>` and `<think>` answers.
 
-    python -m megatron.sft.quickstart data                    remake the files in assets/quickstart
-    python -m megatron.sft.quickstart model OUT_DIR           a Hugging Face folder with weights from a seed
-    python -m megatron.sft.quickstart report --before B.json --after A.json --metrics metrics.jsonl ... --output report.json
+python -m megatron.sft.quickstart data                    remake the files in assets/quickstart
+python -m megatron.sft.quickstart model OUT_DIR           a Hugging Face folder with weights from a seed
+python -m megatron.sft.quickstart report --before B.json --after A.json --metrics metrics.jsonl ... --output report.json
 """
 
 import argparse
@@ -21,8 +21,9 @@ from megatron.sft.errors import UserError, run
 from megatron.sft.manifest import read_json, sha256_of_file, write_json, write_text
 
 NAMES = (
-    "Ada Ben Cal Dan Eva Fay Gus Hal Ida Jon Kim Leo Mia Ned Ola Pam Quin Ray Sam Tom Una Val Wes Xia Yan Zoe"
-).split()
+    *("Ada", "Ben", "Cal", "Dan", "Eva", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Leo", "Mia"),
+    *("Ned", "Ola", "Pam", "Quin", "Ray", "Sam", "Tom", "Una", "Val", "Wes", "Xia", "Yan", "Zoe"),
+)
 SHORT, THINK, END_THINK = "<short>", "<think>", "</think>"
 # How Qwen2 cuts text before its byte-pair merges; transformers 5 puts this in place whatever tokenizer.json says.
 QWEN2_PIECES = (
@@ -35,7 +36,13 @@ NUM_HELD_OUT_QUESTIONS = 240
 SEED = 2024
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets" / "quickstart"
-MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 SOURCE_MANIFEST = "quickstart.json"
 
 
@@ -111,7 +118,8 @@ def make_tokenizer(seed: int = SEED) -> Any:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=1000, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
     training, _ = make_questions(seed)
-    texts = [text for q in training for text in ("user\n", "assistant\n", "system\n", q.text, f" {q.work}", f" {q.answer}")]
+    roles = ("user\n", "assistant\n", "system\n")
+    texts = [text for q in training for text in (*roles, q.text, f" {q.work}", f" {q.answer}")]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in (SHORT, THINK, END_THINK)])
@@ -130,7 +138,8 @@ def make_model_folder(output: Path, seed: int = SEED) -> bool:
     beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         _write_model(beside, seed)
-        write_json(beside / SOURCE_MANIFEST, {"sources": sources, "weights": sha256_of_file(beside / "model.safetensors")})
+        weights_sha256 = sha256_of_file(beside / "model.safetensors")
+        write_json(beside / SOURCE_MANIFEST, {"sources": sources, "weights": weights_sha256})
         beside.chmod(0o755)
         if output.exists():
             output.rename(old := output.with_name(f".{output.name}.old.{os.getpid()}"))
@@ -167,7 +176,7 @@ def _write_model(folder: Path, seed: int) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """What the quickstart leaves behind as figures."""
+    """What the quickstart leaves behind as figures. The losses are those of the first and the last line of the log."""
 
     exact_match_before: float
     exact_match_after: float

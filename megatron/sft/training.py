@@ -69,6 +69,7 @@ class Engine:
             ),
             module,
         )
+        _count_padding(self.model)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -105,7 +106,6 @@ class Engine:
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
         config.no_sync_func = self.model.no_sync
-        config.param_sync_func = self.model.start_param_sync
 
     @property
     def module(self) -> SFTModel:
@@ -167,6 +167,18 @@ def _report_loss(batch: MicroBatch, summed_loss: Tensor) -> tuple[Tensor, Tensor
     counts = torch.stack([batch.loss_count, torch.full_like(batch.loss_count, len(batch.targets.ids))]).double()
     report = torch.cat([summed_loss.detach().double()[None], counts])
     return summed_loss, batch.loss_count.to(torch.int), {"loss": report}
+
+
+def _count_padding(model: DistributedDataParallel) -> None:
+    """Have the optimizer state saved with the padding between buckets, which its parameters' positions count.
+
+    megatron-core 0.16 leaves the padding out of the gathered state and then reads every parameter behind it from the wrong
+    place: a checkpoint of a model with several buckets would hold shifted weights and moments.
+    """
+    for buffer in [*model.buffers, *model.expert_parallel_buffers]:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _recompute(word: str) -> dict[str, Any]:

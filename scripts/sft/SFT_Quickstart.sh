@@ -12,7 +12,7 @@ root=$(cd "$(dirname "$(readlink -f "$0")")/../.." && pwd)
 
 : "${MICRO_BATCH_SIZE:=8}"
 : "${GLOBAL_BATCH_SIZE:=8}"
-: "${TRAIN_ITERS:=400}"
+: "${TRAIN_ITERS:=600}"
 : "${LR_WARMUP_ITERS:=30}"
 : "${LR:=3e-3}" # the weights begin at random; a model that knows something takes a hundredth of it
 : "${MIN_LR:=1.5e-4}"

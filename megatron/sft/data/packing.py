@@ -1,6 +1,11 @@
-"""Packs conversations into rows of at most a given length: best fit, longest first. Only the lengths are needed."""
+"""Packs conversations into rows of at most a given length: best fit, longest first. Only the lengths are needed.
 
-from dataclasses import dataclass
+Conversations may be in groups (the short and the long answer to one question). A group that fits stands in one row. The
+rows of one that does not are a *unit*: they stand one after another, and training keeps them together.
+"""
+
+import bisect
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,6 +18,8 @@ class Packing:
 
     conversations: np.ndarray  # [number of conversations] int64, each index once
     starts: np.ndarray  # [number of rows + 1] int64
+    joined: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    """[number of rows] bool, True: the row is of one unit with the row before it; empty: every row is a unit."""
 
     @property
     def num_rows(self) -> int:
@@ -27,18 +34,47 @@ def pack_rows(lengths: np.ndarray, row_length: int, seed: int) -> Packing:
     """
     assert len(lengths) == 0 or (lengths.min() >= 1 and lengths.max() <= row_length)
     keys = random_keys(len(lengths), seed)
-    order = np.lexsort((keys, -lengths.astype(np.int64)))
-    distinct, counts = np.unique(lengths, return_counts=True)
-    row_of_slot, num_rows = _place(distinct[::-1].tolist(), counts[::-1].tolist(), row_length)
-    row_of = np.empty(len(lengths), dtype=np.int64)
-    row_of[order] = row_of_slot
-    return _ordered(row_of, num_rows, keys, seed)
+    row_of, num_rows = _best_fit(lengths, keys, row_length, [])
+    return _ordered(row_of, np.arange(num_rows), keys, seed)
 
 
 def single_rows(num_conversations: int, seed: int) -> Packing:
     """Every conversation alone in a row, rows in random order."""
-    keys = random_keys(num_conversations, seed)
-    return _ordered(np.arange(num_conversations, dtype=np.int64), num_conversations, keys, seed)
+    row_of = np.arange(num_conversations, dtype=np.int64)
+    return _ordered(row_of, row_of, random_keys(num_conversations, seed), seed)
+
+
+def pack_groups(lengths: np.ndarray, groups: np.ndarray, row_length: int, seed: int) -> Packing:
+    """`pack_rows` of groups: groups[i] is the number of conversation i's group, from 0 on, none left out.
+
+    Groups longer than a row are packed first, each into rows of its own; whole groups then go into the room that is left
+    in these and into new rows, so a unit has the rows of one long group at most.
+    """
+    assert len(lengths) == 0 or (lengths.min() >= 1 and lengths.max() <= row_length)
+    keys = random_keys(len(lengths), seed)
+    group_lengths = np.bincount(groups, weights=lengths).astype(np.int64)
+    fits = group_lengths <= row_length
+    long_ones = np.flatnonzero(~fits[groups])
+    long_ones = long_ones[np.lexsort((keys[long_ones], -lengths[long_ones], groups[long_ones]))]
+    long_rows, rooms, units = _pack_each(lengths[long_ones].tolist(), groups[long_ones].tolist(), row_length)
+
+    row_of = np.empty(len(lengths), dtype=np.int64)
+    row_of[long_ones] = long_rows
+    short_groups = np.flatnonzero(fits)
+    group_keys = random_keys(len(group_lengths), seed + 2)[short_groups]
+    row_of_group = np.empty(len(group_lengths), dtype=np.int64)
+    row_of_group[short_groups], num_rows = _best_fit(group_lengths[short_groups], group_keys, row_length, rooms)
+    short_ones = fits[groups]
+    row_of[short_ones] = row_of_group[groups[short_ones]]
+    num_units = units[-1] + 1 if units else 0
+    unit_of_row = np.concatenate([units, num_units + np.arange(num_rows - len(units))]).astype(np.int64)
+    return _ordered(row_of, unit_of_row, keys, seed)
+
+
+def single_rows_of_groups(groups: np.ndarray, seed: int) -> Packing:
+    """Every conversation alone in a row, the rows of a group one after another, groups in random order."""
+    row_of = np.arange(len(groups), dtype=np.int64)
+    return _ordered(row_of, groups, random_keys(len(groups), seed), seed)
 
 
 def random_keys(count: int, seed: int) -> np.ndarray:
@@ -50,25 +86,67 @@ def random_keys(count: int, seed: int) -> np.ndarray:
     return np.asarray(state ^ (state >> np.uint64(31)))
 
 
-def _ordered(row_of: np.ndarray, num_rows: int, keys: np.ndarray, seed: int) -> Packing:
-    """Shuffle the rows, and the conversations within each."""
+def _ordered(row_of: np.ndarray, unit_of_row: np.ndarray, keys: np.ndarray, seed: int) -> Packing:
+    """Shuffle the units of rows, and the conversations within each row."""
+    num_rows = len(unit_of_row)
+    num_units = int(unit_of_row.max()) + 1 if num_rows else 0
+    order = np.lexsort((np.arange(num_rows), random_keys(num_units, seed + 1)[unit_of_row]))
     rank = np.empty(num_rows, dtype=np.int64)
-    rank[np.argsort(random_keys(num_rows, seed + 1), kind="stable")] = np.arange(num_rows)
+    rank[order] = np.arange(num_rows)
     shuffled_row_of = rank[row_of]
     starts = np.zeros(num_rows + 1, dtype=np.int64)
     np.cumsum(np.bincount(shuffled_row_of, minlength=num_rows), out=starts[1:])
-    return Packing(np.lexsort((keys, shuffled_row_of)).astype(np.int64), starts)
+    units = unit_of_row[order]
+    joined = np.zeros(num_rows, dtype=bool)
+    joined[1:] = units[1:] == units[:-1]
+    return Packing(np.lexsort((keys, shuffled_row_of)).astype(np.int64), starts, joined)
 
 
-def _place(lengths: list[int], counts: list[int], row_length: int) -> tuple[np.ndarray, int]:
-    """The row of every conversation, conversations in the order of `lengths` (falling), `counts` of each.
+def _best_fit(lengths: np.ndarray, keys: np.ndarray, row_length: int, rooms: list[int]) -> tuple[np.ndarray, int]:
+    """The row of each length, and the number of rows. Rows 0 to len(rooms) - 1 are there already and have these rooms."""
+    order = np.lexsort((keys, -lengths.astype(np.int64)))
+    distinct, counts = np.unique(lengths, return_counts=True)
+    row_of_slot, num_rows = _place(distinct[::-1].tolist(), counts[::-1].tolist(), row_length, rooms)
+    row_of = np.empty(len(lengths), dtype=np.int64)
+    row_of[order] = row_of_slot
+    return row_of, num_rows
+
+
+def _pack_each(lengths: list[int], groups: list[int], row_length: int) -> tuple[list[int], list[int], list[int]]:
+    """Best fit within each group, lengths falling in it. Gives the row of each, and the rooms and units of the rows."""
+    rows: list[int] = []
+    rooms: list[int] = []
+    units: list[int] = []
+    open_rows: list[tuple[int, int]] = []  # (room, row) of the group's rows, sorted
+    for index, (length, group) in enumerate(zip(lengths, groups, strict=True)):
+        if index == 0 or group != groups[index - 1]:
+            open_rows = []
+        best = bisect.bisect_left(open_rows, (length, -1))
+        if best < len(open_rows):
+            room, row = open_rows.pop(best)
+        else:
+            room, row = row_length, len(rooms)
+            units.append((units[-1] + (not open_rows)) if units else 0)
+            rooms.append(room)
+        rooms[row] = room - length
+        bisect.insort(open_rows, (rooms[row], row))
+        rows.append(row)
+    return rows, rooms, units
+
+
+def _place(lengths: list[int], counts: list[int], row_length: int, given: list[int]) -> tuple[np.ndarray, int]:
+    """The row of every conversation, conversations in the order of `lengths` (falling), `counts` of each; and the number
+    of rows, those with the rooms `given` included.
 
     All conversations of one length are placed together: rows[room] lists the rows with that much room, and the bits of
     `rooms` say which lists are not empty, so that the least sufficient room is one shift away. A row that took a
     conversation and has room for another of the length is again the best one, so it takes as many as it can.
     """
     rows: list[list[int]] = [[] for _ in range(row_length + 1)]
-    rooms, num_rows = 0, 0
+    rooms, num_rows = 0, len(given)
+    for row, room in enumerate(given):
+        rows[room].append(row)
+        rooms |= 1 << room
     placed: list[int] = []
     for length, count in zip(lengths, counts, strict=True):
         while count:
