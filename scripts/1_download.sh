@@ -9,7 +9,7 @@
 #
 # ASSETS_DIR      another folder than assets          REVISION  a branch, tag or commit (option --revision)
 # SPLIT, CONFIG   which rows of a data set (--split, default train; --config)
-# COLUMNS         new names of its columns, as "problem=instruction solution=output" (--map-column problem=instruction)
+# MAP_COLUMNS     new names of its columns, as "problem=instruction solution=output" (--map-column problem=instruction)
 # HF_TOKEN        for private and gated repositories  HF_ENDPOINT  the address of a mirror
 for lib in "$(dirname "$(readlink -f "$0")")"{,/..}/lib "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
 # shellcheck source=scripts/lib/common.sh
@@ -21,8 +21,7 @@ kind=$1
 options=(--assets-dir "$ASSETS_DIR" ${REVISION:+--revision "$REVISION"})
 if [[ $kind == dataset ]]; then
   options+=(${SPLIT:+--split "$SPLIT"} ${CONFIG:+--config "$CONFIG"})
-  # A mere number is the width of the terminal, which shells keep under the same name.
-  if [[ ${COLUMNS-} == *[!0-9]* ]]; then read -ra columns <<<"$COLUMNS"; else columns=(); fi
+  read -ra columns <<<"${MAP_COLUMNS-}"
   for column in "${columns[@]}"; do options+=(--map-column "$column"); done
 fi
 run_module download "$kind" "${options[@]}" "${@:2}"

@@ -11,6 +11,8 @@
 #   OVERLONG=drop      drop, truncate or error: what to do with conversations longer than LENGTH
 #   SEED=1234          decides the order of rows and what shares a row
 #   PACKING=1          0: one conversation a row
+#   GROUP_KEY=         field of the data, such as instruction: conversations of rows with the same value (the short and the long
+#                      answer to one question) stay in one row or in rows that training keeps in one global batch
 #   NUM_WORKERS=       threads of the tokenizer; all processors if empty
 #   MAP_COLUMNS=       columns to rename: "OLD=NEW OLD=NEW", such as problem=instruction
 #
@@ -23,15 +25,17 @@ help_or_arguments 3 3 "$@"
 : "${OVERLONG:=drop}"
 : "${SEED:=1234}"
 : "${PACKING:=1}"
+: "${GROUP_KEY:=}"
 : "${NUM_WORKERS:=}"
 : "${MAP_COLUMNS:=}"
 
 arguments=(--tokenizer "$1" --input "$2" --seq-length "$3" --overlong "$OVERLONG" --seed "$SEED")
 case "$PACKING" in
-1) ;;
-0) arguments+=(--no-packing) ;;
-*) die "PACKING is '$PACKING': give 1 or 0" ;;
+  1) ;;
+  0) arguments+=(--no-packing) ;;
+  *) die "PACKING is '$PACKING': give 1 or 0" ;;
 esac
+[[ -z "$GROUP_KEY" ]] || arguments+=(--group-key "$GROUP_KEY")
 [[ -z "$NUM_WORKERS" ]] || arguments+=(--num-workers "$NUM_WORKERS")
 read -r -a columns <<<"$MAP_COLUMNS"
 [[ ${#columns[@]} -eq 0 ]] || arguments+=(--map-column "${columns[@]}")

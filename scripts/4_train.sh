@@ -20,7 +20,10 @@ case $mode in
   '' | train | resume | plan) ;;
   *) die "unknown word '$mode': say train, resume or plan" ;;
 esac
-if [[ $(readlink -f "$0") != "$(readlink -f "${BASH_SOURCE[0]}")" ]]; then RECIPE=$(readlink -f "$0"); fi
+if [[ $(readlink -f "$0") != "$(readlink -f "${BASH_SOURCE[0]}")" ]]; then
+  RECIPE=$(readlink -f "$0")
+  export RECIPE # found by its name in the loop below
+fi
 
 # model_processes: how many hold one copy of the model.
 model_processes() {

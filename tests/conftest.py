@@ -45,7 +45,9 @@ def packed_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(converted: Path, packed_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Train the tiny model; returns the run's folder. `train(processes, *options, mode="train", save=None)`."""
 
-    def start(processes: int, *options: object, mode: str = "train", save: Path | None = None, data: Path | None = None) -> Path:
+    def start(
+        processes: int, *options: object, mode: str = "train", save: Path | None = None, data: Path | None = None
+    ) -> Path:
         folder = save or tmp_path_factory.mktemp("runs") / "run"
         tiny.launch(
             processes,

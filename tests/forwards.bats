@@ -14,14 +14,9 @@ setup() {
 @test "1_download: model and data set, with the choices from the environment" {
   REVISION=v1 run -0 bash scripts/1_download.sh model org/name
   [[ ${lines[1]} == "[-m][megatron.sft.download][model][--assets-dir][$ASSETS_DIR][--revision][v1][org/name]" ]]
-  SPLIT=test CONFIG=easy COLUMNS="problem=instruction solution=output" run -0 bash scripts/1_download.sh dataset org/name
+  SPLIT=test CONFIG=easy MAP_COLUMNS="problem=instruction solution=output" run -0 bash scripts/1_download.sh dataset org/name
   expected="[-m][megatron.sft.download][dataset][--assets-dir][$ASSETS_DIR][--split][test][--config][easy]"
   [[ ${lines[1]} == "${expected}[--map-column][problem=instruction][--map-column][solution=output][org/name]" ]]
-}
-
-@test "1_download: the terminal's width is no renaming of columns" {
-  COLUMNS=80 run -0 bash scripts/1_download.sh dataset org/name
-  [[ ${lines[1]} != *map-column* ]]
 }
 
 @test "1_download: an unknown word is named" {

@@ -255,8 +255,6 @@ def test_a_checkpoint_that_would_run_code_is_refused(converted: Path, tiny_qwen2
     (evil / "iter_0000001" / "manifest.json").write_text(
         json.dumps({**json.loads((evil / "iter_0000001" / "manifest.json").read_text()), "files": {}})
     )
-    output = tiny.run_module(
-        "export", "--load", evil, "--hf-dir", tiny_qwen2, "--output", tmp_path / "out", status=2
-    )
+    output = tiny.run_module("export", "--load", evil, "--hf-dir", tiny_qwen2, "--output", tmp_path / "out", status=2)
     assert "is damaged or not to be trusted" in output
     assert not mark.exists()

@@ -18,7 +18,7 @@ CONVERSATIONS = [
     Encoded(np.array([20, 21, 22, 23, 24, 25]), [1, 1, 2, 1, 1]),
     Encoded(np.array([49151, 31]), [1, 1]),
 ]
-PACKING = Packing(np.array([2, 0, 1]), np.array([0, 2, 3]))
+PACKING = Packing(np.array([2, 0, 1]), np.array([0, 2, 3]), np.zeros(2, dtype=bool))
 
 
 def manifest_of(rows: int, tokens: int, dtype: str) -> dict[str, object]:

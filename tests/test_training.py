@@ -51,7 +51,9 @@ def test_losses_are_those_of_the_same_training_in_transformers(reference: Path, 
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95), eps=1e-8
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-8,
     )
     rows = tiny.random_rows(64, 128)
     training, _ = split_rows(64, 0.9, 0.1, seed=1234)
@@ -156,13 +158,19 @@ def test_resume_refuses_other_data_and_another_seed(
 
 
 WRONG = {
-    "TP times PP does not divide the processes": (["--pipeline-model-parallel-size", "2"], "1 processes cannot hold TP 1 x PP 2"),
+    "TP times PP does not divide the processes": (
+        ["--pipeline-model-parallel-size", "2"],
+        "1 processes cannot hold TP 1 x PP 2",
+    ),
     "batch sizes that do not divide": (["--micro-batch-size", "3"], "GLOBAL_BATCH_SIZE=8 is not a multiple"),
     "another row length": (["--seq-length", "64"], "row length 128 in"),
     "a warm-up longer than the run": (["--lr-warmup-iters", "10"], "LR_WARMUP_ITERS=10 must be less than the 10 steps"),
     "a number that is none": (["--lr", "fast"], "LR: invalid float value: 'fast'"),
     "shares that are none": (["--split", "all"], "SPLIT='all' is not up to three shares"),
-    "no checkpoint there": (["--load", "/nowhere"], "checkpoint folder /nowhere does not exist: run scripts/2_convert.sh"),
+    "no checkpoint there": (
+        ["--load", "/nowhere"],
+        "checkpoint folder /nowhere does not exist: run scripts/2_convert.sh",
+    ),
     "no data there": (["--data-path", "/nowhere"], "manifest of tokenised data /nowhere.json is missing"),
     "an unknown mode": (["again"], "invalid choice: 'again'"),
     "an unknown option": (["--learning-rate=1"], "unrecognized arguments: --learning-rate=1"),
@@ -184,7 +192,5 @@ def test_a_wrong_setting_gives_one_line_whatever_the_processes(
     save = tmp_path / "run"
     arguments = ["--load", converted, "--data-path", packed_rows, "--save", save, "--tensor-model-parallel-size", "3"]
     output = tiny.launch(3, "train", *arguments, status=2)
-    assert output == (
-        "error: TP=3 does not divide the model's 4 attention heads and 2 KV heads: choose TP from 1, 2\n"
-    )
+    assert output == ("error: TP=3 does not divide the model's 4 attention heads and 2 KV heads: choose TP from 1, 2\n")
     assert not save.exists()

@@ -74,6 +74,8 @@ class PackedAttention(MegatronModule):
         groups = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
         borders, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-        return varlen_attn(
+        context = varlen_attn(
             query, key, value, borders, borders, longest, longest, scale=self.softmax_scale, window_size=(-1, 0)
         )
+        assert isinstance(context, Tensor)
+        return context

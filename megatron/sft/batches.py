@@ -81,9 +81,7 @@ def make_micro_batch(
         positions=put(positions[None], torch.int64),
         packed=packed,
         # The hidden state before a token predicts it.
-        targets=Targets(
-            put(targets - 1, torch.int64), put(tokens[targets], torch.int64), put(weights, torch.float32)
-        ),
+        targets=Targets(put(targets - 1, torch.int64), put(tokens[targets], torch.int64), put(weights, torch.float32)),
         loss_count=torch.tensor(loss_count, dtype=torch.int64, device=device),
         num_tokens=num_tokens,
     )

@@ -1,6 +1,6 @@
 """Hugging Face to Megatron. `bash scripts/2_convert.sh HF_DIR TP PP [OUT]`, which runs
 
-    python -m megatron.sft.convert --hf-dir HF_DIR --output OUT --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1
+python -m megatron.sft.convert --hf-dir HF_DIR --output OUT --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1
 """
 
 import argparse

@@ -121,19 +121,20 @@ def prepare() -> None:
         return
     _CudaMeansCpu().__enter__()
     cpu = torch.device("cpu")
-    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda *args: None  # type: ignore[assignment]
-    torch.cuda.get_rng_state = lambda *args: torch.get_rng_state()  # type: ignore[assignment]
-    torch.cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)  # type: ignore[assignment]
-    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
-    torch.cuda.default_generators = (torch.default_generator,)
-    torch.cuda.current_stream = _NoStream  # type: ignore[assignment,misc]
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,misc]
-    torch.cuda.Stream = _NoStream  # type: ignore[assignment,misc]
-    torch.cuda.Event = _NoStream  # type: ignore[assignment,misc]
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: cpu
+    cuda.synchronize = lambda *args: None
+    cuda.get_rng_state = lambda *args: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+    cuda.default_generators = (torch.default_generator,)
+    cuda.current_stream = _NoStream
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.Stream = _NoStream
+    cuda.Event = _NoStream
     from megatron.core.tensor_parallel import random as megatron_random
 
-    megatron_random._lazy_call = lambda function: function()  # type: ignore[attr-defined]
+    megatron_random._lazy_call = lambda function: function()
 
 
 def _quieten() -> None:
@@ -162,9 +163,7 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[None]:
         torch.distributed.init_process_group(backend(), store=store, rank=0, world_size=1)
     else:
         device_id = current() if has_gpu() else None
-        torch.distributed.init_process_group(
-            backend(), timeout=timedelta(minutes=timeout_minutes), device_id=device_id
-        )
+        torch.distributed.init_process_group(backend(), timeout=timedelta(minutes=timeout_minutes), device_id=device_id)
     try:
         yield
     finally:

@@ -160,10 +160,10 @@ def write_rows(rows: Iterator[Row], renamed: dict[str, str], target: Path) -> tu
 def _with_new_names(row: Row, renamed: dict[str, str], number: int) -> Row:
     for old, new in renamed.items():
         if old not in row:
-            raise UserError(f"row {number} has no column {old} to rename, it has {', '.join(row)}: mend COLUMNS")
+            raise UserError(f"row {number} has no column {old} to rename, it has {', '.join(row)}: mend MAP_COLUMNS")
         if new in row and new not in renamed:
             raise UserError(
-                f"row {number} has a column {new} already: rename that one too, as {new}=other, or mend COLUMNS"
+                f"row {number} has a column {new} already: rename that one too, as {new}=other, or mend MAP_COLUMNS"
             )
     return {renamed.get(name, name): value for name, value in row.items()}
 

@@ -48,7 +48,11 @@ class Layout:
 
 def check_layout(layout: Layout, shape: Shape) -> None:
     """A `UserError` that names the sizes that work, if the model cannot be split as asked."""
-    for name, size in (("TP", layout.tensor_parallel), ("PP", layout.pipeline_parallel), ("CP", layout.context_parallel)):
+    for name, size in (
+        ("TP", layout.tensor_parallel),
+        ("PP", layout.pipeline_parallel),
+        ("CP", layout.context_parallel),
+    ):
         if size < 1:
             raise UserError(f"{name}={size} is not possible: parallel sizes start at 1")
     tensor_parallel = layout.tensor_parallel

@@ -43,10 +43,11 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        weight: Any = self.weight
+        weight.sequence_parallel = config.sequence_parallel
 
 
-class OutputHead(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
+class OutputHead(tensor_parallel.ColumnParallelLinear):
     """The output layer, computing the loss instead of all logits.
 
     It stays a module of its own because megatron-core waits for a module's gathered parameters when the module is called.
@@ -67,7 +68,7 @@ class OutputHead(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
         return weighted_cross_entropy(trained, weight, batch.targets, vocab_size, self.tp_group)
 
 
-class SFTModel(GPTModel):  # type: ignore[misc]
+class SFTModel(GPTModel):
     """A GPTModel that takes a `MicroBatch` and returns the summed loss of its trained tokens (on the last stage)."""
 
     def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -26,7 +27,9 @@ class TrainOptions:
     load: Path = _setting("PRETRAIN_CHECKPOINT_PATH", "converted model to start from (scripts/2_convert.sh)")
     data_path: Path = _setting("DATA_PATH", "tokenised data: prefix of the .bin/.idx/.json (scripts/3_tokenize.sh)")
     save: Path = _setting("OUTPUT_PATH", "folder of this run: checkpoints, metrics, a copy of the recipe")
-    seq_length: int = _setting("SEQ_LENGTH", "row length that the data must have been tokenised with; 0 takes the data's", 0)
+    seq_length: int = _setting(
+        "SEQ_LENGTH", "row length that the data must have been tokenised with; 0 takes the data's", 0
+    )
 
     tensor_model_parallel_size: int = _setting("TENSOR_PARALLEL_SIZE", "processes that share each layer", 1)
     pipeline_model_parallel_size: int = _setting("PIPELINE_PARALLEL_SIZE", "pipeline stages of layers", 1)
@@ -54,7 +57,9 @@ class TrainOptions:
     )
     lr_warmup_iters: int = _setting("LR_WARMUP_ITERS", "steps of linear warm-up; -1 takes LR_WARMUP_FRACTION", -1)
     lr_warmup_fraction: float = _setting("LR_WARMUP_FRACTION", "share of the steps that warm up", 0.05)
-    lr_wsd_decay_iters: int = _setting("LR_WSD_DECAY_ITERS", "steps of the final decay of WSD; 0 takes a tenth of all", 0)
+    lr_wsd_decay_iters: int = _setting(
+        "LR_WSD_DECAY_ITERS", "steps of the final decay of WSD; 0 takes a tenth of all", 0
+    )
     lr_wsd_decay_style: str = _setting(
         "LR_WSD_DECAY_STYLE",
         "shape of the final decay of WSD",
@@ -75,7 +80,9 @@ class TrainOptions:
     save_interval: int = _setting("SAVE_INTERVALS", "steps a checkpoint; the last step is always saved", 1000)
     eval_interval: int = _setting("EVAL_INTERVAL", "steps between validations, where SPLIT has validation rows", 100)
     eval_iters: int = _setting("EVAL_ITERS", "global batches a validation; 0 takes all validation rows once", 0)
-    distributed_timeout_minutes: float = _setting("DISTRIBUTED_TIMEOUT_MINUTES", "how long a process waits for others", 10.0)
+    distributed_timeout_minutes: float = _setting(
+        "DISTRIBUTED_TIMEOUT_MINUTES", "how long a process waits for others", 10.0
+    )
 
 
 def variable_of(setting: "Field[Any]") -> str:
@@ -99,7 +106,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, TrainOptions]:
         parser.add_argument(
             flag_of(setting),
             dest=setting.name,
-            type=_flag if kind is bool else kind,  # type: ignore[arg-type]
+            type=_flag if kind is bool else kind,
             default=None if required else setting.default,
             choices=setting.metadata["choices"] or None,
             help=meaning,
@@ -128,6 +135,34 @@ def _flag(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither 1 nor 0")
 
 
+def as_markdown() -> str:
+    """docs/options.md."""
+    lines = [
+        "# Settings of a training run",
+        "",
+        "Set them as shell variables in a recipe (`scripts/sft/*.sh`), in the environment, or with `sbatch --export`.",
+        "This page is made by `python -m megatron.sft.options --markdown`.",
+        "",
+        "| variable | option | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    for setting in fields(TrainOptions):
+        default = "needed" if setting.default is MISSING else f"`{_shell(setting.default)}`"
+        choices = "; one of " + ", ".join(setting.metadata["choices"]) if setting.metadata["choices"] else ""
+        meaning = f"{setting.metadata['meaning']}{choices}"
+        lines.append(f"| `{variable_of(setting)}` | `{flag_of(setting)}` | {default} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "1" if value else "0"
+    return str(value) or '""'
+
+
 if __name__ == "__main__":
-    for each in fields(TrainOptions):
-        print(variable_of(each), flag_of(each))
+    if sys.argv[1:] == ["--markdown"]:
+        sys.stdout.write(as_markdown())
+    else:
+        for each in fields(TrainOptions):
+            print(variable_of(each), flag_of(each))

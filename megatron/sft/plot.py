@@ -84,7 +84,7 @@ def draw(curves: Sequence[Curve], output: Path, title: str) -> None:
     lr_axes = axes.twinx()
     for curve, colour in zip(curves, _colours(len(curves)), strict=True):
         label = f"{curve.name}: loss" if len(curves) > 1 else "loss"
-        raw_label = f"{label} (each step)" if len(curves) == 1 else None
+        raw_label = f"{label} (as logged)" if len(curves) == 1 else None
         axes.plot(curve.iterations, curve.losses, color=colour, alpha=0.3, linewidth=0.8, label=raw_label)
         axes.plot(curve.iterations, smoothed(curve.losses), color=colour, linewidth=1.8, label=f"{label} (smoothed)")
         if curve.validation_losses:
@@ -134,7 +134,7 @@ def title_of(curves: Sequence[Curve]) -> str:
 
 def run_names(paths: Sequence[Path]) -> list[str]:
     """Each run's folder name, with as much of the path before it as tells the runs apart."""
-    folders = [(path if path.is_dir() else path.parent).resolve() for path in paths]
+    folders = [(path.parent if path.suffix == ".jsonl" else path).resolve() for path in paths]
     for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-depth:]) for folder in folders]
         if len(set(names)) == len(set(folders)):

@@ -87,13 +87,16 @@ def _batch_of_rows(units: np.ndarray, sizes: np.ndarray, rank: np.ndarray, batch
     natural = np.empty(len(sizes), dtype=np.int64)  # batch of each unit
     natural[order] = np.searchsorted(np.cumsum(batch_sizes), np.cumsum(sizes[order]) - sizes[order], side="right")
     room = batch_sizes.tolist()
+    num_with_room = np.bincount(room).tolist()  # batches with exactly 0, 1, … rows of room
     batch_of_unit = np.full(len(sizes), -1, dtype=np.int64)
     several = order[sizes[order] > 1]
     for unit in several[np.argsort(-sizes[several], kind="stable")].tolist():
         size = int(sizes[unit])
-        batch = _nearest_with_room(room, int(natural[unit]), size)
-        if batch >= 0:
+        if any(num_with_room[size:]):
+            batch = _nearest_with_room(room, int(natural[unit]), size)
+            num_with_room[room[batch]] -= 1
             room[batch] -= size
+            num_with_room[room[batch]] += 1
             batch_of_unit[unit] = batch
     batches = batch_of_unit[units]
     left = np.flatnonzero(batches < 0)
@@ -103,9 +106,6 @@ def _batch_of_rows(units: np.ndarray, sizes: np.ndarray, rank: np.ndarray, batch
 
 
 def _nearest_with_room(room: list[int], start: int, size: int) -> int:
-    """The batch nearest to `start` that has room for `size` rows; -1 if none has."""
-    for distance in range(len(room)):
-        for batch in (start + distance, start - distance):
-            if 0 <= batch < len(room) and room[batch] >= size:
-                return batch
-    return -1
+    """The batch nearest to `start` that has room for `size` rows; one has."""
+    distances = (sign * distance for distance in range(len(room)) for sign in (1, -1))
+    return next(start + d for d in distances if 0 <= start + d < len(room) and room[start + d] >= size)

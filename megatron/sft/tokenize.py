@@ -27,7 +27,7 @@ from megatron.sft.data.encoding import (
     check_tokenizer_folder,
     load_tokenizer,
 )
-from megatron.sft.data.packing import ALGORITHM, Packing, pack_rows, single_rows
+from megatron.sft.data.packing import ALGORITHM, Packing
 from megatron.sft.data.preview import colour_wanted, legend, sample_text
 from megatron.sft.data.sources import file_format
 from megatron.sft.data.store import ConversationStore
@@ -49,6 +49,7 @@ class Options:
     overlong: str
     seed: int
     packing: bool
+    group_key: str
     columns: dict[str, str]
     prefix: Path
 
@@ -108,6 +109,7 @@ def parse_options(arguments: list[str]) -> tuple[Options, int]:
     parser.add_argument("--seed", default="1234", help="decides the order of rows and what shares a row")
     parser.add_argument("--output-prefix", type=Path, help="name of the result, without .bin")
     parser.add_argument("--no-packing", action="store_true", help="one conversation a row")
+    parser.add_argument("--group-key", default="", metavar="FIELD", help="rows with the same value of it stay together")
     parser.add_argument("--num-workers", default=str(len(os.sched_getaffinity(0))), help="threads of the tokenizer")
     parser.add_argument("--map-column", nargs="*", default=[], metavar="OLD=NEW", help="rename columns of the data")
     given = parser.parse_args(arguments)
@@ -119,7 +121,10 @@ def parse_options(arguments: list[str]) -> tuple[Options, int]:
     prefix = given.output_prefix or given.input.parent / name
     columns = renamed_columns(given.map_column)
     packing = not given.no_packing
-    return Options(given.tokenizer, given.input, length, given.overlong, seed, packing, columns, prefix), num_workers
+    options = Options(
+        given.tokenizer, given.input, length, given.overlong, seed, packing, given.group_key, columns, prefix
+    )
+    return options, num_workers
 
 
 def whole_number(name: str, text: str, least: int, most: int, meaning: str) -> int:
@@ -142,7 +147,8 @@ def fingerprint_of(options: Options, source: Source) -> str:
     """A hash of all that decides the result: contents of data, tokenizer and template, and the options."""
     paths = [options.tokenizer / name for name in TOKENIZER_FILES]
     files = sorted((path.name, sha256_of_file(path)) for path in paths if path.is_file())
-    chosen = (options.length, options.overlong, options.seed, options.packing, sorted(options.columns.items()))
+    columns = sorted(options.columns.items())
+    chosen = (options.length, options.overlong, options.seed, options.packing, options.group_key, columns)
     return sha256_of_text(repr((FORMAT, ALGORITHM, source.sha256, files, chosen)))
 
 
@@ -164,9 +170,10 @@ def tokenize(options: Options, source: Source, fingerprint: str) -> None:
     """Read, render, tokenise, pack, write, and say what was done."""
     tokenizer = load_tokenizer(options.tokenizer)
     template = ChatTemplate(tokenizer)
-    corpus = Corpus(options.input, template, RowReader(options.columns), options.length, options.overlong)
+    reader = RowReader(options.columns)
+    corpus = Corpus(options.input, template, reader, options.length, options.overlong, options.group_key)
     vocabulary_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
-    with ConversationStore(options.prefix, token_dtype(vocabulary_size)) as store:
+    with ConversationStore(options.prefix, token_dtype(vocabulary_size), bool(options.group_key)) as store:
         for conversation in corpus:
             if len(store.lengths) < NUM_SAMPLES:
                 print_sample(len(store.lengths) + 1, tokenizer, conversation)
@@ -174,14 +181,26 @@ def tokenize(options: Options, source: Source, fingerprint: str) -> None:
         print_counts(corpus, source)
         if not corpus.counts.num_kept:
             raise UserError(f"no conversation of {options.input} is left, see the reasons above: nothing was written")
-        packing = packed(store, options)
+        if corpus.group_key and corpus.counts.num_without_group == corpus.counts.num_read:
+            raise UserError(f"GROUP_KEY is {corpus.group_key!r}: no row of {options.input} has that field, correct it")
+        packing = store.pack(options.length, options.seed, options.packing)
         manifest = manifest_of(options, corpus, store, packing, source)
         store.write(packing, manifest | {"fingerprint": fingerprint})
+    print_groups(store, packing)
     fill = 100 * store.num_tokens / (packing.num_rows * options.length)
     print(f"packed {corpus.counts.num_kept} conversations into {packing.num_rows} rows ({fill:.1f} % full)")
     print(f"trained {100 * store.num_trained / store.num_tokens:.1f} % of {store.num_tokens:,} tokens")
     print(f"wrote {options.prefix}.bin, .idx, .json")
     print(f"look at a row: {show_sample_command(options.prefix)}")
+
+
+def print_groups(store: ConversationStore, packing: Packing) -> None:
+    """How many groups there are, and how many take several rows."""
+    if not store.grouped:
+        return
+    totals = store.totals(packing, 1)
+    several = sum(count for size, count in totals.get("row_units", {}).items() if size != "1")
+    print(f"{totals['groups']:,} groups; {several:,} of them take several rows, which training keeps together")
 
 
 def show_sample_command(prefix: Path) -> str:
@@ -190,30 +209,17 @@ def show_sample_command(prefix: Path) -> str:
     return f"PYTHONPATH={root} {python} {os.path.normpath(os.path.join(root, 'tools/show_sample.py'))} {prefix} 0"
 
 
-def packed(store: ConversationStore, options: Options) -> Packing:
-    lengths = np.array(store.lengths, dtype=np.int64)
-    return (
-        pack_rows(lengths, options.length, options.seed) if options.packing else single_rows(len(lengths), options.seed)
-    )
-
-
 def manifest_of(
     options: Options, corpus: Corpus, store: ConversationStore, packing: Packing, source: Source
 ) -> dict[str, Any]:
     template = corpus.template
     return {
         "format": FORMAT,
-        "length": options.length,
-        "rows": packing.num_rows,
-        "conversations": len(store.lengths),
-        "tokens": store.num_tokens,
-        "trained_tokens": store.num_trained,
-        "fill": store.num_tokens / (packing.num_rows * options.length),
+        **store.totals(packing, options.length),
         "vocab_size": len(template.tokenizer),
-        "max_token_id": store.max_token_id,
-        "dtype": store.dtype.name,
         "algorithm": ALGORITHM if options.packing else "none",
         "seed": options.seed,
+        "group_key": options.group_key or None,
         "options": {"overlong": options.overlong, "packing": options.packing, "columns": options.columns},
         "tokenizer": tokenizer_facts(options.tokenizer, template),
         "chat_template": template.text,
@@ -265,11 +271,15 @@ def print_counts(corpus: Corpus, source: Source) -> None:
     formats = ", ".join(f"{count} {name}" for name, count in sorted(corpus.reader.formats.items()))
     print(f"---- read {counts.num_read} rows of {corpus.path} ({source.file_format}: {formats}) ----")
     for name, count in corpus.reader.ignored_fields.most_common():
+        if name == corpus.group_key:
+            continue
         print(f"not used: field {name!r} of {count} rows")
     for reason, count in counts.dropped.items():
         print(f"dropped {count} conversations: {reason}")
     if counts.num_truncated:
         print(f"cut {counts.num_truncated} conversations at {corpus.length} tokens: their last answer has no end")
+    if corpus.group_key and counts.num_without_group:
+        print(f"note: {counts.num_without_group} rows have no field {corpus.group_key!r}: each is a group of its own")
     if counts.num_with_control_tokens:
         count = counts.num_with_control_tokens
         print(f"note: {count} conversations have the chat template's own special tokens in their texts")

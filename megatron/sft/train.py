@@ -61,7 +61,9 @@ def _train(plan: RunPlan) -> None:
             started = time.monotonic()
             folder = training_state.save(engine, iteration, consumed)
             processes.say(f"saved {folder} in {time.monotonic() - started:.1f} s")
-    processes.say(f"done: {plan.train_iters} steps, checkpoints in {options.save}\nnext: scripts/5_export.sh {options.save}")
+    processes.say(
+        f"done: {plan.train_iters} steps, checkpoints in {options.save}\nnext: scripts/5_export.sh {options.save}"
+    )
 
 
 def keep_settings(plan: RunPlan) -> None:
@@ -101,7 +103,9 @@ def _steps_until_log(
     steps = iteration - first
     tokens = int(total.item()) // plan.layout.model_size // steps
     if loss != loss or loss in (float("inf"), float("-inf")):
-        raise UserError(f"the loss became {loss} at iteration {iteration}: lower LR, or look at the data with tools/show_sample")
+        raise UserError(
+            f"the loss became {loss} at iteration {iteration}: lower LR, or look at the data with tools/show_sample"
+        )
     world = torch.distributed.get_world_size()
     log.step(iteration, consumed, loss, result.lr, result.grad_norm, seconds, tokens, trained // steps, world)
     return iteration, consumed

@@ -24,7 +24,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class LossSum:
-    """A loss to be averaged: float64 tensor [3] on the device: summed loss, its count, trained tokens. Zero off the last stage."""
+    """A loss to be averaged: float64 [3] on the device, summed loss, its count, trained tokens; zeros off the last stage."""
 
     values: Tensor
 

@@ -66,7 +66,9 @@ def check_hf_names(shape: Shape, names: set[str], where: str) -> list[str]:
         passed_over.append("lm_head.weight")
     missing, unknown = expected - names, names - expected - set(passed_over)
     if missing:
-        raise UserError(f"{where}: {len(missing)} tensors are missing, {min(missing)} among them: download the model again")
+        raise UserError(
+            f"{where}: {len(missing)} tensors are missing, {min(missing)} among them: download the model again"
+        )
     if unknown:
         raise UserError(
             f"{where}: {len(unknown)} tensors are not known for {shape.family}, {min(unknown)} among them: "

@@ -73,7 +73,9 @@ def _open(path: Path, iteration: int) -> Checkpoint:
         return Checkpoint(path, iteration, TORCH_DIST, manifest)
     if any(path.glob("mp_rank_*/model_optim_rng.pt")):
         return Checkpoint(path, iteration, TORCH, manifest)
-    raise UserError(f"{path} holds no checkpoint (neither .metadata nor mp_rank_*): take another iteration or convert again")
+    raise UserError(
+        f"{path} holds no checkpoint (neither .metadata nor mp_rank_*): take another iteration or convert again"
+    )
 
 
 def verify_files(checkpoint: Checkpoint) -> None:

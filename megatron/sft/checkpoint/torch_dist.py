@@ -14,7 +14,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from torch import nn
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import FileSystemWriter
 
@@ -29,21 +28,21 @@ METADATA = {
 }
 
 # The only names that the pickled .metadata of a checkpoint may call for.
-_METADATA_GLOBALS = {
+_METADATA_GLOBALS: dict[str, set[str] | None] = {
     "torch.distributed.checkpoint.metadata": None,
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "StorageMeta"},
     "torch.distributed.checkpoint.planner": {"WriteItem", "WriteItemType", "SavePlan", "TensorWriteData"},
-    "torch": {"Size", "device"} | {f"{kind}{bits}" for kind in ("float", "int") for bits in (8, 16, 32, 64)},
+    "torch": {"Size", "device", "strided", "bfloat16", "bool", "uint8", "float8_e4m3fn", "float8_e5m2"}
+    | {f"{kind}{bits}" for kind in ("float", "int") for bits in (8, 16, 32, 64)},
     "torch.serialization": {"_get_layout"},
     "collections": {"OrderedDict"},
     "builtins": {"set", "frozenset", "dict", "list", "tuple", "slice", "bytearray"},
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
     "_codecs": {"encode"},
 }
-_METADATA_GLOBALS["torch"] |= {"bfloat16", "bool", "uint8", "float8_e4m3fn", "float8_e5m2", "strided"}
 
 
-class _InProcessSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
+class _InProcessSave(TorchDistSaveShardedStrategy):
     """megatron-core's own layout on disk, written by torch's threads.
 
     megatron-core's strategy hands the data to processes that it forks, and waits for ever if one of them dies.
@@ -56,11 +55,13 @@ class _InProcessSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         torch_checkpoint.save(
             mcore_to_pyt_state_dict(sharded_state_dict, False),
             storage_writer=FileSystemWriter(checkpoint_dir, thread_count=2, overwrite=True),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False),
+            planner=MCoreSavePlanner(
+                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
+            ),
         )
 
 
-def model_state(model: nn.Module) -> ShardedStateDict:
+def model_state(model: Any) -> ShardedStateDict:
     """The model's sharded state without the extra states of FP8 layers, which another backend's layers do not have."""
     state: ShardedStateDict = model.sharded_state_dict(metadata=METADATA)
     return {key: value for key, value in state.items() if not _is_extra_state(key, value)}
@@ -81,7 +82,9 @@ def load(folder: Path, state: ShardedStateDict) -> dict[str, Any]:
     # In megatron-core's words an entry that the checkpoint lacks is unexpected.
     loaded, _, lacking = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_UNEXPECTED)
     if lacking:
-        raise UserError(f"{folder} lacks {len(lacking)} entries, {sorted(lacking)[0]} among them: convert the model again")
+        raise UserError(
+            f"{folder} lacks {len(lacking)} entries, {sorted(lacking)[0]} among them: convert the model again"
+        )
     result: dict[str, Any] = loaded
     return result
 

@@ -42,7 +42,9 @@ def find_layout(folder: Path) -> Layout:
     tensor_parallel = 1 + max(int(rank[0]) for rank in ranks)
     pipeline_parallel = 1 + max(int(rank[1]) if len(rank) > 1 else 0 for rank in ranks)
     if len(ranks) != tensor_parallel * pipeline_parallel:
-        raise UserError(f"{folder} has {len(ranks)} rank folders, TP {tensor_parallel} x PP {pipeline_parallel} need more")
+        raise UserError(
+            f"{folder} has {len(ranks)} rank folders, TP {tensor_parallel} x PP {pipeline_parallel} need more"
+        )
     return Layout(tensor_parallel, pipeline_parallel)
 
 
@@ -81,7 +83,9 @@ def load(folder: Path, model: nn.Module, layout: Layout) -> None:
     state = {name: value for name, value in content["model"].items() if not name.endswith("_extra_state")}
     parameters = {checkpoint_name(name): parameter for name, parameter in model.named_parameters()}
     if state.keys() != parameters.keys():
-        raise UserError(f"{path} does not fit the model: {sorted(state.keys() ^ parameters.keys())[0]} is on one side only")
+        raise UserError(
+            f"{path} does not fit the model: {sorted(state.keys() ^ parameters.keys())[0]} is on one side only"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             if state[name].shape != parameter.shape:

@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron.sft.data.chat import ChatTemplate, Rendered
 from megatron.sft.data.conversations import Conversation, RowReader
 from megatron.sft.data.encoding import Encoded, check_against_template, encode
+from megatron.sft.data.groups import group_of
 from megatron.sft.data.progress import Progress
 from megatron.sft.data.sources import read_rows
 from megatron.sft.errors import UserError
@@ -26,6 +27,7 @@ class Counts:
     num_kept: int = 0
     num_truncated: int = 0
     num_merged_starts: int = 0  # answers whose first token holds a part of the header, too, and is not trained
+    num_without_group: int = 0  # rows without the field by which rows are grouped
     num_with_control_tokens: int = 0  # conversations with the template's own special tokens in their texts
     dropped: Counter[str] = field(default_factory=Counter)
 
@@ -37,6 +39,7 @@ class Batched:
     line: int
     messages: Conversation
     rendered: Rendered
+    group: int | None
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Corpus:
     reader: RowReader
     length: int
     overlong: str
+    group_key: str = ""
     counts: Counts = field(default_factory=Counts)
 
     def __iter__(self) -> Iterator[Encoded]:
@@ -62,7 +66,7 @@ class Corpus:
                     fitting = self._fitting(encoded)
                 if fitting:
                     self.counts.num_kept += 1
-                    yield fitting
+                    yield replace(fitting, group=one.group)
 
     def _batches(self) -> Iterator[list[Batched]]:
         batch: list[Batched] = []
@@ -72,7 +76,8 @@ class Corpus:
             with self._at(row.line):
                 messages = self.reader.conversation(row.fields)
                 rendered = self.template.render(messages)
-            batch.append(Batched(row.line, messages, rendered))
+            group = group_of(row.fields, self.group_key, self.reader.renamed_columns) if self.group_key else None
+            batch.append(Batched(row.line, messages, rendered, group))
             num_characters += len(rendered.text)
             if num_characters >= BATCH_CHARACTERS or len(batch) >= BATCH_CONVERSATIONS:
                 yield batch
@@ -92,6 +97,7 @@ class Corpus:
 
     def _count(self, one: Batched, encoded: Encoded) -> None:
         self.counts.num_read += 1
+        self.counts.num_without_group += one.group is None
         self.counts.num_merged_starts += encoded.num_merged_starts
         texts = [message["content"] for message in one.messages]
         if any(token in text for token in self.template.control_tokens for text in texts):

@@ -29,6 +29,7 @@ class Encoded:
     tokens: np.ndarray  # [n] int64
     runs: list[int]
     num_merged_starts: int = 0  # answers whose first token holds a part of the header, too, and is not trained
+    group: int | None = None  # see groups.py
 
     def cut(self, length: int) -> "Encoded":
         """The first `length` tokens."""

@@ -5,7 +5,7 @@ rows of one that does not are a *unit*: they stand one after another, and traini
 """
 
 import bisect
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,8 +18,7 @@ class Packing:
 
     conversations: np.ndarray  # [number of conversations] int64, each index once
     starts: np.ndarray  # [number of rows + 1] int64
-    joined: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
-    """[number of rows] bool, True: the row is of one unit with the row before it; empty: every row is a unit."""
+    joined: np.ndarray  # [number of rows] bool, True: the row is of one unit with the row before it
 
     @property
     def num_rows(self) -> int:

@@ -14,8 +14,9 @@ from typing import IO, Any
 import numpy as np
 
 from megatron.sft.data.encoding import Encoded
-from megatron.sft.data.packing import Packing
-from megatron.sft.data.tokenized import MODE_FIRST, MODE_TRAINED, file_of, write_index
+from megatron.sft.data.packing import Packing, pack_groups, pack_rows, single_rows, single_rows_of_groups
+from megatron.sft.data.tokenized import MODE_FIRST, MODE_JOINED, MODE_TRAINED, file_of, write_index
+from megatron.sft.data.totals import totals_of
 from megatron.sft.errors import UserError
 from megatron.sft.manifest import sha256_of_file, write_json
 
@@ -23,13 +24,17 @@ from megatron.sft.manifest import sha256_of_file, write_json
 class ConversationStore:
     """Tokens of conversations in a scratch file, and their lengths and runs in memory (about 16 bytes a turn).
 
+    grouped: whether conversations that were added with the same `group` are to stay together.
+
     A context manager: whatever happens, the temporary files are gone at its end. Those of a process that died are
     written over; those of a process that lives are locked, and a second writer is refused.
     """
 
-    def __init__(self, prefix: Path, dtype: "np.dtype[Any]") -> None:
+    def __init__(self, prefix: Path, dtype: "np.dtype[Any]", grouped: bool = False) -> None:
         self.prefix = prefix
         self.dtype = dtype
+        self.grouped = grouped
+        self.group_hashes = array("Q")  # of each conversation, where they are grouped
         self.lengths = array("q")
         self.runs = array("q")  # alternately not trained and trained, for all conversations one after another
         self.num_runs = array("q")
@@ -58,7 +63,7 @@ class ConversationStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name in ("bin", "idx", "json", "tokens"):
+        for name in ("bin", "idx", "groups", "json", "tokens"):
             self._temporary(name).unlink(missing_ok=True)
         self._file.close()
 
@@ -73,6 +78,30 @@ class ConversationStore:
         self.num_tokens += len(tokens)
         self.num_trained += conversation.num_trained
         self.max_token_id = max(self.max_token_id, int(tokens.max()))
+        if self.grouped:
+            # Its own number, scrambled, is as unlike all other hashes as these are unlike one another.
+            alone = len(self.group_hashes) * 0x9E3779B97F4A7C15 + 1
+            self.group_hashes.append((alone if conversation.group is None else conversation.group) % (1 << 64))
+
+    @property
+    def groups(self) -> np.ndarray:
+        """[conversations] int64: the group of each, numbered from 0 on."""
+        _, numbers = np.unique(np.frombuffer(self.group_hashes, dtype=np.uint64), return_inverse=True)
+        return numbers.astype(np.int64)
+
+    def pack(self, row_length: int, seed: int, packing: bool) -> Packing:
+        """Rows of at most `row_length` tokens, groups kept together; packing: False gives one conversation a row."""
+        lengths = np.frombuffer(self.lengths, dtype=np.int64)
+        if self.grouped:
+            groups = self.groups
+            return pack_groups(lengths, groups, row_length, seed) if packing else single_rows_of_groups(groups, seed)
+        return pack_rows(lengths, row_length, seed) if packing else single_rows(len(lengths), seed)
+
+    def totals(self, packing: Packing, row_length: int) -> dict[str, Any]:
+        """What the manifest says of these conversations and rows as a whole."""
+        lengths = np.frombuffer(self.lengths, dtype=np.int64)
+        totals = totals_of(lengths, self.num_trained, self.max_token_id, packing, row_length)
+        return totals | {"dtype": self.dtype.name} | ({"groups": int(self.groups.max()) + 1} if self.grouped else {})
 
     def write(self, packing: Packing, manifest: dict[str, Any]) -> None:
         """Write the rows of `packing` and put the finished files in place. `manifest` gets `files` added."""
@@ -82,17 +111,23 @@ class ConversationStore:
             "bin": {"bytes": num_bytes, "sha256": digest},
             "idx": {"bytes": self._temporary("idx").stat().st_size, "sha256": sha256_of_file(self._temporary("idx"))},
         }
+        if self.grouped:
+            path = self._temporary("groups")
+            self.groups[packing.conversations].tofile(path)
+            files["groups"] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
         write_json(self._temporary("json"), manifest | {"files": files})
         self._put_in_place()
 
     def _put_in_place(self) -> None:
         """Rename the finished files, the manifest last: without it, .bin and .idx count as unfinished."""
         file_of(self.prefix, "json").unlink(missing_ok=True)
+        file_of(self.prefix, "groups").unlink(missing_ok=True)
+        endings = ("bin", "idx", *(["groups"] if self.grouped else []), "json")
         try:
-            for name in ("bin", "idx", "json"):
+            for name in endings:
                 os.replace(self._temporary(name), file_of(self.prefix, name))
         except BaseException:
-            for name in ("bin", "idx"):
+            for name in endings[:-1]:
                 file_of(self.prefix, name).unlink(missing_ok=True)
             raise
 
@@ -125,7 +160,9 @@ class ConversationStore:
         first_runs = (np.cumsum(num_runs) - num_runs)[packing.conversations]
         lengths = runs[np.repeat(first_runs, counts) + place]
         modes = np.where(place % 2 == 1, MODE_TRAINED, 0) + np.where(place == 0, MODE_FIRST, 0)
-        return lengths, ends[packing.starts], modes.astype(np.int8)
+        first_segments = ends[packing.starts]
+        modes[first_segments[:-1][packing.joined]] |= MODE_JOINED
+        return lengths, first_segments, modes.astype(np.int8)
 
     def _temporary(self, name: str) -> Path:
         return self.prefix.with_name(f".{self.prefix.name}.{name}.tmp")

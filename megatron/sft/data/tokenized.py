@@ -1,7 +1,8 @@
 """Reads tokenised data: the .bin and .idx files of Megatron's IndexedDataset, and the .json manifest beside them.
 
 A document of the two files is a packed row, a sequence is a segment (a run of tokens with one role in training), and a
-sequence's mode byte says MODE_TRAINED and MODE_FIRST. Needs numpy alone, so that training can import it.
+sequence's mode byte says MODE_TRAINED, MODE_FIRST and MODE_JOINED. Needs numpy alone, so that training can import it.
+Where conversations are in groups, a .groups file has each one's group number, int64, in the order of the .bin file.
 """
 
 import struct
@@ -17,6 +18,7 @@ from megatron.sft.manifest import read_json
 FORMAT = 1
 MODE_TRAINED = 1  # the loss is taken on predicting the tokens of this segment
 MODE_FIRST = 2  # the first segment of a conversation
+MODE_JOINED = 4  # the first segment of a row that training must keep together with the row before it
 REBUILD = "run scripts/3_tokenize.sh again"
 
 # The .idx file: this header, then int32 lengths and int64 byte offsets of the sequences, int64 first sequences of the
@@ -79,6 +81,18 @@ class TokenizedRows:
 
     def __len__(self) -> int:
         return len(self._index.documents) - 1
+
+    @property
+    def joined(self) -> np.ndarray:
+        """[rows] bool, True: the row is of one unit with the row before it, so training shuffles them as one."""
+        return (self._index.modes[self._index.documents[:-1]] & MODE_JOINED) != 0
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """[conversations] int64, the group of each in the order of the rows; None if they were not grouped."""
+        if "groups" not in self.manifest["files"]:
+            return None
+        return np.fromfile(file_of(self.prefix, "groups"), dtype=np.int64)
 
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):

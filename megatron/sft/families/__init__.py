@@ -25,7 +25,9 @@ def read_shape(config: dict[str, Any], where: str) -> Shape:
     model_type = config.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:
-        raise UserError(f"{where}: model_type {model_type!r} is not supported: choose one of {', '.join(sorted(FAMILIES))}")
+        raise UserError(
+            f"{where}: model_type {model_type!r} is not supported: choose one of {', '.join(sorted(FAMILIES))}"
+        )
     for field, wanted in family.FIXED.items():
         if config.get(field, wanted) != wanted:
             raise UserError(f"{where}: {field}={config[field]!r} is not supported for {model_type} (only {wanted!r})")
@@ -49,7 +51,9 @@ def read_shape(config: dict[str, Any], where: str) -> Shape:
             torch_dtype=_dtype(config, where),
         )
     except KeyError as error:
-        raise UserError(f"{where}: the field {error.args[0]!r} is missing: is it the model's own config.json?") from None
+        raise UserError(
+            f"{where}: the field {error.args[0]!r} is missing: is it the model's own config.json?"
+        ) from None
 
 
 def rules_of(shape: Shape) -> tuple[Rule, ...]:

@@ -34,7 +34,9 @@ class Shape:
 class Rule(Protocol):
     """One Megatron parameter and the Hugging Face tensors that it is made of."""
 
-    megatron: str
+    @property
+    def megatron(self) -> str:
+        """The Megatron parameter's name."""
 
     @property
     def hf(self) -> tuple[str, ...]:
@@ -84,7 +86,9 @@ class QKV:
 
     def to_megatron(self, shape: Shape, *tensors: Tensor) -> Tensor:
         rest = tensors[0].shape[1:]
-        parts = [t.reshape(shape.num_kv_heads, -1, shape.head_dim, *rest) for t in tensors]  # [kv heads, heads, dim, ...]
+        parts = [
+            t.reshape(shape.num_kv_heads, -1, shape.head_dim, *rest) for t in tensors
+        ]  # [kv heads, heads, dim, ...]
         return torch.cat(parts, dim=1).reshape(-1, *rest)
 
     def to_hf(self, shape: Shape, parameter: Tensor) -> tuple[Tensor, ...]:

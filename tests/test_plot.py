@@ -1,0 +1,89 @@
+"""The loss curve: what is read from metrics.jsonl, and that a readable PNG comes out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron.sft.errors import UserError
+from megatron.sft.plot import draw, read_curve, run_names, smoothed, title_of
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_metrics(folder: Path, num_steps: int = 50) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [{"iteration": step, "loss": 5.0 / step, "lr": 1e-3} for step in range(1, num_steps + 1)]
+    lines.insert(20, {"iteration": 20, "validation_loss": 0.3})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+
+
+def test_training_and_validation_lines_are_told_apart(tmp_path):
+    curve = read_curve(write_metrics(tmp_path / "run", 30), "run")
+    assert (curve.iterations[0], curve.iterations[-1], len(curve.losses)) == (1, 30, 30)
+    assert (curve.validation_iterations, curve.validation_losses) == ([20], [0.3])
+    assert title_of([curve]).startswith("run: loss 5 to ")
+
+
+def test_line_that_is_still_being_written_is_passed_over(tmp_path):
+    folder = write_metrics(tmp_path / "run", 30)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 31, "lo')
+    assert read_curve(folder, "run").iterations[-1] == 30
+
+
+def test_smoothing_keeps_a_straight_line_and_both_ends():
+    line = [float(value) for value in range(100)]
+    assert smoothed(line) == pytest.approx(line)
+    assert smoothed([1.0]) == [1.0]
+    noisy = [value + (-1) ** place for place, value in enumerate(line)]
+    assert max(abs(a - b) for a, b in zip(smoothed(noisy)[5:-5], line[5:-5], strict=True)) < 0.25
+
+
+def test_runs_are_named_apart():
+    assert run_names([Path("/a/x/one"), Path("/a/x/two")]) == ["one", "two"]
+    assert run_names([Path("/a/x/run"), Path("/a/y/run")]) == ["x/run", "y/run"]
+
+
+def test_several_runs_make_one_picture(tmp_path):
+    curves = [read_curve(write_metrics(tmp_path / name), name) for name in ("one", "two")]
+    draw(curves, tmp_path / "new" / "loss.png", "Loss of 2 runs")
+    assert png_size(tmp_path / "new" / "loss.png") == (1080, 600)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["loss.png"]
+
+
+def test_tool_writes_beside_the_metrics(tmp_path):
+    folder = write_metrics(tmp_path / "run")
+    line = [sys.executable, str(ROOT / "tools/plot_loss.py"), str(folder)]
+    done = subprocess.run(
+        line, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == f"loss curve: {folder}/loss.png\n"
+    assert png_size(folder / "loss.png") == (1080, 600)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist: give a run's folder"),
+        ("", "has no training step yet"),
+        ("hello\n", "line 1 is no line of metrics"),
+        ('{"iteration": 1}\n', "line 1 is no line of metrics"),
+    ],
+)
+def test_file_that_is_no_record_is_refused(tmp_path, content, message):
+    path = tmp_path / "metrics.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_curve(path, "run")
