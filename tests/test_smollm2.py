@@ -38,9 +38,7 @@ def test_an_untrained_export_is_the_source_bit_for_bit(model: Path, checkpoint: 
 def test_three_kv_heads_cannot_be_shared_by_two(model: Path, tmp_path: Path) -> None:
     arguments = ["--hf-dir", model, "--output", tmp_path / "out", "--tensor-model-parallel-size", "2"]
     output = tiny.run_module("convert", *arguments, status=2)
-    assert output == (
-        "error: TP=2 does not divide the model's 9 attention heads and 3 KV heads: choose TP from 1, 3\n"
-    )
+    assert output == ("error: TP=2 does not divide the model's 9 attention heads and 3 KV heads: choose TP from 1, 3\n")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,7 @@ import re
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,9 @@ def main() -> None:
         overlong=given.overlong,
     )
     prefix = given.output_prefix or new_prefix(source, options.length)
-    fingerprint = sha256_of_text(repr(("repack", ALGORITHM, old["files"]["bin"]["sha256"], old["files"]["idx"], options)))
+    fingerprint = sha256_of_text(
+        repr(("repack", ALGORITHM, old["files"]["bin"]["sha256"], old["files"]["idx"], options))
+    )
     if _is_finished(prefix, fingerprint):
         print(f"already packed so, from the same files: {prefix}.bin, .idx, .json")
         return
@@ -97,7 +99,7 @@ def new_prefix(source: TokenizedRows, length: int) -> Path:
 
 
 def _is_finished(prefix: Path, fingerprint: str) -> bool:
-    """Whether the result is in place. Other data there must not be written over unless it is the source itself."""
+    """Whether the result is in place."""
     if not file_of(prefix, "json").is_file():
         return False
     try:
@@ -116,14 +118,21 @@ def repack(source: TokenizedRows, options: Options, prefix: Path, fingerprint: s
             store.add(conversation)
         _print_counts(counts, options)
         if not len(store.lengths):
-            raise UserError(f"no conversation of {source.prefix} fits into {options.length} tokens: give a greater length")
+            raise UserError(
+                f"no conversation of {source.prefix} fits into {options.length} tokens: give a greater length"
+            )
         packing = store.pack(options.length, options.seed, options.packing)
-        manifest = old | store.totals(packing, options.length) | {
-            "algorithm": ALGORITHM if options.packing else "none",
-            "seed": options.seed,
-            "fingerprint": fingerprint,
-            "repacked": [*old.get("repacked", []), _step(source, options, counts)],
-        }
+        manifest = (
+            old
+            | store.totals(packing, options.length)
+            | {
+                "algorithm": ALGORITHM if options.packing else "none",
+                "seed": options.seed,
+                "options": old.get("options", {}) | {"packing": options.packing},
+                "fingerprint": fingerprint,
+                "repacked": [*old.get("repacked", []), _step(source, options, counts)],
+            }
+        )
         if not packing.joined.any():
             manifest.pop("row_units", None)
         store.write(packing, manifest)
@@ -138,8 +147,7 @@ def conversations(source: TokenizedRows) -> Iterator[Encoded]:
     number = 0
     for row in source:
         for conversation in conversations_of(row):
-            # Multiplied, as these numbers would else be too like those that the store gives to what has no group.
-            yield conversation if groups is None else conversation.in_group(int(groups[number]) + 1)
+            yield conversation if groups is None else replace(conversation, group=int(groups[number]))
             number += 1
 
 
@@ -147,8 +155,9 @@ def conversations_of(row: Row) -> Iterator[Encoded]:
     start = 0
     for length in row.conversation_lengths.tolist():
         part = slice(start, start + length)
-        borders = np.flatnonzero(np.diff(row.trained[part], prepend=False, append=not row.trained[part][-1]))
-        yield Encoded(row.tokens[part], np.diff(borders, prepend=0).tolist())
+        trained = row.trained[part]
+        ends_of_runs = np.append(np.flatnonzero(np.diff(trained)) + 1, length)
+        yield Encoded(row.tokens[part], np.diff(ends_of_runs, prepend=0).tolist())
         start += length
 
 

@@ -37,7 +37,13 @@ PARQUET_ROWS_AT_ONCE = 128
 LONE_SURROGATE = re.compile("[\\ud800-\\udfff]")
 ZSTANDARD_BYTES = 1 << 16
 # Beside data, but none: what step 3 itself writes, and what the `datasets` library puts into its folders.
-NO_DATA = ("Tokenized-*_text_document.json", "*.rejected.jsonl", "dataset_info.json", "dataset_infos.json", "state.json")
+NO_DATA = (
+    "Tokenized-*_text_document.json",
+    "*.rejected.jsonl",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "state.json",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +181,7 @@ class _ZstandardStream(io.RawIOBase):
         self.library = zstandard
         self.frame = self._new_frame()
         self.left = b""  # unpacked and not read
+        self.is_started = False
 
     def _new_frame(self) -> Any:
         return self.library.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
@@ -184,17 +191,14 @@ class _ZstandardStream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self.left:
-            packed = self.frame.unused_data if self.frame.eof else b""
-            if self.frame.eof:
-                self.frame = self._new_frame()
-                is_new = True
-            else:
-                is_new = False
-            packed = packed or self.raw.read(ZSTANDARD_BYTES)
-            if not packed and is_new:
+            packed = self.frame.unused_data or self.raw.read(ZSTANDARD_BYTES)
+            if not packed and (self.frame.eof or not self.is_started):
                 return 0
             if not packed:
                 raise EOFError
+            if self.frame.eof:
+                self.frame = self._new_frame()
+            self.is_started = True
             try:
                 self.left = self.frame.decompress(packed)
             except self.library.ZstdError as error:

@@ -58,6 +58,12 @@ def file_of(prefix: Path, ending: str) -> Path:
     return prefix.with_name(f"{prefix.name}.{ending}")
 
 
+def prefix_of(path: Path) -> Path:
+    """The prefix, given it or one of its files."""
+    endings = (".bin", ".idx", ".json")
+    return path.with_name(path.stem) if path.suffix in endings else path
+
+
 class TokenizedRows:
     """The rows of `prefix`.bin, .idx, .json. Opening refuses unfinished or damaged sets; a row costs a few slices."""
 
