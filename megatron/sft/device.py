@@ -7,6 +7,7 @@ that the same model, schedules, optimizer and checkpoints run there over gloo.
 import contextlib
 import os
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -119,6 +120,8 @@ def prepare() -> None:
     if has_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         return
+    # Where Transformer Engine is installed, megatron-core would take its CUDA kernels for sums and norms.
+    sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
     _CudaMeansCpu().__enter__()
     cpu = torch.device("cpu")
     cuda: Any = torch.cuda

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -28,42 +28,58 @@ class Targets:
 
 
 def weighted_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Targets, vocab_size: int, group: ProcessGroup
+    hidden: Tensor, weight: Tensor, targets: Targets, vocab_size: int, group: ProcessGroup, weight_is_shared: bool = False
 ) -> Tensor:
     """Sum over the trained tokens of weight * -log p(token), float32 scalar, equal on every rank of `group`.
 
     hidden: [n, hidden size], the same on every rank of `group`, already taken at `targets.positions`; its gradient is this
     rank's part only, to be summed over `group` by the caller. weight: [padded vocabulary / ranks, hidden size], this rank's
     rows of the output matrix. Rows from `vocab_size` on are padding and take no probability.
+
+    The gradient of a weight that has megatron-core's `main_grad` is added there at once, in float32. It supposes that the
+    backward pass starts from this sum with the gradient 1. weight_is_shared: the weight gets another gradient from the
+    embedding, which completes it.
     """
-    total: Tensor = _WeightedCrossEntropy.apply(hidden, weight, targets.ids, targets.weights, vocab_size, group)
+    total: Tensor = _WeightedCrossEntropy.apply(
+        hidden, weight, targets.ids, targets.weights, vocab_size, group, weight_is_shared, torch.is_grad_enabled()
+    )
     return total
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, weights: Tensor, vocab_size: int, group: ProcessGroup
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        vocab_size: int,
+        group: ProcessGroup,
+        weight_is_shared: bool,
+        needs_gradient: bool,
     ) -> Tensor:
-        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
+        main_grad = getattr(weight, "main_grad", None)
+        grad_weight = None
+        if needs_gradient:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if main_grad is None else main_grad
         first_row = group.rank() * weight.shape[0]
-        padding = max(0, min(weight.shape[0], first_row + weight.shape[0] - vocab_size))
+        num_rows = max(0, min(weight.shape[0], vocab_size - first_row))
         for start in range(0, hidden.shape[0], CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            logits = (hidden[part] @ weight.t()).float()  # [chunk, vocabulary / ranks]
-            if padding:
-                logits[:, -padding:] = float("-inf")
-            losses, gradient = _softmax_cross_entropy(logits, ids[part] - first_row, group, needs_gradient)
+            logits = hidden[part] @ weight.t()  # [chunk, vocabulary / ranks]
+            local_ids = ids[part] - first_row
+            statistics = _statistics(logits, local_ids, num_rows)
+            log_sums, losses = _combine(statistics, group)
             total += losses @ weights[part]
-            if gradient is not None and grad_hidden is not None and grad_weight is not None:
-                gradient = gradient.mul_(weights[part, None]).to(hidden.dtype)
+            if grad_hidden is not None and grad_weight is not None:
+                gradient = _gradient(logits, local_ids, log_sums, weights[part], num_rows)
                 torch.matmul(gradient, weight, out=grad_hidden[part])
-                grad_weight.add_(gradient.t() @ hidden[part])
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+                _add_product(grad_weight, gradient, hidden[part])
+        ctx.save_for_backward(grad_hidden, grad_weight if main_grad is None else None)
+        ctx.weight, ctx.weight_is_shared = weight, weight_is_shared
         return total
 
     @staticmethod
@@ -71,31 +87,66 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_outputs[0]
         grad_hidden = grad_hidden * scale.to(grad_hidden.dtype)
-        grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        if grad_weight is not None:
+            grad_weight = (grad_weight * scale).to(ctx.weight.dtype)
+        elif not ctx.weight_is_shared:
+            # megatron-core waits for every weight's gradient, and leaves this one alone because of the mark.
+            grad_weight = torch.empty_like(ctx.weight)
+            ctx.weight.grad_added_to_main_grad = True
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
-def _softmax_cross_entropy(
-    logits: Tensor, local_ids: Tensor, group: ProcessGroup, needs_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Losses [chunk] and d(sum of losses)/d(logits) [chunk, vocabulary / ranks] of float32 logits, which are overwritten.
+def _statistics(logits: Tensor, local_ids: Tensor, num_rows: int) -> Tensor:
+    """[chunk, 3] float32: largest logit, sum of exponentials relative to it, the target's logit (-inf if elsewhere).
 
-    local_ids: [chunk], the target's column on this rank; outside 0..columns-1 if another rank holds it.
+    Columns from num_rows on are padding; a rank may hold nothing else.
     """
-    highest = logits.max(dim=-1).values
+    if logits.is_cuda:
+        from megatron.sft.loss_kernels import row_statistics
+
+        return row_statistics(logits, local_ids, num_rows)
+    if num_rows == 0:
+        return torch.tensor([[float("-inf"), 0.0, float("-inf")]]).expand(len(logits), 3).clone()
+    real = logits[:, :num_rows].float()
+    largest = real.max(dim=-1).values
+    here = (local_ids >= 0) & (local_ids < num_rows)
+    wanted = real.gather(1, local_ids.clamp(0, num_rows - 1)[:, None])[:, 0].masked_fill(~here, float("-inf"))
+    return torch.stack([largest, (real - largest[:, None]).exp().sum(dim=-1), wanted], dim=1)
+
+
+def _combine(statistics: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """log(sum of exponentials) and losses, both [chunk], over the whole vocabulary."""
+    largest, sums, wanted = statistics.unbind(dim=1)
     if group.size() > 1:
+        highest = torch.stack([largest, wanted])
         torch.distributed.all_reduce(highest, op=ReduceOp.MAX, group=group)
-    logits -= highest[:, None]
-    here = (local_ids >= 0) & (local_ids < logits.shape[1])
-    column = local_ids.clamp(0, logits.shape[1] - 1)[:, None]
-    wanted = logits.gather(1, column)[:, 0].masked_fill(~here, 0.0)
-    exponentials = logits.exp_()
-    sums = torch.stack([exponentials.sum(dim=-1), wanted])  # [2, chunk]
-    if group.size() > 1:
+        sums = sums * (largest - highest[0]).exp()
         torch.distributed.all_reduce(sums, group=group)
-    losses = sums[0].log() - sums[1]
-    if not needs_gradient:
-        return losses, None
-    gradient = exponentials.div_(sums[0][:, None])
+        largest, wanted = highest.unbind()
+    log_sums = largest + sums.log()
+    return log_sums, log_sums - wanted
+
+
+def _gradient(logits: Tensor, local_ids: Tensor, log_sums: Tensor, weights: Tensor, num_rows: int) -> Tensor:
+    """d(sum of weights * losses)/d(logits), [chunk, vocabulary / ranks] in the logits' dtype; may overwrite them."""
+    if logits.is_cuda:
+        from megatron.sft.loss_kernels import gradient_in_place
+
+        gradient_in_place(logits, local_ids, log_sums, weights, num_rows)
+        return logits
+    gradient = (logits.float() - log_sums[:, None]).exp_()
+    gradient[:, num_rows:] = 0.0
+    here = (local_ids >= 0) & (local_ids < num_rows)
+    column = local_ids.clamp(0, logits.shape[1] - 1)[:, None]
     gradient.scatter_add_(1, column, -here.to(gradient.dtype)[:, None])
-    return losses, gradient
+    return gradient.mul_(weights[:, None]).to(logits.dtype)
+
+
+def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """total += gradient^T @ hidden, in float32 whatever the factors are."""
+    if gradient.dtype == total.dtype:
+        total.addmm_(gradient.t(), hidden)
+    elif gradient.is_cuda:
+        torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(gradient.t() @ hidden)

@@ -6,6 +6,7 @@ torchrun --nproc-per-node N -m megatron.sft.train [train|resume] --load CKPT --d
 import os
 import shutil
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,9 +135,17 @@ class Feeder:
         # Sequence parallelism splits a micro-batch into equal parts; GPU kernels like multiples of 128.
         tensor_parallel = plan.layout.tensor_parallel if plan.layout.sequence_parallel else 1
         self.alignment = (128 if device.has_gpu() else 1) * tensor_parallel
+        self._worker = ThreadPoolExecutor(max_workers=1)
+        self._ahead: dict[int, Future[list[MicroBatch]]] = {}
 
     def training(self, consumed: int) -> list["MicroBatch"]:
-        """The micro-batches of the step that starts after `consumed` rows."""
+        """The micro-batches of the step that starts after `consumed` rows; the next step's are made meanwhile."""
+        size = self.plan.options.global_batch_size
+        due = self._ahead.pop(consumed, None) or self._worker.submit(self._training, consumed)
+        self._ahead = {consumed + size: self._worker.submit(self._training, consumed + size)}
+        return due.result()
+
+    def _training(self, consumed: int) -> list["MicroBatch"]:
         return self._batches([self.order.at(consumed + i) for i in range(self.plan.options.global_batch_size)])
 
     def validation(self, index: int) -> list["MicroBatch"]:

@@ -6,6 +6,7 @@
 # To make a recipe of your own, copy this file and edit it. A variable in the environment overrides the value here.
 root=$(cd "$(dirname "$(readlink -f "$0")")/../.." && pwd)
 
+: "${ASSETS_DIR:=$root/assets}"
 : "${MODEL:=deepseek_ai_DeepSeek_R1_Distill_Qwen_1.5B}"
 : "${DATA:=Vinnnf-Hybrid-OpenThoughts2-1M-1.5B}"
 : "${SEQ_LENGTH:=16384}"
@@ -33,8 +34,8 @@ root=$(cd "$(dirname "$(readlink -f "$0")")/../.." && pwd)
 : "${EVAL_ITERS:=10}"
 
 TAG=SFT_Hybrid_R1_1.5B_OpenThoughts_1M
-: "${PRETRAIN_CHECKPOINT_PATH:=$root/assets/checkpoints/${MODEL}_Megatron_TP${TENSOR_PARALLEL_SIZE}PP${PIPELINE_PARALLEL_SIZE}}"
-: "${DATA_PATH:=$root/assets/data/$DATA/Tokenized-$DATA-$MODEL-${SEQ_LENGTH}_text_document}"
+: "${PRETRAIN_CHECKPOINT_PATH:=$ASSETS_DIR/checkpoints/${MODEL}_Megatron_TP${TENSOR_PARALLEL_SIZE}PP${PIPELINE_PARALLEL_SIZE}}"
+: "${DATA_PATH:=$ASSETS_DIR/data/$DATA/Tokenized-$DATA-$MODEL-${SEQ_LENGTH}_text_document}"
 : "${OUTPUT_PATH:=$root/outputs/checkpoints/$TAG/train_iters_$TRAIN_ITERS}"
 
 # shellcheck source=scripts/4_train.sh
