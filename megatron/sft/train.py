@@ -135,6 +135,7 @@ class Feeder:
         # Sequence parallelism splits a micro-batch into equal parts; GPU kernels like multiples of 128.
         tensor_parallel = plan.layout.tensor_parallel if plan.layout.sequence_parallel else 1
         self.alignment = (128 if device.has_gpu() else 1) * tensor_parallel
+        self.device = device.current()  # a thread of its own would have the first GPU
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._ahead: dict[int, Future[list[MicroBatch]]] = {}
 
@@ -165,7 +166,7 @@ class Feeder:
                 blank_row() if number is None else self.plan.rows[number]
                 for number in numbers[first : first + options.micro_batch_size]
             ]
-            batches.append(make_micro_batch(rows, self.alignment, options.loss_average, device.current()))
+            batches.append(make_micro_batch(rows, self.alignment, options.loss_average, self.device))
         return batches
 
 
