@@ -1,5 +1,6 @@
 """How this project speaks to its user when something is wrong: one line with the thing, its value and the next step."""
 
+import argparse
 import json
 import os
 import sys
@@ -11,6 +12,13 @@ from typing import NoReturn
 
 class UserError(Exception):
     """Something that the user can put right. The message names the thing, its value and the next step."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose complaint is a `UserError` of one line, without a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (-h explains the options)")
 
 
 def fail(message: str) -> NoReturn:

@@ -9,7 +9,7 @@ _BLOCK = 4096
 
 
 @triton.jit
-def _row_statistics(logits, local_ids, statistics, num_columns, stride, BLOCK: tl.constexpr):
+def _row_statistics(logits, local_ids, statistics, num_columns, stride, BLOCK: tl.constexpr):  # noqa: N803
     """statistics[row] = (largest logit, sum of exp(logit - largest), target's logit or -inf if it is not here)."""
     row = tl.program_id(0)
     start = logits + row.to(tl.int64) * stride
@@ -31,7 +31,7 @@ def _row_statistics(logits, local_ids, statistics, num_columns, stride, BLOCK: t
 
 
 @triton.jit
-def _gradient_in_place(logits, local_ids, log_sums, weights, num_columns, num_stored, stride, BLOCK: tl.constexpr):
+def _gradient_in_place(logits, local_ids, log_sums, weights, num_columns, num_stored, stride, BLOCK: tl.constexpr):  # noqa: N803
     """logits = weight * (softmax - onehot), zero in the columns from num_columns on, which are padding."""
     row = tl.program_id(0)
     start = logits + row.to(tl.int64) * stride

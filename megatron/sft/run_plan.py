@@ -60,8 +60,8 @@ def resolve(mode: str, options: TrainOptions, num_processes: int) -> RunPlan:
     shape = _shape_of(start)
     check_layout(layout, shape)
     rows = TokenizedRows(data_prefix(options.data_path))
-    _check_data(rows, options, shape)
-    training_rows, validation_rows = _split(options, len(rows))
+    _check_data(rows, options, shape, start.manifest.get("source", {}))
+    training_rows, validation_rows = _split(options, rows.joined)
 
     per_pass = options.micro_batch_size * data_parallel
     if options.global_batch_size % per_pass:
@@ -127,7 +127,12 @@ def num_parameters(shape: Shape) -> int:
     """Number of weights of the whole model, tied embeddings counted once."""
     attention = shape.hidden_size * shape.head_dim * 2 * (shape.num_heads + shape.num_kv_heads)
     biases = shape.head_dim * (shape.num_heads + 2 * shape.num_kv_heads) if shape.qkv_bias else 0
-    layer = attention + biases + 3 * shape.hidden_size * shape.ffn_hidden_size + 2 * shape.hidden_size
+    norms = 2 * shape.hidden_size + (2 * shape.head_dim if shape.qk_norm else 0)
+    mlp = 3 * shape.hidden_size * shape.ffn_hidden_size
+    if shape.mixture:
+        expert = 3 * shape.hidden_size * shape.mixture.ffn_hidden_size
+        mlp = shape.mixture.num_experts * (expert + shape.hidden_size)
+    layer = attention + biases + mlp + norms
     embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
     return shape.num_layers * layer + embeddings + shape.hidden_size
 
@@ -153,7 +158,8 @@ def _shape_of(checkpoint: Checkpoint) -> Shape:
     return read_shape(config, str(checkpoint.path / "manifest.json"))
 
 
-def _check_data(rows: TokenizedRows, options: TrainOptions, shape: Shape) -> None:
+def _check_data(rows: TokenizedRows, options: TrainOptions, shape: Shape, source: dict[str, Any]) -> None:
+    """`source`: what the checkpoint's manifest says of the Hugging Face folder that the model comes from."""
     length = rows.manifest["length"]
     if options.seq_length and options.seq_length != length:
         raise UserError(
@@ -170,6 +176,17 @@ def _check_data(rows: TokenizedRows, options: TrainOptions, shape: Shape) -> Non
             f"token {rows.manifest['max_token_id']} in {rows.prefix}, the model's vocabulary has {shape.vocab_size} rows: "
             "the data was tokenised with another model's tokenizer, rerun scripts/3_tokenize.sh"
         )
+    facts = rows.manifest.get("tokenizer", {})
+    used, own = rows.manifest.get("chat_template_sha256"), facts.get("chat_template_sha256")
+    compared = {"tokenizer": (facts.get("sha256"), source.get("tokenizer_sha256"))}
+    if used == own:  # else the data was made with another template on purpose, which goes into the export
+        compared["chat template"] = (own, source.get("chat_template_sha256"))
+    for what, (of_data, of_model) in compared.items():
+        if of_data and of_model and of_data != of_model:
+            raise UserError(
+                f"{rows.prefix} was made with the {what} of {facts.get('path')} (checksum {of_data[:12]}…), the model's in "
+                f"{source.get('path')} is another ({of_model[:12]}…): rerun scripts/3_tokenize.sh with {source.get('path')}"
+            )
 
 
 def _check_numbers(options: TrainOptions) -> None:
@@ -182,14 +199,14 @@ def _check_numbers(options: TrainOptions) -> None:
         raise UserError(f"MIN_LR={options.min_lr} must lie between 0 and LR={options.lr}")
 
 
-def _split(options: TrainOptions, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+def _split(options: TrainOptions, joined: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?){0,2}", options.split):
         raise UserError(f"SPLIT={options.split!r} is not up to three shares like 999,1,0")
     shares = [float(part) for part in options.split.split(",")] + [0.0, 0.0]
     if shares[0] <= 0:
         raise UserError(f"SPLIT={options.split!r} leaves no rows for training")
     total = sum(shares)
-    return split_rows(num_rows, shares[0] / total, shares[1] / total, options.seed)
+    return split_rows(len(joined), shares[0] / total, shares[1] / total, options.seed, joined)
 
 
 def _eval_iters(options: TrainOptions, num_validation_rows: int) -> int:

@@ -14,7 +14,7 @@ from megatron.sft import device, metrics, processes
 from megatron.sft.errors import UserError, run
 from megatron.sft.manifest import write_json
 from megatron.sft.options import parse
-from megatron.sft.row_order import RowOrder
+from megatron.sft.row_order import RowOrder, num_torn_units
 from megatron.sft.run_plan import RunPlan, describe, options_record, resolve
 
 if TYPE_CHECKING:
@@ -130,7 +130,10 @@ class Feeder:
         from megatron.core import parallel_state
 
         self.plan = plan
-        self.order = RowOrder(plan.training_rows, plan.options.seed)
+        joined = plan.rows.joined[plan.training_rows]
+        self.order = RowOrder(plan.training_rows, plan.options.seed, joined, plan.options.global_batch_size)
+        if joined.any() and (torn := num_torn_units(self.order)):
+            processes.say(f"{torn:,} groups are larger than a global batch, or do not all fit: they meet in two")
         self.rank = parallel_state.get_data_parallel_rank()
         # Sequence parallelism splits a micro-batch into equal parts; GPU kernels like multiples of 128.
         tensor_parallel = plan.layout.tensor_parallel if plan.layout.sequence_parallel else 1
