@@ -3,13 +3,15 @@
 #
 #   bash scripts/5_export.sh CKPT HF_DIR OUT [ITERATION]
 #
-# CKPT       a checkpoint folder of 4_train.sh or 2_convert.sh, in any format and parallel layout
+# CKPT       a checkpoint folder of 4_train.sh or 2_convert.sh, or of Megatron-LM, in any format and parallel layout
 # HF_DIR     the original model: config.json, tokenizer and chat template are taken from it
 # OUT        the folder to write
 # ITERATION  the latest unless given
+#
+# DTYPE=bf16  of the weights: bf16, fp16 or fp32; the original's unless given. Values that change are counted
 for lib in "$(dirname "$(readlink -f "$0")")"{,/..}/lib "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
 # shellcheck source=scripts/lib/common.sh
 source "$lib/common.sh" || exit 2
 
 help_or_arguments 3 4 "$@"
-run_module export --load "$1" --hf-dir "$2" --output "$3" ${4:+--iteration "$4"}
+run_module export --load "$1" --hf-dir "$2" --output "$3" ${4:+--iteration "$4"} ${DTYPE:+--dtype "$DTYPE"}

@@ -26,10 +26,13 @@ setup() {
 
 @test "2_convert: torch_dist and 1 x 1 unless told otherwise" {
   run -0 bash scripts/2_convert.sh model/
-  expected="[-m][megatron.sft.convert][--hf-dir][model][--tensor-model-parallel-size][1][--pipeline-model-parallel-size][1]"
-  [[ ${lines[1]} == "${expected}[--output][model_Megatron_TP1PP1][--ckpt-format][torch_dist]" ]]
+  expected="[-m][megatron.sft.convert][--source][model][--tensor-model-parallel-size][1][--pipeline-model-parallel-size][1]"
+  expected+="[--output][model_Megatron_TP1PP1][--ckpt-format][torch_dist]"
+  [[ ${lines[1]} == "${expected}[--verify][auto][--expert-model-parallel-size][1]" ]]
   CKPT_FORMAT=torch run -0 bash scripts/2_convert.sh model 2 4 "out put"
-  [[ ${lines[1]} == *"[2][--pipeline-model-parallel-size][4][--output][out put][--ckpt-format][torch]" ]]
+  [[ ${lines[1]} == *"[2][--pipeline-model-parallel-size][4][--output][out put][--ckpt-format][torch][--verify]"* ]]
+  DTYPE=bf16 HF_DIR="the model" VERIFY=0 ITERATION=7 WITH_OPTIMIZER=1 run -0 bash scripts/2_convert.sh run
+  [[ ${lines[1]} == *"[--verify][0]"*"[--dtype][bf16][--hf-dir][the model][--iteration][7][--with-optimizer]" ]]
 }
 
 @test "5_export: the iteration is optional" {
@@ -37,6 +40,8 @@ setup() {
   [[ ${lines[1]} == "[-m][megatron.sft.export][--load][ckpt][--hf-dir][hf][--output][out]" ]]
   run -0 bash scripts/5_export.sh ckpt hf out 120
   [[ ${lines[1]} == *"[--output][out][--iteration][120]" ]]
+  DTYPE=fp32 run -0 bash scripts/5_export.sh ckpt hf out
+  [[ ${lines[1]} == *"[--output][out][--dtype][fp32]" ]]
 }
 
 @test "download_hf_models.py and download_hf_dataset.py run in Python and in bash" {
@@ -53,10 +58,10 @@ setup() {
 @test "the convert shortcuts take the downloaded model and write the classic format" {
   run -0 bash scripts/checkpoints/convert_deepseek_r1_to_megatron.sh 1.5B 1 2
   model="$ASSETS_DIR/checkpoints/deepseek_ai_DeepSeek_R1_Distill_Qwen_1.5B"
-  [[ ${lines[1]} == *"[--hf-dir][$model]"*"[--pipeline-model-parallel-size][2][--output][${model}_Megatron_TP1PP2][--ckpt-format][torch]" ]]
+  [[ ${lines[1]} == *"[--source][$model]"*"[--pipeline-model-parallel-size][2][--output][${model}_Megatron_TP1PP2][--ckpt-format][torch]"* ]]
   run -0 bash scripts/checkpoints/convert_qwen2.5_to_megatron.sh 7B 2 1
   model="$ASSETS_DIR/checkpoints/Qwen_Qwen2.5_7B"
-  [[ ${lines[1]} == *"[--hf-dir][$model]"*"[--output][${model}_Megatron_TP2PP1][--ckpt-format][torch]" ]]
+  [[ ${lines[1]} == *"[--source][$model]"*"[--output][${model}_Megatron_TP2PP1][--ckpt-format][torch]"* ]]
   run -2 bash scripts/checkpoints/convert_qwen2.5_to_megatron.sh
   [[ $output == *"SIZE [TP] [PP]"* ]]
 }

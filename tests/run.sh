@@ -25,7 +25,7 @@ step() {
 }
 
 if [[ $part == check || $part == all ]]; then
-  mapfile -t shell_files < <(find scripts tests .ci -type f \( -name '*.sh' -o -name '*.bash' -o -name '*.bats' -o -name '*.sbatch' -o -path .ci/run \) | sort)
+  mapfile -t shell_files < <(find scripts tests tools .ci -type f \( -name '*.sh' -o -name '*.bash' -o -name '*.bats' -o -name '*.sbatch' -o -path .ci/run -o -path 'tools/*' \) | sort)
   step "ruff check" "$PYTHON" -m ruff check .
   step "ruff format" "$PYTHON" -m ruff format --check .
   step mypy "$PYTHON" -m mypy megatron/sft

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.sft.data.chat import ChatTemplate
-from megatron.sft.data.conversations import Conversation
+from megatron.sft.data.conversations import Conversation, Example
 from megatron.sft.data.encoding import Encoded, check_against_template, encode, load_tokenizer
 from megatron.sft.errors import UserError
 from tests.material import npm_tokenizer, smollm2_folder
@@ -110,7 +110,7 @@ def test_answers_and_end_of_turn_are_trained_and_nothing_else(
     tokenizer = tokenizer_of(name)
     conversation = encoded(tokenizer, messages)
     assert trained_texts(tokenizer, conversation) == expected
-    check_against_template(ChatTemplate(tokenizer), messages, conversation)
+    check_against_template(ChatTemplate(tokenizer), Example(messages), conversation)
 
 
 @pytest.mark.parametrize(
@@ -260,10 +260,10 @@ def test_the_work_grows_linearly_with_the_number_of_turns(monkeypatch: pytest.Mo
     num_renders = 0
     render = template._text
 
-    def counted(messages: Conversation, prompt: bool = False) -> str:
+    def counted(*arguments: Any, **more: Any) -> str:
         nonlocal num_renders
         num_renders += 1
-        return render(messages, prompt)
+        return render(*arguments, **more)
 
     monkeypatch.setattr(template, "_text", counted)
     template.render(turns("a", "b", "c", "d", "e", "f"))

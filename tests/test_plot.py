@@ -64,9 +64,14 @@ def test_several_runs_make_one_picture(tmp_path):
 
 def test_tool_writes_beside_the_metrics(tmp_path):
     folder = write_metrics(tmp_path / "run")
-    line = [sys.executable, str(ROOT / "tools/plot_loss.py"), str(folder)]
+    line = ["bash", str(ROOT / "tools/plot_loss"), str(folder)]
     done = subprocess.run(
-        line, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=True
+        line,
+        env=os.environ | {"MEGATRON_SFT_PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     assert done.stdout == f"loss curve: {folder}/loss.png\n"
     assert png_size(folder / "loss.png") == (1080, 600)

@@ -1,15 +1,19 @@
 """Rows and conversations: what is read from a file, and what every bad row is told."""
 
+import gzip
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
-from megatron.sft.data import sources
+from megatron.sft.data import json_rows
 from megatron.sft.data.conversations import Conversation, RowReader
-from megatron.sft.data.sources import file_format, read_rows
+from megatron.sft.data.sources import count_rows, data_files, file_format, read_rows
 from megatron.sft.errors import UserError
 
 
@@ -27,7 +31,7 @@ def random_value(draw: random.Random, depth: int = 0) -> Any:
 def test_lines_and_arrays_of_any_shape_are_read_in_pieces_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
 ) -> None:
-    monkeypatch.setattr(sources, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(json_rows, "PIECE_BYTES", piece_bytes)
     draw = random.Random(piece_bytes)
     path = tmp_path / "data.json"
     for _ in range(40):
@@ -70,8 +74,9 @@ def test_an_array_is_recognised_by_content_and_rows_know_their_lines(tmp_path: P
         (b"[\n1, 2]", "line 2: the row is a number"),
         (b"[{}]\n x", "line 2: b'x' after the end"),
         (b" \n ", "is empty"),
-        (b"\x1f\x8b\x08", "gzip-compressed: unpack it"),
-        (b"PAR1", "a parquet file"),
+        (b"\x1f\x8b\x08", "cut short"),
+        (b"PAR1", "no readable parquet file"),
+        (b"PK\x03\x04", "a zip archive: unpack it"),
         (b"\xff\xfe{\x00", "UTF-16"),
     ],
 )
@@ -79,7 +84,7 @@ def test_a_file_that_is_no_data_is_refused_with_its_line(tmp_path: Path, content
     path = tmp_path / "data.json"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        list(read_rows(path))
+        [row.fields for row in read_rows(path)]
     assert message in str(error.value)
     assert str(path) in str(error.value)
 
@@ -95,6 +100,93 @@ def test_memory_is_bounded_by_rows_and_not_by_the_file(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 << 20  # of 20 MB
+
+
+ROWS = [{"a": f"é {index}", "b": [{"c": index}, {"c": 1, "d": "x"}]} for index in range(300)]
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
+    lines = "\n".join(json.dumps(row) for row in ROWS).encode()
+    array = json.dumps(ROWS, indent=1).encode()
+    half = lines.index(b"\n", len(lines) // 2) + 1
+    frames = zstandard.compress(lines[:half]) + zstandard.compress(lines[half:])
+    contents = {
+        "a.jsonl": lines,
+        "b.json": array,
+        "c.jsonl.gz": gzip.compress(lines),
+        "d.json.zst": zstandard.compress(array),
+    }
+    contents |= {"e.gz": gzip.compress(lines[:half]) + gzip.compress(lines[half:]), "f.zst": frames}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "g.parquet", row_group_size=70)
+    for file in sorted(tmp_path.iterdir()):
+        assert [row.fields for row in read_rows(file)] == ROWS, file.name
+        assert count_rows(file) == 300
+        assert 0 < list(read_rows(file))[-1].end <= max(file.stat().st_size, len(array))
+
+
+def test_a_table_has_text_in_every_cell(tmp_path: Path) -> None:
+    path = tmp_path / "data.tsv"
+    path.write_text('\ufeffa\tb\n"x\ny"\t\n\n"say ""hi"""\t2\n', encoding="utf-8")
+    assert [(row.line, row.fields) for row in read_rows(path)] == [
+        (2, {"a": "x\ny", "b": ""}),
+        (5, {"a": 'say "hi"', "b": "2"}),
+    ]
+
+
+def test_a_folder_is_its_data_files_in_order(tmp_path: Path) -> None:
+    for name in ("b/2.jsonl", "b/1.json", "a.csv", ".hidden.jsonl", ".git/x.json", "README.md", "dataset_infos.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"a": "1"}' if "csv" not in name else "a\n1\n")
+    (tmp_path / "Tokenized-x-model-64_text_document.json").write_text("{}")
+    (tmp_path / "b" / "x.rejected.jsonl").write_text("{}")
+    assert [str(file.relative_to(tmp_path)) for file in data_files(tmp_path)] == ["a.csv", "b/1.json", "b/2.jsonl"]
+    assert [row.place for row in read_rows(tmp_path)] == [f"{tmp_path}/a.csv, line 2"] + [
+        f"{tmp_path}/b/{name}, line 1" for name in ("1.json", "2.jsonl")
+    ]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty has no data file"):
+        data_files(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", ["data.jsonl.gz", "data.jsonl.zst"])
+def test_a_packed_file_that_is_cut_short_or_damaged_is_refused(tmp_path: Path, name: str) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    packed = gzip.compress(lines) if name.endswith("gz") else zstandard.compress(lines)
+    path = tmp_path / name
+    for content in (packed[:-5], packed[: len(packed) // 2], packed[:100] + b"\0" * 50 + packed[150:]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"cut short|damaged"):
+            list(read_rows(path))
+
+
+def test_memory_of_packed_and_columnar_files_is_bounded_too(tmp_path: Path) -> None:
+    import tracemalloc
+
+    draw = random.Random(1)
+    rows = [{"instruction": "q" * 1000, "output": draw.randbytes(500).hex()} for _ in range(10_000)]
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines, 1))
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(lines))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
+    for file in sorted(tmp_path.iterdir()):
+        tracemalloc.start()
+        assert sum(1 for _ in read_rows(file)) == 10_000
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 8 << 20, file.name
+
+
+def test_a_field_that_is_there_twice_is_refused_and_what_looks_like_one_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    fine = [{"a": 'he said ": \\": x'}, {"a": ":", "b": {"a": ": "}}, {"a": [{"b": 1}, {"b": 2}]}, {'k":': '"'}]
+    path.write_text("\n".join(map(json.dumps, fine)) + '\n{"a" : 1, "b":[{ "c":1,"d" :2}]}')
+    assert [row.fields for row in read_rows(path)][:4] == fine
+    for text in ('{"a": 1, "a": 2}', '{"b": {"a": 1, "a": 1}}', '{"b": [{"a" : "x\\":", "a" : 1}]}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="line 1: field 'a' is there twice"):
+            [row.fields for row in read_rows(path)]
 
 
 ASKED = {"role": "user", "content": "Q"}
@@ -135,7 +227,8 @@ def test_every_format_becomes_messages(row: dict[str, Any], expected: Conversati
         ({"instruction": "Q", "output": " \n"}, "field 'output' is empty"),
         ({"instruction": ["Q"], "output": "A"}, "field 'instruction' is a list: it must be text"),
         ({"instruction": "Q", "output": "A", "input": 3}, "field 'input' is a number"),
-        ({"instruction": "Q", "output": "A", "history": [["a", "b"]]}, "field 'history' is not supported"),
+        ({"instruction": "Q", "output": "A", "history": [["a"]]}, "history[0] is no pair"),
+        ({"messages": [ASKED, ANSWERED], "history": [["a", "b"]]}, "field 'history' is not supported"),
         ({"instruction": "Q", "output": "A", "messages": []}, "several formats (messages and instruction)"),
         ({"messages": []}, "'messages' is an empty list"),
         ({"messages": "hello"}, "'messages' is text: it must be a list"),
@@ -143,8 +236,8 @@ def test_every_format_becomes_messages(row: dict[str, Any], expected: Conversati
         ({"messages": [ASKED, {"role": "assistant"}]}, "field 'messages[1].content' is missing"),
         ({"messages": [ASKED, {"role": "bot", "content": "A"}]}, "messages[1].role is 'bot', an unknown role"),
         ({"conversations": [{"from": "user?", "value": "Q"}]}, "conversations[0].from is 'user?', an unknown role"),
-        ({"messages": [ASKED, ANSWERED | {"tool_calls": [{}]}]}, "field 'messages[1].tool_calls' is not supported"),
-        ({"messages": [ASKED, ANSWERED | {"weight": 0}]}, "field 'messages[1].weight' is not supported"),
+        ({"messages": [ASKED, ANSWERED | {"tool_calls": [{}]}]}, "field 'messages[1].tool_calls[0].name' is missing"),
+        ({"messages": [ASKED, ANSWERED | {"weight": 2}]}, "field 'messages[1].weight' is 2: it must be 0 or 1"),
         ({"messages": [ASKED, ANSWERED, ASKED]}, "the last turn is 'user'"),
         ({"messages": [ANSWERED]}, "turn 0 ('assistant') is the first, not 'system' or 'user'"),
         ({"messages": [ASKED, ASKED, ANSWERED]}, "turn 1 ('user') follows 'user', not 'assistant'"),

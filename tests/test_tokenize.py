@@ -171,8 +171,8 @@ def test_truncation_keeps_the_first_tokens_and_invents_no_end(
 def test_show_sample_prints_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_lines(tmp_path / "data.jsonl", [GOOD, GOOD])
     assert here(monkeypatch, command(data, 256)) == 0
-    line = [sys.executable, str(ROOT / "tools/show_sample.py"), str(tmp_path / PREFIX.format(256)) + ".bin"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = ["bash", str(ROOT / "tools/show_sample"), str(tmp_path / PREFIX.format(256)) + ".bin"]
+    environment = os.environ | {"MEGATRON_SFT_PYTHON": sys.executable}
     plain = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60)
     assert plain.stdout.count("[[Blue.<|im_end|>]]") == 2
     assert "---- conversation 2 of 2: " in plain.stdout
@@ -212,7 +212,7 @@ def test_a_bad_row_stops_with_file_line_field_and_fix_and_leaves_nothing(
         ({"--seq-length": "0"}, "LENGTH is '0'"),
         ({"--seq-length": "-5"}, "LENGTH is '-5'"),
         ({"--input": "nowhere.json"}, "nowhere.json does not exist"),
-        ({"--input": "."}, "is a folder"),
+        ({"--input": "a.json b c.json"}, "a.json does not exist"),
         ({"--tokenizer": "nowhere"}, "tokenizer folder nowhere does not exist"),
         ({"--tokenizer": "README"}, "tokenizer folder README is not a folder"),
         ({"--tokenizer": "."}, "has no tokenizer.json or vocabulary file"),

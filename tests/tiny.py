@@ -141,6 +141,11 @@ def launch_test_worker(processes: int, script: Path, *arguments: object) -> str:
     return _run([*command, "--nproc-per-node", str(processes), str(script), *map(str, arguments)], 0)
 
 
+def run_script(script: Path, *arguments: object) -> str:
+    """Run a test's own script in one process."""
+    return _run([sys.executable, str(script), *map(str, arguments)], 0)
+
+
 def _run(command: list[str], status: int) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MEGATRON_SFT_DEVICE": "cpu"}
     result = subprocess.run(
@@ -184,3 +189,72 @@ def assert_same_weights(one: Path, other: Path) -> None:
         other_tensor = theirs[name]
         assert isinstance(other_tensor, torch.Tensor)
         assert tensor.dtype == other_tensor.dtype and torch.equal(tensor, other_tensor), name
+
+
+def save_family(folder: Path, family: str) -> Path:
+    """A random model of one architecture, float32 (bfloat16 for `*_bf16`), with an odd vocabulary."""
+    import torch
+    import transformers
+
+    name, changes = FAMILIES[family]
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
+    sizes |= {"num_hidden_layers": 5, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 512}
+    config = getattr(transformers, f"{name}Config")(**{**sizes, "tie_word_embeddings": False, **changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    return _save(model, folder, torch.bfloat16 if family.endswith("_bf16") else None)
+
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
+    "qwen2": ("Qwen2", {}),
+    "qwen2_tied_bf16": ("Qwen2", {"tie_word_embeddings": True}),
+    "llama2_bf16": ("Llama", {"num_key_value_heads": 8, "rms_norm_eps": 1e-5}),
+    "llama3": ("Llama", {"rope_parameters": {**_LLAMA3_ROPE, "original_max_position_embeddings": 8192}}),
+    # Other values than Llama 3.1's, so short that the scaling bends within a few positions; tied as in Llama 3.2.
+    "llama32_tied": (
+        "Llama",
+        {
+            "tie_word_embeddings": True,
+            "head_dim": 16,
+            "rope_parameters": {
+                **_LLAMA3_ROPE,
+                "rope_theta": 1e4,
+                "factor": 32.0,
+                "low_freq_factor": 1.5,
+                "high_freq_factor": 6.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "mistral_window": ("Mistral", {"sliding_window": 24, "head_dim": 16}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "qwen3_bf16": ("Qwen3", {"head_dim": 32}),
+    "qwen3_tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "head_dim": 16,
+        },
+    ),
+    "qwen3_moe_unnormalised": (
+        "Qwen3Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": False,
+            "head_dim": 16,
+        },
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}),
+}

@@ -1,132 +1,178 @@
-"""Hugging Face to Megatron. `bash scripts/2_convert.sh HF_DIR TP PP [OUT]`, which runs
+"""To a Megatron checkpoint, from a Hugging Face folder or a checkpoint. `bash scripts/2_convert.sh SOURCE TP PP [OUT]` runs
 
-python -m megatron.sft.convert --hf-dir HF_DIR --output OUT --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1
+python -m megatron.sft.convert --source SOURCE --output OUT --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1
 """
 
 import argparse
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron.sft import processes
+from megatron.sft.casting import NAMES
 from megatron.sft.checkpoint import folder as checkpoint_folder
-from megatron.sft.errors import UserError, run
-from megatron.sft.hf_folder import HFFolder, dtype_name, shape_record
+from megatron.sft.conversion import converted_config, layout_of, layout_record, write_parameters
+from megatron.sft.errors import OneLineParser, UserError, run
+from megatron.sft.hf_folder import HFFolder, dtype_name
+from megatron.sft.hf_parameters import HFParameters
 from megatron.sft.layout import Layout, check_layout
 from megatron.sft.weights import bound_rules, check_hf_names
 
 ITERATION = 1
+# Models up to this size are compared with transformers after conversion, unless VERIFY says otherwise.
+VERIFY_BYTES = 4_000_000_000
 
 
 def main() -> None:
     arguments = _parse()
-    layout = Layout(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size)
-    source = HFFolder(arguments.hf_dir)
+    # Compilers that are loaded for nothing here.
+    os.environ.update(MEGATRON_SFT_DEVICE="cpu", TORCHDYNAMO_DISABLE="1")
+    source: Path | None = arguments.source or arguments.hf_dir
+    if source is None:
+        raise UserError("nothing to convert: give a Hugging Face model folder or a checkpoint (--source)")
+    if source.is_dir() and not (source / "config.json").exists() and _is_checkpoint(source):
+        from megatron.sft.reshard import reshard
+
+        with _replacing(arguments.output) as beside:
+            reshard(source, beside, arguments)
+        print(f"converted {source} to {arguments.output} ({_form(arguments)})")
+        return
+    _from_hugging_face(HFFolder(source), arguments)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / checkpoint_folder.TRACKER).exists() or path.name.startswith("iter_") or any(path.glob("iter_*"))
+
+
+def _form(arguments: argparse.Namespace) -> str:
+    layout = layout_of(arguments)
+    experts = f", EP {layout.expert_parallel}" if layout.expert_parallel > 1 else ""
+    return f"{arguments.ckpt_format}, TP {layout.tensor_parallel}, PP {layout.pipeline_parallel}{experts}"
+
+
+def _from_hugging_face(source: HFFolder, arguments: argparse.Namespace) -> None:
+    layout = layout_of(arguments)
     check_layout(layout, source.shape)
     passed_over = check_hf_names(source.shape, source.tensor_names, str(source.path))
     output: Path = arguments.output
     if checkpoint_folder.latest_iteration(output) is not None:
-        _accept_existing(output, arguments.ckpt_format, source, layout)
+        _accept_existing(arguments, source, layout)
         return
     if passed_over:
         print(f"not converted, because config.json implies them: {', '.join(passed_over)}")
-    os.environ["MEGATRON_SFT_DEVICE"] = "cpu"
-    beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=_made(output.parent)))
+    if source.shape.vocab_size > source.rows_on_disk:
+        new = source.shape.vocab_size - source.rows_on_disk
+        print(
+            f"the tokenizer has {new:,} tokens more than the embedding rows: new rows near the mean of the old are added"
+        )
+    with _replacing(output) as beside:
+        _convert(source, layout, arguments, beside)
+        if _wants_verification(arguments.verify, source):
+            _verify(source, beside)
+    print(f"converted {source.path} to {output} ({_form(arguments)})")
+    print(f"next: scripts/3_tokenize.sh {source.path} DATA_FILE LENGTH")
+
+
+@contextmanager
+def _replacing(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place at the end, and is gone if anything goes wrong."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists and is not empty: give another OUT, or move it away")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        _convert(source, layout, arguments.ckpt_format, beside)
-        if output.exists() and not any(output.iterdir()):
+        yield beside
+        if output.exists():
             output.rmdir()
         beside.chmod(0o755)
         beside.rename(output)
     except BaseException:
         shutil.rmtree(beside)
         raise
-    print(f"converted {source.path} to {output} ({arguments.ckpt_format}, TP {layout.tensor_parallel}, ", end="")
-    print(f"PP {layout.pipeline_parallel})\nnext: scripts/3_tokenize.sh {source.path} DATA_FILE LENGTH")
 
 
-def _convert(source: HFFolder, layout: Layout, ckpt_format: str, output: Path) -> None:
-    """Write a whole model as torch_dist; for the `torch` format hand that to TP x PP processes."""
-    manifest = {
-        "checkpoint_format": checkpoint_folder.TORCH_DIST,
-        "shape": shape_record(source.shape),
-        "layout": {"tensor_parallel": layout.tensor_parallel, "pipeline_parallel": layout.pipeline_parallel},
-        "source": source.describe(),
-    }
-    with tempfile.TemporaryDirectory(prefix=".torch_dist.", dir=output) as between:
-        first_target = output if ckpt_format == checkpoint_folder.TORCH_DIST else Path(between)
-        _write_torch_dist(source, manifest, first_target)
-        if ckpt_format == checkpoint_folder.TORCH:
-            processes.run_module(
-                layout.tensor_parallel * layout.pipeline_parallel,
-                "reshard",
-                [
-                    *("--load", between, "--output", str(output), "--ckpt-format", ckpt_format),
-                    *("--tensor-model-parallel-size", str(layout.tensor_parallel)),
-                    *("--pipeline-model-parallel-size", str(layout.pipeline_parallel)),
-                ],
-            )
+def _convert(source: HFFolder, layout: Layout, arguments: argparse.Namespace, output: Path) -> None:
+    parameters = HFParameters(source, NAMES.get(arguments.dtype))
+
+    def finish() -> dict[str, Any]:
+        report = parameters.caster.report()
+        if report:
+            print(report)
+        dtypes = {name: parameters.hf_meta(name).dtype for bound in bound_rules(source.shape) for name in bound.hf}
+        common = max(sorted(set(dtypes.values()), key=str), key=list(dtypes.values()).count)
+        exceptions = {name: dtype_name(dtype) for name, dtype in dtypes.items() if dtype != common}
+        config = converted_config(source.config, source.shape, arguments.dtype)
+        return {
+            "source": {**source.describe(), "config": config, "weights_fingerprint": parameters.fingerprint()},
+            "hf_dtype": dtype_name(common),
+            "hf_dtype_exceptions": exceptions,
+            "tensor_crc32": parameters.crc32,
+        }
+
+    with ThreadPoolExecutor(1) as pool:
+        # The program is still loading when most of this is done.
+        checked = pool.submit(parameters.check_all)
+        write_parameters(parameters, source.shape, layout, arguments.ckpt_format, output, ITERATION, finish)
+        checked.result()
 
 
-def _write_torch_dist(source: HFFolder, manifest: dict[str, Any], output: Path) -> None:
-    import torch
+def _wants_verification(verify: str, source: HFFolder) -> bool:
+    if verify in ("0", "1"):
+        return verify == "1"
+    if source.num_bytes >= VERIFY_BYTES:
+        print(f"not compared with transformers: {source.num_bytes / 1e9:.1f} GB of weights (VERIFY=1 compares them)")
+        return False
+    import psutil  # type: ignore[import-untyped]
 
-    whole = Layout()
-    with processes.parallel(whole):
-        from megatron.sft.checkpoint import torch_dist
-        from megatron.sft.model import build_model, transformer_config
-        from megatron.sft.weights import whole_parameters
-
-        shape = source.shape
-        model = build_model(shape, whole, transformer_config(shape, whole, shape.torch_dtype))
-        parameters = whole_parameters(model, shape)
-        dtypes: dict[str, str] = {}
-        for bound in bound_rules(shape):
-            tensors = [source.tensor(name) for name in bound.hf]
-            converted = bound.rule.to_megatron(shape, *tensors)
-            parameter = parameters[bound.megatron]
-            if converted.shape != parameter.shape:
-                raise UserError(
-                    f"{source.path}: {bound.hf[0]} gives {tuple(converted.shape)} for {bound.megatron}, "
-                    f"config.json implies {tuple(parameter.shape)}: weights and configuration do not belong together"
-                )
-            # Keeps the dtype on disk, which may differ from tensor to tensor.
-            parameter.data = converted
-            dtypes.update({n: dtype_name(t.dtype) for n, t in zip(bound.hf, tensors, strict=True)})
-        common = max(set(dtypes.values()), key=list(dtypes.values()).count)
-        manifest["hf_dtype"] = common
-        manifest["hf_dtype_exceptions"] = {name: dtype for name, dtype in dtypes.items() if dtype != common}
-        with torch.no_grad():
-            state = torch_dist.model_state(model)
-        checkpoint_folder.write_checkpoint(output, ITERATION, manifest, lambda folder: torch_dist.save(folder, state))
+    bytes_a_value = min(source.dtype_and_shape(name)[0].itemsize for name in source.tensor_names)
+    needed = int(1.5 * source.num_bytes * 4 / bytes_a_value)
+    if psutil.virtual_memory().available < needed:
+        print(f"not compared with transformers: that needs {needed / 1e9:.1f} GB of memory (VERIFY=1 compares them)")
+        return False
+    return True
 
 
-def _accept_existing(output: Path, ckpt_format: str, source: HFFolder, layout: Layout) -> None:
+def _verify(source: HFFolder, output: Path) -> None:
+    from megatron.sft.compare_logits import compare_whole
+
+    difference, largest = compare_whole(checkpoint_folder.open_checkpoint(output), source)
+    print(f"verified: logits as transformers' to {difference:.2g} (largest {largest:.3g})")
+
+
+def _accept_existing(arguments: argparse.Namespace, source: HFFolder, layout: Layout) -> None:
     """A finished conversion of the same weights to the same form is taken as done; another one is refused."""
+    output: Path = arguments.output
     existing = checkpoint_folder.open_checkpoint(output)
-    wanted = {"tensor_parallel": layout.tensor_parallel, "pipeline_parallel": layout.pipeline_parallel}
-    same_source = existing.manifest.get("source", {}).get("weights_sha256") == source.describe()["weights_sha256"]
-    if existing.format == ckpt_format and existing.manifest.get("layout") == wanted and same_source:
+    theirs = existing.manifest.get("source", {})
+    same_source = theirs.get("weights_fingerprint") == HFParameters(source, None).fingerprint()
+    same_config = theirs.get("config") == converted_config(source.config, source.shape, arguments.dtype)
+    same_form = existing.format == arguments.ckpt_format and existing.manifest.get("layout") == layout_record(layout)
+    if same_form and same_source and same_config:
         print(f"{output} is already the conversion of {source.path}: nothing to do")
         return
     raise UserError(f"{output} holds another checkpoint (or of another source): give another OUT, or move it away")
 
 
-def _made(path: Path) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="convert", description=__doc__)
-    parser.add_argument("--hf-dir", type=Path, required=True)
+    parser = OneLineParser(prog="convert", description=__doc__)
+    parser.add_argument(
+        "--source", type=Path, help="a Hugging Face model folder, or a checkpoint of any format and layout"
+    )
+    parser.add_argument("--hf-dir", type=Path, help="the original model of a checkpoint that has no manifest")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--iteration", type=int, help="of a checkpoint; the latest unless given")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    parser.add_argument("--expert-model-parallel-size", type=int, default=1)
     formats = [checkpoint_folder.TORCH_DIST, checkpoint_folder.TORCH]
     parser.add_argument("--ckpt-format", choices=formats, default=checkpoint_folder.TORCH_DIST)
+    parser.add_argument("--dtype", choices=list(NAMES), help="the source's unless given")
+    parser.add_argument("--verify", choices=["auto", "0", "1"], default="0", help="compare logits with transformers")
+    parser.add_argument("--with-optimizer", action="store_true", help="keep a training checkpoint's optimizer state")
     return parser.parse_args()
 
 

@@ -103,6 +103,9 @@ class _NoStream:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def record_event(self, *args: Any) -> "_NoStream":
+        return self
+
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
 
@@ -138,6 +141,20 @@ def prepare() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
 
     megatron_random._lazy_call = lambda function: function()
+    distributed: Any = torch.distributed
+    distributed.all_to_all_single = _with_split_lists(torch.distributed.all_to_all_single)
+
+
+def _with_split_lists(all_to_all: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's all_to_all_single for split sizes that are tensors, which megatron-core makes arrays of on a GPU only."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for name in ("output_split_sizes", "input_split_sizes"):
+            if isinstance(kwargs.get(name), torch.Tensor):
+                kwargs[name] = kwargs[name].tolist()
+        return all_to_all(*args, **kwargs)
+
+    return call
 
 
 def _quieten() -> None:

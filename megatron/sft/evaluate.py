@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron.sft.answers import DTYPES, Answer, ChatModel, Decoding, Question, load_chat_model, read_questions
-from megatron.sft.errors import UserError, run
+from megatron.sft.errors import OneLineParser, UserError, run
 from megatron.sft.manifest import write_json
 
 THINK, END_THINK = "<think>", "</think>"
@@ -151,7 +151,7 @@ def _write(
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="evaluate", description="Exact match of a model's answers on a data file.")
+    parser = OneLineParser(prog="evaluate", description="Exact match of a model's answers on a data file.")
     parser.add_argument("hf_dir", type=Path)
     parser.add_argument("data", type=Path, help="instruction/output or messages rows; the last answer is the reference")
     parser.add_argument(

@@ -7,22 +7,31 @@ import argparse
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron.sft import processes
+from megatron.sft.casting import NAMES, Caster
 from megatron.sft.checkpoint import folder as checkpoint_folder
 from megatron.sft.checkpoint.folder import Checkpoint
-from megatron.sft.errors import UserError, run
-from megatron.sft.families import read_shape
+from megatron.sft.checkpoint.stored_parameters import stored_parameters
+from megatron.sft.disk_space import check_free_space
+from megatron.sft.errors import OneLineParser, UserError, run
+from megatron.sft.exported_files import write_companions
+from megatron.sft.families import DTYPES, read_shape
 from megatron.sft.families.rules import Shape
-from megatron.sft.hf_folder import copy_companions, write_weights
-from megatron.sft.layout import Layout
+from megatron.sft.hf_folder import HFFolder, num_tokens, write_weights
+from megatron.sft.hf_parameters import HFParameters
 from megatron.sft.manifest import read_json
-from megatron.sft.weights import bound_rules
+from megatron.sft.parameters import Parameters, progress_bar
+from megatron.sft.reshard import hf_dtypes
+from megatron.sft.safetensors_file import tensor_bytes
+from megatron.sft.weights import bound_rules, check_hf_names
 
 
 def main() -> None:
@@ -32,11 +41,14 @@ def main() -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output folder {output} exists and is not empty: give another one, or move it away")
     checkpoint = checkpoint_folder.open_checkpoint(arguments.load, arguments.iteration)
-    shape = _shape(checkpoint, arguments.hf_dir)
+    shape, original = _model(checkpoint, arguments.hf_dir)
     output.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        _export(checkpoint, shape, arguments.hf_dir, beside)
+        dtypes = _dtypes(checkpoint, shape, original, arguments.dtype)
+        with verified_meanwhile(checkpoint):
+            export_weights(checkpoint, shape, original, dtypes, beside)
+        write_companions(checkpoint, shape, arguments.hf_dir, arguments.dtype, arguments.load, beside)
         if output.exists():
             output.rmdir()
         beside.chmod(0o755)
@@ -47,81 +59,96 @@ def main() -> None:
     print(f"exported {checkpoint.path} to {output}\nnext: scripts/6_generate.sh {output} 'a question'")
 
 
-def _export(checkpoint: Checkpoint, shape: Shape, hf_dir: Path, folder: Path) -> None:
-    """Write weights, configuration, tokenizer and the template that was trained with."""
-    if checkpoint.format == checkpoint_folder.TORCH:
-        _export_torch_format(checkpoint, shape, hf_dir, folder)
-        return
-    checkpoint_folder.verify_files(checkpoint)
-    with processes.parallel(Layout()):
-        write_weights(folder, hf_tensors(checkpoint, shape))
-    copy_companions(hf_dir, folder)
+@contextmanager
+def verified_meanwhile(checkpoint: Checkpoint) -> Iterator[None]:
+    """Compare the checkpoint's files with its manifest beside the work. A damaged file is what the user hears of first."""
+    with ThreadPoolExecutor(1) as pool:
+        verification = pool.submit(checkpoint_folder.verify_files, checkpoint)
+        try:
+            yield
+        finally:
+            verification.result()
 
 
-def _export_torch_format(checkpoint: Checkpoint, shape: Shape, hf_dir: Path, folder: Path) -> None:
-    """Have TP x PP processes, as many as wrote the checkpoint, write it as torch_dist first."""
-    from megatron.sft.checkpoint.torch_format import find_layout
-
-    layout = find_layout(checkpoint.path)
-    with tempfile.TemporaryDirectory(prefix=".torch_dist.", dir=folder.parent) as between:
-        processes.run_module(
-            layout.tensor_parallel * layout.pipeline_parallel,
-            "reshard",
-            [
-                *("--load", str(checkpoint.path), "--output", between, "--ckpt-format", checkpoint_folder.TORCH_DIST),
-                *("--tensor-model-parallel-size", str(layout.tensor_parallel)),
-                *("--pipeline-model-parallel-size", str(layout.pipeline_parallel)),
-            ],
-        )
-        _export(checkpoint_folder.open_checkpoint(Path(between)), shape, hf_dir, folder)
-
-
-def hf_tensors(checkpoint: Checkpoint, shape: Shape) -> Iterator[tuple[str, Tensor]]:
-    """The model's Hugging Face tensors in their source's dtypes, layer by layer."""
-    from megatron.sft.checkpoint.weights_io import load_weights
-    from megatron.sft.families import DTYPES
-    from megatron.sft.model import build_model, transformer_config
-    from megatron.sft.weights import whole_parameters
-
-    whole = Layout()
-    common = checkpoint.manifest["hf_dtype"]
-    exceptions = checkpoint.manifest["hf_dtype_exceptions"]
-    # A training checkpoint holds its weights in the training precision; float32 loses nothing of any of them.
-    precision = torch.float32 if exceptions or "training" in checkpoint.manifest else DTYPES[common]
-    model = build_model(shape, whole, transformer_config(shape, whole, precision))
-    load_weights(checkpoint, model, whole)
-    parameters = whole_parameters(model, shape)
+def export_weights(
+    checkpoint: Checkpoint, shape: Shape, original: HFFolder | None, dtypes: dict[str, torch.dtype], folder: Path
+) -> None:
+    """Write the model's Hugging Face tensors, in `dtypes` by name, with one parameter in memory at a time."""
+    stored = stored_parameters(checkpoint, shape, HFParameters(original, None) if original else None)
+    plan: dict[str, Tensor] = {}
     for bound in bound_rules(shape):
-        tensors = bound.rule.to_hf(shape, parameters[bound.megatron].detach())
-        for name, tensor in zip(bound.hf, tensors, strict=True):
-            yield name, tensor.to(DTYPES[exceptions.get(name, common)])
+        for name, tensor in zip(bound.hf, bound.rule.to_hf(shape, stored.meta(bound)), strict=True):
+            plan[name] = tensor.to(dtypes[name])
+    check_free_space(
+        folder, int(1.01 * sum(tensor.nbytes for tensor in plan.values())), f"the export of {checkpoint.path}"
+    )
+    caster = Caster()
+    write_weights(folder, plan, _tensors(checkpoint, shape, stored, dtypes, caster))
+    for line in (*getattr(stored, "notes", ()), *filter(None, [caster.report()])):
+        print(line)
 
 
-def _shape(checkpoint: Checkpoint, hf_dir: Path) -> Shape:
-    """The architecture, which the checkpoint and the Hugging Face folder must agree on."""
+def _tensors(
+    checkpoint: Checkpoint, shape: Shape, stored: Parameters, dtypes: dict[str, torch.dtype], caster: Caster
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor, layer by layer; those of an untrained model are compared with the checksums of the conversion."""
+    checksums = checkpoint.manifest.get("tensor_crc32", {})
+    bounds = list(bound_rules(shape))
+    bar = progress_bar(sum(stored.meta(bound).nbytes for bound in bounds), "export")
+    for bound in bounds:
+        parameter = stored.read(bound)
+        for name, tensor in zip(bound.hf, bound.rule.to_hf(shape, parameter), strict=True):
+            tensor = tensor.contiguous()
+            if name in checksums and zlib.crc32(tensor_bytes(tensor)) != checksums[name]:
+                raise UserError(
+                    f"{checkpoint.path}: {name} is not what was converted (its checksum differs): convert the model again"
+                )
+            yield name, caster.cast(tensor, dtypes[name])
+        bar.update(parameter.nbytes)
+
+
+def _dtypes(
+    checkpoint: Checkpoint, shape: Shape, original: HFFolder | None, asked: str | None
+) -> dict[str, torch.dtype]:
+    common, exceptions = hf_dtypes(checkpoint, original)
+    if asked is not None:
+        common, exceptions = str(NAMES[asked]).removeprefix("torch."), {}
+    return {name: DTYPES[exceptions.get(name, common)] for bound in bound_rules(shape) for name in bound.hf}
+
+
+def _model(checkpoint: Checkpoint, hf_dir: Path) -> tuple[Shape, HFFolder | None]:
+    """The architecture, which the checkpoint and the Hugging Face folder must agree on.
+
+    For a checkpoint without a manifest the folder's weights are opened too: they tell the dtypes, and rows that are missing.
+    """
     if not hf_dir.is_dir():
         raise UserError(f"model folder {hf_dir} does not exist: give the folder that was converted")
-    config = read_json(hf_dir / "config.json", "model configuration", "give the Hugging Face folder that was converted")
-    theirs = read_shape(config, str(hf_dir / "config.json"))
     own = checkpoint.manifest.get("source", {}).get("config")
     if own is None:
-        raise UserError(f"{checkpoint.path} has no manifest.json with the model's configuration: convert it again")
+        original = HFFolder(hf_dir)
+        check_hf_names(original.shape, original.tensor_names, str(hf_dir))
+        return original.shape, original
+    config = read_json(hf_dir / "config.json", "model configuration", "give the Hugging Face folder that was converted")
+    theirs = read_shape(config, str(hf_dir / "config.json"))
     ours = read_shape(own, str(checkpoint.path / checkpoint_folder.MANIFEST))
     for field, value in ours.__dict__.items():
+        if field == "vocab_size" and value == max(theirs.vocab_size, num_tokens(hf_dir)):
+            continue  # rows were added for the tokenizer's tokens
         if field != "torch_dtype" and theirs.__dict__[field] != value:
             raise UserError(
                 f"{hf_dir / 'config.json'} has {field} {theirs.__dict__[field]}, the checkpoint {value}: "
                 "give the folder that the checkpoint was converted from"
             )
-    return ours
+    return ours, None
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="export", description=__doc__)
+    parser = OneLineParser(prog="export", description=__doc__)
     parser.add_argument("--load", type=Path, required=True)
     parser.add_argument("--hf-dir", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--iteration", type=int)
+    parser.add_argument("--dtype", choices=list(NAMES), help="the original model's unless given")
     return parser.parse_args()
 
 

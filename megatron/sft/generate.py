@@ -12,7 +12,7 @@ from typing import Any
 from megatron.sft.answers import DTYPES, ChatModel, Decoding, load_chat_model, read_questions
 from megatron.sft.data.conversations import Conversation
 from megatron.sft.data.sources import read_rows
-from megatron.sft.errors import UserError, run
+from megatron.sft.errors import OneLineParser, UserError, run
 from megatron.sft.manifest import write_text
 
 DATA_ENDINGS = (".json", ".jsonl")
@@ -146,7 +146,7 @@ def _seed(seed: int) -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="generate", description="Talk to a model, or let it answer a file.")
+    parser = OneLineParser(prog="generate", description="Talk to a model, or let it answer a file.")
     parser.add_argument("hf_dir", type=Path)
     parser.add_argument("input", nargs="?", help="a question, or a data file; without it a chat on the terminal")
     parser.add_argument("--control", default="", help="text that every answer begins with, such as <think> or <short>")

@@ -2,19 +2,20 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron.sft.errors import UserError
 from megatron.sft.families import read_shape
 from megatron.sft.families.rules import Shape
-from megatron.sft.manifest import read_json, sha256_of_file, write_json
+from megatron.sft.manifest import read_json, write_json
+from megatron.sft.safetensors_file import SafetensorsFile, write_file
+from megatron.sft.tokenizer_files import chat_template_sha256, tokenizer_sha256
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -22,7 +23,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 class HFFolder:
-    """A Hugging Face model on disk, opened for reading."""
+    """A Hugging Face model on disk, opened for reading. `shape` has a vocabulary row for every token of the tokenizer."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
@@ -31,35 +32,45 @@ class HFFolder:
         self.config: dict[str, Any] = read_json(
             path / "config.json", "model configuration", "give a Hugging Face model folder (scripts/1_download.sh)"
         )
-        self.shape: Shape = read_shape(self.config, str(path / "config.json"))
+        if not isinstance(self.config, dict):
+            raise UserError(f"{path / 'config.json'} is not a model configuration: take the model's own file")
+        on_disk = read_shape(self.config, str(path / "config.json"))
+        self.rows_on_disk = on_disk.vocab_size
+        self.shape: Shape = replace(on_disk, vocab_size=max(on_disk.vocab_size, num_tokens(path)))
         self._files = self._find_files()
 
-    def _find_files(self) -> dict[str, Path]:
+    def _find_files(self) -> dict[str, SafetensorsFile]:
         """Tensor name to file."""
         if (self.path / INDEX).exists():
-            index = read_json(self.path / INDEX, "weight index", "download the model again")
-            weight_map = index.get("weight_map", {})
-            for file in set(weight_map.values()):
-                if Path(file).name != file:
-                    raise UserError(f"{self.path / INDEX} names {file!r}, which lies outside the folder: do not use it")
-                if not (self.path / file).exists():
-                    raise UserError(f"{self.path / file} is missing: download the model again")
-            return {name: self.path / file for name, file in weight_map.items()}
+            return self._indexed_files()
         single = self.path / SINGLE
         if not single.exists():
             raise UserError(
                 f"{self.path} has no {SINGLE} and no {INDEX}: only safetensors weights are read, "
                 "download a revision that has them"
             )
-        with self._open(single) as file:
-            return dict.fromkeys(file.keys(), single)
+        file = SafetensorsFile(single)
+        return dict.fromkeys(file.entries, file)
 
-    @staticmethod
-    def _open(path: Path) -> Any:
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged ({error}): download the model again") from None
+    def _indexed_files(self) -> dict[str, SafetensorsFile]:
+        path = self.path / INDEX
+        index = read_json(path, "weight index", "download the model again")
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f"{path} has no weight_map of tensors to files: download the model again")
+        files = {}
+        for file in sorted(set(weight_map.values())):
+            if Path(file).name != file:
+                raise UserError(f"{path} names {file!r}, which lies outside the folder: do not use it")
+            if not (self.path / file).exists():
+                raise UserError(f"{self.path / file} is missing: download the model again")
+            files[file] = SafetensorsFile(self.path / file)
+        for file, opened in files.items():
+            indexed = {name for name, place in weight_map.items() if place == file}
+            for name in sorted(indexed ^ opened.entries.keys()):
+                where = "not in the file" if name in indexed else "in the file but not in the index"
+                raise UserError(f"{path} and {file} disagree: {name} is {where}: download the model again")
+        return {name: files[file] for name, file in weight_map.items()}
 
     @property
     def tensor_names(self) -> set[str]:
@@ -67,57 +78,74 @@ class HFFolder:
 
     @property
     def weight_files(self) -> list[Path]:
-        return sorted(set(self._files.values()))
+        return sorted({file.path for file in self._files.values()})
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weight files."""
+        return sum(path.stat().st_size for path in self.weight_files)
+
+    def dtype_and_shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        entry = self._files[name].entries[name]
+        return entry.dtype, entry.shape
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor in its dtype on disk."""
-        with self._open(self._files[name]) as file:
-            try:
-                tensor: Tensor = file.get_tensor(name)
-            except SafetensorError as error:
-                raise UserError(f"{self._files[name]}: tensor {name} cannot be read ({error})") from None
-        return tensor
+        """One tensor in its dtype on disk, mapped from the file."""
+        return self._files[name].tensor(name)
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest says of the source: the configuration, and a checksum of each weight file."""
-        files = {path.name: sha256_of_file(path) for path in self.weight_files}
-        return {"path": str(self.path), "config": self.config, "weights_sha256": files}
+        """What a manifest says of the source: the configuration, and checksums of tokenizer and chat template."""
+        return {
+            "path": str(self.path),
+            "config": self.config,
+            "tokenizer_sha256": tokenizer_sha256(self.path),
+            "chat_template_sha256": chat_template_sha256(self.path),
+        }
 
 
-def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write tensors, in the order given, as safetensors shards of at most `max_shard_bytes`, with an index if several."""
-    shards: list[dict[str, int]] = []  # name -> bytes, a dict a shard
-    current: dict[str, Tensor] = {}
+def num_tokens(folder: Path) -> int:
+    """One more than the largest token id of tokenizer.json, 0 without such a file."""
+    if not (folder / "tokenizer.json").exists():
+        return 0
+    content = read_json(folder / "tokenizer.json", "tokenizer", "download the model again")
+    vocabulary = content.get("model", {}).get("vocab", {})
+    ids = [int(token["id"]) for token in content.get("added_tokens", [])]
+    if isinstance(vocabulary, dict):
+        return 1 + max([*ids, *vocabulary.values()], default=-1)
+    return max([len(vocabulary), *(one + 1 for one in ids)])  # a list of tokens with their scores
 
-    def part(number: int) -> Path:
-        return folder / f"part-{number:05d}.safetensors"
 
-    def flush() -> None:
-        shards.append({name: tensor.nbytes for name, tensor in current.items()})
-        save_file(current, part(len(shards)), metadata={"format": "pt"})
-        current.clear()
+def write_weights(
+    folder: Path, plan: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write `tensors` as they come, as safetensors shards of at most `max_shard_bytes`, with an index if several.
 
-    for name, tensor in tensors:
-        if current and sum(t.nbytes for t in current.values()) + tensor.nbytes > max_shard_bytes:
-            flush()
-        current[name] = tensor.contiguous()
-    flush()
+    `plan` has the dtype and shape (a meta tensor) of each, in the same order.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    room = max_shard_bytes
+    for name, tensor in plan.items():
+        if shards[-1] and tensor.nbytes > room:
+            shards.append({})
+            room = max_shard_bytes
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
     if len(shards) == 1:
-        part(1).rename(folder / SINGLE)
+        write_file(folder / SINGLE, plan, tensors)
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        part(number).rename(folder / name)
+        write_file(folder / name, shard, tensors)
         weight_map.update(dict.fromkeys(shard, name))
-    total = sum(size for shard in shards for size in shard.values())
+    total = sum(tensor.nbytes for tensor in plan.values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy everything of a model folder but its weights: configuration, tokenizer, templates, licence. Returns the names."""
-    weights = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".index.json")
-    names = sorted(p.name for p in source.iterdir() if p.is_file() and not p.name.endswith(weights))
+    """Copy all files of a model folder but weights and kept originals (*.orig). Returns the names."""
+    left_out = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".index.json", ".orig")
+    names = sorted(p.name for p in source.iterdir() if p.is_file() and not p.name.endswith(left_out))
     for name in names:
         shutil.copyfile(source / name, target / name)
     return names
@@ -130,5 +158,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def shape_record(shape: Shape) -> dict[str, Any]:
     """A `Shape` as JSON values."""
-    record: dict[str, Any] = json.loads(json.dumps(shape.__dict__, default=lambda value: dtype_name(value)))
+    record: dict[str, Any] = json.loads(json.dumps(asdict(shape), default=lambda value: dtype_name(value)))
     return record

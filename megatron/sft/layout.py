@@ -14,6 +14,7 @@ class Layout:
     pipeline_parallel: int = 1
     context_parallel: int = 1
     sequence_parallel: bool = False
+    expert_parallel: int = 1
 
     @property
     def model_size(self) -> int:
@@ -27,7 +28,17 @@ class Layout:
                 f"{num_processes} processes cannot hold TP {self.tensor_parallel} x PP {self.pipeline_parallel} x "
                 f"CP {self.context_parallel}: start a multiple of {self.model_size} (GPUS_PER_NODE x NNODES)"
             )
+        if num_processes // self.pipeline_parallel % self.expert_parallel:
+            raise UserError(
+                f"EP={self.expert_parallel} does not divide the {num_processes // self.pipeline_parallel} processes of a "
+                "pipeline stage, over which experts are spread: start more processes or lower EP"
+            )
         return num_processes // self.model_size
+
+    @property
+    def expert_tensor_parallel(self) -> int:
+        """Processes that share one expert: those of TP, or each expert whole where EP spreads them."""
+        return 1 if self.expert_parallel > 1 else self.tensor_parallel
 
     def padded_vocab_size(self, shape: Shape) -> int:
         """Rows of the embedding as Megatron holds it: the vocabulary rounded up to a multiple of the TP size."""
@@ -52,11 +63,15 @@ def check_layout(layout: Layout, shape: Shape) -> None:
         ("TP", layout.tensor_parallel),
         ("PP", layout.pipeline_parallel),
         ("CP", layout.context_parallel),
+        ("EP", layout.expert_parallel),
     ):
         if size < 1:
             raise UserError(f"{name}={size} is not possible: parallel sizes start at 1")
     tensor_parallel = layout.tensor_parallel
-    sizes = {"attention heads": shape.num_heads, "KV heads": shape.num_kv_heads, "MLP width": shape.ffn_hidden_size}
+    width = shape.mixture.ffn_hidden_size if shape.mixture else shape.ffn_hidden_size
+    sizes = {"attention heads": shape.num_heads, "KV heads": shape.num_kv_heads}
+    if layout.expert_parallel == 1:
+        sizes["MLP width"] = width
     works = [n for n in range(1, shape.num_kv_heads + 1) if all(size % n == 0 for size in sizes.values())]
     undivided = [f"{size} {what}" for what, size in sizes.items() if size % tensor_parallel]
     if undivided:
@@ -68,5 +83,15 @@ def check_layout(layout: Layout, shape: Shape) -> None:
         raise UserError(
             f"PP={layout.pipeline_parallel} is more than the model's {shape.num_layers} layers: choose PP up to that"
         )
+    _check_experts(layout, shape)
     if layout.sequence_parallel and tensor_parallel == 1:
         raise UserError("sequence parallelism needs TP > 1: set TENSOR_PARALLEL_SIZE=2 or more, or SEQUENCE_PARALLEL=0")
+
+
+def _check_experts(layout: Layout, shape: Shape) -> None:
+    experts = shape.mixture.num_experts if shape.mixture else 1
+    if experts % layout.expert_parallel:
+        raise UserError(
+            f"EP={layout.expert_parallel} does not divide the model's {experts} experts: "
+            f"choose EP from {', '.join(str(n) for n in range(1, experts + 1) if experts % n == 0)}"
+        )

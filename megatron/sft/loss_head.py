@@ -28,7 +28,12 @@ class Targets:
 
 
 def weighted_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Targets, vocab_size: int, group: ProcessGroup, weight_is_shared: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Targets,
+    vocab_size: int,
+    group: ProcessGroup,
+    weight_is_shared: bool = False,
 ) -> Tensor:
     """Sum over the trained tokens of weight * -log p(token), float32 scalar, equal on every rank of `group`.
 

@@ -16,6 +16,8 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -24,6 +26,7 @@ from torch import Tensor
 from megatron.sft import device
 from megatron.sft.attention import PackedAttention
 from megatron.sft.batches import MicroBatch
+from megatron.sft.families.rope import inverse_frequencies
 from megatron.sft.families.rules import Shape
 from megatron.sft.layout import Layout, check_layout
 from megatron.sft.loss_head import weighted_cross_entropy
@@ -65,7 +68,8 @@ class OutputHead(tensor_parallel.ColumnParallelLinear):
             local = hidden @ weight.t()
             return tensor_parallel.gather_from_tensor_model_parallel_region(local, group=self.tp_group)[:, :vocab_size]
         trained = hidden.index_select(0, batch.targets.positions)  # [n, hidden]
-        return weighted_cross_entropy(trained, weight, batch.targets, vocab_size, self.tp_group)
+        shared_here = self.weight is None  # tied, and the embedding lies on this stage
+        return weighted_cross_entropy(trained, weight, batch.targets, vocab_size, self.tp_group, shared_here)
 
 
 class SFTModel(GPTModel):
@@ -114,6 +118,9 @@ def transformer_config(shape: Shape, layout: Layout, params_dtype: torch.dtype, 
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        # megatron-core counts the tokens before the own one.
+        window_size=(shape.sliding_window - 1, 0) if shape.sliding_window else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_parallel,
@@ -126,6 +133,7 @@ def transformer_config(shape: Shape, layout: Layout, params_dtype: torch.dtype, 
         # Rows differ in length, so stages tell each other the shape.
         variable_seq_lengths=layout.pipeline_parallel > 1,
         moe_token_dispatcher_type="alltoall",
+        **_mixture_fields(shape, layout),
         params_dtype=params_dtype,
         bf16=params_dtype == torch.bfloat16,
         fp16=params_dtype == torch.float16,
@@ -135,17 +143,39 @@ def transformer_config(shape: Shape, layout: Layout, params_dtype: torch.dtype, 
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
-        bias_activation_fusion=device.has_gpu(),
+        bias_activation_fusion=device.has_gpu() and not has_transformer_engine(),
+        use_te_activation_func=has_transformer_engine(),
         apply_rope_fusion=has_transformer_engine(),
         persist_layer_norm=False,
         **overrides,
     )
 
 
+def _mixture_fields(shape: Shape, layout: Layout) -> dict[str, Any]:
+    mixture = shape.mixture
+    if mixture is None:
+        return {}
+    if not hasattr(moe_utils, "te_general_gemm"):
+        # Without Transformer Engine the router looks for a name that megatron-core then forgot to define.
+        moe_utils.te_general_gemm = None
+    return {
+        "num_moe_experts": mixture.num_experts,
+        "moe_ffn_hidden_size": mixture.ffn_hidden_size,
+        "moe_router_topk": mixture.experts_per_token,
+        # Softmax over the chosen experts' scores alone makes their weights sum to 1.
+        "moe_router_pre_softmax": not mixture.normalized,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": has_transformer_engine(),
+        "expert_model_parallel_size": layout.expert_parallel,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel,
+    }
+
+
 def build_model(shape: Shape, layout: Layout, config: TransformerConfig) -> SFTModel:
     """This process's part of the model, its parameters not yet set: load a checkpoint or `weights` into it.
 
-    Needs megatron-core's parallel state to have the sizes of `layout`.
+    Needs megatron-core's parallel state to have the sizes of `layout`. Under `torch.device("meta")` it takes no memory.
     """
     pre_process = parallel_state.is_pipeline_first_stage()
     post_process = parallel_state.is_pipeline_last_stage()
@@ -162,7 +192,20 @@ def build_model(shape: Shape, layout: Layout, config: TransformerConfig) -> SFTM
         true_vocab_size=shape.vocab_size,
     )
     _mark_split_parameters(model)
-    return model.to(device.current())
+    if shape.rope_scaling is not None:
+        # megatron-core knows the scaling of Llama 3.1 at its first values only.
+        model.rotary_pos_emb.inv_freq = inverse_frequencies(shape, model.rotary_pos_emb.inv_freq.device)
+    for module in model.modules():
+        # Transformer Engine's layers add their weight gradients to main_grad inside the GEMM. megatron-core's switch for it
+        # would ask for Apex, which only its own layers need.
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+        if isinstance(module, MLP) and isinstance(module.activation_func, torch.nn.Module):
+            # Transformer Engine's activation has no weights, which megatron-core asks it for when it saves.
+            activation: Any = module.activation_func
+            activation.sharded_state_dict = lambda *args, **kwargs: {}
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    return model if on_meta else model.to(device.current())
 
 
 def _mark_split_parameters(model: torch.nn.Module) -> None:
@@ -183,9 +226,26 @@ def _mark_split_parameters(model: torch.nn.Module) -> None:
 
 def _layers(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
     if has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+            use_te_activation_func=config.use_te_activation_func,
+        )
+        if config.params_dtype == torch.float32:
+            # Transformer Engine has no packed attention in float32.
+            layer.submodules.self_attention.submodules.core_attention = PackedAttention
+        return layer
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
+    )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.num_moe_experts:
+        # The name that Transformer Engine's layer gives it: before experts the norm is not part of a linear layer.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)

@@ -1,16 +1,15 @@
-"""The loss curve of one run or several as a PNG, from metrics.jsonl. `tools/plot_loss.py RUN...` runs
+"""The loss curve of one run or several as a PNG, from metrics.jsonl. `tools/plot_loss RUN...` runs
 
 python -m megatron.sft.plot outputs/checkpoints/RUN --output loss.png
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.errors import UserError, run
+from megatron.sft.errors import OneLineParser, UserError, run
 
 METRICS = "metrics.jsonl"
 COLOURS = ("#1f5fa8", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490")
@@ -143,7 +142,7 @@ def run_names(paths: Sequence[Path]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="plot_loss", description="Loss curve of one run or several, as a PNG.")
+    parser = OneLineParser(prog="plot_loss", description="Loss curve of one run or several, as a PNG.")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, or their metrics.jsonl")
     parser.add_argument("--output", type=Path, help="default loss.png in the first run's folder")
     parser.add_argument("--title")

@@ -23,7 +23,9 @@ def parallel(layout: Layout, seed: int = 1234, timeout_minutes: float = 10.0) ->
             tensor_model_parallel_size=layout.tensor_parallel,
             pipeline_model_parallel_size=layout.pipeline_parallel,
             context_parallel_size=layout.context_parallel,
-            create_gloo_process_groups=device.has_gpu(),
+            expert_model_parallel_size=layout.expert_parallel,
+            expert_tensor_parallel_size=layout.expert_tensor_parallel,
+            create_gloo_process_groups=False,
         )
         device.seed_everything(seed)
         try:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.errors import UserError, run
+from megatron.sft.errors import OneLineParser, UserError, run
 from megatron.sft.manifest import read_json, sha256_of_file, write_json, write_text
 
 NAMES = (
@@ -241,7 +241,7 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="quickstart", description="The tiny model and data set of the quickstart.")
+    parser = OneLineParser(prog="quickstart", description="The tiny model and data set of the quickstart.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("data", help="remake the data and tokenizer in assets/quickstart")
     model = commands.add_parser("model", help="write a Hugging Face folder with untrained weights")

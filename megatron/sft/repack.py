@@ -20,7 +20,7 @@ from megatron.sft.data.encoding import Encoded
 from megatron.sft.data.packing import ALGORITHM
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import Row, TokenizedRows, file_of, prefix_of
-from megatron.sft.errors import UserError, run
+from megatron.sft.errors import OneLineParser, UserError, run
 from megatron.sft.manifest import sha256_of_text
 
 OVERLONG = ("drop", "truncate", "error")
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="repack", description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(prog="repack", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("prefix", type=Path, help="the files' common name; with or without .bin, .idx or .json")
     parser.add_argument("--seq-length", type=_at_least(1), help="tokens in a row; default: as it is")
     parser.add_argument("--seed", type=_at_least(0), help="default: as it is")

@@ -1,55 +1,108 @@
-"""Change a checkpoint's format: run in TP x PP processes, each of which reads or writes its own part.
-
-torchrun --nproc-per-node 2 -m megatron.sft.reshard --load IN --output OUT --ckpt-format torch --tensor-model-parallel-size 2
-"""
+"""From one Megatron checkpoint to another: another layout, format or precision, weights only or with the optimizer's state."""
 
 import argparse
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from megatron.sft import processes
+from megatron.sft.casting import NAMES, Caster
 from megatron.sft.checkpoint import folder as checkpoint_folder
-from megatron.sft.errors import run
+from megatron.sft.checkpoint.folder import Checkpoint
+from megatron.sft.checkpoint.stored_parameters import stored_parameters
+from megatron.sft.conversion import converted_config, layout_of, write_parameters
+from megatron.sft.disk_space import check_free_space
+from megatron.sft.errors import UserError
 from megatron.sft.families import read_shape
-from megatron.sft.layout import Layout
+from megatron.sft.families.rules import Shape
+from megatron.sft.hf_folder import HFFolder, dtype_name
+from megatron.sft.hf_parameters import HFParameters
+from megatron.sft.layout import check_layout
+from megatron.sft.manifest import write_text
+from megatron.sft.parameters import CastParameters, Parameters
+from megatron.sft.weights import check_hf_names
 
 
-def main() -> None:
-    arguments = _parse()
-    layout = Layout(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size)
-    source = checkpoint_folder.open_checkpoint(arguments.load, arguments.iteration)
-    shape = read_shape(source.manifest["source"]["config"], str(source.path / checkpoint_folder.MANIFEST))
-    with processes.parallel(layout):
-        from megatron.sft.checkpoint import torch_dist, torch_format
-        from megatron.sft.checkpoint.weights_io import load_weights
-        from megatron.sft.model import build_model, transformer_config
+def reshard(source: Path, output: Path, arguments: argparse.Namespace) -> None:
+    """Write the checkpoint of `source` to `output`, an empty folder, in the form that `arguments` ask for."""
+    checkpoint = checkpoint_folder.open_checkpoint(source, arguments.iteration)
+    checkpoint_folder.verify_files(checkpoint)
+    hf_dir: Path | None = arguments.hf_dir if arguments.source else None
+    shape, original = model_of(checkpoint, hf_dir)
+    layout = layout_of(arguments)
+    check_layout(layout, shape)
+    if arguments.with_optimizer:
+        _copy(checkpoint, arguments, output)
+        return
+    stored = stored_parameters(checkpoint, shape, HFParameters(original, None) if original else None)
+    caster = Caster()
+    dtype = NAMES.get(arguments.dtype)
+    parameters: Parameters = stored if dtype is None else CastParameters(stored, dtype, caster)
 
-        model = build_model(shape, layout, transformer_config(shape, layout, shape.torch_dtype))
-        load_weights(source, model, layout)
-        manifest = {
-            **{key: value for key, value in source.manifest.items() if key not in ("files", "training")},
-            "checkpoint_format": arguments.ckpt_format,
-            "layout": {"tensor_parallel": layout.tensor_parallel, "pipeline_parallel": layout.pipeline_parallel},
-        }
+    def finish() -> dict[str, Any]:
+        for line in (*getattr(stored, "notes", ()), *filter(None, [caster.report()])):
+            print(line)
+        return _manifest(checkpoint, original, shape, arguments.dtype)
 
-        def write(folder: Path) -> None:
-            if arguments.ckpt_format == checkpoint_folder.TORCH:
-                torch_format.save(folder, model, shape, layout, source.iteration)
-            else:
-                torch_dist.save(folder, torch_dist.model_state(model))
-
-        checkpoint_folder.write_checkpoint(arguments.output, source.iteration, manifest, write)
+    write_parameters(parameters, shape, layout, arguments.ckpt_format, output, checkpoint.iteration, finish)
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="reshard", description=__doc__)
-    parser.add_argument("--load", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--iteration", type=int)
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
-    parser.add_argument("--ckpt-format", choices=[checkpoint_folder.TORCH_DIST, checkpoint_folder.TORCH], required=True)
-    return parser.parse_args()
+def model_of(checkpoint: Checkpoint, hf_dir: Path | None) -> tuple[Shape, HFFolder | None]:
+    """The architecture, from the checkpoint's manifest or, for one that has none, from the original model's folder."""
+    config = checkpoint.manifest.get("source", {}).get("config")
+    original = HFFolder(hf_dir) if hf_dir else None
+    if config is not None:
+        return read_shape(config, str(checkpoint.path / checkpoint_folder.MANIFEST)), original
+    if original is None:
+        raise UserError(
+            f"{checkpoint.path} has no manifest.json with the model's configuration: give the folder of the original model "
+            "(HF_DIR for scripts/2_convert.sh)"
+        )
+    check_hf_names(original.shape, original.tensor_names, str(original.path))
+    return replace(original.shape), original
 
 
-if __name__ == "__main__":
-    run(main)
+def hf_dtypes(checkpoint: Checkpoint, original: HFFolder | None) -> tuple[str, dict[str, str]]:
+    """The dtype that most of the Hugging Face tensors have, and the tensors that have another."""
+    if "hf_dtype" in checkpoint.manifest:
+        return str(checkpoint.manifest["hf_dtype"]), dict(checkpoint.manifest["hf_dtype_exceptions"])
+    assert original is not None
+    dtypes = {name: dtype_name(original.dtype_and_shape(name)[0]) for name in original.tensor_names}
+    common = max(sorted(set(dtypes.values())), key=list(dtypes.values()).count)
+    return common, {name: dtype for name, dtype in dtypes.items() if dtype != common}
+
+
+def _manifest(checkpoint: Checkpoint, original: HFFolder | None, shape: Shape, dtype: str | None) -> dict[str, Any]:
+    """What is known of the weights' source; of a training run also what it was."""
+    own = checkpoint.manifest
+    source = own.get("source") or (original.describe() if original else {})
+    common, exceptions = hf_dtypes(checkpoint, original)
+    if dtype is not None:
+        common, exceptions = dtype_name(NAMES[dtype]), {}
+    result = {
+        "source": {**source, "config": converted_config(source["config"], shape, dtype)},
+        "hf_dtype": common,
+        "hf_dtype_exceptions": exceptions,
+    }
+    trained = own.get("training") or own.get("trained")
+    if trained:
+        result["trained"] = trained
+    if "tensor_crc32" in own and dtype is None:
+        result["tensor_crc32"] = own["tensor_crc32"]
+    return result
+
+
+def _copy(checkpoint: Checkpoint, arguments: argparse.Namespace, output: Path) -> None:
+    """The checkpoint as it is: torch_dist loads in any layout, optimizer state included."""
+    if checkpoint.format != checkpoint_folder.TORCH_DIST or arguments.ckpt_format != checkpoint_folder.TORCH_DIST:
+        raise UserError(
+            f"{checkpoint.path} is {checkpoint.format}, asked for is {arguments.ckpt_format}: the optimizer's state is kept "
+            "from torch_dist to torch_dist only; leave it out, or keep the format"
+        )
+    if arguments.dtype:
+        raise UserError(f"DTYPE={arguments.dtype} cannot be applied to optimizer state: leave out one of the two")
+    size = sum(path.stat().st_size for path in checkpoint.path.rglob("*") if path.is_file())
+    check_free_space(output, size, f"a copy of {checkpoint.path}")
+    shutil.copytree(checkpoint.path, checkpoint_folder.iteration_path(output, checkpoint.iteration))
+    write_text(output / checkpoint_folder.TRACKER, str(checkpoint.iteration))
+    print("copied with its optimizer state: torch_dist is read in any layout")

@@ -1,10 +1,11 @@
 """The `torch_dist` format: megatron-core's dist_checkpointing, which loads at any TP, PP and DP whatever it was saved at."""
 
-import io
-import pickle
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -14,10 +15,16 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron.sft.checkpoint.stored_tensors import read_metadata
 from megatron.sft.errors import UserError
+from megatron.sft.families.rules import Shape
+from megatron.sft.parameters import Parameters
+from megatron.sft.weights import BoundRule, bound_rules, whole_parameters
 
 # The optimizer state in the shape of the parameters, so that it can be loaded in another layout.
 METADATA = {
@@ -27,20 +34,6 @@ METADATA = {
     "chained_optim_avoid_prefix": True,
 }
 
-# The only names that the pickled .metadata of a checkpoint may call for.
-_METADATA_GLOBALS: dict[str, set[str] | None] = {
-    "torch.distributed.checkpoint.metadata": None,
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "StorageMeta"},
-    "torch.distributed.checkpoint.planner": {"WriteItem", "WriteItemType", "SavePlan", "TensorWriteData"},
-    "torch": {"Size", "device", "strided", "bfloat16", "bool", "uint8", "float8_e4m3fn", "float8_e5m2"}
-    | {f"{kind}{bits}" for kind in ("float", "int") for bits in (8, 16, 32, 64)},
-    "torch.serialization": {"_get_layout"},
-    "collections": {"OrderedDict"},
-    "builtins": {"set", "frozenset", "dict", "list", "tuple", "slice", "bytearray"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "_codecs": {"encode"},
-}
-
 
 class _InProcessSave(TorchDistSaveShardedStrategy):
     """megatron-core's own layout on disk, written by torch's threads.
@@ -48,17 +41,67 @@ class _InProcessSave(TorchDistSaveShardedStrategy):
     megatron-core's strategy hands the data to processes that it forks, and waits for ever if one of them dies.
     """
 
+    planner: type[MCoreSavePlanner] = MCoreSavePlanner
+    threads = 2
+
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
         sharded_state_dict, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )
         torch_checkpoint.save(
             mcore_to_pyt_state_dict(sharded_state_dict, False),
-            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=2, overwrite=True),
-            planner=MCoreSavePlanner(
-                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
-            ),
+            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=self.threads, overwrite=True),
+            planner=self.planner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False),
         )
+
+
+class _StreamingSave(_InProcessSave):
+    """Writes meta tensors: each part is fetched from `source` when its turn comes."""
+
+    def __init__(self, source: Parameters, bounds: dict[tuple[str, tuple[int, ...]], BoundRule]) -> None:
+        super().__init__("torch_dist", 1)
+        lock = threading.Lock()
+        # The parts of one parameter are written at about the same time, by different threads.
+        recent: dict[str, Future[Tensor]] = {}
+
+        def whole(bound: BoundRule) -> Tensor:
+            with lock:
+                found = recent.get(bound.megatron)
+                if found is None:
+                    if len(recent) == self.threads:
+                        del recent[next(iter(recent))]
+                    mine = recent[bound.megatron] = Future()
+            if found is not None:
+                return found.result()
+            try:
+                mine.set_result(source.read(bound))
+            except BaseException as error:
+                mine.set_exception(error)
+            return mine.result()
+
+        class Fetch(MCoreSavePlanner):
+            def resolve_data(self, write_item: Any) -> Tensor:
+                size = tuple(super().resolve_data(write_item).shape)
+                key, offset = write_item.index.fqn, tuple(write_item.index.offset)
+                lead = key.count(".layers.") + key.count(".experts.experts.")
+                cut = tuple(slice(o, o + s) for o, s in zip(offset[lead:], size[lead:], strict=True))
+                return whole(bounds[key, offset[:lead]])[cut].reshape(size)
+
+        self.planner = Fetch
+
+    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
+        before = torch.serialization.get_crc32_options()
+        # The manifest has checksums of the files.
+        torch.serialization.set_crc32_options(False)
+        try:
+            super().save(sharded_state_dict, checkpoint_dir)
+        except CheckpointException as error:
+            # torch wraps what a read raised.
+            for reason, _ in error.failures.values():
+                raise reason from None
+            raise
+        finally:
+            torch.serialization.set_crc32_options(before)
 
 
 def model_state(model: Any) -> ShardedStateDict:
@@ -78,7 +121,7 @@ def save(folder: Path, state: ShardedStateDict) -> None:
 
 def load(folder: Path, state: ShardedStateDict) -> dict[str, Any]:
     """Read what `state` asks for, in this run's layout; a parameter that the checkpoint lacks is a `UserError`."""
-    _check_metadata(folder)
+    read_metadata(folder)
     # In megatron-core's words an entry that the checkpoint lacks is unexpected.
     loaded, _, lacking = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_UNEXPECTED)
     if lacking:
@@ -91,24 +134,34 @@ def load(folder: Path, state: ShardedStateDict) -> dict[str, Any]:
 
 def stored_keys(folder: Path) -> set[str]:
     """Names of the tensors in a checkpoint, the layers' ones once for all layers."""
-    _check_metadata(folder)
+    read_metadata(folder)
     return set(dist_checkpointing.load_tensors_metadata(str(folder)))
 
 
-class _MetadataCheck(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        names = _METADATA_GLOBALS.get(module, set())
-        if names is None or name in names:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+def save_parameters(folder: Path, shape: Shape, source: Parameters) -> None:
+    """Write a whole model from one process with one parameter in memory at a time, into an existing, empty folder.
 
+    megatron-core says from a model without memory what belongs where; each part is fetched when it is written.
+    """
+    from megatron.sft.layout import Layout
+    from megatron.sft.model import build_model, transformer_config
 
-def _check_metadata(folder: Path) -> None:
-    """torch reads .metadata with plain pickle, which can run any code: read it here first with a short list of names."""
-    path = folder / ".metadata"
-    try:
-        _MetadataCheck(io.BytesIO(path.read_bytes())).load()
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: the checkpoint is not whole, take another one") from None
-    except Exception as error:
-        raise UserError(f"{path} is damaged or not to be trusted ({error}): take another checkpoint") from None
+    whole = Layout()
+    with torch.device("meta"):
+        model = build_model(shape, whole, transformer_config(shape, whole, shape.torch_dtype))
+    parameters = whole_parameters(model, shape)
+    bounds = {}
+    for bound in bound_rules(shape):
+        meta, parameter = source.meta(bound), parameters[bound.megatron]
+        if meta.shape != parameter.shape:
+            raise UserError(
+                f"{bound.hf[0]} gives {tuple(meta.shape)} for {bound.megatron}, config.json implies "
+                f"{tuple(parameter.shape)}: weights and configuration do not belong together"
+            )
+        # Keeps the dtype of the source, which may differ from tensor to tensor.
+        parameter.data = meta
+        bounds[bound.stored_key, bound.place] = bound
+
+    strategy = _StreamingSave(source, bounds)
+    state = model_state(model)
+    dist_checkpointing.save(state, str(folder), strategy, content_metadata=METADATA)

@@ -1,99 +1,264 @@
 """The `torch` format: one `mp_rank_TT[_PPP]/model_optim_rng.pt` a process, the tree of classic Megatron-LM.
 
-Each process saves and loads its own part, so a checkpoint can only be read at the TP and PP that it was written at.
+A single process reads and writes it for any number of ranks, one parameter in memory at a time. What Megatron-LM itself and
+projects that carry it have written is read too: other names of the norms, padded vocabularies, optimizer state beside.
 """
 
 import argparse
+import itertools
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from torch import nn
+from torch import Tensor
 
+from megatron.sft.checkpoint import torch_file
 from megatron.sft.errors import UserError
-from megatron.sft.families.rules import Shape
+from megatron.sft.families.rules import Shape, join_tensor_parallel, tensor_parallel_part
+from megatron.sft.hf_parameters import HFParameters
 from megatron.sft.layout import Layout
-from megatron.sft.weights import checkpoint_name
+from megatron.sft.parameters import Parameters
+from megatron.sft.weights import BoundRule, bound_rules, checkpoint_name
 
 FILE = "model_optim_rng.pt"
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 # Layers that are Transformer Engine's where classic Megatron-LM trains; it expects a state of theirs, empty without FP8.
-_ENGINE_LAYERS = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "self_attention.core_attention",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
+_ENGINE_LAYERS = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention")
+_ENGINE_MLP = ("mlp.linear_fc1", "mlp.linear_fc2")
+_EXPERT = re.compile(r"\.experts\.experts\.(\d+)\.")
+
+Rank = tuple[int, int, int]  # tensor, pipeline and expert parallel
 
 
-def rank_folder(layout: Layout) -> str:
-    """`mp_rank_01`, or `mp_rank_01_002` where the pipeline has stages, for this process."""
-    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-    if layout.pipeline_parallel == 1:
-        return f"mp_rank_{tensor_rank:02d}"
-    return f"mp_rank_{tensor_rank:02d}_{parallel_state.get_pipeline_model_parallel_rank():03d}"
+def rank_folder(rank: Rank, layout: Layout) -> str:
+    """`mp_rank_01`, `mp_rank_01_002` where the pipeline has stages, and one more number where experts are spread."""
+    name = f"mp_rank_{rank[0]:02d}"
+    if layout.pipeline_parallel > 1:
+        name += f"_{rank[1]:03d}"
+    return name + (f"_{rank[2]:03d}" if layout.expert_parallel > 1 else "")
 
 
-def find_layout(folder: Path) -> Layout:
-    """The TP and PP that the names of the rank folders tell."""
-    ranks = [path.parent.name.removeprefix("mp_rank_").split("_") for path in folder.glob(f"mp_rank_*/{FILE}")]
-    tensor_parallel = 1 + max(int(rank[0]) for rank in ranks)
-    pipeline_parallel = 1 + max(int(rank[1]) if len(rank) > 1 else 0 for rank in ranks)
-    if len(ranks) != tensor_parallel * pipeline_parallel:
-        raise UserError(
-            f"{folder} has {len(ranks)} rank folders, TP {tensor_parallel} x PP {pipeline_parallel} need more"
-        )
-    return Layout(tensor_parallel, pipeline_parallel)
-
-
-def save(folder: Path, model: nn.Module, shape: Shape, layout: Layout, iteration: int) -> None:
-    """Write this process's part of the model, with the arguments that Megatron-LM checks and `--use-checkpoint-args` reads."""
-    state: dict[str, Any] = {}
-    for name, parameter in model.named_parameters():
-        state[checkpoint_name(name)] = parameter.detach().clone()
-    for layer in {name.split(".")[2] for name in state if name.startswith("decoder.layers.")}:
-        state.update({f"decoder.layers.{layer}.{module}._extra_state": None for module in _ENGINE_LAYERS})
-    if parallel_state.is_pipeline_last_stage():
-        state["decoder.final_layernorm._extra_state"] = None
-        state["output_layer._extra_state"] = None
+def save_parameters(folder: Path, shape: Shape, layout: Layout, source: Parameters, iteration: int) -> None:
+    """Write every rank's part of the model, with the arguments that Megatron-LM checks and `--use-checkpoint-args` reads."""
     content = {
         "args": _megatron_arguments(shape, layout, iteration),
         "checkpoint_version": 3.0,
         "iteration": iteration,
         "num_floating_point_operations_so_far": 0,
-        "model": state,
     }
-    path = folder / rank_folder(layout) / FILE
-    path.parent.mkdir()
-    torch.save(content, path)
+    stages, expert_ranks = range(layout.pipeline_parallel), range(layout.expert_parallel)
+    for rank in itertools.product(range(layout.tensor_parallel), stages, expert_ranks):
+        bounds = dict(_local_bounds(shape, layout, rank))
+        state: dict[str, Any] = {
+            name: _part(bound, source.meta(bound), shape, layout, rank[0]) for name, bound in bounds.items()
+        }
+        state.update(_engine_states(shape, layout, rank[1]))
+        parts = ((name, _part(bound, source.read(bound), shape, layout, rank[0])) for name, bound in bounds.items())
+        path = folder / rank_folder(rank, layout) / FILE
+        path.parent.mkdir()
+        torch_file.write(path, content, state, parts)
 
 
-def load(folder: Path, model: nn.Module, layout: Layout) -> None:
-    """Fill this process's part of the model. Every parameter must be there with the right shape, and nothing else."""
-    path = folder / rank_folder(layout) / FILE
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: the checkpoint was not written at this TP and PP") from None
-    except Exception as error:
-        raise UserError(f"{path} is damaged or holds more than weights ({error}): convert the model again") from None
-    state = {name: value for name, value in content["model"].items() if not name.endswith("_extra_state")}
-    parameters = {checkpoint_name(name): parameter for name, parameter in model.named_parameters()}
-    if state.keys() != parameters.keys():
-        raise UserError(
-            f"{path} does not fit the model: {sorted(state.keys() ^ parameters.keys())[0]} is on one side only"
+def _local_bounds(shape: Shape, layout: Layout, rank: Rank) -> Iterator[tuple[str, BoundRule]]:
+    """The parameters of one rank under the names that they have there: layers and experts counted from its first."""
+    stage_layers = layout.stage_layers(shape)
+    first = sum(stage_layers[: rank[1]])
+    layers = range(first, first + stage_layers[rank[1]])
+    last_stage = rank[1] == layout.pipeline_parallel - 1
+    num_experts = shape.mixture.num_experts // layout.expert_parallel if shape.mixture else 0
+    for bound in bound_rules(shape):
+        name = bound.megatron
+        if bound.layer is None:
+            if (name == EMBEDDING and rank[1] == 0) or (name != EMBEDDING and last_stage):
+                yield name, bound
+            if name == EMBEDDING and shape.tied_embeddings and last_stage and rank[1] > 0:
+                yield OUTPUT, bound  # the last stage's copy of the tied embedding
+            continue
+        if bound.layer not in layers:
+            continue
+        name = name.replace(f"layers.{bound.layer}.", f"layers.{bound.layer - first}.", 1)
+        if bound.expert is not None:
+            if bound.expert // num_experts != rank[2]:
+                continue
+            name = _EXPERT.sub(f".experts.local_experts.{bound.expert % num_experts}.", name)
+        yield name, bound
+
+
+def _part(bound: BoundRule, parameter: Tensor, shape: Shape, layout: Layout, tensor_rank: int) -> Tensor:
+    if bound.megatron in (EMBEDDING, OUTPUT):
+        parameter = padded(parameter, layout.padded_vocab_size(shape))
+    return tensor_parallel_part(bound.rule, parameter, tensor_rank, layout.tensor_parallel)
+
+
+def padded(rows: Tensor, num_rows: int) -> Tensor:
+    """Rows of zeros added up to `num_rows`."""
+    if len(rows) == num_rows:
+        return rows
+    return torch.cat([rows, rows.new_zeros(num_rows - len(rows), *rows.shape[1:])])
+
+
+def _engine_states(shape: Shape, layout: Layout, stage: int) -> dict[str, None]:
+    modules = _ENGINE_LAYERS if shape.mixture else (*_ENGINE_LAYERS, *_ENGINE_MLP)
+    layers = range(layout.stage_layers(shape)[stage])
+    state: dict[str, None] = {f"decoder.layers.{n}.{module}._extra_state": None for n in layers for module in modules}
+    if stage == layout.pipeline_parallel - 1:
+        state.update({"decoder.final_layernorm._extra_state": None, "output_layer._extra_state": None})
+    return state
+
+
+class TorchFormatParameters:
+    """Whole Megatron parameters of a `torch` checkpoint of any TP, PP and EP.
+
+    A vocabulary padded beyond the model's is cut. Where the checkpoint has fewer rows than the model, the rest is taken from
+    `source`, the original model, and `notes` says so.
+    """
+
+    def __init__(self, folder: Path, shape: Shape, source: HFParameters | None) -> None:
+        self.folder = folder
+        self.shape = shape
+        self.notes: list[str] = []
+        self._source = source
+        # Name in the table -> the tensor on each tensor-parallel rank.
+        self._parts: dict[str, dict[int, Tensor]] = {}
+        ranks = _read_ranks(folder, shape)
+        tensor_parallel, pipeline_parallel, expert_parallel = (1 + max(rank[i] for rank in ranks) for i in range(3))
+        self.layout = Layout(tensor_parallel, pipeline_parallel, expert_parallel=expert_parallel)
+        if len(ranks) != self.layout.tensor_parallel * self.layout.pipeline_parallel * self.layout.expert_parallel:
+            raise UserError(
+                f"{folder} has {len(ranks)} rank folders, TP {self.layout.tensor_parallel} x PP "
+                f"{self.layout.pipeline_parallel} x EP {self.layout.expert_parallel} need more: take another checkpoint"
+            )
+        self._collect(ranks)
+        self._check_names()
+        _check_arguments(folder, shape, next(iter(ranks.values())).get("args"), self.notes)
+
+    def _collect(self, ranks: dict[Rank, dict[str, Any]]) -> None:
+        counts = {rank[1]: _num_layers(content["model"]) for rank, content in ranks.items()}
+        if sum(counts.values()) != self.shape.num_layers:
+            raise UserError(f"{self.folder} has {sum(counts.values())} layers, the model has {self.shape.num_layers}")
+        mixture = self.shape.mixture
+        for (tensor_rank, stage, expert_rank), content in ranks.items():
+            first_layer = sum(count for other, count in counts.items() if other < stage)
+            first_expert = expert_rank * (mixture.num_experts // self.layout.expert_parallel) if mixture else 0
+            for name, value in content["model"].items():
+                if isinstance(value, Tensor) and not name.endswith(("_extra_state", "inv_freq")):
+                    name = checkpoint_name(name, first_layer, first_expert, mixture is not None)
+                    # The first expert-parallel rank's copy of what all of them hold.
+                    self._parts.setdefault(name, {}).setdefault(tensor_rank, value)
+
+    def _check_names(self) -> None:
+        expected = {bound.megatron for bound in bound_rules(self.shape)}
+        if self.shape.tied_embeddings and OUTPUT in self._parts:
+            self._check_tied()
+        for name in sorted(self._parts.keys() ^ expected):
+            where = "not in the model" if name in self._parts else "not in the checkpoint"
+            raise UserError(f"{self.folder} does not fit the model: {name} is {where}")
+        for name, parts in self._parts.items():
+            if len(parts) != self.layout.tensor_parallel:
+                raise UserError(f"{self.folder} holds {name} only in part: take another checkpoint")
+
+    def _check_tied(self) -> None:
+        copies, rows = self._parts.pop(OUTPUT), self._parts.get(EMBEDDING, {})
+        if any(rank not in rows or not torch.equal(copies[rank], rows[rank]) for rank in copies):
+            raise UserError(
+                f"{self.folder} was trained with an output layer of its own, config.json ties it to the embedding: "
+                "set tie_word_embeddings to false in the model's config.json, which must then hold lm_head.weight"
+            )
+
+    def meta(self, bound: BoundRule) -> Tensor:
+        parts = [torch.empty_like(part, device="meta") for _, part in sorted(self._parts[bound.megatron].items())]
+        whole = self._join(bound, parts)
+        if bound.megatron in (EMBEDDING, OUTPUT):
+            return torch.empty((self.shape.vocab_size, *whole.shape[1:]), dtype=whole.dtype, device="meta")
+        return whole
+
+    def read(self, bound: BoundRule) -> Tensor:
+        whole = self._join(bound, [part for _, part in sorted(self._parts[bound.megatron].items())])
+        if bound.megatron not in (EMBEDDING, OUTPUT):
+            return whole
+        missing = self.shape.vocab_size - len(whole)
+        if missing <= 0:
+            return whole[: self.shape.vocab_size]
+        if self._source is None:
+            raise UserError(
+                f"{self.folder} has {len(whole)} rows of {bound.megatron}, the model has {self.shape.vocab_size}: "
+                "give the original model's folder for the rest (HF_DIR)"
+            )
+        original = self._source.folder.path
+        note = f"the last {missing:,} rows of {bound.megatron}, which the checkpoint lacks, are those of {original}"
+        if note not in self.notes:
+            self.notes.append(note)
+        return torch.cat([whole, self._source.read(bound)[-missing:].to(whole.dtype)])
+
+    def _join(self, bound: BoundRule, parts: list[Tensor]) -> Tensor:
+        try:
+            return join_tensor_parallel(bound.rule, parts)
+        except RuntimeError as error:
+            raise UserError(
+                f"{self.folder}: the ranks' parts of {bound.megatron} do not go together ({error})"
+            ) from None
+
+
+def _read_ranks(folder: Path, shape: Shape) -> dict[Rank, dict[str, Any]]:
+    """Every rank's file. A second number in a folder's name is a pipeline stage, unless all ranks have an embedding."""
+    contents: dict[tuple[int, ...], dict[str, Any]] = {}
+    for path in sorted(folder.glob(f"mp_rank_*/{FILE}")):
+        numbers = path.parent.name.removeprefix("mp_rank_").split("_")
+        if not all(number.isdecimal() for number in numbers) or len(numbers) > 3:
+            raise UserError(f"{path.parent} is not named like a rank of Megatron-LM: move it away")
+        content = torch_file.read(path)
+        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+            known = (
+                "it was written with virtual pipeline stages"
+                if isinstance(content, dict) and "model0" in content
+                else ""
+            )
+            raise UserError(f"{path} has no weights under 'model'{': ' * bool(known)}{known}: take another checkpoint")
+        contents[tuple(map(int, numbers))] = content
+    experts_only = shape.mixture is not None and all(EMBEDDING in content["model"] for content in contents.values())
+    ranks: dict[Rank, dict[str, Any]] = {}
+    for key, content in contents.items():
+        if len(key) == 2 and experts_only:
+            key = (key[0], 0, key[1])
+        ranks[(*key, 0, 0)[:3]] = content  # type: ignore[index]
+    return ranks
+
+
+def _num_layers(state: dict[str, Any]) -> int:
+    layers = {int(name.split(".")[2]) for name in state if name.startswith("decoder.layers.")}
+    return 1 + max(layers, default=-1)
+
+
+def _check_arguments(folder: Path, shape: Shape, arguments: Any, notes: list[str]) -> None:
+    """What the checkpoint's own arguments say, where it matters and the shapes of tensors do not show it."""
+    for name, value in (
+        ("rotary_base", shape.rope_theta),
+        ("norm_epsilon", shape.norm_epsilon),
+        ("num_attention_heads", shape.num_heads),
+        ("num_query_groups", shape.num_kv_heads),
+    ):
+        there = getattr(arguments, name, None)
+        if name == "num_query_groups" and not getattr(arguments, "group_query_attention", True):
+            continue
+        if not isinstance(there, int | float) or there == value:
+            continue
+        if name.startswith("num"):
+            raise UserError(
+                f"{folder} was written with {name} {there}, config.json implies {value}: give the right model"
+            )
+        notes.append(
+            f"the checkpoint was trained with {name} {there}, config.json says {value}, which counts from here on"
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if state[name].shape != parameter.shape:
-                raise UserError(f"{path}: {name} is {tuple(state[name].shape)}, the model has {tuple(parameter.shape)}")
-            parameter.copy_(state[name])
 
 
 def _megatron_arguments(shape: Shape, layout: Layout, iteration: int) -> argparse.Namespace:
+    stage_layers = layout.stage_layers(shape)
+    uneven = len(set(stage_layers)) > 1
+    window = (shape.sliding_window - 1, 0) if shape.sliding_window else None
+    mixture = shape.mixture
     return argparse.Namespace(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -102,6 +267,12 @@ def _megatron_arguments(shape: Shape, layout: Layout, iteration: int) -> argpars
         group_query_attention=shape.num_kv_heads != shape.num_heads,
         num_query_groups=shape.num_kv_heads,
         kv_channels=shape.head_dim,
+        qk_layernorm=shape.qk_norm,
+        window_size=window,
+        num_experts=mixture.num_experts if mixture else None,
+        moe_ffn_hidden_size=mixture.ffn_hidden_size if mixture else None,
+        moe_router_topk=mixture.experts_per_token if mixture else 2,
+        moe_router_pre_softmax=bool(mixture and not mixture.normalized),
         seq_length=shape.max_positions,
         max_position_embeddings=shape.max_positions,
         padded_vocab_size=layout.padded_vocab_size(shape),
@@ -112,6 +283,8 @@ def _megatron_arguments(shape: Shape, layout: Layout, iteration: int) -> argpars
         position_embedding_type="rope",
         rotary_base=int(shape.rope_theta),
         rotary_percent=1.0,
+        use_rope_scaling=shape.rope_scaling is not None,
+        rope_scaling_factor=shape.rope_scaling.factor if shape.rope_scaling else 8.0,
         normalization="RMSNorm",
         norm_epsilon=shape.norm_epsilon,
         swiglu=True,
@@ -120,7 +293,10 @@ def _megatron_arguments(shape: Shape, layout: Layout, iteration: int) -> argpars
         untie_embeddings_and_output_weights=not shape.tied_embeddings,
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
+        expert_model_parallel_size=layout.expert_parallel,
         virtual_pipeline_model_parallel_size=None,
+        decoder_first_pipeline_num_layers=stage_layers[0] if uneven else None,
+        decoder_last_pipeline_num_layers=stage_layers[-1] if uneven else None,
         data_parallel_random_init=False,
         params_dtype=shape.torch_dtype,
         bf16=shape.torch_dtype == torch.bfloat16,

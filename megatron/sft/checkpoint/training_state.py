@@ -75,9 +75,24 @@ def _manifest(plan: RunPlan, consumed_rows: int) -> dict[str, Any]:
             "num_processes": torch.distributed.get_world_size(),
             "train_iters": plan.train_iters,
             "options": options_record(plan.options),
-            "data": {"prefix": str(plan.rows.prefix), "bin_sha256": plan.rows.manifest["files"]["bin"]["sha256"]},
+            "data": _data_record(plan),
             "chat_template": plan.rows.manifest.get("chat_template"),
         },
+    }
+
+
+def _data_record(plan: RunPlan) -> dict[str, Any]:
+    """What an exported model's card says of the data, and where its answers end."""
+    data = plan.rows.manifest
+    counts: dict[str, Any] = {
+        name: data[name] for name in ("rows", "conversations", "tokens", "trained_tokens") if name in data
+    }
+    ends = data.get("tokenizer", {}).get("end_of_turn_ids", [])
+    return {
+        "prefix": str(plan.rows.prefix),
+        "bin_sha256": data["files"]["bin"]["sha256"],
+        "end_of_turn_ids": ends,
+        **counts,
     }
 
 

@@ -1,29 +1,56 @@
 """Loading only the weights of a checkpoint, in whichever format it is, into a model of this run's layout."""
 
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
 from torch import nn
 
-from megatron.sft.checkpoint import torch_dist, torch_format
-from megatron.sft.checkpoint.folder import TORCH_DIST, Checkpoint
+from megatron.sft.checkpoint import torch_dist
+from megatron.sft.checkpoint.folder import MANIFEST, TORCH_DIST, Checkpoint
+from megatron.sft.checkpoint.stored_parameters import StoredParameters, stored_parameters
+from megatron.sft.checkpoint.torch_format import EMBEDDING, OUTPUT, padded
 from megatron.sft.errors import UserError
+from megatron.sft.families import read_shape
+from megatron.sft.families.rules import tensor_parallel_part
 from megatron.sft.layout import Layout
+from megatron.sft.weights import bound_rules, checkpoint_name
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module, layout: Layout) -> None:
-    """Fill the model's parameters (this process's part). The `torch` format must have been written in this layout."""
+    """Fill the model's parameters (this process's part) from a checkpoint of either format and of any layout."""
     if checkpoint.format == TORCH_DIST:
         state = torch_dist.load(checkpoint.path, torch_dist.model_state(model))
         missing, unexpected = model.load_state_dict(_model_entries(state, model), strict=False)
         missing = [name for name in missing if not name.endswith("_extra_state")]
         assert not missing and not unexpected, (missing, unexpected)
         return
-    written = torch_format.find_layout(checkpoint.path)
-    if (written.tensor_parallel, written.pipeline_parallel) != (layout.tensor_parallel, layout.pipeline_parallel):
+    config = checkpoint.manifest.get("source", {}).get("config")
+    if config is None:
         raise UserError(
-            f"{checkpoint.path} was written at TP {written.tensor_parallel} PP {written.pipeline_parallel} in the torch "
-            f"format, this run has TP {layout.tensor_parallel} PP {layout.pipeline_parallel}: "
-            "convert with CKPT_FORMAT=torch_dist, which loads at any sizes"
+            f"{checkpoint.path} has no {MANIFEST} with the model's configuration: run scripts/2_convert.sh on it"
         )
-    torch_format.load(checkpoint.path, model, layout)
+    _fill_part(model, stored_parameters(checkpoint, read_shape(config, str(checkpoint.path / MANIFEST))), layout)
+
+
+def _fill_part(model: Any, source: StoredParameters, layout: Layout) -> None:
+    shape = source.shape
+    bounds = {bound.megatron: bound for bound in bound_rules(shape)}
+    experts = shape.mixture.num_experts // layout.expert_parallel if shape.mixture else 0
+    first_layer = model.decoder.layers[0].layer_number - 1
+    first_expert = experts * parallel_state.get_expert_model_parallel_rank()
+    for live_name, parameter in model.named_parameters():
+        name = checkpoint_name(live_name, first_layer, first_expert, shape.mixture is not None)
+        # The last stage's copy of a tied embedding.
+        name = EMBEDDING if name == OUTPUT and shape.tied_embeddings else name
+        whole = source.read(bounds[name])
+        if name in (EMBEDDING, OUTPUT):
+            whole = padded(whole, layout.padded_vocab_size(shape))
+        rank, size = parallel_state.get_tensor_model_parallel_rank(), layout.tensor_parallel
+        if bounds[name].expert is not None:
+            rank, size = parallel_state.get_expert_tensor_parallel_rank(), layout.expert_tensor_parallel
+        with torch.no_grad():
+            parameter.copy_(tensor_parallel_part(bounds[name].rule, whole, rank, size))
 
 
 def _model_entries(state: dict[str, object], model: nn.Module) -> dict[str, object]:

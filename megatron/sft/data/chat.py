@@ -1,24 +1,40 @@
-"""Renders a conversation with the tokenizer's own chat template and proves which characters of the text are trained.
+"""Renders a conversation with a chat template and proves which characters of the text are trained.
 
-Proof: the same turns are rendered once with marks in place of their texts, which shows the template's own words around
-every text. A conversation's render must then be exactly those words and its own texts, from the first character to the
-last; so each answer's place is known, and a template that drops or changes text cannot go unnoticed. The cost is linear
-in the length of the conversation, and right for templates whose shorter renders are no prefixes of longer ones.
+Proof: turns of the same shape are rendered once with marks in place of their texts, which shows the template's own words
+around every text (see skeletons.py). A conversation's render must then be exactly those words and its own texts, from the
+first character to the last; so each answer's place is known, and a template that drops or changes text cannot go
+unnoticed. The cost is linear in the length of the conversation, and right for templates whose shorter renders are no
+prefixes of longer ones. A template that fails where a known correction of it does not is asked to be replaced by that.
 """
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
 
 from megatron.sft.data.conversations import Conversation
+from megatron.sft.data.corrections import candidates
+from megatron.sft.data.skeleton_maker import FIX, SkeletonMaker, Tools, unproven
+from megatron.sft.data.skeletons import (
+    HOLE,
+    AnswerSlots,
+    CallStyle,
+    Shape,
+    Skeleton,
+    TurnShape,
+    dissect,
+    in_style,
+    marked,
+    placed,
+)
 from megatron.sft.errors import UserError
 
+TRAIN_ON = ("all_assistant", "last_assistant", "all")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-THINK_TAG = re.compile(r"(</?think>)")
-FIX = "give the tokenizer's folder a chat template that prints every text in full, or change the data"
+CALL_STYLES = tuple(CallStyle(as_text, empty) for as_text in (False, True) for empty in (None, ""))
 
 
 @dataclass(frozen=True)
@@ -34,76 +50,167 @@ class Answer:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as one text. `trained` holds the character spans [start, end) on which the loss is taken."""
+    """A conversation as one text. `trained` holds the character spans [start, end) on which the loss is taken, `answers`
+    the answers within them; if `everything`, the loss is taken on all but the first token."""
 
     text: str
     trained: tuple[tuple[int, int], ...]
     answers: tuple[Answer, ...]
+    everything: bool = False
 
 
-@dataclass(frozen=True)
-class Slot:
-    """What the template writes around one turn's text. The last three are for assistant turns."""
+class CorrectionNeeded(UserError):  # noqa: N818 (asked for, not an error)
+    """The chat template does not print what is in the data, but with a known correction it does."""
 
-    before: str  # from the end of the turn before to the end of the generation prompt
-    inserted: str = ""  # then, as in Qwen3's empty <think> block; the model must write it, so it is trained
-    end_of_turn: str = ""  # after the text, to the end of the end-of-turn token
-    end_of_turn_id: int = -1
+    def __init__(self, template: str, reason: str) -> None:
+        super().__init__(f"{reason}; a known correction of the template does: see CHAT_TEMPLATE")
+        self.template = template
+        self.reason = reason
 
-
-@dataclass(frozen=True)
-class Skeleton:
-    """The template's own words for one sequence of roles."""
-
-    slots: tuple[Slot, ...]
-    ending: str
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return CorrectionNeeded, (self.template, self.reason)  # worker processes hand it on
 
 
 @dataclass
 class ChatTemplate:
-    """The chat template of a (fast) tokenizer of transformers. `notes` collects what a user should read once."""
+    """A chat template for a (fast) tokenizer of transformers, its own unless `text` is given. `notes` collects what a user
+    should read once."""
 
     tokenizer: Any
+    text: str = ""
+    train_on: str = "all_assistant"
     notes: set[str] = field(default_factory=set)
     end_of_turn_ids: set[int] = field(default_factory=set)
     control_tokens: set[str] = field(default_factory=set)  # the special tokens that the template itself writes
 
     def __post_init__(self) -> None:
-        self.text: str = self.tokenizer.get_chat_template()
+        self.text = self.text or template_of(self.tokenizer)
         self.has_generation_tags = GENERATION_TAG.search(self.text) is not None
-        self._added_tokens: dict[str, int] = self.tokenizer.get_added_vocab()
         self._special_tokens = [str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special]
-        self._skeletons: dict[tuple[str, ...], Skeleton] = {}
+        self._skeletons = SkeletonMaker(self.tokenizer, self._text_of, self._call_style, self.notes, self._remember)
+        self._style: CallStyle | None = None
+        self._corrections: list[ChatTemplate] | None = None
 
-    def render(self, messages: Conversation) -> Rendered:
-        """The text and its trained spans. What cannot be proven is a `UserError`; the caller adds file and line."""
-        roles = tuple(message["role"] for message in messages)
-        skeleton = self._skeletons.get(roles)
-        if skeleton is None:
-            skeleton = self._skeletons[roles] = self._skeleton(roles)
-        if not self.has_generation_tags:
-            text = self._text(messages)
-            answers = find_answers(text, messages, skeleton)
-            return Rendered(text, tuple((answer.start, answer.end) for answer in answers), answers)
-        text, trained = self._text_and_generation(messages)
-        answers = find_answers(text, messages, skeleton)
-        self._check_generation(trained, answers)
-        return Rendered(text, trained, answers)
-
-    def _text(self, messages: Conversation, prompt: bool = False) -> str:
+    def render(self, messages: Conversation, tools: Tools = None, wanted: Sequence[bool | None] = ()) -> Rendered:
+        """The text and its trained spans. `wanted` says of each message whether it is trained, None where `train_on`
+        decides. What cannot be proven is a `UserError`; the caller adds file and line."""
         try:
-            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            return self._rendered(messages, tools, wanted)
+        except UserError as error:
+            for correction in self._corrected():
+                try:
+                    correction._rendered(messages, tools, wanted)
+                except UserError:
+                    continue
+                raise CorrectionNeeded(correction.text, str(error)) from None
+            raise
+
+    def render_text(self, text: str) -> Rendered:
+        """A text that is learned as it is: no template, but the tokenizer's beginning and end of a document."""
+        if not self.tokenizer.eos_token:
+            raise UserError("the tokenizer has no eos_token, which ends a text: set it in tokenizer_config.json")
+        text = (self.tokenizer.bos_token if self._adds_bos() else "") + text + self.tokenizer.eos_token
+        return Rendered(text, ((0, len(text)),), (), everything=True)
+
+    def tokens_of(self, messages: Conversation, tools: Tools) -> list[int]:
+        """The tokens that transformers makes of a conversation by itself."""
+        encoding = self.tokenizer.apply_chat_template(
+            self._in_style(messages), tools=tools, chat_template=self.text, tokenize=True, return_dict=True
+        )
+        return list(encoding["input_ids"])
+
+    def _corrected(self) -> "list[ChatTemplate]":
+        if self._corrections is None:
+            texts = candidates(self.text)
+            self._corrections = [ChatTemplate(self.tokenizer, text, self.train_on) for text in texts]
+        return self._corrections
+
+    def _rendered(self, messages: Conversation, tools: Tools, wanted: Sequence[bool | None]) -> Rendered:
+        if not self.text:
+            raise UserError(
+                f"tokenizer folder {self.tokenizer.name_or_path} has no chat template: set CHAT_TEMPLATE (chatml, llama-3, "
+                "a file), or give the folder of the family's chat (instruct) model"
+            )
+        if self.has_generation_tags:
+            text, spans = self._text_and_generation(messages, tools)
+            answers = self._answers(text, messages, tools)
+            self._check_generation(spans, answers)
+        else:
+            text = self._text(messages, tools)
+            answers = self._answers(text, messages, tools)
+            spans = tuple((answer.start, answer.end) for answer in answers)
+        chosen = [
+            one
+            for one, message in zip(self.wanted(messages, wanted), messages, strict=True)
+            if message["role"] == "assistant"
+        ]
+        if self.train_on == "all":
+            return Rendered(text, ((0, len(text)),), answers, everything=True)
+        trained = tuple(span for span, is_chosen in zip(spans, chosen, strict=True) if is_chosen)
+        return Rendered(text, trained, tuple(answer for answer, one in zip(answers, chosen, strict=True) if one))
+
+    def wanted(self, messages: Conversation, wishes: Sequence[bool | None] = ()) -> tuple[bool, ...]:
+        """Whether each message is trained: as its own wish says, else as `train_on` does."""
+        wishes = wishes or [None] * len(messages)
+        own = [wish for wish, message in zip(wishes, messages, strict=True) if message["role"] == "assistant"]
+        if self.train_on == "all" and False in own:
+            raise UserError("a turn is not to be trained (loss, train or weight is 0), but TRAIN_ON=all: change either")
+        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+        first = last if self.train_on == "last_assistant" else 0
+        return tuple(
+            message["role"] == "assistant" and (index >= first if wish is None else wish)
+            for index, (message, wish) in enumerate(zip(messages, wishes, strict=True))
+        )
+
+    def _answers(self, text: str, messages: Conversation, tools: Tools) -> tuple[Answer, ...]:
+        """Where the answers stand in `text`, all of which is accounted for."""
+        previous: Shape = ()
+        failed = 0
+        for exact in (False, True):
+            dissected = [dissect(message, exact) for message in messages]
+            shape = tuple(turn for turn, _ in dissected)
+            if shape == previous:
+                break
+            previous = shape
+            skeleton = self._skeletons.of(shape, tools is not None)
+            found = placed(skeleton, text, [texts for _, texts in dissected])
+            if isinstance(found, list):
+                answers = tuple(_answer(one, found) for one in skeleton.answers)
+                self._check_tools(text[: answers[0].start], tools)
+                return answers
+            failed = found
+        raise unproven(failed, shape[failed])
+
+    def _check_tools(self, before: str, tools: Tools) -> None:
+        for tool in tools or ():
+            name = tool["function"]["name"]
+            if name not in before and json.dumps(name)[1:-1] not in before:
+                raise UserError(f"the chat template does not print the function {name!r} of 'tools': {FIX}")
+
+    def _text(self, messages: Conversation, tools: Tools = None, prompt: bool = False) -> str:
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                self._in_style(messages),
+                tools=tools,
+                chat_template=self.text,
+                tokenize=False,
+                add_generation_prompt=prompt,
+            )
         except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
             raise _refused(error) from None
         return text
 
-    def _text_and_generation(self, messages: Conversation) -> tuple[str, tuple[tuple[int, int], ...]]:
+    def _text_of(self, messages: Conversation, tools: Tools, prompt: bool) -> str:
+        return self._text(messages, tools, prompt)
+
+    def _text_and_generation(self, messages: Conversation, tools: Tools) -> tuple[str, tuple[tuple[int, int], ...]]:
         """The render and the spans that the template marks with {% generation %}, as transformers finds them."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             texts, spans = render_jinja_template(
-                conversations=[messages],
+                conversations=[self._in_style(messages)],
+                tools=tools,
                 chat_template=self.text,
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
@@ -132,140 +239,69 @@ class ChatTemplate:
                 )
             previous_end = end
 
-    def _skeleton(self, roles: tuple[str, ...]) -> Skeleton:
-        """Render marks in place of the texts, and cut the result at them."""
-        marks = [f"MARK{index}OF{len(roles)}TEXT" for index in range(len(roles))]
-        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-        text = self._text(messages)
-        starts = [text.find(mark) for mark in marks]
-        for index, role in enumerate(roles):
-            if text.count(marks[index]) != 1 or starts[index] < max(starts[:index], default=0):
-                raise UserError(
-                    f"the chat template does not print turn {index} ({role!r}) once and in its place: {FIX}"
-                )
-        ends = [start + len(mark) for start, mark in zip(starts, marks, strict=True)]
-        slots = []
-        for index, role in enumerate(roles):
-            previous_end = ends[index - 1] if index else 0
-            if role != "assistant":
-                slots.append(Slot(text[previous_end : starts[index]]))
+    def _in_style(self, messages: Conversation) -> Conversation:
+        if not any("tool_calls" in message for message in messages):
+            return messages
+        style = self._call_style()
+        return [in_style(message, style) for message in messages]
+
+    def _call_style(self) -> CallStyle:
+        """How the template wants calls: found by trying which way it prints them."""
+        if self._style is not None:
+            return self._style
+        turn = TurnShape("assistant", "", (True,))
+        for style in CALL_STYLES:
+            messages, marks = marked((TurnShape("user", HOLE), turn), style)
+            try:
+                text: str = self.tokenizer.apply_chat_template(messages, chat_template=self.text, tokenize=False)
+            except Exception:  # whatever a template does with what it is not made for
                 continue
-            prompt = self._text(messages[:index], prompt=True)
-            answer_start = self._answer_start(text, prompt, previous_end, starts[index])
-            following = text[ends[index] : starts[index + 1] if index + 1 < len(roles) else len(text)]
-            end_of_turn, token_id = self._end_of_turn(following)
-            before, inserted = text[previous_end:answer_start], text[answer_start : starts[index]]
-            slots.append(Slot(before, inserted, end_of_turn, token_id))
-            if inserted:
+            if all(mark in text for mark in marks[1][:2]):
+                self._style = style
+                return style
+        raise UserError(f"the chat template does not print the calls of 'tool_calls': {FIX}")
+
+    def _adds_bos(self) -> bool:
+        return self.tokenizer.bos_token_id is not None and self.tokenizer("a").input_ids[:1] == [
+            self.tokenizer.bos_token_id
+        ]
+
+    def _remember(self, skeleton: Skeleton, shape: Shape) -> None:
+        """What users should know of the template's own words, and its special tokens."""
+        for answer in skeleton.answers:
+            self.end_of_turn_ids.add(answer.end_of_turn_id)
+        own_words = "".join(slot.words.text + (slot.words.ending or "") for slot in skeleton.slots) + skeleton.ending
+        self.control_tokens.update(token for token in self._special_tokens if token in own_words)
+        for answer in skeleton.answers:
+            pattern = shape[skeleton.slots[answer.first].turn].pattern
+            if answer.inserted.strip() and pattern == HOLE:
                 self.notes.add(
-                    f"the chat template writes {inserted!r} itself before the text of some answers; it is trained, "
+                    f"the chat template writes {answer.inserted!r} itself before the text of some answers; it is trained, "
                     "as the model has to write it after its prompt"
                 )
-        skeleton = Skeleton(tuple(slots), text[ends[-1] :])
-        self._remember_control_tokens(skeleton)
-        return skeleton
-
-    def _answer_start(self, text: str, prompt: str, previous_end: int, mark_start: int) -> int:
-        """Where the answer begins that the model has to write: at the end of the prompt that inference gives it."""
-        if text.startswith(prompt) and previous_end <= len(prompt) <= mark_start:
-            return len(prompt)
-        if prompt.startswith(text[:mark_start]):
-            extra = prompt[mark_start:]
-            self.notes.add(
-                f"the chat template ends its prompt for a new answer with {extra!r}, which is not in its text of whole "
-                "conversations: the model will be asked to go on from something that it is not trained on"
-            )
-            return mark_start
-        raise UserError(
-            f"the chat template's prompt for an answer is not what stands before that answer in a whole text: {FIX}"
-        )
-
-    def _end_of_turn(self, following: str) -> tuple[str, int]:
-        """The text from the end of an answer to the end of its end-of-turn token, and that token's id."""
-        stripped = following.lstrip()
-        tokens = [token for token in self._added_tokens if stripped.startswith(token)]
-        if not tokens:
-            raise UserError(
-                f"the chat template writes {following[:20]!r} after an answer, which begins with no added token, so "
-                "the model would not learn to stop: end answers with a special token in the template"
-            )
-        token = max(tokens, key=len)
-        return following[: len(following) - len(stripped)] + token, self._added_tokens[token]
-
-    def _remember_control_tokens(self, skeleton: Skeleton) -> None:
-        self.end_of_turn_ids.update(slot.end_of_turn_id for slot in skeleton.slots if slot.end_of_turn)
-        own_words = "".join(slot.before + slot.end_of_turn for slot in skeleton.slots) + skeleton.ending
-        self.control_tokens.update(token for token in self._special_tokens if token in own_words)
         bos = self.tokenizer.bos_token
-        start = skeleton.slots[0].before
+        start = skeleton.slots[0].words.text
         if not bos:
             return
         if start.startswith(bos + bos):
             raise UserError(f"the chat template begins with {bos!r} twice: remove one")
-        if not start.startswith(bos) and self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id:
+        if not start.startswith(bos) and self._adds_bos():
             self.notes.add(f"the chat template does not print {bos!r}, so no conversation begins with it")
 
 
-def find_answers(text: str, messages: Conversation, skeleton: Skeleton) -> tuple[Answer, ...]:
-    """Read all of `text` as the template's words and the messages' texts in turn."""
-    answers = []
-    position = len(skeleton.slots[0].before)
-    if not text.startswith(skeleton.slots[0].before):
-        raise _unproven(messages, 0)
-    for index, (message, slot) in enumerate(zip(messages, skeleton.slots, strict=True)):
-        is_last = index + 1 == len(messages)
-        following = skeleton.ending if is_last else skeleton.slots[index + 1].before
-        found = _find_text(text, position, message["content"], slot, following)
-        if found is None:
-            raise _unproven(messages, index)
-        text_start, text_end = found
-        if slot.end_of_turn:
-            answers.append(Answer(position, text_start, text_end + len(slot.end_of_turn), slot.end_of_turn_id))
-        position = text_end + len(following)
-    if position != len(text):
-        raise _unproven(messages, len(messages) - 1)
-    return tuple(answers)
+def template_of(tokenizer: Any) -> str:
+    """The tokenizer's own chat template; empty if it has none."""
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:
+        return ""
 
 
-def _find_text(text: str, position: int, content: str, slot: Slot, following: str) -> tuple[int, int] | None:
-    """Where `content` stands, at `position` or after what the template inserts there; `following` must come next."""
-    for start in dict.fromkeys((position + len(slot.inserted), position)):
-        if start != position and not text.startswith(slot.inserted, position):
-            continue
-        for variant in _variants(content):
-            if text.startswith(variant, start) and text.startswith(following, start + len(variant)):
-                return start, start + len(variant)
-    if slot.end_of_turn and THINK_TAG.search(content):
-        pattern = _think_pattern(content, following)
-        for opening in ("", "<think>\n", "<think>"):  # the prompt may hold the opening tag
-            match = pattern.match(text, position - len(opening)) if slot.before.endswith(opening) else None
-            if match:
-                return position, match.end(1)
-    return None
-
-
-def _variants(content: str) -> Iterator[str]:
-    """The text itself, then what templates make of it by trimming white space at its ends."""
-    yield content
-    yield content.strip()
-    yield content.lstrip()
-    yield content.rstrip()
-    yield content.lstrip("\n")
-    yield content.strip("\n")
-
-
-def _think_pattern(content: str, following: str) -> "re.Pattern[str]":
-    """The answer, with any white space beside its <think> tags: templates write their own line breaks there."""
-    pieces = [piece if THINK_TAG.fullmatch(piece) else piece.strip() for piece in THINK_TAG.split(content)]
-    return re.compile("(" + r"\s*".join(map(re.escape, pieces)) + ")" + re.escape(following))
+def _answer(one: AnswerSlots, spans: list[tuple[int, int]]) -> Answer:
+    text_start, end = spans[one.first][0], spans[one.last][1]
+    return Answer(text_start - len(one.inserted), text_start, end + len(one.closing), one.end_of_turn_id)
 
 
 def _refused(error: Exception) -> UserError:
     reason = " ".join(str(error).split())
     return UserError(f"the chat template refuses this conversation ({reason}): change the row, or the template")
-
-
-def _unproven(messages: Conversation, index: int) -> UserError:
-    role, content = messages[index]["role"], messages[index]["content"]
-    hint = " (as templates do that remove <think> parts)" if "</think>" in content else ""
-    return UserError(f"the chat template does not print turn {index} ({role!r}) as it is in the data{hint}: {FIX}")

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron.sft.data.chat import Answer, ChatTemplate, Rendered
-from megatron.sft.data.conversations import Conversation
+from megatron.sft.data.chat import Answer, ChatTemplate, Rendered, template_of
+from megatron.sft.data.conversations import Example
+from megatron.sft.data.word_encoder import WordEncoder
 from megatron.sft.errors import UserError
+from megatron.sft.tokenizer_files import VOCABULARY_FILES
 
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
     "tokenizer_config.json",
@@ -39,7 +40,7 @@ class Encoded:
             if left > 0:
                 runs.append(min(run, left))
             left -= run
-        return Encoded(self.tokens[:length], runs, self.num_merged_starts)
+        return Encoded(self.tokens[:length], runs, self.num_merged_starts, self.group)
 
     @property
     def num_trained(self) -> int:
@@ -56,8 +57,8 @@ def check_tokenizer_folder(folder: Path) -> None:
         )
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The fast tokenizer of a local folder, without running code from it. It must have a chat template."""
+def load_tokenizer(folder: Path, template_needed: bool = True) -> Any:
+    """The fast tokenizer of a local folder, without running code from it. It must have a chat template, if needed."""
     check_tokenizer_folder(folder)
     import transformers
 
@@ -69,13 +70,11 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"tokenizer folder {folder} cannot be loaded ({reason}): download it again") from None
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer folder {folder} has no fast tokenizer: add its tokenizer.json")
-    try:
-        tokenizer.get_chat_template()
-    except ValueError:
+    if template_needed and not template_of(tokenizer):
         raise UserError(
             f"tokenizer folder {folder} has no chat template: add a chat_template.jinja, as in the folder of the "
             "family's chat (instruct) model, or give that folder"
-        ) from None
+        )
     # As a tokenizer's own call does it: whole texts, and special tokens recognised in them.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
@@ -83,24 +82,33 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def encode(tokenizer: Any, rendered: Sequence[Rendered]) -> Iterator[Encoded]:
-    """Tokens and trained runs, in the order given, with tokenizers' own threads. Every conversation is checked when it
-    is taken; what is wrong with it is a `UserError`, to which the caller adds file and line."""
-    encodings = tokenizer.backend_tokenizer.encode_batch([one.text for one in rendered], add_special_tokens=False)
-    return map(_encoded, encodings, rendered)
+def encode(tokenizer: Any, rendered: Sequence[Rendered], words: WordEncoder | None = None) -> Iterator[Encoded]:
+    """Tokens and trained runs, in the order given; `words` gives the same as the tokenizer. Every conversation is checked
+    when it is taken; what is wrong with it is a `UserError`, to which the caller adds file and line."""
+    texts = [one.text for one in rendered]
+    if words is not None:
+        return map(_encoded, words.encode_batch(texts), rendered)
+    return map(_encoded, tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False), rendered)
 
 
-def check_against_template(template: ChatTemplate, messages: Conversation, encoded: Encoded) -> None:
-    """The tokens must be those that transformers makes of the conversation by itself."""
-    expected = template.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
-    if encoded.tokens.tolist() != list(expected):
-        raise UserError(
-            "the tokens differ from tokenizer.apply_chat_template(tokenize=True): check the tokenizer's files"
-        )
+def check_against_template(template: ChatTemplate, example: Example, encoded: Encoded) -> None:
+    """The tokens must be those that transformers makes of the conversation (or the text) by itself."""
+    if example.messages:
+        expected, by = template.tokens_of(example.messages, example.tools), "apply_chat_template(tokenize=True)"
+    else:
+        expected, by = list(template.tokenizer(example.text).input_ids), "()"
+        if expected[-1:] != [template.tokenizer.eos_token_id]:
+            expected.append(template.tokenizer.eos_token_id)
+    if encoded.tokens.tolist() != expected:
+        raise UserError(f"the tokens differ from those of tokenizer.{by}: check the tokenizer's files")
 
 
 def _encoded(encoding: Any, rendered: Rendered) -> Encoded:
     tokens = np.array(encoding.ids, dtype=np.int64)
+    if rendered.everything:
+        for answer in rendered.answers:
+            _check_end(encoding, answer, encoding.char_to_token(answer.end - 1), answer.end)
+        return Encoded(tokens, [1, len(tokens) - 1] if len(tokens) > 1 else [1])
     runs: list[int] = []
     position, num_merged = 0, 0
     for (start, end), answer in zip(rendered.trained, rendered.answers, strict=True):

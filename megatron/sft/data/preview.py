@@ -26,18 +26,26 @@ def legend(colour: bool) -> str:
     )
 
 
+def masked_pieces(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray) -> Iterator[tuple[str, bool]]:
+    """The text of [n] tokens, special tokens included, in pieces that are trained (True) or not."""
+    borders = np.flatnonzero(np.diff(trained.astype(np.int8))) + 1
+    for piece, mask in zip(np.split(tokens, borders), np.split(trained, borders), strict=True):
+        yield (
+            tokenizer.decode(piece.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False),
+            bool(mask[0]),
+        )
+
+
 def conversation_text(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray, colour: bool) -> str:
     """The text of [n] tokens, special tokens included, with the trained ones marked."""
-    borders = np.flatnonzero(np.diff(trained.astype(np.int8))) + 1
     pieces = []
-    for piece, mask in zip(np.split(tokens, borders), np.split(trained, borders), strict=True):
-        text = tokenizer.decode(piece.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    for text, is_trained in masked_pieces(tokenizer, tokens, trained):
         if colour:
             # On every line anew: pagers reset colours at line ends.
-            start = GREEN if mask[0] else GREY
+            start = GREEN if is_trained else GREY
             pieces.append("\n".join(f"{start}{line}{RESET}" if line else "" for line in text.split("\n")))
         else:
-            pieces.append(f"[[{text}]]" if mask[0] else text)
+            pieces.append(f"[[{text}]]" if is_trained else text)
     return "".join(pieces)
 
 

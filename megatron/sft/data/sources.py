@@ -35,7 +35,7 @@ COMPRESSED_ENDINGS = (".gz", ".zst")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 PARQUET_ROWS_AT_ONCE = 128
 LONE_SURROGATE = re.compile("[\\ud800-\\udfff]")
-ZSTANDARD_BYTES = 1 << 16
+ZSTANDARD_BYTES = 1 << 14
 # Beside data, but none: what step 3 itself writes, and what the `datasets` library puts into its folders.
 NO_DATA = (
     "Tokenized-*_text_document.json",

@@ -6,6 +6,7 @@ Where conversations are in groups, a .groups file has each one's group number, i
 """
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,9 @@ class TokenizedRows:
 
     def __len__(self) -> int:
         return len(self._index.documents) - 1
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self.__getitem__, range(len(self)))
 
     @property
     def joined(self) -> np.ndarray:

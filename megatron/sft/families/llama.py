@@ -1,13 +1,9 @@
-"""Llama and models of its architecture: no biases, plain rotary positions."""
+"""Llama 2 to 3.2, SmolLM2, the DeepSeek-R1 distillations of Llama, and models of their architecture: no biases."""
 
 from megatron.sft.families import decoder
-from megatron.sft.families.rules import Rule, Shape
 
 MODEL_TYPE = "llama"
-# Values that the architecture built here implies. Another value in config.json is refused by name.
-FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
-QKV_BIAS = False
-
-
-def rules(shape: Shape) -> tuple[Rule, ...]:
-    return (*decoder.outer(shape.tied_embeddings), *decoder.attention_and_mlp())
+FIXED = {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
+IMMATERIAL = {"is_llama_config", "rope_interleaved"}
+ROPE_SCALING = {"llama3"}
+rules = decoder.table

@@ -1,7 +1,7 @@
 """The kinds of correspondence between a Megatron parameter and Hugging Face tensors, each usable in both directions.
 
 A rule names the whole (never tensor-parallel) parameter in the spelling of megatron-core's distributed checkpoints, with
-`{}` for the layer's number. megatron-core slices for tensor parallelism itself, so nothing here does.
+`{layer}` and `{expert}` for the numbers that megatron-core keeps as leading dimensions of one stored tensor.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,27 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of the long wave lengths of RoPE (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The mixture of experts that stands in place of every layer's MLP."""
+
+    num_experts: int
+    experts_per_token: int
+    ffn_hidden_size: int
+    # True: the weights of a token's experts sum to 1, so softmax before or after the choice of experts is the same.
+    normalized: bool
 
 
 @dataclass(frozen=True)
@@ -29,6 +50,11 @@ class Shape:
     tied_embeddings: bool
     qkv_bias: bool
     torch_dtype: torch.dtype
+    rope_scaling: RopeScaling | None = None
+    # A token attends to itself and this many tokens less one before it; None: to all before it.
+    sliding_window: int | None = None
+    qk_norm: bool = False
+    mixture: Mixture | None = None
 
 
 class Rule(Protocol):
@@ -41,6 +67,14 @@ class Rule(Protocol):
     @property
     def hf(self) -> tuple[str, ...]:
         """Names of the Hugging Face tensors, in the order of `to_megatron`'s arguments."""
+
+    @property
+    def split(self) -> int | None:
+        """The dimension that tensor parallelism splits, None where every rank holds the whole."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks along `split` of each of which every rank holds its part."""
 
     def to_megatron(self, shape: Shape, *tensors: Tensor) -> Tensor:
         """The Megatron parameter made of the Hugging Face tensors."""
@@ -55,6 +89,8 @@ class Same:
 
     megatron: str
     name: str
+    split: int | None = None
+    blocks: int = 1
 
     @property
     def hf(self) -> tuple[str, ...]:
@@ -79,6 +115,8 @@ class QKV:
     query: str
     key: str
     value: str
+    split: int | None = 0
+    blocks: int = 1
 
     @property
     def hf(self) -> tuple[str, ...]:
@@ -101,11 +139,13 @@ class QKV:
 
 @dataclass(frozen=True)
 class GateUp:
-    """The gate and up projections of a gated MLP, one after the other in one parameter."""
+    """The gate and up projections of a gated MLP, one after the other in one parameter; a rank holds a part of each."""
 
     megatron: str
     gate: str
     up: str
+    split: int | None = 0
+    blocks: int = 2
 
     @property
     def hf(self) -> tuple[str, ...]:
@@ -117,3 +157,19 @@ class GateUp:
     def to_hf(self, shape: Shape, parameter: Tensor) -> tuple[Tensor, ...]:
         gate, up = parameter.chunk(2, dim=0)
         return gate, up
+
+
+def tensor_parallel_part(rule: Rule, parameter: Tensor, rank: int, size: int) -> Tensor:
+    """What tensor-parallel rank `rank` of `size` holds of a whole parameter."""
+    if rule.split is None or size == 1:
+        return parameter
+    blocks = parameter.chunk(rule.blocks, dim=rule.split)
+    return torch.cat([block.chunk(size, dim=rule.split)[rank] for block in blocks], dim=rule.split)
+
+
+def join_tensor_parallel(rule: Rule, parts: list[Tensor]) -> Tensor:
+    """The whole parameter of all ranks' parts. Inverse of `tensor_parallel_part`."""
+    if rule.split is None or len(parts) == 1:
+        return parts[0]
+    blocks = [part.chunk(rule.blocks, dim=rule.split) for part in parts]  # ranks x blocks
+    return torch.cat([blocks[rank][block] for block in range(rule.blocks) for rank in range(len(parts))], rule.split)

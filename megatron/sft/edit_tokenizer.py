@@ -1,0 +1,260 @@
+"""Edits a tokenizer and its chat template in all files of a model folder at once. `bash tools/edit_tokenizer HF_DIR …` runs
+
+python -m megatron.sft.edit_tokenizer HF_DIR --rename '<|quad_start|>=<short>' --keep-thinking
+"""
+
+import argparse
+import difflib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megatron.sft.data.named_templates import chosen_template
+from megatron.sft.errors import UserError, run
+from megatron.sft.hf_folder import num_tokens
+from megatron.sft.manifest import write_text
+from megatron.sft.thinking_template import check_keeps_thinking, keep_thinking
+from megatron.sft.tokenizer_files import chat_template_of
+
+TOKENIZER, CONFIG, SPECIAL, ADDED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+TEMPLATE = "chat_template.jinja"
+FILES = (TOKENIZER, CONFIG, SPECIAL, ADDED, TEMPLATE)
+ORIGINAL = ".orig"
+_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+
+
+def main() -> None:
+    arguments = _parse()
+    files = TokenizerFiles(arguments.hf_dir)
+    for pair in arguments.rename:
+        old, equals, new = pair.partition("=")
+        if not (old and equals and new):
+            raise UserError(f"--rename {pair!r} is not OLD=NEW: quote it, like --rename '<|quad_start|>=<short>'")
+        files.rename(old, new)
+    for token in arguments.add_token:
+        files.add(token)
+    if arguments.template:
+        files.set_template(chosen_template(arguments.template))
+    if arguments.keep_thinking:
+        files.set_template(keep_thinking(files.template_text(), str(files.folder)))
+    files.write(arguments.keep_thinking)
+
+
+class TokenizerFiles:
+    """The files of one tokenizer, changed in memory until `write`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.before: dict[str, str] = {}
+        for name in FILES:
+            if (folder / name).is_file():
+                self.before[name] = (folder / name).read_text(encoding="utf-8")
+        if TOKENIZER not in self.before:
+            raise UserError(f"{folder} has no {TOKENIZER}: give a model or tokenizer folder (scripts/1_download.sh)")
+        try:
+            self.content: dict[str, Any] = {n: json.loads(text) for n, text in self.before.items() if n != TEMPLATE}
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"a tokenizer file of {folder} is not valid JSON ({error}): download the model again"
+            ) from None
+        self._unchanged: dict[str, Any] = json.loads(json.dumps(self.content))
+        self.template = self.before.get(TEMPLATE)
+        self.messages: list[str] = []
+
+    @property
+    def added(self) -> list[dict[str, Any]]:
+        tokens: list[dict[str, Any]] = self.content[TOKENIZER].setdefault("added_tokens", [])
+        return tokens
+
+    def _token(self, name: str) -> dict[str, Any] | None:
+        return next((token for token in self.added if token["content"] == name), None)
+
+    def _in_vocabulary(self, name: str) -> bool:
+        vocabulary = self.content[TOKENIZER].get("model", {}).get("vocab", {})
+        return name in vocabulary if isinstance(vocabulary, dict) else any(entry[0] == name for entry in vocabulary)
+
+    def template_text(self) -> str:
+        """The chat template as it is now."""
+        text = self.template if self.template is not None else self._config_template()
+        if text is None:
+            raise UserError(f"{self.folder} has no chat template: give one with --template")
+        return text
+
+    def _config_template(self) -> str | None:
+        template = self.content.get(CONFIG, {}).get("chat_template")
+        return template if isinstance(template, str) else None
+
+    def rename(self, old: str, new: str) -> None:
+        """Give the unused token `old` the name `new`; its id stays, and it is an ordinary token from then on."""
+        entry, present = self._token(old), self._token(new)
+        if entry is None and present is not None and self._was_renamed(old, present["id"]):
+            self.messages.append(f"{old} is already {new} (id {present['id']})")
+            return
+        if entry is None:
+            known = ", ".join(token["content"] for token in self.added[:8])
+            raise UserError(f"the tokenizer in {self.folder} has no added token {old!r}: choose one of {known}, …")
+        if present is not None or self._in_vocabulary(new):
+            raise UserError(f"the tokenizer in {self.folder} already has a token {new!r}: choose another name")
+        self._check_unused(old)
+        entry.update(content=new, special=False)
+        vocabulary = self.content[TOKENIZER].get("model", {}).get("vocab")
+        if isinstance(vocabulary, dict) and old in vocabulary:
+            self.content[TOKENIZER]["model"]["vocab"] = {new if k == old else k: v for k, v in vocabulary.items()}
+        decoder = self.content.get(CONFIG, {}).get("added_tokens_decoder", {})
+        if str(entry["id"]) in decoder:
+            decoder[str(entry["id"])].update(content=new, special=False)
+        for name in (CONFIG, SPECIAL):
+            _drop_from_special(self.content.get(name, {}), old)
+        if old in self.content.get(ADDED, {}):
+            self.content[ADDED] = {new if k == old else k: v for k, v in self.content[ADDED].items()}
+        self.messages.append(f"{old} is {new} now (id {entry['id']}), an ordinary token")
+
+    def _was_renamed(self, old: str, token_id: int) -> bool:
+        """True if the kept original has `old` at this id."""
+        path = self.folder / (TOKENIZER + ORIGINAL)
+        if not path.exists():
+            return False
+        tokens = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
+        return any(token["content"] == old and token["id"] == token_id for token in tokens)
+
+    def _check_unused(self, token: str) -> None:
+        config, places = self.content.get(CONFIG, {}), []
+        for name in (CONFIG, SPECIAL):
+            for field, value in self.content.get(name, {}).items():
+                text = value.get("content") if isinstance(value, dict) else value
+                if field.endswith("_token") and text == token:
+                    places.append(f"{field} in {name}")
+        if token in (self.template or "") or token in json.dumps(config.get("chat_template", ""), ensure_ascii=False):
+            places.append("the chat template")
+        for part in ("post_processor", "normalizer", "pre_tokenizer", "decoder"):
+            if json.dumps(token, ensure_ascii=False) in json.dumps(
+                self.content[TOKENIZER].get(part), ensure_ascii=False
+            ):
+                places.append(f"the {part.replace('_', '-')}")
+        if places:
+            raise UserError(f"token {token!r} is in use ({', '.join(places)}): choose one that nothing needs")
+
+    def add(self, name: str) -> None:
+        """Append a token with the next id."""
+        present = self._token(name)
+        if present is not None or self._in_vocabulary(name):
+            self.messages.append(f"{name} is there already")
+            return
+        token_id = max(num_tokens(self.folder), 1 + max((token["id"] for token in self.added), default=-1))
+        self.added.append({"id": token_id, "content": name, **_FLAGS})
+        decoder = self.content.get(CONFIG, {}).get("added_tokens_decoder")
+        if decoder is not None:
+            decoder[str(token_id)] = {"content": name, **_FLAGS}
+        if ADDED in self.content:
+            self.content[ADDED][name] = token_id
+        self.messages.append(f"{name} is added (id {token_id}){self._row_of(token_id)}")
+
+    def _row_of(self, token_id: int) -> str:
+        try:
+            rows = int(json.loads((self.folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+        except (OSError, ValueError, KeyError):
+            return ""
+        if token_id < rows:
+            return f": the model has a row for it, one of {rows:,}"
+        return ": scripts/2_convert.sh adds a row for it, near the mean of the others"
+
+    def set_template(self, text: str) -> None:
+        """Put a template wherever the folder keeps its own."""
+        config = self.content.get(CONFIG)
+        if config is not None and ("chat_template" in config or self.template is None):
+            config["chat_template"] = text
+        if config is None or self.template is not None:
+            self.template = text
+
+    def write(self, keeps_thinking: bool) -> None:
+        """Check the new files with transformers in a copy, show the difference, keep the originals, and write."""
+        after = {name: _as_text(content) for name, content in self.content.items() if content != self._unchanged[name]}
+        if self.template is not None and self.template != self.before.get(TEMPLATE):
+            after[TEMPLATE] = self.template
+        for message in self.messages:
+            print(message)
+        if not after:
+            print(f"{self.folder}: nothing to change")
+            return
+        self._check_copy(after, keeps_thinking)
+        for name, text in after.items():
+            print(_difference(name, self.before.get(name, ""), text))
+        for name in after:
+            kept = self.folder / (name + ORIGINAL)
+            if name in self.before and not kept.exists():
+                shutil.copyfile(self.folder / name, kept)
+        for name, text in after.items():
+            write_text(self.folder / name, text)
+        print(f"changed {', '.join(after)} in {self.folder}; the originals are kept as *{ORIGINAL}")
+
+    def _check_copy(self, after: dict[str, str], keeps_thinking: bool) -> None:
+        from transformers import AutoTokenizer
+
+        with tempfile.TemporaryDirectory() as name:
+            copy = Path(name)
+            for path in self.folder.iterdir():
+                if (
+                    path.is_file()
+                    and path.suffix in (".json", ".jinja", ".model", ".txt")
+                    and path.stat().st_size < 1e8
+                ):
+                    shutil.copyfile(path, copy / path.name)
+            for file, text in after.items():
+                (copy / file).write_text(text, encoding="utf-8")
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(copy)
+            except Exception as error:
+                raise UserError(
+                    f"transformers cannot load the edited tokenizer ({error}): nothing was changed"
+                ) from None
+            for token in self.added:
+                if tokenizer.encode(token["content"], add_special_tokens=False) != [token["id"]]:
+                    raise UserError(
+                        f"{token['content']!r} would not be one token with id {token['id']}: nothing was changed"
+                    )
+            if keeps_thinking:
+                check_keeps_thinking(tokenizer, chat_template_of(copy) or "", str(self.folder))
+
+
+def _drop_from_special(config: dict[str, Any], token: str) -> None:
+    for field in ("additional_special_tokens", "extra_special_tokens"):
+        values = config.get(field)
+        if isinstance(values, list):
+            config[field] = [v for v in values if (v.get("content") if isinstance(v, dict) else v) != token]
+
+
+def _as_text(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _difference(name: str, before: str, after: str) -> str:
+    """A unified difference; of tokenizer.json the added tokens only, and a long line in parts, where the change is."""
+    if name == TOKENIZER:
+        parts = (json.loads(before), json.loads(after))
+        before, after = (_as_text({"added_tokens": part.get("added_tokens", [])}) for part in parts)
+    elif name != TEMPLATE:
+        before = _as_text(json.loads(before)) if before else ""
+    lines = [text.replace("%}", "%}\n").replace("}}", "}}\n").splitlines() for text in (before, after)]
+    old, new = lines
+    return "\n".join(difflib.unified_diff(old, new, f"{name}{ORIGINAL}", name, lineterm="", n=1))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="edit_tokenizer", description=__doc__)
+    parser.add_argument("hf_dir", type=Path, metavar="HF_DIR")
+    parser.add_argument("--rename", action="append", default=[], metavar="OLD=NEW")
+    parser.add_argument("--add-token", action="append", default=[], metavar="NEW")
+    parser.add_argument("--keep-thinking", action="store_true")
+    parser.add_argument("--template", metavar="chatml|FILE")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main)

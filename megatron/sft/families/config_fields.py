@@ -1,0 +1,63 @@
+"""Which fields of config.json are understood: used, allowed at one value only, or without meaning for the weights.
+
+A field outside these is refused by name where its value could mean anything.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+from megatron.sft.errors import UserError
+
+# Read by `read_shape`.
+USED = {
+    "model_type", "num_attention_heads", "hidden_size", "num_hidden_layers", "intermediate_size", "num_key_value_heads",
+    "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_theta",
+    "rope_scaling", "rope_parameters", "dtype", "torch_dtype", "layer_types",
+}  # fmt: skip
+# Of every family built here. Another value is refused.
+FIXED = {"hidden_act": "silu", "attention_dropout": 0.0, "partial_rotary_factor": 1.0}
+# Who made the file, how to generate, how training once started: nothing that a forward pass depends on.
+IMMATERIAL = {
+    "architectures", "transformers_version", "_name_or_path", "name_or_path", "bos_token_id", "eos_token_id",
+    "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id", "forced_bos_token_id",
+    "forced_eos_token_id", "use_cache", "initializer_range", "return_dict", "output_attentions",
+    "output_hidden_states", "_attn_implementation", "_attn_implementation_autoset", "transformers.js_config",
+    "torchscript", "use_bfloat16", "id2label", "label2id", "problem_type", "task_specific_params", "finetuning_task",
+    "prefix", "tokenizer_class", "model_max_length", "chunk_size_feed_forward", "num_beams", "max_length", "do_sample",
+    "temperature", "top_p", "top_k", "repetition_penalty", "length_penalty", "unsloth_fixed", "unsloth_version",
+}  # fmt: skip
+# Refused with a reason of their own.
+_REASONS = {
+    "quantization_config": "the weights are quantised: take the model in its original precision",
+    "auto_map": "the folder brings code of its own, which is not run",
+}
+
+
+def check_fields(
+    config: dict[str, Any], where: str, used: Collection[str], fixed: dict[str, Any], immaterial: Collection[str]
+) -> None:
+    """Refuse by name a field with another value than the one that is built, and a field that nobody knows.
+
+    An unknown field that says nothing (null, false, an empty list) is passed over.
+    """
+    model_type = config.get("model_type")
+    for field, wanted in {**FIXED, **fixed}.items():
+        value = config.get(field)
+        if value is not None and value != wanted:
+            raise UserError(f"{where}: {field}={value!r} is not supported for {model_type} (only {wanted!r})")
+    known = USED | IMMATERIAL | FIXED.keys() | fixed.keys() | set(used) | set(immaterial)
+    for field in sorted(config.keys() - known):
+        value = config[field]
+        if value is None or value is False or value in ([], {}, ""):
+            continue
+        reason = _REASONS.get(field)
+        if reason is None:
+            reason = (
+                f"it is not known for {model_type} and could change what the model computes; delete it if it does not"
+            )
+        raise UserError(f"{where}: {field}={_short(value)} is not supported: {reason}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

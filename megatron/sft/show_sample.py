@@ -1,0 +1,57 @@
+"""Shows rows of tokenised data with the trained tokens marked: one on the terminal, or several and the totals as a page.
+
+python -m megatron.sft.show_sample PREFIX [ROW] [--html FILE]
+"""
+
+import argparse
+import signal
+from pathlib import Path
+
+from megatron.sft.data.encoding import load_tokenizer
+from megatron.sft.data.page import page
+from megatron.sft.data.preview import colour_wanted, legend, row_text
+from megatron.sft.data.tokenized import TokenizedRows, prefix_of
+from megatron.sft.errors import OneLineParser, UserError, run
+from megatron.sft.manifest import write_text
+
+
+def main() -> None:
+    given = _parse()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly in front of `head`
+    rows = TokenizedRows(prefix_of(given.prefix))
+    if not 0 <= given.row < len(rows):
+        raise UserError(f"row {given.row} does not exist: {rows.prefix} has rows 0 to {len(rows) - 1}")
+    folder = given.tokenizer or Path(rows.manifest["tokenizer"]["path"])
+    if not folder.is_dir():
+        raise UserError(
+            f"tokenizer folder {folder}, which {rows.prefix}.json names, is not there: give --tokenizer FOLDER"
+        )
+    tokenizer = load_tokenizer(folder)
+    if given.html:
+        numbers = range(given.row, min(given.row + max(1, given.rows), len(rows)))
+        try:
+            write_text(given.html, page(tokenizer, rows, numbers))
+        except OSError as error:
+            raise UserError(f"cannot write {given.html} ({error.strerror}): give another file") from None
+        print(f"wrote {given.html}: the totals, and rows {numbers[0]} to {numbers[-1]} of {len(rows)}")
+        return
+    colour = colour_wanted()
+    row = rows[given.row]
+    share = 100 * row.trained.mean()
+    print(f"row {given.row} of {len(rows)}: {len(row.tokens)} tokens, {share:.1f} % trained; {legend(colour)}")
+    for line in row_text(tokenizer, row, colour):
+        print(line)
+
+
+def _parse() -> argparse.Namespace:
+    parser = OneLineParser(prog="show_sample", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("prefix", type=Path, help="the files' common name; with or without .bin, .idx or .json")
+    parser.add_argument("row", type=int, nargs="?", default=0, help="counts from 0")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page")
+    parser.add_argument("--rows", type=int, default=8, help="rows on the page")
+    parser.add_argument("--tokenizer", type=Path, help="default: the folder that the manifest names")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main)
