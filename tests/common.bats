@@ -34,7 +34,7 @@ setup() {
 @test "arguments reach Python as they were typed" {
   cd "$BATS_TEST_TMPDIR"
   run -0 bash "$REPOSITORY/scripts/2_convert.sh" "my model's/\$(touch bad) \"x\" *" 2 1
-  [[ ${lines[1]} == "[-m][megatron.sft.convert][--hf-dir][my model's/\$(touch bad) \"x\" *][--tensor-model-parallel-size][2]"* ]]
+  [[ ${lines[1]} == "[-m][megatron.sft.convert][--source][my model's/\$(touch bad) \"x\" *][--tensor-model-parallel-size][2]"* ]]
   [[ ${lines[1]} == *"[--output][my model's/\$(touch bad) \"x\" *_Megatron_TP2PP1]"* ]]
   [[ ! -e bad ]]
 }

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron.sft import convert, export
 from megatron.sft.errors import UserError
+from tests import tiny
 
 Damage = Callable[[Path], None]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -286,6 +287,8 @@ def attempt(name: str, source: Path, damage: Damage, model: Path, work: Path) ->
             call(convert.main, "--source", damaged, "--output", out)
         else:
             call(export.main, "--load", damaged, "--hf-dir", model, "--output", out)
+        # Only what hits no weight may go through.
+        tiny.assert_same_weights(out, model)
         print(f"accepted {source.name} {name}")
     except UserError as error:
         message = str(error)

@@ -171,3 +171,16 @@ def test_a_layout_that_cannot_be_names_the_choices() -> None:
         check_layout(Layout(expert_parallel=3), experts)
     with pytest.raises(UserError, match=r"EP=2 does not divide the model's 1 experts"):
         check_layout(Layout(expert_parallel=2), shape)
+
+
+def test_experts_train_and_resume_over_ep_and_tp_as_on_one_process(
+    exported: tuple[Path, set[str]], packed_rows: Path, tmp_path: Path
+) -> None:
+    options = ["--load", exported[0] / "mixtral", "--data-path", packed_rows, "--precision", "fp32"]
+    options += ["--lr", "1e-3", "--min-lr", "1e-3", "--lr-decay-style", "constant", "--global-batch-size", "8"]
+    one = ["--save", tmp_path / "one", "--train-iters", "4"]
+    tiny.launch(1, "train", "train", *options, *one)
+    spread = [*options, "--save", tmp_path / "spread", "--expert-model-parallel-size", "2"]
+    tiny.launch(2, "train", "train", *spread, "--train-iters", "2")
+    tiny.launch(2, "train", "resume", *spread, "--train-iters", "4", "--tensor-model-parallel-size", "2")
+    assert tiny.losses(tmp_path / "spread") == pytest.approx(tiny.losses(tmp_path / "one"), rel=1e-5)

@@ -5,7 +5,7 @@ torchrun --nproc-per-node 2 -m megatron.sft.compare_logits --load CKPT --hf-dir 
 
 import argparse
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,11 @@ def main() -> None:
         if ours is None:
             return
         theirs = transformers_logits(arguments.hf_dir, conversations)
-        difference, largest = difference_of(ours, theirs, arguments.tolerance)
+        difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
         print(f"largest difference of logits: {difference:.3g} (largest logit {largest:.3g})")
+        if not within(difference, largest, arguments.tolerance) and layout.model_size == 1:
+            print(layer_table(checkpoint, source, conversations))
+        difference_of(ours, theirs, arguments.tolerance)
 
 
 def probe(source: HFFolder) -> list[np.ndarray]:
@@ -65,7 +68,7 @@ def difference_of(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) ->
     """Largest difference and largest logit; `tolerance` is absolute for logits up to 10 and relative above."""
     ours = ours[:, : theirs.shape[1]]  # rows that a grown vocabulary has more
     difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    if not difference <= tolerance * max(1.0, largest / 10):
+    if not within(difference, largest, tolerance):
         raise UserError(
             f"logits differ from transformers' by {difference:.3g} (largest {largest:.3g}), more than the tolerance "
             f"{tolerance:.3g}: tools/compare_logits shows the layer where it begins"
@@ -73,10 +76,46 @@ def difference_of(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) ->
     return difference, largest
 
 
+def within(difference: float, largest: float, tolerance: float) -> bool:
+    """False for NaN too."""
+    return difference <= tolerance * max(1.0, largest / 10)
+
+
+def layer_table(checkpoint: checkpoint_folder.Checkpoint, source: HFFolder, conversations: list[np.ndarray]) -> str:
+    """How far the hidden states behind each layer lie apart, a line a layer, for the whole model in one process."""
+    ours: list[torch.Tensor] = []
+    theirs: list[torch.Tensor] = []
+    megatron_logits(checkpoint, source, Layout(), conversations, hidden=ours)
+    transformers_logits(source.path, conversations, hidden=theirs)
+    lines = ["layer  largest difference  largest value"]
+    per_layer = len(ours)
+    for number, state in enumerate(ours):
+        # transformers went through the layers once a conversation.
+        other = torch.cat(theirs[number::per_layer])
+        difference = (state[: len(other)] - other).abs().max().item()
+        lines.append(f"{number:5d}  {difference:18.3g}  {other.abs().max().item():13.3g}")
+    return "\n".join(lines)
+
+
+def _keep_output(kept: list[torch.Tensor]) -> Callable[..., None]:
+    def hook(_module: Any, _inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        kept.append(hidden.detach().float().reshape(-1, hidden.shape[-1]))
+
+    return hook
+
+
 def megatron_logits(
-    checkpoint: checkpoint_folder.Checkpoint, source: HFFolder, layout: Layout, conversations: list[np.ndarray]
+    checkpoint: checkpoint_folder.Checkpoint,
+    source: HFFolder,
+    layout: Layout,
+    conversations: list[np.ndarray],
+    hidden: list[torch.Tensor] | None = None,
 ) -> torch.Tensor | None:
-    """[tokens of all conversations, vocabulary] in float32 on one process of the last pipeline stage, None elsewhere."""
+    """[tokens of all conversations, vocabulary] in float32 on one process of the last pipeline stage, None elsewhere.
+
+    `hidden`, where given, gets what each layer puts out.
+    """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -88,6 +127,9 @@ def megatron_logits(
     model = build_model(source.shape, layout, transformer_config(source.shape, layout, torch.float32))
     load_weights(checkpoint, model, layout)
     model.eval()
+    if hidden is not None:
+        for layer in model.decoder.layers:
+            layer.register_forward_hook(_keep_output(hidden))
     tokens = np.concatenate(conversations)
     row = Row(tokens, np.zeros(len(tokens), dtype=bool), np.array([len(c) for c in conversations]))
     batch = make_micro_batch([row], layout.tensor_parallel, "token", device.current())
@@ -112,11 +154,16 @@ def megatron_logits(
     return logits
 
 
-def transformers_logits(hf_dir: Path, conversations: list[np.ndarray]) -> torch.Tensor:
+def transformers_logits(
+    hf_dir: Path, conversations: list[np.ndarray], hidden: list[torch.Tensor] | None = None
+) -> torch.Tensor:
     """The same conversations through transformers in float32, each alone: [tokens of all conversations, vocabulary]."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
+    if hidden is not None:
+        for layer in model.model.layers:
+            layer.register_forward_hook(_keep_output(hidden))
     with torch.no_grad():
         parts = [model(torch.from_numpy(ids)[None], use_cache=False).logits[0] for ids in conversations]
     return torch.cat(parts)

@@ -21,6 +21,11 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (-h explains the options)")
 
 
+def first_line(error: BaseException) -> str:
+    """What another library says of its error, without the advice that may follow on more lines."""
+    return str(error).strip().partition("\n")[0]
+
+
 def fail(message: str) -> NoReturn:
     """Print `error: message` on stderr and end the process with status 2."""
     print(f"error: {message}", file=sys.stderr, flush=True)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,14 @@ def resolve(mode: str, options: TrainOptions, num_processes: int) -> RunPlan:
         options.pipeline_model_parallel_size,
         options.context_parallel_size,
         options.sequence_parallel,
+        options.expert_model_parallel_size,
     )
     data_parallel = layout.data_parallel(num_processes)
     resume, start = _starting_point(mode, options)
     shape = _shape_of(start)
+    if shape.mixture and layout.tensor_parallel > 1:
+        # megatron-core trains experts under TP with sequence parallelism only.
+        layout = replace(layout, sequence_parallel=True)
     check_layout(layout, shape)
     rows = TokenizedRows(data_prefix(options.data_path))
     _check_data(rows, options, shape, start.manifest.get("source", {}))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,26 +97,24 @@ def _checked_entries(header: dict[str, Any], data_start: int, size: int) -> dict
 def write_file(path: Path, plan: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]]) -> None:
     """Write one file. `plan` has a tensor of the right dtype and shape (a meta tensor will do) for each name, in order;
     `tensors` then gives the tensors themselves in the same order.
+
+    In the file they lie as safetensors itself would put them, wide dtypes first, then by name.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, tensor in plan.items():
-        end = position + tensor.numel() * tensor.dtype.itemsize
+    position, starts = 0, {}
+    for name, tensor in sorted(plan.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        starts[name], end = position, position + tensor.nbytes
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
         position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in plan:
+        for name, expected in plan.items():
             given, tensor = next(tensors)
-            assert given == name and tensor.dtype == plan[name].dtype and tensor.shape == plan[name].shape, name
-            write_tensor(file, tensor)
-
-
-def write_tensor(file: IO[bytes], tensor: Tensor) -> None:
-    """Append a tensor's bytes."""
-    file.write(tensor_bytes(tensor))
+            assert given == name and tensor.dtype == expected.dtype and tensor.shape == expected.shape, name
+            file.seek(8 + len(text) + starts[name])
+            file.write(tensor_bytes(tensor))
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron.sft.errors import UserError
+from megatron.sft.errors import UserError, first_line
 from megatron.sft.families.rules import Shape
 from megatron.sft.weights import BoundRule, bound_rules
 
@@ -53,7 +53,9 @@ def read_metadata(folder: Path) -> Metadata:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the checkpoint is not whole, take another one") from None
     except Exception as error:
-        raise UserError(f"{path} is damaged or not to be trusted ({error}): take another checkpoint") from None
+        raise UserError(
+            f"{path} is damaged or not to be trusted ({first_line(error)}): take another checkpoint"
+        ) from None
 
 
 class TorchDistParameters:
@@ -118,7 +120,7 @@ class TorchDistParameters:
                 view: Any = _create_file_view(file, info.offset, info.length)
                 tensor = torch.load(view, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise UserError(f"{path} is damaged ({error}): take another checkpoint") from None
+            raise UserError(f"{path} is damaged ({first_line(error)}): take another checkpoint") from None
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != sizes or tensor.dtype != dtype:
             raise UserError(f"{path} holds something else than .metadata says of {key}: take another checkpoint")
         return tensor

@@ -1,6 +1,7 @@
 """The `torch_dist` format: megatron-core's dist_checkpointing, which loads at any TP, PP and DP whatever it was saved at."""
 
 import threading
+from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -61,31 +62,41 @@ class _StreamingSave(_InProcessSave):
     def __init__(self, source: Parameters, bounds: dict[tuple[str, tuple[int, ...]], BoundRule]) -> None:
         super().__init__("torch_dist", 1)
         lock = threading.Lock()
-        # The parts of one parameter are written at about the same time, by different threads.
-        recent: dict[str, Future[Tensor]] = {}
+        # Several parts of one parameter may be written at the same time by different threads; it is read once.
+        waiting: Counter[str] = Counter()
+        read: dict[str, Future[Tensor]] = {}
 
         def whole(bound: BoundRule) -> Tensor:
+            name = bound.megatron
             with lock:
-                found = recent.get(bound.megatron)
-                if found is None:
-                    if len(recent) == self.threads:
-                        del recent[next(iter(recent))]
-                    mine = recent[bound.megatron] = Future()
-            if found is not None:
-                return found.result()
-            try:
-                mine.set_result(source.read(bound))
-            except BaseException as error:
-                mine.set_exception(error)
+                found = read.get(name)
+                mine = read.setdefault(name, Future())
+                waiting[name] -= 1
+                if not waiting[name]:
+                    del read[name]
+            if found is None:
+                try:
+                    mine.set_result(source.read(bound))
+                except BaseException as error:
+                    mine.set_exception(error)
             return mine.result()
 
+        def bound_of(index: Any) -> tuple[BoundRule, tuple[int, ...]]:
+            """The parameter that a part belongs to, and where in it the part begins."""
+            lead = index.fqn.count(".layers.") + index.fqn.count(".experts.experts.")
+            return bounds[index.fqn, tuple(index.offset[:lead])], tuple(index.offset[lead:])
+
         class Fetch(MCoreSavePlanner):
+            def finish_plan(self, new_plan: Any) -> Any:
+                waiting.update(bound_of(item.index)[0].megatron for item in new_plan.items)
+                return super().finish_plan(new_plan)
+
             def resolve_data(self, write_item: Any) -> Tensor:
                 size = tuple(super().resolve_data(write_item).shape)
-                key, offset = write_item.index.fqn, tuple(write_item.index.offset)
-                lead = key.count(".layers.") + key.count(".experts.experts.")
-                cut = tuple(slice(o, o + s) for o, s in zip(offset[lead:], size[lead:], strict=True))
-                return whole(bounds[key, offset[:lead]])[cut].reshape(size)
+                bound, start = bound_of(write_item.index)
+                inner = size[len(size) - len(start) :]
+                cut = tuple(slice(o, o + s) for o, s in zip(start, inner, strict=True))
+                return whole(bound)[cut].reshape(size)
 
         self.planner = Fetch
 

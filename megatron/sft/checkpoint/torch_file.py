@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.sft.errors import UserError
+from megatron.sft.errors import UserError, first_line
 from megatron.sft.safetensors_file import tensor_bytes
 
 _STORAGES = {
@@ -135,7 +135,9 @@ def read(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the checkpoint is not whole, take another one") from None
     except Exception as error:
-        raise UserError(f"{path} is damaged or not a file of torch.save ({error}): take another checkpoint") from None
+        raise UserError(
+            f"{path} is damaged or not a file of torch.save ({first_line(error)}): take another checkpoint"
+        ) from None
 
 
 def write(path: Path, content: dict[str, Any], state: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]]) -> None:

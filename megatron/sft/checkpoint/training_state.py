@@ -106,6 +106,13 @@ def _check_same_run(checkpoint: Checkpoint, plan: RunPlan) -> None:
                 f"{name.replace('_', '-')} was {before[name]} in {checkpoint.path} and is {now[name]} now: "
                 "set it back to resume, or start a new run in another OUTPUT_PATH"
             )
+    spread_before, spread = (int(o.get("expert_model_parallel_size", 1)) for o in (before, now))
+    if (spread_before > 1) != (spread > 1):
+        # Spread experts have an optimizer of their own in megatron-core.
+        raise UserError(
+            f"EXPERT_PARALLEL_SIZE was {spread_before} in {checkpoint.path} and is {spread} now: a run resumes from 1 to 1, "
+            "or from any size above 1 to another: set it so, or start a new run in another OUTPUT_PATH"
+        )
     old, new = training["data"]["bin_sha256"], plan.rows.manifest["files"]["bin"]["sha256"]
     if old != new:
         raise UserError(
@@ -137,13 +144,19 @@ def _initialise_moments(engine: Engine) -> None:
                 }
 
 
-def _load_optimizer(engine: Engine, loaded: dict[str, Any]) -> None:
+def _load_optimizer(engine: Engine, loaded: dict[Any, Any]) -> None:
     optimizers = _inner_optimizers(engine)
-    assert len(optimizers) == 1, "one optimizer for dense models"
-    optimizer = optimizers[0]
-    if not _keeps_step_as_state(optimizer):
+    if not _keeps_step_as_state(optimizers[0]):
         engine.optimizer.load_state_dict(loaded)
         return
+    # A mixture of experts has a second optimizer, for the experts.
+    parts = [loaded] if len(optimizers) == 1 else [loaded[number] for number in range(len(optimizers))]
+    for optimizer, part in zip(optimizers, parts, strict=True):
+        _load_moments(optimizer, part)
+
+
+def _load_moments(optimizer: DistributedOptimizer, loaded: dict[str, Any]) -> None:
+    """Load the state of one optimizer around torch's AdamW."""
     # megatron-core copies every state tensor from the checkpoint and stumbles over `step`, which is not in it; it also
     # gives all parameters one and the same `step` tensor, which each of them would then count up.
     moments = loaded.pop("param_state")
