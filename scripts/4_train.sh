@@ -25,9 +25,11 @@ if [[ $(readlink -f "$0") != "$(readlink -f "${BASH_SOURCE[0]}")" ]]; then
   export RECIPE # found by its name in the loop below
 fi
 
-# model_processes: how many hold one copy of the model.
+# model_processes: how many hold one copy of the model; more copies where the experts need more processes.
 model_processes() {
-  printf '%s' $((${TENSOR_PARALLEL_SIZE:-1} * ${PIPELINE_PARALLEL_SIZE:-1} * ${CONTEXT_PARALLEL_SIZE:-1}))
+  local stage=$((${TENSOR_PARALLEL_SIZE:-1} * ${CONTEXT_PARALLEL_SIZE:-1}))
+  if ((stage % ${EXPERT_PARALLEL_SIZE:-1})); then stage=$((stage * EXPERT_PARALLEL_SIZE)); fi
+  printf '%s' $((stage * ${PIPELINE_PARALLEL_SIZE:-1}))
 }
 
 # gpus_found: the number of GPUs of this machine that may be used, 0 without a driver.

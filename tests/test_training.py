@@ -165,6 +165,10 @@ WRONG = {
     "batch sizes that do not divide": (["--micro-batch-size", "3"], "GLOBAL_BATCH_SIZE=8 is not a multiple"),
     "another row length": (["--seq-length", "64"], "row length 128 in"),
     "a warm-up longer than the run": (["--lr-warmup-iters", "10"], "LR_WARMUP_ITERS=10 must be less than the 10 steps"),
+    "rows shared between processes": (
+        ["--context-parallel-size", "2"],
+        "CONTEXT_PARALLEL_SIZE=2: rows cannot be shared",
+    ),
     "a number that is none": (["--lr", "fast"], "LR: invalid float value: 'fast'"),
     "shares that are none": (["--split", "all"], "SPLIT='all' is not up to three shares"),
     "no checkpoint there": (

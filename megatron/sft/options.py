@@ -33,7 +33,9 @@ class TrainOptions:
 
     tensor_model_parallel_size: int = _setting("TENSOR_PARALLEL_SIZE", "processes that share each layer", 1)
     pipeline_model_parallel_size: int = _setting("PIPELINE_PARALLEL_SIZE", "pipeline stages of layers", 1)
-    context_parallel_size: int = _setting("CONTEXT_PARALLEL_SIZE", "processes that share each row", 1)
+    context_parallel_size: int = _setting(
+        "CONTEXT_PARALLEL_SIZE", "processes that share each row; only 1 works so far", 1
+    )
     expert_model_parallel_size: int = _setting(
         "EXPERT_PARALLEL_SIZE", "processes over which a mixture's experts are spread", 1
     )

@@ -199,6 +199,11 @@ def _check_numbers(options: TrainOptions) -> None:
             raise UserError(f"{name.replace('_', '-')} is {getattr(options, name)}: it must be at least 1")
     if options.train_iters < 0 or (options.train_iters == 0 and not options.epochs > 0):
         raise UserError(f"TRAIN_ITERS={options.train_iters} and EPOCHS={options.epochs} give no steps: set one above 0")
+    if options.context_parallel_size != 1:
+        raise UserError(
+            f"CONTEXT_PARALLEL_SIZE={options.context_parallel_size}: rows cannot be shared between processes yet: "
+            "take 1, and for long rows TENSOR_PARALLEL_SIZE with SEQUENCE_PARALLEL=1, or RECOMPUTE=full"
+        )
     if not 0 <= options.min_lr <= options.lr:
         raise UserError(f"MIN_LR={options.min_lr} must lie between 0 and LR={options.lr}")
 
