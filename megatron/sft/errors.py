@@ -35,18 +35,17 @@ def fail(message: str) -> NoReturn:
 def run(main: Callable[[], None]) -> None:
     """Call an entry module's `main`. A `UserError` becomes one line and exit status 2, any other error keeps its trace.
 
-    Mostly every rank of a multi-process run finds the same error. Local rank 0 prints it; the others leave it in torchrun's
-    error file, a moment later, so that it is told there only if local rank 0 did not fail.
+    In a multi-process run mostly every rank finds the same error. Each leaves it in the error file that torchrun gave it, and
+    `megatron.sft.launch` prints the first.
     """
     try:
         main()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if not error_file:
             fail(str(error))
-        time.sleep(2.0)
-        if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            content = {"message": {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}}
-            Path(error_file).write_text(json.dumps(content))
+        content = {"message": {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}}
+        Path(error_file).write_text(json.dumps(content))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -19,14 +19,12 @@ from torch.distributed.run import parse_args, run
 
 from megatron.sft.errors import fail
 
-USER_ERROR_STATUS = 2
-
 
 def failure_status(error: ChildFailedError) -> int:
     """The exit status of the process that failed first; what it has not said itself is said here, in one line.
 
-    A process that ends with an exception has printed its trace. One that ends with a `UserError` has printed its line on
-    local rank 0, and any rank may leave it in torchrun's error file.
+    A process that ends with an exception has printed its trace. One that ends with a `UserError` has left its line in
+    torchrun's error file.
     """
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0:
@@ -36,7 +34,7 @@ def failure_status(error: ChildFailedError) -> int:
     message: Any = failure.message
     if isinstance(message, dict) and "message" in message:
         print(f"error: {message['message']}", file=sys.stderr)
-    elif failure.exitcode != USER_ERROR_STATUS or failure.local_rank != 0:
+    else:
         print(f"error: rank {rank} ended with status {failure.exitcode}: its messages are above", file=sys.stderr)
     return failure.exitcode
 
