@@ -11,19 +11,34 @@
 #
 # Needed: PRETRAIN_CHECKPOINT_PATH (2_convert.sh), DATA_PATH (3_tokenize.sh), OUTPUT_PATH. Every other setting has a default:
 # docs/options.md lists them. GPUS_PER_NODE (all that are found; on CPU TP x PP x CP) and NNODES say how many processes.
+#
+# SIGTERM, SIGINT, SIGHUP and SIGUSR1, to this script or to any process of the run, save at the next step and end it; a second
+# one ends it at once. EXIT_AFTER_MINUTES does it by the clock. STOP_MINUTES=30 is how long the save may take. MAX_RESTARTS=0 is
+# how often a run that fails starts again by itself, from its last checkpoint. Exit status (docs/reliability.md):
+#
+#   0   finished           75  saved as asked: the same command goes on     2  a mistake to be put right, named in the last line
+#   1   an error, shown    124 stood still, the last line says where     128+n ended by signal n, the last checkpoint is good
 # shellcheck source=scripts/lib/common.sh
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/lib/common.sh" || exit 2
 
 help_or_arguments 0 1 "$@"
 mode=${1-}
 case $mode in
-  '' | train | resume | plan) ;;
+  '' | train | resume | plan | settings) ;;
   *) die "unknown word '$mode': say train, resume or plan" ;;
 esac
 if [[ $(readlink -f "$0") != "$(readlink -f "${BASH_SOURCE[0]}")" ]]; then
   RECIPE=$(readlink -f "$0")
   export RECIPE # found by its name in the loop below
 fi
+# In a SLURM job, but not yet in one of its steps: run one of those on every node. It does not come back.
+if [[ $mode != plan && $mode != settings && -n ${SLURM_JOB_ID-} && -z ${SLURM_STEP_ID-} ]] && command -v srun >/dev/null; then
+  # shellcheck source=scripts/cluster/job.sh
+  source "$ROOT/scripts/cluster/job.sh"
+fi
+
+export MEGATRON_SFT_STARTED=${MEGATRON_SFT_STARTED:-$EPOCHSECONDS} # EXIT_AFTER_MINUTES counts from here
+trap 'exit 75' TERM INT HUP USR1                                   # until the launcher takes the signals
 
 # model_processes: how many hold one copy of the model; more copies where the experts need more processes.
 model_processes() {
@@ -50,10 +65,15 @@ arguments=()
 ensure_setup
 while read -r variable flag; do
   if [[ -n ${!variable-} ]]; then arguments+=("$flag" "${!variable}"); fi
+  if [[ $mode == settings && -n ${!variable-} ]]; then printf '%s=%s\n' "$variable" "${!variable}"; fi
 done < <(run_module options)
+if [[ $mode == settings ]]; then # what scripts/cluster/ has to know of a recipe
+  printf '%s=%s\n' MODEL "${MODEL-}" DATA "${DATA-}" ASSETS_DIR "$ASSETS_DIR"
+  exit
+fi
 
 if [[ $mode == plan ]]; then
-  WORLD_SIZE=$((processes * ${NNODES:-1})) run_module train plan "${arguments[@]}"
+  SETTINGS_FROM_ENVIRONMENT=$(compgen -e | tr '\n' ' ') WORLD_SIZE=$((processes * ${NNODES:-1})) run_module plan "${arguments[@]}"
   exit
 fi
 launch "$processes" train ${mode:+"$mode"} "${arguments[@]}"

@@ -5,17 +5,22 @@
 #
 # HF_DIR  a Hugging Face model folder, such as 5_export.sh writes
 # PROMPT  a question; without it a chat on the terminal
-# FILE    JSON lines of instruction or messages rows; writes them with an answer more
+# FILE    JSON lines of instruction, prompt, messages or conversations rows; writes them with an answer more. A run that
+#         was cut off goes on where it was.
 #
 # CONTROL="<think>"   what every answer begins with: the mode of a hybrid model
-# MAX_NEW_TOKENS=512  TEMPERATURE=0 (greedy)  BATCH_SIZE=64  SEED=1234
+# MAX_NEW_TOKENS=512  TEMPERATURE=0 (greedy)  TOP_P=1  TOP_K=0 (all)  SEED=1234  BATCH_SIZE=64
 # DTYPE=auto          auto (as the folder says), float32, bfloat16 or float16
 # OUTPUT              of a FILE; <FILE without its ending>.answers.jsonl unless given
+# BACKEND=transformers  or vllm, where it is installed, on NUM_GPUS=1 GPUs
 for lib in "$(dirname "$(readlink -f "$0")")"{,/..}/lib "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
 # shellcheck source=scripts/lib/common.sh
 source "$lib/common.sh" || exit 2
 
 help_or_arguments 1 2 "$@"
-run_module generate ${CONTROL:+--control "$CONTROL"} ${MAX_NEW_TOKENS:+--max-new-tokens "$MAX_NEW_TOKENS"} \
-  ${TEMPERATURE:+--temperature "$TEMPERATURE"} ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"} ${SEED:+--seed "$SEED"} \
-  ${DTYPE:+--dtype "$DTYPE"} ${OUTPUT:+--output "$OUTPUT"} ${BACKEND:+--backend "$BACKEND"} -- "$@"
+options=(${CONTROL:+--control "$CONTROL"} ${OUTPUT:+--output "$OUTPUT"} ${BACKEND:+--backend "$BACKEND"})
+for name in MAX_NEW_TOKENS TEMPERATURE TOP_P TOP_K SEED BATCH_SIZE DTYPE NUM_GPUS; do
+  option=${name,,}
+  [[ -z ${!name-} ]] || options+=("--${option//_/-}" "${!name}")
+done
+run_module generate "${options[@]}" -- "$@"

@@ -76,7 +76,7 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
     shape = source.shape
     config = transformer_config(shape, layout, torch.float32)
     model = build_model(shape, layout, config)
-    load_weights(open_checkpoint(checkpoint), model, layout)
+    load_weights(open_checkpoint(checkpoint), [model], layout)
     wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     config.finalize_model_grads_func = finalize_model_grads
     row = packed_row(source)

@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron.sft import convert, export
+from megatron.sft.checkpoint.folder import sealed
 from megatron.sft.errors import UserError
+from megatron.sft.manifest import write_json
 from tests import tiny
 
 Damage = Callable[[Path], None]
@@ -109,7 +111,9 @@ def tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
 def fields(name: str, **values: object) -> Damage:
     def damage(folder: Path) -> None:
         path = next(folder.rglob(name))
-        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+        content = {**json.loads(path.read_text()), **values}
+        content.pop("sha256", None)
+        path.write_text(json.dumps(sealed(content) if name == "manifest.json" else content))
 
     return damage
 
@@ -265,7 +269,8 @@ def main() -> None:
         call(convert.main, "--source", model, "--output", work / form, "--ckpt-format", form, *more)
         for path in (work / form).rglob("manifest.json"):
             manifest = json.loads(path.read_text())
-            path.write_text(json.dumps({**manifest, "files": {}}))  # so that a file's checksum does not catch it first
+            manifest.pop("sha256")
+            write_json(path, sealed({**manifest, "files": {}}))  # so that a file's checksum does not catch it first
     for source, damages in (
         (model, model_damages()),
         (sharded, sharded_damages()),

@@ -127,7 +127,14 @@ class _HubHandler(BaseHTTPRequestHandler):
         return files + [{"type": "directory", "path": name, "size": 0, "oid": "0" * 40} for name in sorted(folders)]
 
     def description(self, repository: HubRepository, id: str) -> dict[str, Any]:
-        siblings = [{"rfilename": name, "size": len(content)} for name, content in repository.files.items()]
+        siblings: list[dict[str, Any]] = [
+            {"rfilename": name, "size": len(content)} for name, content in repository.files.items()
+        ]
+        for sibling in siblings:
+            content = repository.files[sibling["rfilename"]]
+            if sibling["rfilename"].endswith(".safetensors"):
+                checksum = hashlib.sha256(content).hexdigest()
+                sibling["lfs"] = {"sha256": checksum, "size": len(content), "pointerSize": 134}
         return {"id": id, "sha": repository.commit, "private": False, "tags": [], "downloads": 0, "siblings": siblings}
 
     def entry(self, repository: HubRepository, name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.sft.evaluate import final_answer
+from megatron.sft.exact_match import final_answer
 from tests.taught import TAUGHT, taught_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +50,7 @@ def test_each_mode_and_all_together_are_counted(data, tmp_path):
     arguments = ("--control", "<short>", "--control", "<think>", "--max-new-tokens", 64, "--output", output)
     done = evaluate(taught_folder(), data, *arguments)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[:2] == [
+    assert done.stdout.splitlines()[1:3] == [
         "<short>: exact match 75.0 % (3 of 4)",
         "<think>: exact match 75.0 % (3 of 4)",
     ]
@@ -83,10 +83,10 @@ def test_answer_cut_at_the_limit_is_wrong_and_counted(data, tmp_path):
     assert json.loads(output.read_text())["modes"][0]["unfinished"] == 2
 
 
-def test_task_name_is_refused_with_what_works():
+def test_benchmark_without_its_package_is_refused_with_what_works():
     done = evaluate(taught_folder(), "gsm8k")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: gsm8k is no file: give a data file of instruction and output")
+    assert done.stderr.startswith("error: tasks by name need the package lm-eval")
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron.sft.answers import Answer, ChatModel, Decoding, load_chat_model, read_questions
+from megatron.sft.answers import Answer, ChatModel, Decoding, load_chat_model
 from megatron.sft.errors import UserError
+from megatron.sft.questions import read_questions
 from tests.taught import PROMPT, TAUGHT, taught_folder, untrained_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,7 +125,7 @@ def test_chat_switches_the_mode_and_starts_again():
         (["nowhere", "Hi"], "error: model folder nowhere does not exist"),
         ([ROOT / "tests", "Hi"], "has no config.json"),
         ([untrained_folder, "nowhere.jsonl"], "error: data file nowhere.jsonl does not exist"),
-        ([untrained_folder, "Hi", "--backend", "vllm"], "error: backend 'vllm' is not there yet"),
+        ([untrained_folder, "Hi", "--backend", "vllm"], "error: BACKEND=vllm needs the package vllm"),
         ([untrained_folder, "Hi", "--max-new-tokens", "0"], "error: MAX_NEW_TOKENS=0 is too small"),
     ],
 )

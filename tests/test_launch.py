@@ -1,6 +1,7 @@
 """What a user sees of a distributed run that fails: one line and the worker's own status, not torchrun's table."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.real_runs import pids_below
+
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = """
 import os, signal, sys, time
 from megatron.sft.errors import UserError, run
+from megatron.sft.signals import RESUME, StopRequest
 
 def main():
     rank = int(os.environ["RANK"])
@@ -27,7 +31,18 @@ def main():
     if rank == 1 and case == "crash":
         raise ValueError("boom")
     if case == "stopped":
-        signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(0)))
+        stop = StopRequest()
+        stop.begin(0)
+        print("ready", flush=True)
+        while not stop.code(0):
+            time.sleep(0.01)
+        print("saved", flush=True)
+        sys.exit(RESUME)
+    if case == "busy":
+        StopRequest().begin(0)
+        print("ready", flush=True)
+    if case == "frozen" and rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
     if case != "fine":
         time.sleep(30)
 
@@ -35,12 +50,21 @@ run(main)
 """
 
 
-def start(folder: Path, case: str) -> subprocess.Popen[str]:
+# The launcher waits 30 s before it calls a stopped process one.
+LAUNCHER = """
+import sys
+from megatron.sft import agent, launch
+agent.STOPPED_SECONDS = float(sys.argv.pop(1))
+launch.main()
+"""
+
+
+def start(folder: Path, case: str, stopped_seconds: float = 30) -> subprocess.Popen[str]:
     script = folder / "worker.py"
     script.write_text(WORKER)
     arguments = ["--standalone", "--local-addr", "localhost", "--nproc-per-node", "2", str(script), case, "a b$(c)"]
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron.sft.launch", *arguments],
+        [sys.executable, "-c", LAUNCHER, str(stopped_seconds), *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -83,12 +107,47 @@ def test_a_killed_process_is_named_with_its_signal(tmp_path: Path) -> None:
     assert line.endswith(" was ended by SIGKILL: often too little memory on this machine")
 
 
-def test_a_stop_signal_reaches_the_workers_and_is_passed_on(tmp_path: Path) -> None:
-    process = start(tmp_path, "stopped")
+def wait_until_ready(process: subprocess.Popen[str]) -> None:
     assert process.stdout
-    process.stdout.readline()
-    process.stdout.readline()
-    time.sleep(0.5)  # from printing to handling the signal
-    process.terminate()
+    for _ in range(4):  # "started" and "ready" of two processes
+        process.stdout.readline()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_stop_signal_reaches_the_workers_and_their_status_comes_back(tmp_path: Path, number: signal.Signals) -> None:
+    process = start(tmp_path, "stopped")
+    wait_until_ready(process)
+    process.send_signal(number)
     output, errors = process.communicate(timeout=90)
-    assert (process.returncode, output, errors) == (128 + signal.SIGTERM, "saved\nsaved\n", "stopped by SIGTERM\n")
+    assert (process.returncode, errors) == (75, "")
+    assert output.startswith(f"{number.name}: the run saves at the next step and ends") and output.count("saved\n") == 2
+
+
+def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
+    process = start(tmp_path, "busy")
+    wait_until_ready(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout and process.stdout.readline().startswith("SIGTERM: the run saves")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (143, "ended at once by a second signal; the last checkpoint is good\n")
+
+
+def test_a_stopped_process_is_named_and_ended(tmp_path: Path) -> None:
+    process = start(tmp_path, "frozen", stopped_seconds=2)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 124
+    assert re.fullmatch(r"error: rank 1 \(process \d+\) was stopped, as SIGSTOP does, for 2 s\n", errors)
+
+
+def test_no_process_outlives_a_killed_launcher(tmp_path: Path) -> None:
+    process = start(tmp_path, "busy")
+    wait_until_ready(process)
+    workers = pids_below(process.pid)
+    assert len(workers) == 2
+    process.kill()
+    process.communicate(timeout=90)
+    until = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)

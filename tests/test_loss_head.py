@@ -39,7 +39,9 @@ def _check(rank: int, ranks: int, group: torch.distributed.ProcessGroup) -> None
     hidden, weight, ids, weights = _inputs()
     part = slice(rank * PADDED // ranks, (rank + 1) * PADDED // ranks)
     hidden, local = hidden.requires_grad_(), weight[part].clone().requires_grad_()
-    loss = weighted_cross_entropy(hidden, local, Targets(ids, ids, weights), VOCAB_SIZE, group)
+    loss, token_losses = weighted_cross_entropy(hidden, local, Targets(ids, ids, weights), VOCAB_SIZE, group)
+    assert not token_losses.requires_grad
+    torch.testing.assert_close(token_losses @ weights, loss.detach())
     (3 * loss).backward()
     assert hidden.grad is not None and local.grad is not None
     torch.distributed.all_reduce(hidden.grad, group=group)
@@ -48,7 +50,7 @@ def _check(rank: int, ranks: int, group: torch.distributed.ProcessGroup) -> None
     torch.testing.assert_close(hidden.grad.double(), grad_hidden, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(local.grad.double(), grad_weight[part], rtol=1e-4, atol=1e-5)
     no_targets = Targets(ids[:0], ids[:0], weights[:0])
-    assert weighted_cross_entropy(hidden[:0], local, no_targets, VOCAB_SIZE, group).item() == 0.0
+    assert weighted_cross_entropy(hidden[:0], local, no_targets, VOCAB_SIZE, group)[0].item() == 0.0
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -17,5 +17,5 @@ def test_every_variable_of_the_recipes_is_a_setting() -> None:
     assert recipes
     for recipe in recipes:
         set_here = set(re.findall(r'^: "\$\{([A-Z0-9_]+):=', recipe.read_text(), flags=re.MULTILINE))
-        assert set_here - known <= {"ASSETS_DIR", "MODEL", "DATA"}, recipe.name
+        assert set_here - known <= {"ASSETS_DIR", "MODEL", "MODEL_SIZE", "DATA"}, recipe.name
         assert {"PRETRAIN_CHECKPOINT_PATH", "DATA_PATH", "OUTPUT_PATH"} <= set_here, recipe.name

@@ -1,5 +1,6 @@
 """Packing changes no loss: a packed row's is that of its conversations alone, and none of them sees another, on any stage."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,22 +9,28 @@ import pytest
 import torch
 
 from megatron.sft.batches import make_micro_batch
+from megatron.sft.context_parallel import ContextPart
 from megatron.sft.data.tokenized import Row
 from tests import tiny
 
 NUM_ROWS, ROW_LENGTH = 12, 96
-LAYOUTS = {"one stage": (1, 1), "two stages": (2, 2), "three stages": (3, 3)}
+LAYOUTS = {
+    "one stage": (1, []),
+    "two stages": (2, ["--pipeline-model-parallel-size", "2"]),
+    "three stages": (3, ["--pipeline-model-parallel-size", "3"]),
+    "shared rows": (2, ["--context-parallel-size", "2"]),
+    "shared rows, two stages": (4, ["--context-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_packed_row_has_the_loss_of_its_conversations_alone(
     converted: Path, packed_rows: Path, tmp_path: Path, layout: str
 ) -> None:
-    num_processes, num_stages = LAYOUTS[layout]
+    num_processes, sizes = LAYOUTS[layout]
     arguments = ["--load", converted, "--data-path", packed_rows, "--save", tmp_path / "run", "--precision", "fp32"]
     arguments += ["--train-iters", "1", "--global-batch-size", "1", "--micro-batch-size", "1"]
-    arguments += ["--pipeline-model-parallel-size", str(num_stages)]
-    output = tiny.launch_test_worker(num_processes, Path(__file__), *arguments)
+    output = tiny.launch_test_worker(num_processes, Path(__file__), *arguments, *sizes)
     assert output.count(f"{NUM_ROWS} rows: all agree") == num_processes
 
 
@@ -40,6 +47,8 @@ def packed(conversations: list[tiny.Conversation], trained: int | None = None) -
 
 def check_rows() -> None:
     """In each process: random rows through the real engine, each part of the model on its stage."""
+    from megatron.core import parallel_state
+
     from megatron.sft import device
     from megatron.sft.checkpoint import training_state
     from megatron.sft.options import parse
@@ -49,18 +58,21 @@ def check_rows() -> None:
 
     device.prepare()
     mode, options = parse(["train", *sys.argv[1:]])
-    plan = resolve(mode, options, options.pipeline_model_parallel_size)
+    plan = resolve(mode, options, int(os.environ["WORLD_SIZE"]))
     with parallel(plan.layout, options.seed):
+        part = ContextPart(parallel_state.get_context_parallel_rank(), plan.layout.context_parallel)
         engine = Engine(plan)
         training_state.load_start(engine)
         hidden: list[torch.Tensor] = []  # what this stage hands on, or to the loss
-        engine.module.decoder.register_forward_hook(lambda *call: hidden.append(call[-1].detach().clone()))
+        engine.chunks[0].decoder.register_forward_hook(lambda *call: hidden.append(call[-1].detach().clone()))
 
-        def loss(row: Row) -> tuple[float, int, torch.Tensor]:
+        def loss(row: Row) -> tuple[float, int, list[torch.Tensor]]:
             hidden.clear()
-            batch = make_micro_batch([row], 1, "token", device.current())
+            batch = make_micro_batch([row], 1, "token", device.current(), part=part)
             mean, count = engine.evaluate([batch]).reduce()
-            return mean, count, hidden[0]
+            lengths = -(-row.conversation_lengths // part.multiple) * part.multiple
+            # This rank's part of each conversation.
+            return mean, count, list(hidden[0].split((lengths // part.size).tolist()))
 
         for seed in range(NUM_ROWS):
             (conversations,) = tiny.random_rows(1, ROW_LENGTH, seed=100 + seed)
@@ -79,12 +91,10 @@ def check_one(conversations: list[tiny.Conversation], loss, random: np.random.Ge
     prompt, answer = conversations[changed]
     other = [*conversations]
     other[changed] = ((prompt + 1) % tiny.VOCAB_SIZE, (answer + 7) % tiny.VOCAB_SIZE)
-    borders = np.cumsum([0, *(len(prompt) + len(answer) for prompt, answer in conversations)])
     for index in range(len(conversations)):
         before, count, states = loss(packed(conversations, trained=index))
         after, _, states_after = loss(packed(other, trained=index))
-        part = slice(int(borders[index]), int(borders[index + 1]))
-        same_states = torch.equal(states[part], states_after[part])
+        same_states = torch.equal(states[index], states_after[index])
         assert count == len(conversations[index][1])
         assert (before == after, same_states) == ((False, False) if index == changed else (True, True))
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron.sft.errors import UserError
-from megatron.sft.plot import draw, read_curve, run_names, smoothed, title_of
+from megatron.sft.curves import read_curve, run_names
+from megatron.sft.plot import draw, smoothed, title_of
 
 ROOT = Path(__file__).resolve().parent.parent
 

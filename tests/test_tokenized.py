@@ -21,8 +21,9 @@ CONVERSATIONS = [
 PACKING = Packing(np.array([2, 0, 1]), np.array([0, 2, 3]), np.zeros(2, dtype=bool))
 
 
-def manifest_of(rows: int, tokens: int, dtype: str) -> dict[str, object]:
-    return {"format": 1, "rows": rows, "tokens": tokens, "dtype": dtype}
+def manifest_of(rows: int, tokens: int, dtype: str, conversations: int = 3, trained: int = 6) -> dict[str, object]:
+    counts = {"rows": rows, "tokens": tokens, "conversations": conversations, "trained_tokens": trained}
+    return {"format": 1, **counts, "length": 64, "max_token_id": 49151, "dtype": dtype}
 
 
 def write(prefix: Path, vocabulary_size: int = 49152) -> Path:
@@ -108,7 +109,8 @@ def test_any_packing_gives_back_every_conversation(tmp_path: Path) -> None:
     with ConversationStore(prefix, token_dtype(60000)) as store:
         for conversation in conversations:
             store.add(conversation)
-        store.write(packing, manifest_of(packing.num_rows, store.num_tokens, "uint16"))
+        counts = (packing.num_rows, store.num_tokens, "uint16", len(conversations), store.num_trained)
+        store.write(packing, manifest_of(*counts))
     found = []
     for row in TokenizedRows(prefix):
         assert len(row.tokens) <= 64

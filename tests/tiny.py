@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -85,16 +86,26 @@ def random_rows(num_rows: int, length: int, seed: int = 0) -> list[list[Conversa
     return rows
 
 
-def write_rows(prefix: Path, rows: list[list[Conversation]], length: int) -> Path:
-    """Write rows as tokenised data with a manifest; returns the prefix."""
-    from megatron.sft.data.tokenized import FORMAT, MODE_FIRST, MODE_TRAINED, file_of, token_dtype, write_index
+def write_rows(prefix: Path, rows: list[list[Conversation]], length: int, joined: Collection[int] = ()) -> Path:
+    """Write rows as tokenised data with a manifest; returns the prefix. joined: rows of one unit with the row before."""
+    from megatron.sft.data.tokenized import (
+        FORMAT,
+        MODE_FIRST,
+        MODE_JOINED,
+        MODE_TRAINED,
+        file_of,
+        token_dtype,
+        write_index,
+    )
     from megatron.sft.manifest import sha256_of_file, write_json
 
     lengths, modes, documents = [], [], [0]
-    for row in rows:
+    for number, row in enumerate(rows):
         for prompt, answer in row:
             lengths += [len(prompt), len(answer)]
             modes += [MODE_FIRST, MODE_TRAINED]
+        if number in joined:
+            modes[-2 * len(row)] |= MODE_JOINED
         documents.append(len(lengths))
     dtype = token_dtype(VOCAB_SIZE)
     tokens = np.concatenate([part for row in rows for pair in row for part in pair]).astype(dtype)

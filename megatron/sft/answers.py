@@ -1,32 +1,22 @@
-"""A chat model that answers: a Hugging Face folder loaded with transformers, prompted with its own chat template.
+"""A chat model that answers: a Hugging Face folder, prompted with its own chat template, run by transformers or vLLM.
 
 A control token (`<think>`, `<short>`) is put after the generation prompt: the model goes on as if it had chosen it itself.
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-
-from megatron.sft import device
 from megatron.sft.data.chat import ChatTemplate
-from megatron.sft.data.conversations import Conversation, RowReader
+from megatron.sft.data.conversations import Conversation
 from megatron.sft.data.encoding import load_tokenizer
-from megatron.sft.data.sources import read_rows
 from megatron.sft.errors import UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A conversation up to the answer that is asked for, and that answer where the data has one."""
-
-    messages: Conversation
-    reference: str | None
+BACKENDS = ("transformers", "vllm")
 
 
 @dataclass(frozen=True)
@@ -39,11 +29,26 @@ class Answer:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are drawn. Temperature 0 takes the most likely token always."""
+    """How answers are drawn. Temperature 0 takes the most likely token always; top_k 0 draws from all tokens."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
     batch_size: int = 64
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+class Backend(Protocol):
+    """What runs the model. longest_prompt: the most tokens that it can still answer to, None where it does not say."""
+
+    @property
+    def longest_prompt(self) -> int | None: ...
+
+    def generate(
+        self, prompts: Sequence[list[int]], decoding: Decoding, on_token: Callable[[int], None] | None
+    ) -> list[list[int]]:
+        """What follows each prompt, a stop token and anything after it included. on_token: for a single prompt, is called
+        with each new token as it comes."""
 
 
 @dataclass(frozen=True)
@@ -51,131 +56,108 @@ class ChatModel:
     """A model with its tokenizer. `stop_ids` end an answer."""
 
     tokenizer: Any
-    model: Any
+    backend: Backend
     stop_ids: tuple[int, ...]
-    pad_id: int
 
     def prompt(self, messages: Conversation, control: str = "") -> str:
         """The text that the model goes on from."""
         text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text + control
 
-    def check_control(self, control: str) -> None:
-        """A control text must begin with an added token: a mistyped one would be read as common text."""
-        added = self.tokenizer.get_added_vocab()
-        if control and not any(control.startswith(token) for token in added):
-            known = " ".join(token for token in added if token not in self.tokenizer.all_special_tokens) or "none"
-            raise UserError(f"control token {control!r} is not in the model's vocabulary: it has {known}")
-
-    def generate(self, prompts: Sequence[str], decoding: Decoding, streamer: Any = None) -> list[tuple[str, bool]]:
-        """What follows each prompt, and whether it ended by itself. The prompts are one batch, padded on the left."""
+    def generate(
+        self, prompts: Sequence[str], decoding: Decoding, on_token: Callable[[int], None] | None = None
+    ) -> list[tuple[str, bool]]:
+        """What follows each prompt, and whether it ended by itself. The prompts are one batch."""
         encoded = [self.tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
-        longest = max(map(len, encoded))
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit and longest >= limit:
-            raise UserError(f"a prompt has {longest} tokens, the model reads at most {limit}: shorten it")
-        ids = torch.tensor([[self.pad_id] * (longest - len(each)) + each for each in encoded])  # [prompts, longest]
-        mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in encoded])
-        sampling: dict[str, Any] = {}
-        if decoding.temperature:
-            sampling = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0}  # 0: of all tokens
-        with torch.inference_mode():
-            output = self.model.generate(
-                input_ids=ids.to(self.model.device),
-                attention_mask=mask.to(self.model.device),
-                max_new_tokens=decoding.max_new_tokens,
-                streamer=streamer,
-                **sampling,
-            )
-        return [self.text_of(row) for row in output[:, longest:].tolist()]
+        longest, limit = max(map(len, encoded)), self.backend.longest_prompt
+        if limit and longest > limit:
+            raise UserError(f"a prompt has {longest} tokens, the model reads at most {limit + 1}: shorten it")
+        return [self.text_of(ids) for ids in self.backend.generate(encoded, decoding, on_token)]
 
     def text_of(self, new_ids: list[int]) -> tuple[str, bool]:
         """The text before the first stop token, and whether there is one. Other special tokens stay visible."""
         stop = next((place for place, token in enumerate(new_ids) if token in self.stop_ids), None)
-        return self.tokenizer.decode(new_ids[:stop], clean_up_tokenization_spaces=False), stop is not None
+        return self.decoded(new_ids[:stop]), stop is not None
+
+    def decoded(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return text
 
     def answers(
         self,
         conversations: Sequence[Conversation],
         control: str,
         decoding: Decoding,
-        progress: Callable[[int], None] = lambda num_answers: None,
+        progress: Callable[[dict[int, Answer]], None] = lambda answers: None,
     ) -> list[Answer]:
-        """Answers in the order of the conversations, made in batches of similar length, longest first."""
-        self.check_control(control)
+        """Answers in the order of the conversations, made in batches of similar length, longest first.
+
+        progress: is called after each batch with its answers by their conversation's number.
+        """
+        check_control(self.tokenizer, control)
         prompts = [self.prompt(messages, control) for messages in conversations]
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
         answers: dict[int, Answer] = {}
         for start in range(0, len(order), decoding.batch_size):
             batch = order[start : start + decoding.batch_size]
             texts = self.generate([prompts[index] for index in batch], decoding)
-            for index, (text, finished) in zip(batch, texts, strict=True):
-                answers[index] = Answer(control + text, finished)
-            progress(len(batch))
+            new = {index: Answer(control + text, ended) for index, (text, ended) in zip(batch, texts, strict=True)}
+            answers |= new
+            progress(new)
         return [answers[index] for index in range(len(prompts))]
 
 
-def load_chat_model(folder: Path, dtype: str = "auto") -> ChatModel:
-    """Load a model folder to the GPU if there is one. No code from the folder is run and no network is used."""
+def check_control(tokenizer: Any, control: str) -> None:
+    """A control text must begin with an added token: a mistyped one would be read as common text."""
+    added = tokenizer.get_added_vocab()
+    if control and not any(control.startswith(token) for token in added):
+        known = " ".join(token for token in added if token not in tokenizer.all_special_tokens) or "none"
+        raise UserError(f"control token {control!r} is not in the model's vocabulary: it has {known}")
+
+
+def check_model_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist: export one with scripts/5_export.sh, or mend the path")
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} has no config.json: give a Hugging Face model folder (scripts/5_export.sh makes one)"
         )
+
+
+def load_chat_model(
+    folder: Path, dtype: str = "auto", backend: str = "transformers", seed: int = 1234, num_gpus: int = 1
+) -> ChatModel:
+    """Load a model folder. No code from the folder is run and no network is used. num_gpus: vLLM's."""
+    if backend not in BACKENDS:
+        raise UserError(f"BACKEND={backend} is not known: give {' or '.join(BACKENDS)}")
+    check_model_folder(folder)
     tokenizer = load_tokenizer(folder)
-    import transformers
+    stop_ids = _stop_ids(tokenizer, folder)
+    if backend == "vllm":
+        from megatron.sft import vllm_backend
 
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), local_files_only=True
-        )
-    except Exception as error:  # transformers raises what it likes for a damaged folder
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model {folder} cannot be loaded ({reason}): export or download it again") from None
-    stop_ids = _stop_ids(tokenizer, model.generation_config)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
-    # The folder's own sampling settings are put aside: answers are greedy unless a temperature is asked for.
-    model.generation_config = transformers.GenerationConfig(eos_token_id=list(stop_ids), pad_token_id=pad_id)
-    return ChatModel(tokenizer, model.to(device.current()).eval(), stop_ids, pad_id)
+        return ChatModel(tokenizer, vllm_backend.load(folder, dtype, seed, num_gpus, stop_ids), stop_ids)
+    from megatron.sft import transformers_backend
+
+    return ChatModel(tokenizer, transformers_backend.load(folder, dtype, seed, tokenizer, stop_ids), stop_ids)
 
 
-def _stop_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
+def _stop_ids(tokenizer: Any, folder: Path) -> tuple[int, ...]:
     """The folder's end tokens, and the one that the chat template writes after an answer, which training teaches."""
     template = ChatTemplate(tokenizer)
     with contextlib.suppress(UserError):  # a template that cannot be trained with may still be talked to
         template.render([{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}])
-    eos = generation_config.eos_token_id
-    named = eos if isinstance(eos, list) else [eos]
-    stop_ids = {token for token in (*named, tokenizer.eos_token_id, *template.end_of_turn_ids) if token is not None}
+    stop_ids = {*_named_in(folder / "generation_config.json"), *_named_in(folder / "config.json")}
+    stop_ids |= {*template.end_of_turn_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
     if not stop_ids:
         raise UserError(f"{tokenizer.name_or_path} names no end token: set eos_token in tokenizer_config.json")
     return tuple(sorted(stop_ids))
 
 
-def read_questions(path: Path, with_reference: bool) -> list[Question]:
-    """The rows of a data file. A final assistant turn (or `output`) is the reference; `with_reference` asks for one."""
-    reader = RowReader()
-    questions = []
-    for row in read_rows(path):
-        try:
-            questions.append(_question(reader, row.fields, with_reference))
-        except UserError as error:
-            raise UserError(f"{path}, line {row.line}: {error}") from None
-    return questions
-
-
-def _question(reader: RowReader, fields: dict[str, Any], with_reference: bool) -> Question:
-    fields = dict(fields)
-    messages = fields.get("messages")
-    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
-        has_answer = messages[-1].get("role") == "assistant"
-        if not has_answer and not with_reference:
-            fields["messages"] = [*messages, {"role": "assistant", "content": "-"}]
-    else:
-        has_answer = "conversations" in fields or bool(fields.get("output"))
-        if not has_answer and not with_reference and "instruction" in fields:
-            fields["output"] = "-"
-    conversation = reader.conversation(fields)
-    return Question(conversation[:-1], conversation[-1]["content"] if has_answer else None)
+def _named_in(path: Path) -> list[int]:
+    """The end tokens that a configuration names; none where it is missing or cannot be read, which loading finds itself."""
+    try:
+        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int)]

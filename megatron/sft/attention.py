@@ -1,21 +1,27 @@
 """Attention over packed rows without Transformer Engine: every conversation attends to itself only."""
 
+import inspect
 import math
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron.sft.batches import AttentionRuns, PackedRows
+
 
 class PackedAttention(MegatronModule):
     """Causal attention inside each conversation; takes the place of megatron-core's core attention.
 
-    In 16 bits on a GPU one variable-length flash attention call, else scaled_dot_product_attention a conversation.
+    In 16 bits on a GPU one variable-length flash attention call, else scaled_dot_product_attention a conversation. With
+    context parallelism each rank gathers the keys and values of all of them.
     """
 
     def __init__(
@@ -30,8 +36,6 @@ class PackedAttention(MegatronModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ValueError("context parallelism needs Transformer Engine")
         # (tokens before the own one, 0); -1 before it means all.
         self.window = config.window_size or (-1, 0)
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -46,48 +50,98 @@ class PackedAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [t, heads, dim], key and value [t, kv heads, dim] to [t, heads * dim], t all tokens of the micro-batch."""
-        assert packed_seq_params is not None, "rows are always packed"
+        """query [t, heads, dim], key and value [t, kv heads, dim] to [t, heads * dim], t all tokens of the micro-batch (on
+        this context-parallel rank)."""
+        assert isinstance(packed_seq_params, PackedRows), "rows are always packed"
+        runs = packed_seq_params.runs
+        assert runs is not None
+        if runs.key_order is not None:
+            key, value = _gathered(key, value, runs.key_order)
         # Flash attention computes in 16 bits only.
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-            context = self._varlen(query, key, value, packed_seq_params)
+            context = self._varlen(query, key, value, runs)
         else:
-            context = self._by_conversation(query, key, value, packed_seq_params)
+            context = self._run_by_run(query, key, value, runs)
         return context.reshape(query.shape[0], -1)
 
-    def _by_conversation(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        borders = packed.cu_seqlens_q
-        lengths = (borders[1:] - borders[:-1]).tolist()
+    def _run_by_run(self, query: Tensor, key: Tensor, value: Tensor, runs: AttentionRuns) -> Tensor:
         contexts = []
-        for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
+        for q, k, v in zip(
+            query.split(runs.lengths), key.split(runs.key_lengths), value.split(runs.key_lengths), strict=True
+        ):
             context = F.scaled_dot_product_attention(
                 q.transpose(0, 1)[None],  # [1, heads, length, dim]
                 k.transpose(0, 1)[None],
                 v.transpose(0, 1)[None],
-                **self._mask(len(q), q.device),
+                **self._mask(len(q), len(k), q.device),
                 scale=self.softmax_scale,
                 enable_gqa=True,
             )
             contexts.append(context[0].transpose(0, 1))
         return torch.cat(contexts)
 
-    def _mask(self, length: int, device: torch.device) -> dict[str, Any]:
-        """Causal, and with a window no further back than it reaches. The mask is [length, length], True where seen."""
+    def _mask(self, length: int, key_length: int, device: torch.device) -> dict[str, Any]:
+        """Causal for queries that stand at the end of the keys, and with a window no further back than it reaches.
+
+        A mask is [length, key_length], True where seen.
+        """
         before = self.window[0]
-        if before < 0 or length <= before + 1:
+        if length == key_length and (before < 0 or length <= before + 1):
             return {"is_causal": True}
-        positions = torch.arange(length, device=device)
-        distance = positions[:, None] - positions
-        return {"attn_mask": (distance >= 0) & (distance <= before)}
-
-    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        groups = query.shape[1] // key.shape[1]
-        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-        borders, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-        context = varlen_attn(
-            query, key, value, borders, borders, longest, longest, scale=self.softmax_scale, window_size=self.window
+        distance = torch.arange(key_length - length, key_length, device=device)[:, None] - torch.arange(
+            key_length, device=device
         )
-        assert isinstance(context, Tensor)
-        return context
+        return {"attn_mask": (distance >= 0) & ((distance <= before) | (before < 0))}
+
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, runs: AttentionRuns) -> Tensor:
+        # Flash attention counts from the end of the keys, where the queries stand.
+        longest = max(runs.lengths), max(runs.key_lengths)
+        return varlen_attention(
+            query, key, value, runs.borders, runs.key_borders, *longest, self.softmax_scale, self.window
+        )
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    borders: Tensor,
+    key_borders: Tensor,
+    longest: int,
+    longest_key: int,
+    scale: float,
+    window: tuple[int, int] = (-1, 0),
+) -> Tensor:
+    """torch's causal flash attention in 16 bits over runs of tokens: query [t, heads, dim], key, value [k, kv heads, dim]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1] and _varlen_asks_for_groups():
+        options["enable_gqa"] = True
+    context = varlen_attn(
+        query, key, value, borders, key_borders, longest, longest_key, scale=scale, window_size=window, **options
+    )
+    assert isinstance(context, Tensor)
+    return context
+
+
+@cache
+def _varlen_asks_for_groups() -> bool:
+    """True if this torch's varlen_attn must be told of fewer key heads than query heads (2.11's kernel just takes them)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def _gathered(key: Tensor, value: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and values of all context-parallel ranks, picked by `order`: each [len(order), kv heads, dim].
+
+    Backward sums what each rank's queries give to a key on the rank that holds it.
+    """
+    both = tensor_parallel.gather_from_sequence_parallel_region(
+        torch.stack([key, value], dim=1),  # [t, 2, kv heads, dim]
+        tensor_parallel_output_grad=True,
+        group=parallel_state.get_context_parallel_group(),
+    )
+    key, value = both.index_select(0, order).unbind(dim=1)
+    return key, value

@@ -1,5 +1,6 @@
 """Micro-batches: packed rows put one after another into the arrays that the model takes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,27 +9,55 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron.sft.context_parallel import WHOLE, ContextPart, QueryChunks, local_tokens, query_chunks
 from megatron.sft.data.tokenized import Row
 from megatron.sft.loss_head import Targets
 
 
 @dataclass(frozen=True)
+class AttentionRuns:
+    """`QueryChunks` as attention kernels take them. Lengths are host numbers, so that no layer waits for the device.
+
+    borders, key_borders: int32 [runs + 1], each 0 and the running sum of the lengths. key_order: as in `QueryChunks`.
+    """
+
+    lengths: list[int]
+    key_lengths: list[int]
+    borders: Tensor
+    key_borders: Tensor
+    key_order: Tensor | None
+
+
+@dataclass
+class PackedRows(PackedSeqParams):
+    """The borders of a micro-batch's conversations, over all context-parallel ranks, and what this rank's tokens attend to."""
+
+    runs: AttentionRuns | None = None
+
+
+@dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch on the device. t is the number of tokens, padding at the end included.
+    """One micro-batch on the device. t is the number of tokens on this context-parallel rank, padding included.
 
     tokens, positions: [1, t] int64; positions restart in each conversation.
-    packed: the conversations' borders, for attention and rotary positions; padding counts as a conversation of its own.
-    targets: the trained tokens.
-    loss_count: int64 scalar, what the summed loss is to be divided by (trained tokens, or conversations).
-    num_tokens: tokens without padding.
+    packed: the conversations' borders; padding at a conversation's end is part of it, at the row's end one of its own.
+    targets: the trained tokens whose predicting hidden state is on this rank.
+    loss_count: int64 scalar, what the summed loss is to be divided by (trained tokens, or conversations), this rank's part.
+    num_tokens, sum_squared_lengths: of the conversations of all ranks without padding.
+    gradient_scale: float32 scalar, what the gradient of the summed loss is to be multiplied by; None is 1.
+    sources: [n] int64, which of the data's `num_sources` sources each target is from; None where there is one only.
     """
 
     tokens: Tensor
     positions: Tensor
-    packed: PackedSeqParams
+    packed: PackedRows
     targets: Targets
     loss_count: Tensor
     num_tokens: int
+    sum_squared_lengths: int
+    gradient_scale: Tensor | None = None
+    sources: Tensor | None = None
+    num_sources: int = 0
 
 
 def blank_row() -> Row:
@@ -37,51 +66,106 @@ def blank_row() -> Row:
 
 
 def make_micro_batch(
-    rows: Sequence[Row], alignment: int, average_over: str, device: torch.device, pad_id: int = 0
+    rows: Sequence[Row],
+    alignment: int,
+    average_over: str,
+    device: torch.device,
+    pad_id: int = 0,
+    part: ContextPart = WHOLE,
+    num_sources: int = 0,
 ) -> MicroBatch:
-    """Concatenate rows to a multiple of `alignment` tokens.
+    """Concatenate rows, and take of them what the context-parallel rank `part` holds, a multiple of `alignment` tokens.
 
     average_over: "token" gives every trained token the weight 1; "conversation" gives every conversation's trained tokens
     the weight 1 together.
     """
-    tokens = np.concatenate([row.tokens for row in rows])
-    trained = np.concatenate([row.trained for row in rows])
-    lengths = np.concatenate([row.conversation_lengths for row in rows])
-    num_tokens = len(tokens)
-    padding = -num_tokens % alignment
-    if padding:
-        tokens = np.concatenate([tokens, np.full(padding, pad_id, dtype=tokens.dtype)])
-        lengths = np.append(lengths, padding)
+    tokens, spots, lengths = _padded(rows, alignment, pad_id, part)
     borders = np.concatenate([[0], np.cumsum(lengths)])
     positions = np.arange(len(tokens)) - np.repeat(borders[:-1], lengths)
+    held = local_tokens(lengths, part)  # [t]
+    local = np.full(len(tokens), -1)
+    local[held] = np.arange(len(held))
 
-    targets = np.flatnonzero(trained)
+    targets = spots[np.concatenate([row.trained for row in rows])]
     weights = np.ones(len(targets), dtype=np.float32)
-    loss_count = len(targets)
+    counted = np.ones(len(targets), dtype=np.int64)
     if average_over == "conversation":
         conversation = np.searchsorted(borders, targets, side="right")
-        _, inverse, counts = np.unique(conversation, return_inverse=True, return_counts=True)
+        _, firsts, inverse, counts = np.unique(conversation, return_index=True, return_inverse=True, return_counts=True)
         weights = (1.0 / counts[inverse]).astype(np.float32)
-        loss_count = len(counts)
+        # Each conversation counts on the rank that has its first target.
+        counted = np.zeros_like(counted)
+        counted[firsts] = 1
+    predicting = local[targets - 1]  # the hidden state before a token predicts it
+    mine = predicting >= 0
 
     def put(array: np.ndarray, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(dtype).to(device, non_blocking=True)
 
-    cu_seqlens = put(borders, torch.int32)
+    return MicroBatch(
+        tokens=put(tokens[held][None], torch.int64),
+        positions=put(positions[held][None], torch.int64),
+        packed=_packed_rows(lengths, put(borders, torch.int32), query_chunks(lengths, part)),
+        targets=Targets(
+            put(predicting[mine], torch.int64),
+            put(tokens[targets[mine]], torch.int64),
+            put(weights[mine], torch.float32),
+        ),
+        loss_count=torch.tensor(int(counted[mine].sum()), dtype=torch.int64, device=device),
+        num_tokens=len(spots),
+        sum_squared_lengths=sum(int(np.square(row.conversation_lengths).sum()) for row in rows),
+        sources=put(_sources_of_targets(rows)[mine], torch.int64) if num_sources else None,
+        num_sources=num_sources,
+    )
+
+
+def _sources_of_targets(rows: Sequence[Row]) -> np.ndarray:
+    """[trained tokens of the rows] the source of each one's conversation."""
+    sources = [np.zeros(len(row.conversation_lengths)) if row.sources is None else row.sources for row in rows]
+    parts = [np.repeat(s, row.conversation_lengths)[row.trained] for s, row in zip(sources, rows, strict=True)]
+    return np.concatenate(parts)
+
+
+def _padded(
+    rows: Sequence[Row], alignment: int, pad_id: int, part: ContextPart
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All tokens with padding, where in them the rows' tokens stand, and the lengths of conversations with padding.
+
+    Every conversation is padded at its end, where causal attention keeps the padding from all other tokens.
+    """
+    lengths = np.concatenate([row.conversation_lengths for row in rows])
+    padded = -(-lengths // part.multiple) * part.multiple
+    shifts = np.cumsum(padded - lengths) - (padded - lengths)
+    spots = np.arange(lengths.sum()) + np.repeat(shifts, lengths)
+    last = -int(padded.sum()) % math.lcm(part.multiple, part.size * alignment)
+    if last:
+        padded = np.append(padded, last)
+    tokens = np.full(padded.sum(), pad_id, dtype=np.int64)
+    tokens[spots] = np.concatenate([row.tokens for row in rows])
+    return tokens, spots, padded
+
+
+def _packed_rows(lengths: np.ndarray, cu_seqlens: Tensor, chunks: QueryChunks) -> PackedRows:
+    def borders(run_lengths: np.ndarray) -> Tensor:
+        sums = np.concatenate([[0], np.cumsum(run_lengths)])
+        return torch.from_numpy(sums).to(torch.int32).to(cu_seqlens.device, non_blocking=True)
+
+    whole = chunks.key_order is None
+    runs = AttentionRuns(
+        chunks.lengths.tolist(),
+        chunks.key_lengths.tolist(),
+        cu_seqlens if whole else borders(chunks.lengths),
+        cu_seqlens if whole else borders(chunks.key_lengths),
+        None
+        if chunks.key_order is None
+        else torch.from_numpy(chunks.key_order).to(cu_seqlens.device, non_blocking=True),
+    )
     longest = int(lengths.max())
-    packed = PackedSeqParams(
+    return PackedRows(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-    )
-    return MicroBatch(
-        tokens=put(tokens[None], torch.int64),
-        positions=put(positions[None], torch.int64),
-        packed=packed,
-        # The hidden state before a token predicts it.
-        targets=Targets(put(targets - 1, torch.int64), put(tokens[targets], torch.int64), put(weights, torch.float32)),
-        loss_count=torch.tensor(loss_count, dtype=torch.int64, device=device),
-        num_tokens=num_tokens,
+        runs=runs,
     )

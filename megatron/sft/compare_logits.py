@@ -125,7 +125,7 @@ def megatron_logits(
     from megatron.sft.model import build_model, transformer_config
 
     model = build_model(source.shape, layout, transformer_config(source.shape, layout, torch.float32))
-    load_weights(checkpoint, model, layout)
+    load_weights(checkpoint, [model], layout)
     model.eval()
     if hidden is not None:
         for layer in model.decoder.layers:
@@ -160,7 +160,7 @@ def transformers_logits(
     """The same conversations through transformers in float32, each alone: [tokens of all conversations, vocabulary]."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, trust_remote_code=False).eval()
     if hidden is not None:
         for layer in model.model.layers:
             layer.register_forward_hook(_keep_output(hidden))

@@ -16,6 +16,7 @@ from typing import Any
 from megatron.sft.casting import NAMES
 from megatron.sft.checkpoint import folder as checkpoint_folder
 from megatron.sft.conversion import converted_config, layout_of, layout_record, write_parameters
+from megatron.sft.downloaded import check_weights
 from megatron.sft.errors import OneLineParser, UserError, run
 from megatron.sft.hf_folder import HFFolder, dtype_name
 from megatron.sft.hf_parameters import HFParameters
@@ -62,6 +63,7 @@ def _from_hugging_face(source: HFFolder, arguments: argparse.Namespace) -> None:
     if checkpoint_folder.latest_iteration(output) is not None:
         _accept_existing(arguments, source, layout)
         return
+    check_weights(source.path)
     if passed_over:
         print(f"not converted, because config.json implies them: {', '.join(passed_over)}")
     if source.shape.vocab_size > source.rows_on_disk:

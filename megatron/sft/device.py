@@ -130,7 +130,7 @@ def prepare() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: cpu
     cuda.synchronize = lambda *args: None
-    cuda.get_rng_state = lambda *args: torch.get_rng_state()
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
     cuda.manual_seed = torch.manual_seed
     cuda.default_generators = (torch.default_generator,)
@@ -141,6 +141,7 @@ def prepare() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
 
     megatron_random._lazy_call = lambda function: function()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     distributed: Any = torch.distributed
     distributed.all_to_all_single = _with_split_lists(torch.distributed.all_to_all_single)
 
@@ -184,10 +185,14 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[None]:
     else:
         device_id = current() if has_gpu() else None
         torch.distributed.init_process_group(backend(), timeout=timedelta(minutes=timeout_minutes), device_id=device_id)
+    failed = True
     try:
         yield
+        failed = False
     finally:
-        torch.distributed.destroy_process_group()
+        # After an error the others may be waiting for this process, and it for them: it just ends, which they notice.
+        if not failed or torch.distributed.get_world_size() == 1:
+            torch.distributed.destroy_process_group()
 
 
 def seed_everything(seed: int) -> None:

@@ -19,11 +19,11 @@ from typing import NoReturn
 from filelock import FileLock
 
 from megatron.sft import hub
+from megatron.sft.downloaded import RECORD, check_weights, facts_of
 from megatron.sft.errors import UserError, run
 from megatron.sft.hub_rows import Selection, open_rows, write_rows
 from megatron.sft.manifest import read_json, write_json
 
-RECORD = ".download.json"
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 # The same weights in other formats, and demonstrations; never needed where safetensors or pytorch_model*.bin exist.
 OTHER_FORMATS = (
@@ -159,8 +159,10 @@ def _fetch_model(id: str, revision: str, target: Path) -> None:
         "revision": revision,
         "commit": repository.commit,
         "files": {n: repository.files[n] for n in names},
+        "checksums": facts_of({n: repository.files[n] for n in names}, repository.checksums),
     }
     write_json(partial / RECORD, record)
+    check_weights(partial)
     partial.rename(target)
     print(f"saved {shown(target)}")
 
@@ -189,10 +191,12 @@ def _copy_model(source: Path, target: Path) -> None:
     print(f"saved {shown(target)}, a copy of {source}" + (f" ({linked} weight files as hard links)" if linked else ""))
 
 
-def place_dataset(source: str, selection: Selection, revision: str | None, assets: Path) -> Path:
-    """Bring a data set to assets/data/<name>/<name>.json as JSON lines and return that file."""
+def place_dataset(
+    source: str, selection: Selection, revision: str | None, assets: Path, name: str | None = None
+) -> Path:
+    """Bring a data set to assets/data/<name>/<name>.json as JSON lines and return that file; `name` unless from the source."""
     local = local_source("dataset", source)
-    name = data_folder_name((local.stem if local.is_file() else local.name) if local else source)
+    name = data_folder_name(name or ((local.stem if local.is_file() else local.name) if local else source))
     target = assets / "data" / name / f"{name}.json"
     if local == target.resolve():
         print(f"{shown(target)} is used as it is")
@@ -239,6 +243,7 @@ def parse_arguments() -> argparse.Namespace:
         kind.add_argument("--revision", help="a branch, tag or commit; default main")
         kind.add_argument("--assets-dir", type=Path, default=ASSETS)
     dataset.add_argument("--split", default="train")
+    dataset.add_argument("--name", help="of its folder and file in assets/data, instead of the source's")
     dataset.add_argument("--config", help="the configuration (subset), where the data set has several")
     dataset.add_argument("--map-column", action="append", type=renamed_column, default=[], metavar="OLD=NEW")
     return parser.parse_args()
@@ -251,7 +256,7 @@ def main() -> None:
         print(f"next: bash scripts/2_convert.sh {shown(folder)} 1 1")
         return
     selection = Selection(arguments.split, arguments.config, dict(arguments.map_column))
-    file = place_dataset(arguments.source, selection, arguments.revision, arguments.assets_dir)
+    file = place_dataset(arguments.source, selection, arguments.revision, arguments.assets_dir, arguments.name)
     print(f"next: bash scripts/3_tokenize.sh TOKENIZER_DIR {shown(file)} 16384")
 
 

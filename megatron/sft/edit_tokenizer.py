@@ -209,7 +209,7 @@ class TokenizerFiles:
             for file, text in after.items():
                 (copy / file).write_text(text, encoding="utf-8")
             try:
-                tokenizer = AutoTokenizer.from_pretrained(copy)
+                tokenizer = AutoTokenizer.from_pretrained(copy, trust_remote_code=False)
             except Exception as error:
                 raise UserError(
                     f"transformers cannot load the edited tokenizer ({error}): nothing was changed"

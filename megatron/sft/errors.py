@@ -32,20 +32,27 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def leave_message(message: str) -> None:
+    """Say why this process ends: `error: message` on stderr, or in a multi-process run in the error file that torchrun gave
+    it, of which `megatron.sft.launch` prints one.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        return
+    content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    Path(error_file).write_text(json.dumps(content))
+
+
 def run(main: Callable[[], None]) -> None:
     """Call an entry module's `main`. A `UserError` becomes one line and exit status 2, any other error keeps its trace.
 
-    In a multi-process run mostly every rank finds the same error. Each leaves it in the error file that torchrun gave it, and
-    `megatron.sft.launch` prints the first.
+    In a multi-process run mostly every rank finds the same error; it is printed once.
     """
     try:
         main()
     except UserError as error:
-        error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if not error_file:
-            fail(str(error))
-        content = {"message": {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}}
-        Path(error_file).write_text(json.dumps(content))
+        leave_message(str(error))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

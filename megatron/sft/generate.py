@@ -4,71 +4,81 @@ python -m megatron.sft.generate HF_DIR "Sort these names: Tom Ada" --control "<t
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
-from megatron.sft.answers import DTYPES, ChatModel, Decoding, load_chat_model, read_questions
+from megatron.sft.answer_file import answer_file
+from megatron.sft.answers import BACKENDS, DTYPES, ChatModel, Decoding, check_control, load_chat_model
 from megatron.sft.data.conversations import Conversation
-from megatron.sft.data.sources import read_rows
 from megatron.sft.errors import OneLineParser, UserError, run
-from megatron.sft.manifest import write_text
 
-DATA_ENDINGS = (".json", ".jsonl")
+DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
 CHAT_HELP = (
-    "/new starts again, /control <TOKEN> begins answers with it (/control alone: with none), /quit or Ctrl-D ends"
+    "/new starts again, /control <TOKEN> begins answers with it (/control alone: with none), Ctrl-C stops an answer, "
+    "/quit or Ctrl-D ends"
 )
 
 
 class TextStream:
-    """Prints an answer while it is made. transformers calls `put` with the prompt, then with every new token."""
+    """Prints an answer while it is made, token by token."""
 
     def __init__(self, chat_model: ChatModel) -> None:
-        self.chat_model = chat_model
-        self.ids: list[int] | None = None
-        self.printed = ""
+        self._chat_model = chat_model
+        self._ids: list[int] = []
+        self._printed, self._start = 0, 0  # how many tokens are printed, and where decoding of new ones begins
+        self.text = ""
 
-    def put(self, value: Any) -> None:
-        if self.ids is None:
-            self.ids = []  # the prompt
+    def put(self, token: int) -> None:
+        """A token may be a part of a character, or the end, and a word's first token may carry a space or not by what is
+        before it: so new ones are decoded together with those that were printed last."""
+        if token in self._chat_model.stop_ids:
             return
-        self.ids += value.reshape(-1).tolist()
-        text, _ = self.chat_model.text_of(self.ids)
-        if not text.endswith("\ufffd"):  # the first bytes of a character
-            print(text[len(self.printed) :], end="", flush=True)
-            self.printed = text
+        self._ids.append(token)
+        before = self._chat_model.decoded(self._ids[self._start : self._printed])
+        now = self._chat_model.decoded(self._ids[self._start :])
+        if len(now) > len(before) and not now.endswith("\ufffd"):
+            self._print(now[len(before) :])
+            self._start, self._printed = self._printed, len(self._ids)
 
-    def end(self) -> None:
-        text, finished = self.chat_model.text_of(self.ids or [])
-        print(text[len(self.printed) :] + ("" if finished else " [cut at MAX_NEW_TOKENS]"), flush=True)
+    def end(self, note: str = "") -> None:
+        before = self._chat_model.decoded(self._ids[self._start : self._printed])
+        self._print(self._chat_model.decoded(self._ids[self._start :])[len(before) :])
+        print(note, flush=True)
+
+    def _print(self, piece: str) -> None:
+        self.text += piece
+        print(piece, end="", flush=True)
 
 
 def main() -> None:
     arguments = _parse()
-    decoding = Decoding(arguments.max_new_tokens, arguments.temperature, arguments.batch_size)
-    _check(arguments, decoding)
+    decoding = Decoding(
+        arguments.max_new_tokens, arguments.temperature, arguments.batch_size, arguments.top_p, arguments.top_k
+    )
+    _check(decoding, arguments.num_gpus)
     given: str | None = arguments.input
     is_file = given is not None and "\n" not in given and len(given) < 1000 and Path(given).is_file()
     if given is not None and not is_file and given.endswith(DATA_ENDINGS) and " " not in given:
         raise UserError(f"data file {given} does not exist: check the path (any other text is taken as a prompt)")
-    chat_model = load_chat_model(arguments.hf_dir, arguments.dtype)
-    chat_model.check_control(arguments.control)
-    _seed(arguments.seed)
+    model = load_chat_model(arguments.hf_dir, arguments.dtype, arguments.backend, arguments.seed, arguments.num_gpus)
+    check_control(model.tokenizer, arguments.control)
     if given is None:
-        chat(chat_model, arguments.control, decoding)
+        chat(model, arguments.control, decoding)
     elif is_file:
         output = arguments.output or Path(given).with_name(Path(given).stem + ".answers.jsonl")
-        answer_file(chat_model, Path(given), output, arguments.control, decoding)
+        settings = {"model": str(arguments.hf_dir.resolve()), "seed": arguments.seed, "control": arguments.control}
+        answer_file(model, Path(given), output, decoding, settings)
     else:
-        stream_answer(chat_model, [{"role": "user", "content": given}], arguments.control, decoding)
+        stream_answer(model, [{"role": "user", "content": given}], arguments.control, decoding)
 
 
 def stream_answer(chat_model: ChatModel, messages: Conversation, control: str, decoding: Decoding) -> str:
     """Print the answer while it is made, and return it."""
     print(control, end="", flush=True)
     prompt = chat_model.prompt(messages, control)
-    [(text, _)] = chat_model.generate([prompt], decoding, TextStream(chat_model))
+    stream = TextStream(chat_model)
+    [(text, finished)] = chat_model.generate([prompt], decoding, stream.put)
+    stream.end("" if finished else " [cut at MAX_NEW_TOKENS]")
     return control + text
 
 
@@ -91,58 +101,45 @@ def chat(chat_model: ChatModel, control: str, decoding: Decoding) -> None:
         elif command == "/control":
             control = _changed_control(chat_model, control, rest.strip())
         elif line:
-            messages.append({"role": "user", "content": line})
-            messages.append({"role": "assistant", "content": stream_answer(chat_model, messages, control, decoding)})
+            messages = _with_answer(chat_model, [*messages, {"role": "user", "content": line}], control, decoding)
+
+
+def _with_answer(chat_model: ChatModel, messages: Conversation, control: str, decoding: Decoding) -> Conversation:
+    """The conversation with its answer; without its last question where there is none."""
+    try:
+        answer = stream_answer(chat_model, messages, control, decoding)
+    except KeyboardInterrupt:
+        print(" [stopped: the question and this answer are forgotten]")
+        return messages[:-1]
+    except UserError as error:
+        print(f"{error} (/new starts again)")
+        return messages[:-1]
+    return [*messages, {"role": "assistant", "content": answer}]
 
 
 def _changed_control(chat_model: ChatModel, control: str, wanted: str) -> str:
     try:
-        chat_model.check_control(wanted)
+        check_control(chat_model.tokenizer, wanted)
     except UserError as error:
         print(error)
         return control
     return wanted
 
 
-def answer_file(chat_model: ChatModel, data: Path, output: Path, control: str, decoding: Decoding) -> None:
-    """Write the rows of `data` as JSON lines with an `answer` more, and `finished` false where the limit cut it."""
-    questions = read_questions(data, with_reference=False)
-    if output.resolve() == data.resolve():
-        raise UserError(f"OUTPUT {output} is the data file itself: give another name")
-    done = 0
-
-    def progress(num_answers: int) -> None:
-        nonlocal done
-        done += num_answers
-        print(f"answered {done:,} of {len(questions):,}", file=sys.stderr, flush=True)
-
-    answers = chat_model.answers([question.messages for question in questions], control, decoding, progress)
-    rows = [
-        {**row.fields, "answer": answer.text, "finished": answer.finished}
-        for row, answer in zip(read_rows(data), answers, strict=True)
-    ]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    num_cut = sum(not answer.finished for answer in answers)
-    print(f"wrote {len(rows):,} answers to {output}, {num_cut:,} of them cut at {decoding.max_new_tokens} tokens")
-
-
-def _check(arguments: argparse.Namespace, decoding: Decoding) -> None:
-    if arguments.backend != "transformers":
-        raise UserError(f"backend {arguments.backend!r} is not there yet: leave BACKEND out to use transformers")
+def _check(decoding: Decoding, num_gpus: int) -> None:
     for name, value, least in (
         ("MAX_NEW_TOKENS", decoding.max_new_tokens, 1),
         ("BATCH_SIZE", decoding.batch_size, 1),
         ("TEMPERATURE", decoding.temperature, 0),
+        ("TOP_K", decoding.top_k, 0),
+        ("NUM_GPUS", num_gpus, 1),
     ):
         if value < least:
             raise UserError(f"{name}={value} is too small: give at least {least}")
-
-
-def _seed(seed: int) -> None:
-    import torch
-
-    torch.manual_seed(seed)
+    if not 0 < decoding.top_p <= 1:
+        raise UserError(f"TOP_P={decoding.top_p} is no share of the probability: give more than 0, at most 1")
+    if not decoding.temperature and (decoding.top_p < 1 or decoding.top_k):
+        raise UserError("TOP_P and TOP_K change nothing at TEMPERATURE=0: give a temperature, such as 0.6")
 
 
 def _parse() -> argparse.Namespace:
@@ -152,11 +149,14 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--control", default="", help="text that every answer begins with, such as <think> or <short>")
     parser.add_argument("--max-new-tokens", type=int, default=Decoding.max_new_tokens)
     parser.add_argument("--temperature", type=float, default=Decoding.temperature)
+    parser.add_argument("--top-p", type=float, default=Decoding.top_p, help="draw from the likeliest of this share")
+    parser.add_argument("--top-k", type=int, default=Decoding.top_k, help="draw from so many tokens; 0 is all")
     parser.add_argument("--batch-size", type=int, default=Decoding.batch_size)
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as the folder says")
     parser.add_argument("--output", type=Path, help="of a data file; default <data>.answers.jsonl beside it")
     parser.add_argument("--seed", type=int, default=1234, help="of sampling at a temperature above 0")
-    parser.add_argument("--backend", default="transformers")
+    parser.add_argument("--backend", default=BACKENDS[0], help=" or ".join(BACKENDS))
+    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs that vLLM shares the model between")
     return parser.parse_args()
 
 

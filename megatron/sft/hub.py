@@ -6,8 +6,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 
 from megatron.sft.errors import UserError
 
@@ -31,6 +31,8 @@ class Repository:
     id: str
     commit: str
     files: dict[str, int]
+    # SHA-256 of the large ones; the hub keeps none of the others.
+    checksums: dict[str, str] = field(default_factory=dict)
 
 
 def endpoint() -> str:
@@ -44,7 +46,17 @@ def find_repository(kind: str, id: str, revision: str) -> Repository:
         info = huggingface_hub.HfApi().repo_info(
             id, repo_type=kind, revision=revision, timeout=ANSWER_TIMEOUT_S, files_metadata=True
         )
-    return Repository(kind, id, info.sha, {file.rfilename: file.size or 0 for file in info.siblings})
+    check_names(kind, id, [file.rfilename for file in info.siblings])
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings}
+    checksums = {file.rfilename: str(file.lfs.sha256) for file in info.siblings if file.lfs}
+    return Repository(kind, id, info.sha, sizes, checksums)
+
+
+def check_names(kind: str, id: str, names: list[str]) -> None:
+    """Refuse a repository with a file that would be written outside its folder."""
+    for name in names:
+        if not name or "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(f"{kind} {id} has a file {name!r}, which lies outside its folder: do not use it")
 
 
 def fetch_files(repository: Repository, names: list[str], folder: Path) -> None:

@@ -15,6 +15,7 @@ class Layout:
     context_parallel: int = 1
     sequence_parallel: bool = False
     expert_parallel: int = 1
+    virtual_pipeline: int = 1  # model chunks on each pipeline stage
 
     @property
     def model_size(self) -> int:
@@ -64,6 +65,7 @@ def check_layout(layout: Layout, shape: Shape) -> None:
         ("PP", layout.pipeline_parallel),
         ("CP", layout.context_parallel),
         ("EP", layout.expert_parallel),
+        ("VIRTUAL_PIPELINE_SIZE", layout.virtual_pipeline),
     ):
         if size < 1:
             raise UserError(f"{name}={size} is not possible: parallel sizes start at 1")
@@ -83,6 +85,7 @@ def check_layout(layout: Layout, shape: Shape) -> None:
         raise UserError(
             f"PP={layout.pipeline_parallel} is more than the model's {shape.num_layers} layers: choose PP up to that"
         )
+    _check_virtual_pipeline(layout, shape)
     _check_experts(layout, shape)
     if layout.sequence_parallel and tensor_parallel == 1:
         raise UserError("sequence parallelism needs TP > 1: set TENSOR_PARALLEL_SIZE=2 or more, or SEQUENCE_PARALLEL=0")
@@ -94,4 +97,21 @@ def _check_experts(layout: Layout, shape: Shape) -> None:
         raise UserError(
             f"EP={layout.expert_parallel} does not divide the model's {experts} experts: "
             f"choose EP from {', '.join(str(n) for n in range(1, experts + 1) if experts % n == 0)}"
+        )
+
+
+def _check_virtual_pipeline(layout: Layout, shape: Shape) -> None:
+    """megatron-core interleaves stages that have as many layers as each other, in chunks of one size."""
+    chunks, stages = layout.virtual_pipeline, layout.pipeline_parallel
+    if chunks == 1:
+        return
+    if stages == 1:
+        raise UserError(
+            f"VIRTUAL_PIPELINE_SIZE={chunks} needs pipeline stages: set PIPELINE_PARALLEL_SIZE=2 or more, or take 1"
+        )
+    if shape.num_layers % (stages * chunks):
+        works = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % (stages * n) == 0] or [1]
+        raise UserError(
+            f"VIRTUAL_PIPELINE_SIZE={chunks} x PP={stages} does not divide the model's {shape.num_layers} layers: choose "
+            f"VIRTUAL_PIPELINE_SIZE from {', '.join(map(str, works))}"
         )

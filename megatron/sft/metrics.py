@@ -1,71 +1,142 @@
 """The run as it can be watched: a log line a step, and metrics.jsonl, the record that every plot is made from."""
 
 import json
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.sft import processes
+from megatron.sft import device, processes
+from megatron.sft.curves import METRICS
+from megatron.sft.families.rules import Shape
+from megatron.sft.flops import training_flops
+from megatron.sft.manifest import write_text
+from megatron.sft.trackers import Tracker
 
-FILE = "metrics.jsonl"
+FILE = METRICS
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one training step came to, or the mean of several: `seconds` and all counts of tokens are of one step.
+
+    tokens: without padding. trained_tokens: those with a loss. sum_squared_lengths: over the step's conversations, for the
+    operations of attention. num_processes: GPUs that did the work. skipped_steps: left out so far, of the whole run.
+    source_losses: name of a source of the data to its mean loss per trained token and its trained tokens, of all steps since
+    the last line. loss_scale: fp16's. memory_bytes: the largest peak of a process.
+    """
+
+    iteration: int
+    consumed_rows: int
+    loss: float
+    lr: float
+    grad_norm: float
+    seconds: float
+    tokens: int
+    trained_tokens: int
+    sum_squared_lengths: int
+    num_processes: int
+    skipped_steps: int = 0
+    source_losses: dict[str, tuple[float, int]] = field(default_factory=dict)
+    loss_scale: float | None = None
+    memory_bytes: int = 0
 
 
 @dataclass
 class MetricsLog:
-    """Writes lines of one run. Only the first process prints and writes."""
+    """Writes lines of one run. Only the first process prints and writes.
+
+    shape: of the model, for TFLOP/s. trackers: get every figure, too; only the first process has any.
+    """
 
     folder: Path
     train_iters: int
     rows_an_epoch: int
     start_iteration: int
+    shape: Shape
+    trackers: Sequence[Tracker] = ()
     _started: float = field(default_factory=time.monotonic)
 
-    def step(
-        self,
-        iteration: int,
-        consumed_rows: int,
-        loss: float,
-        lr: float,
-        grad_norm: float,
-        seconds: float,
-        tokens: int,
-        trained_tokens: int,
-        num_processes: int,
-    ) -> None:
-        """One training step, or the mean of several: `seconds` and the token counts are of one step."""
-        rate = tokens / seconds
-        epoch = consumed_rows / self.rows_an_epoch
-        done = iteration - self.start_iteration
-        eta = (time.monotonic() - self._started) / max(done, 1) * (self.train_iters - iteration)
-        each = f" ({_short(rate / num_processes)} each)" if num_processes > 1 else ""
-        processes.say(
-            f"iteration {iteration:>{len(str(self.train_iters))}}/{self.train_iters} | epoch {epoch:.2f} | "
-            f"loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.2f} | {seconds:.2f} s | "
-            f"{_short(rate)} tokens/s{each} | trained {100 * trained_tokens / max(tokens, 1):.0f} % | ETA {clock(eta)}"
-        )
-        self._write(
-            iteration=iteration,
-            epoch=round(epoch, 6),
-            consumed_rows=consumed_rows,
-            loss=loss,
-            lr=lr,
-            grad_norm=grad_norm,
-            seconds=round(seconds, 6),
-            tokens_per_second=round(rate, 2),
-            tokens=tokens,
-            trained_tokens=trained_tokens,
-        )
+    def step(self, record: StepRecord) -> None:
+        """One line on the screen, one in the file, and the same figures for every tracker."""
+        tflops = self._tflops(record)
+        peak = device.peak_tflops()
+        mfu = tflops / peak if peak else None
+        processes.say(self._line(record, tflops, mfu))
+        rate = record.tokens / record.seconds
+        values = {
+            "iteration": record.iteration,
+            "epoch": round(self._epoch(record), 6),
+            "consumed_rows": record.consumed_rows,
+            "loss": record.loss,
+            "lr": record.lr,
+            "grad_norm": record.grad_norm if math.isfinite(record.grad_norm) else None,
+            "seconds": round(record.seconds, 6),
+            "tokens_per_second": round(rate, 2),
+            "tokens": record.tokens,
+            "trained_tokens": record.trained_tokens,
+            "tflops_per_process": round(tflops, 4),
+            "mfu": None if mfu is None else round(mfu, 4),
+            "memory_bytes": record.memory_bytes,
+            "skipped_steps": record.skipped_steps,
+            "loss_scale": record.loss_scale,
+            "sources": {
+                name: {"loss": loss, "trained_tokens": tokens}
+                for name, (loss, tokens) in record.source_losses.items()
+                if tokens
+            },
+        }
+        self._write({name: value for name, value in values.items() if value not in (None, {})})
 
     def validation(self, iteration: int, loss: float, trained_tokens: int) -> None:
         """The mean loss on the validation rows after `iteration` steps."""
         processes.say(f"validation after iteration {iteration} | loss {loss:.4f} | {trained_tokens:,} trained tokens")
-        self._write(iteration=iteration, validation_loss=loss, trained_tokens=trained_tokens)
+        self._write({"iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens})
 
-    def _write(self, **values: Any) -> None:
+    def close(self) -> None:
+        """Have the trackers write what they hold."""
+        for tracker in self.trackers:
+            tracker.close()
+
+    def _epoch(self, record: StepRecord) -> float:
+        return record.consumed_rows / self.rows_an_epoch
+
+    def _tflops(self, record: StepRecord) -> float:
+        """Of one process, mean over the step."""
+        operations = training_flops(self.shape, record.tokens, record.trained_tokens, record.sum_squared_lengths)
+        return operations / record.seconds / record.num_processes / 1e12
+
+    def _line(self, record: StepRecord, tflops: float, mfu: float | None) -> str:
+        rate = record.tokens / record.seconds
+        done = record.iteration - self.start_iteration
+        eta = (time.monotonic() - self._started) / max(done, 1) * (self.train_iters - record.iteration)
+        each = f" ({_short(rate / record.num_processes)} each)" if record.num_processes > 1 else ""
+        efficiency = f", MFU {100 * mfu:.1f} %" if mfu is not None else ""
+        parts = [
+            f"iteration {record.iteration:>{len(str(self.train_iters))}}/{self.train_iters}",
+            f"epoch {self._epoch(record):.2f}",
+            f"loss {record.loss:.4f}",
+            f"lr {record.lr:.2e}",
+            f"grad norm {record.grad_norm:.2f}",
+            f"{record.seconds:.2f} s",
+            f"{_short(rate)} tokens/s{each}",
+            f"{tflops:.3g} TFLOP/s per {'GPU' if device.has_gpu() else 'process'}{efficiency}",
+            f"memory {record.memory_bytes / 2**30:.1f} GiB",
+            f"trained {100 * record.trained_tokens / max(record.tokens, 1):.0f} %",
+            *([f"skipped {record.skipped_steps}"] if record.skipped_steps else []),
+            *([f"loss scale {record.loss_scale:g}"] if record.loss_scale is not None else []),
+            f"ETA {clock(eta)}",
+        ]
+        return " | ".join(parts)
+
+    def _write(self, values: dict[str, Any]) -> None:
         if processes.is_first():
             with open(self.folder / FILE, "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
+            for tracker in self.trackers:
+                tracker.write(values)
 
 
 def forget_after(folder: Path, iteration: int) -> None:
@@ -73,11 +144,23 @@ def forget_after(folder: Path, iteration: int) -> None:
     path = folder / FILE
     if not processes.is_first() or not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
-    from megatron.sft.manifest import write_text
-
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _is_kept(line, iteration)]
     write_text(path, "".join(kept))
+
+
+def has_validation(folder: Path, iteration: int) -> bool:
+    """Whether metrics.jsonl has the validation after `iteration` steps."""
+    path = folder / FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return any("validation_loss" in line and json.loads(line)["iteration"] == iteration for line in lines)
+
+
+def _is_kept(line: str, iteration: int) -> bool:
+    """Not so where a process that was killed, or a full disk, left a part of a line."""
+    try:
+        return line.endswith("\n") and int(json.loads(line)["iteration"]) <= iteration
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def clock(seconds: float) -> str:

@@ -1,24 +1,21 @@
 """Builds the model: the one place that knows megatron-core's GPTModel and how its layers are put together here."""
 
+import os
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -26,28 +23,26 @@ from torch import Tensor
 from megatron.sft import device
 from megatron.sft.attention import PackedAttention
 from megatron.sft.batches import MicroBatch
+from megatron.sft.decoder_layer import DecoderLayer
 from megatron.sft.families.rope import inverse_frequencies
 from megatron.sft.families.rules import Shape
 from megatron.sft.layout import Layout, check_layout
 from megatron.sft.loss_head import weighted_cross_entropy
+from megatron.sft.norm import ResidualNorm, RMSNorm
+from megatron.sft.rotary import rotary_tables
+from megatron.sft.weight_gradient import use_in_linear_layers
 
 
 def has_transformer_engine() -> bool:
-    """True if this process can use Transformer Engine's layers: it has a GPU and megatron-core found the package."""
-    if not device.has_gpu():
+    """True if this process uses Transformer Engine's layers: it has a GPU and megatron-core found the package.
+
+    MEGATRON_SFT_TE=0 in the environment does without it, to compare.
+    """
+    if not device.has_gpu() or os.environ.get("MEGATRON_SFT_TE") == "0":
         return False
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return bool(HAVE_TE)
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, made the way megatron-core makes norms and marked for sequence parallelism's gradient sum."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        weight: Any = self.weight
-        weight.sequence_parallel = config.sequence_parallel
 
 
 class OutputHead(tensor_parallel.ColumnParallelLinear):
@@ -56,7 +51,9 @@ class OutputHead(tensor_parallel.ColumnParallelLinear):
     It stays a module of its own because megatron-core waits for a module's gathered parameters when the module is called.
     """
 
-    def forward(self, hidden: Tensor, weight: Tensor, batch: MicroBatch, vocab_size: int, logits: bool) -> Tensor:
+    def forward(
+        self, hidden: Tensor, weight: Tensor, batch: MicroBatch, vocab_size: int, logits: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """hidden: [t / TP with sequence parallelism, 1, hidden size]. Returns what `SFTModel.forward` does."""
         if self.sequence_parallel:
             # Each rank's head gives a part of the gradient; the gather's backward sums the parts and scatters.
@@ -66,24 +63,33 @@ class OutputHead(tensor_parallel.ColumnParallelLinear):
         hidden = hidden.squeeze(1)  # [t, hidden]
         if logits:
             local = hidden @ weight.t()
-            return tensor_parallel.gather_from_tensor_model_parallel_region(local, group=self.tp_group)[:, :vocab_size]
+            whole: Tensor = tensor_parallel.gather_from_tensor_model_parallel_region(local, group=self.tp_group)
+            return whole[:, :vocab_size]
         trained = hidden.index_select(0, batch.targets.positions)  # [n, hidden]
         shared_here = self.weight is None  # tied, and the embedding lies on this stage
-        return weighted_cross_entropy(trained, weight, batch.targets, vocab_size, self.tp_group, shared_here)
+        # What the backward pass will start with: the weight's gradient is made before.
+        scale = batch.gradient_scale
+        if self.config.fp16:
+            scale = self.config.grad_scale_func(torch.ones((), device=hidden.device) if scale is None else scale)
+        return weighted_cross_entropy(trained, weight, batch.targets, vocab_size, self.tp_group, shared_here, scale)
 
 
 class SFTModel(GPTModel):
     """A GPTModel that takes a `MicroBatch` and returns the summed loss of its trained tokens (on the last stage)."""
 
-    def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.true_vocab_size = true_vocab_size
+    def __init__(self, *args: Any, shape: Shape, **kwargs: Any) -> None:
+        # megatron-core's own rotary positions know Llama 3.1's scaling at its first values only.
+        super().__init__(*args, position_embedding_type="none", **kwargs)
+        self.true_vocab_size = shape.vocab_size
+        # No buffer: Float16Module would round it.
+        self.inverse_frequencies = inverse_frequencies(shape, device.current())
         if self.post_process:
             # GPTModel makes its output layer itself; only what it computes is changed.
             self.output_layer.__class__ = OutputHead
 
-    def forward(self, batch: MicroBatch, logits: bool = False) -> Tensor:
-        """The summed loss as a float32 scalar on the last pipeline stage, hidden states [t, 1, hidden] on the others.
+    def forward(self, batch: MicroBatch, logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """On the last pipeline stage the summed loss and each trained token's (`weighted_cross_entropy`), on the others hidden
+        states [t, 1, hidden].
 
         logits=True gives [t, vocabulary] instead of the loss, gathered over TP and without padded rows, for comparisons.
         """
@@ -92,8 +98,12 @@ class SFTModel(GPTModel):
             return hidden
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        result: Tensor = self.output_layer(hidden, weight, batch, self.true_vocab_size, logits)
+        result: Tensor | tuple[Tensor, Tensor] = self.output_layer(hidden, weight, batch, self.true_vocab_size, logits)
         return result
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        return decoder_input, rotary_tables(position_ids[0], self.inverse_frequencies), *rest
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # GPTModel would form all logits here; the head takes the hidden states.
@@ -105,6 +115,9 @@ def transformer_config(shape: Shape, layout: Layout, params_dtype: torch.dtype, 
     check_layout(layout, shape)
     stage_layers = layout.stage_layers(shape)
     uneven = len(set(stage_layers)) > 1
+    accumulate = device.has_gpu() and not has_transformer_engine()
+    if accumulate:
+        use_in_linear_layers()
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -129,8 +142,13 @@ def transformer_config(shape: Shape, layout: Layout, params_dtype: torch.dtype, 
         sequence_parallel=layout.sequence_parallel,
         num_layers_in_first_pipeline_stage=stage_layers[0] if uneven else None,
         num_layers_in_last_pipeline_stage=stage_layers[-1] if uneven else None,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        # Between two stages only megatron-core's single transfers keep the two directions of interleaved chunks apart.
+        overlap_p2p_comm=layout.virtual_pipeline > 1,
+        batch_p2p_comm=layout.virtual_pipeline == 1,
+        batch_p2p_sync=False,
         pipeline_dtype=params_dtype,
-        # Rows differ in length, so stages tell each other the shape.
+        # Rows differ in length (see `pipeline.RowPipeline`).
         variable_seq_lengths=layout.pipeline_parallel > 1,
         moe_token_dispatcher_type="alltoall",
         **_mixture_fields(shape, layout),
@@ -140,12 +158,11 @@ def transformer_config(shape: Shape, layout: Layout, params_dtype: torch.dtype, 
         calculate_per_token_loss=True,
         use_cpu_initialization=not device.has_gpu(),
         perform_initialization=False,
-        gradient_accumulation_fusion=False,
+        # Transformer Engine's layers do it by a switch of their own (build_model).
+        gradient_accumulation_fusion=accumulate,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
-        bias_activation_fusion=device.has_gpu() and not has_transformer_engine(),
-        use_te_activation_func=has_transformer_engine(),
-        apply_rope_fusion=has_transformer_engine(),
+        bias_activation_fusion=False,
         persist_layer_norm=False,
         **overrides,
     )
@@ -172,38 +189,32 @@ def _mixture_fields(shape: Shape, layout: Layout) -> dict[str, Any]:
     }
 
 
-def build_model(shape: Shape, layout: Layout, config: TransformerConfig) -> SFTModel:
+def build_model(shape: Shape, layout: Layout, config: TransformerConfig, chunk: int = 0) -> SFTModel:
     """This process's part of the model, its parameters not yet set: load a checkpoint or `weights` into it.
 
-    Needs megatron-core's parallel state to have the sizes of `layout`. Under `torch.device("meta")` it takes no memory.
+    chunk: which one, where the layout puts several on each pipeline stage. Needs megatron-core's parallel state to have the
+    sizes of `layout`. Under `torch.device("meta")` it takes no memory.
     """
-    pre_process = parallel_state.is_pipeline_first_stage()
-    post_process = parallel_state.is_pipeline_last_stage()
+    vp_stage = chunk if layout.virtual_pipeline > 1 else None
+    pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+    post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     model = SFTModel(
         config=config,
-        transformer_layer_spec=_layers(config),
+        transformer_layer_spec=_layers(config, vp_stage),
         vocab_size=layout.padded_vocab_size(shape),
         max_sequence_length=shape.max_positions,
         pre_process=pre_process,
         post_process=post_process,
         share_embeddings_and_output_weights=shape.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=int(shape.rope_theta),
-        true_vocab_size=shape.vocab_size,
+        vp_stage=vp_stage,
+        shape=shape,
     )
     _mark_split_parameters(model)
-    if shape.rope_scaling is not None:
-        # megatron-core knows the scaling of Llama 3.1 at its first values only.
-        model.rotary_pos_emb.inv_freq = inverse_frequencies(shape, model.rotary_pos_emb.inv_freq.device)
     for module in model.modules():
         # Transformer Engine's layers add their weight gradients to main_grad inside the GEMM. megatron-core's switch for it
         # would ask for Apex, which only its own layers need.
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
-        if isinstance(module, MLP) and isinstance(module.activation_func, torch.nn.Module):
-            # Transformer Engine's activation has no weights, which megatron-core asks it for when it saves.
-            activation: Any = module.activation_func
-            activation.sharded_state_dict = lambda *args, **kwargs: {}
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     return model if on_meta else model.to(device.current())
 
@@ -224,28 +235,33 @@ def _mark_split_parameters(model: torch.nn.Module) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
 
 
-def _layers(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
-    if has_transformer_engine():
-        layer = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=config.qk_layernorm,
-            use_te_activation_func=config.use_te_activation_func,
-        )
-        if config.params_dtype == torch.float32:
-            # Transformer Engine has no packed attention in float32.
-            layer.submodules.self_attention.submodules.core_attention = PackedAttention
-        return layer
+def _layers(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
     )
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.module = DecoderLayer
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = ResidualNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.q_layernorm = attention.k_layernorm = RMSNorm if config.qk_layernorm else None
+    if has_transformer_engine():
+        from megatron.core.extensions import transformer_engine as engine
+
+        attention.linear_qkv, attention.linear_proj = engine.TEColumnParallelLinear, engine.TERowParallelLinear
+        windowed_part = config.context_parallel_size > 1 and config.window_size is not None
+        if config.params_dtype != torch.float32 and not windowed_part:
+            # It has no packed attention in float32, nor a window on a part of the row.
+            attention.core_attention = engine.TEDotProductAttention
+        if not config.num_moe_experts:
+            dense = layer.submodules.mlp.submodules
+            dense.linear_fc1, dense.linear_fc2 = engine.TEColumnParallelLinear, engine.TERowParallelLinear
     if config.num_moe_experts:
         # The name that Transformer Engine's layer gives it: before experts the norm is not part of a linear layer.
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+        if has_transformer_engine():
+            layer.submodules.mlp = get_moe_module_spec(
+                use_te=True, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+            )
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
+    )

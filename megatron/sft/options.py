@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from megatron.sft.errors import UserError
 
-MODES = ("train", "resume", "plan")
+MODES = ("train", "resume")
 
 
 def _setting(variable: str, meaning: str, default: Any = MISSING, choices: tuple[str, ...] = ()) -> Any:
@@ -33,9 +33,10 @@ class TrainOptions:
 
     tensor_model_parallel_size: int = _setting("TENSOR_PARALLEL_SIZE", "processes that share each layer", 1)
     pipeline_model_parallel_size: int = _setting("PIPELINE_PARALLEL_SIZE", "pipeline stages of layers", 1)
-    context_parallel_size: int = _setting(
-        "CONTEXT_PARALLEL_SIZE", "processes that share each row; only 1 works so far", 1
+    num_virtual_stages_per_pipeline_rank: int = _setting(
+        "VIRTUAL_PIPELINE_SIZE", "parts of the model on each pipeline stage, interleaved so that stages wait less", 1
     )
+    context_parallel_size: int = _setting("CONTEXT_PARALLEL_SIZE", "processes that share each row", 1)
     expert_model_parallel_size: int = _setting(
         "EXPERT_PARALLEL_SIZE", "processes over which a mixture's experts are spread", 1
     )
@@ -51,7 +52,28 @@ class TrainOptions:
         "LOSS_AVERAGE", "every trained token weighs the same, or every conversation", "token", ("token", "conversation")
     )
 
-    precision: str = _setting("PRECISION", "of the weights in forward and backward", "bf16", ("bf16", "fp32"))
+    precision: str = _setting(
+        "PRECISION", "of forward and backward; fp8 needs Transformer Engine", "bf16", ("bf16", "fp16", "fp8", "fp32")
+    )
+    fp8_recipe: str = _setting(
+        "FP8_RECIPE",
+        "scale of fp8 tensors: by their present values, or by those of the last steps",
+        "tensorwise",
+        ("tensorwise", "delayed"),
+    )
+    initial_loss_scale: float = _setting("INITIAL_LOSS_SCALE", "first loss scale of fp16", 65536.0)
+    loss_scale_window: float = _setting(
+        "LOSS_SCALE_WINDOW", "good steps after which fp16 doubles its loss scale", 1000.0
+    )
+    optimizer_precision: str = _setting(
+        "OPTIMIZER_PRECISION",
+        "of gradients and moments; the master weights are float32 either way",
+        "fp32",
+        ("fp32", "bf16"),
+    )
+    optimizer_offload: bool = _setting(
+        "OPTIMIZER_OFFLOAD", "keep the optimizer's state in the CPU's memory (1 or 0)", False
+    )
     lr: float = _setting("LR", "largest learning rate", 1e-5)
     min_lr: float = _setting("MIN_LR", "learning rate at the end", 1e-6)
     lr_decay_style: str = _setting(
@@ -77,16 +99,53 @@ class TrainOptions:
     adam_eps: float = _setting("ADAM_EPS", "AdamW epsilon", 1e-8)
     clip_grad: float = _setting("CLIP_GRAD", "largest gradient norm; 0 clips nothing", 1.0)
     recompute: str = _setting(
-        "RECOMPUTE", "activations computed again in the backward pass", "none", ("none", "selective", "full")
+        "RECOMPUTE",
+        "what is computed again in the backward pass to save memory: nothing, norms and activation functions, whole layers, or "
+        "the cheapest that fits",
+        "none",
+        ("none", "selective", "full", "auto"),
+    )
+
+    gpu_memory_gib: float = _setting(
+        "GPU_MEMORY_GIB", "memory of a GPU in GiB, for plan and RECOMPUTE=auto; 0 is that of the GPU found", 0.0
+    )
+    tokens_per_second: float = _setting(
+        "TOKENS_PER_SECOND", "speed of all processes together, for plan's estimate of the time; 0 estimates it", 0.0
     )
 
     recipe: str = _setting("RECIPE", "file with these settings, copied beside the checkpoints; set by a recipe", "")
     log_interval: int = _setting("LOG_INTERVAL", "steps a log line", 1)
     save_interval: int = _setting("SAVE_INTERVALS", "steps a checkpoint; the last step is always saved", 1000)
+    async_save: bool = _setting(
+        "ASYNC_SAVE", "write checkpoints while training goes on, from a copy in the CPU's memory (1 or 0)", True
+    )
+    keep_last: int = _setting("KEEP_LAST", "newest checkpoints to keep; 0 keeps all", 0)
+    keep_every: int = _setting(
+        "KEEP_EVERY", "where KEEP_LAST removes some: iterations that are multiples of this one are kept", 0
+    )
+    verify_checkpoint: bool = _setting(
+        "VERIFY_CHECKPOINT", "compare every file of a checkpoint with its checksum before it is loaded (1 or 0)", True
+    )
+    resume_with: str = _setting(
+        "RESUME_WITH",
+        "what may differ from the saved run, at the same position: data, tokenizer, seq_length, global_batch_size, seed, "
+        "split, loss_average, separated by commas",
+        "",
+    )
     eval_interval: int = _setting("EVAL_INTERVAL", "steps between validations, where SPLIT has validation rows", 100)
     eval_iters: int = _setting("EVAL_ITERS", "global batches a validation; 0 takes all validation rows once", 0)
+    on_nan: str = _setting(
+        "ON_NAN", "what to do with a step whose loss or gradient is not finite: end, or leave it out", "stop", ("stop", "skip")
+    )
+    max_skipped: int = _setting("MAX_SKIPPED", "steps of the whole run that ON_NAN=skip may leave out", 10)
+    exit_after_minutes: float = _setting(
+        "EXIT_AFTER_MINUTES", "save and end with status 75 before so many minutes since the script's start; 0 is no limit", 0.0
+    )
+    watchdog_minutes: float = _setting(
+        "WATCHDOG_MINUTES", "end a run that stands still in one part of a step for so long; 0 waits for ever", 10.0
+    )
     distributed_timeout_minutes: float = _setting(
-        "DISTRIBUTED_TIMEOUT_MINUTES", "how long a process waits for others", 10.0
+        "DISTRIBUTED_TIMEOUT_MINUTES", "how long a process waits for others; more than WATCHDOG_MINUTES", 15.0
     )
 
 
@@ -95,15 +154,20 @@ def variable_of(setting: "Field[Any]") -> str:
     return str(setting.metadata["variable"])
 
 
+def variable_named(name: str) -> str:
+    """The shell variable of the setting `name`."""
+    return next(variable_of(setting) for setting in fields(TrainOptions) if setting.name == name)
+
+
 def flag_of(setting: "Field[Any]") -> str:
     """The command-line option of a setting."""
     return "--" + setting.name.replace("_", "-")
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[str, TrainOptions]:
-    """The mode (`train`, `resume`, `plan`, or `` for the right one of the first two) and the settings."""
+    """The mode (`train`, `resume`, or `` for the right one of the two) and the settings."""
     parser = _Parser(prog="train", description="Supervised fine-tuning with megatron-core.", allow_abbrev=False)
-    parser.add_argument("mode", nargs="?", default="", choices=("", *MODES), metavar="train|resume|plan")
+    parser.add_argument("mode", nargs="?", default="", choices=("", *MODES), metavar="train|resume")
     for setting in fields(TrainOptions):
         kind = setting.type
         required = setting.default is MISSING
@@ -152,14 +216,15 @@ def as_markdown() -> str:
         "|---|---|---|---|",
     ]
     for setting in fields(TrainOptions):
-        default = "needed" if setting.default is MISSING else f"`{_shell(setting.default)}`"
+        default = "needed" if setting.default is MISSING else f"`{shell_value(setting.default)}`"
         choices = "; one of " + ", ".join(setting.metadata["choices"]) if setting.metadata["choices"] else ""
         meaning = f"{setting.metadata['meaning']}{choices}"
         lines.append(f"| `{variable_of(setting)}` | `{flag_of(setting)}` | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
-def _shell(value: Any) -> str:
+def shell_value(value: Any) -> str:
+    """A setting's value as it is written in a shell."""
     if isinstance(value, bool):
         return "1" if value else "0"
     return str(value) or '""'

@@ -3,77 +3,37 @@
 python -m megatron.sft.plot outputs/checkpoints/RUN --output loss.png
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.errors import OneLineParser, UserError, run
+from megatron.sft.curves import Curve, read_curve, run_names
+from megatron.sft.errors import OneLineParser, run
 
-METRICS = "metrics.jsonl"
 COLOURS = ("#1f5fa8", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490")
+DASHES = ("-", "--", "-.", (0, (1, 1)))
 SIZE_INCHES, DOTS_PER_INCH = (9.0, 5.0), 120
 SMOOTHING_SHARE = 1 / 25  # of the steps, in one mean
-
-
-@dataclass
-class Curve:
-    """One run's figures by iteration."""
-
-    name: str
-    iterations: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    lrs: list[float] = field(default_factory=list)
-    validation_iterations: list[int] = field(default_factory=list)
-    validation_losses: list[float] = field(default_factory=list)
-
-
-def read_curve(run_path: Path, name: str) -> Curve:
-    """The curve of a run's folder or of its metrics.jsonl. A last line that is still being written is passed over."""
-    path = run_path / METRICS if run_path.is_dir() else run_path
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give a run's folder, which scripts/4_train.sh writes it to") from None
-    curve = Curve(name)
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break
-        try:
-            _add(curve, json.loads(line))
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{path}, line {number} is no line of metrics: give the file that training writes"
-            ) from None
-    if not curve.iterations:
-        raise UserError(f"{path} has no training step yet: wait for the first log line")
-    return curve
-
-
-def _add(curve: Curve, values: dict[str, Any]) -> None:
-    if "validation_loss" in values:
-        curve.validation_iterations.append(int(values["iteration"]))
-        curve.validation_losses.append(float(values["validation_loss"]))
-    else:
-        curve.iterations.append(int(values["iteration"]))
-        curve.losses.append(float(values["loss"]))
-        curve.lrs.append(float(values.get("lr", "nan")))
+AXES = {"iteration": "iteration", "epoch": "epoch", "tokens": "tokens (million)"}
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
     """The mean of each value and its neighbours; fewer neighbours near both ends, the same number on either side."""
     reach = int(len(values) * SMOOTHING_SHARE / 2)
+    sums = [0.0, *accumulate(values)]
     means = []
     for place in range(len(values)):
         near = min(reach, place, len(values) - 1 - place)
-        window = values[place - near : place + near + 1]
-        means.append(sum(window) / len(window))
+        means.append((sums[place + near + 1] - sums[place - near]) / (2 * near + 1))
     return means
 
 
-def draw(curves: Sequence[Curve], output: Path, title: str) -> None:
-    """Write the PNG: raw and smoothed losses, validation points, and the learning rate on the right-hand axis."""
+def draw(curves: Sequence[Curve], output: Path, title: str, axis: str = "iteration", by_source: bool = False) -> None:
+    """Write the PNG: raw and smoothed losses, validation points, and the learning rate on the right-hand axis.
+
+    by_source: with the smoothed loss of every source of the data.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -81,17 +41,11 @@ def draw(curves: Sequence[Curve], output: Path, title: str) -> None:
 
     figure, axes = plt.subplots(figsize=SIZE_INCHES, layout="constrained")
     lr_axes = axes.twinx()
-    for curve, colour in zip(curves, _colours(len(curves)), strict=True):
-        label = f"{curve.name}: loss" if len(curves) > 1 else "loss"
-        raw_label = f"{label} (as logged)" if len(curves) == 1 else None
-        axes.plot(curve.iterations, curve.losses, color=colour, alpha=0.3, linewidth=0.8, label=raw_label)
-        axes.plot(curve.iterations, smoothed(curve.losses), color=colour, linewidth=1.8, label=f"{label} (smoothed)")
-        if curve.validation_losses:
-            validation = label.replace("loss", "validation loss")
-            points = (curve.validation_iterations, curve.validation_losses)
-            axes.plot(*points, "o", color=colour, markersize=6, markeredgecolor="black", label=validation)
-        lr_axes.plot(curve.iterations, curve.lrs, color=colour, alpha=0.6, linewidth=1.0, linestyle=":")
-    _dress(axes, lr_axes, curves, title)
+    for number, curve in enumerate(curves):
+        _draw_run(axes, lr_axes, curve, _style(number), len(curves) > 1, axis)
+        if by_source:
+            _draw_sources(axes, curve, number, len(curves), axis)
+    _dress(axes, lr_axes, curves, title, axis)
     output.parent.mkdir(parents=True, exist_ok=True)
     beside = output.with_name(f".{output.name}.tmp")
     figure.savefig(beside, dpi=DOTS_PER_INCH, format="png")
@@ -99,16 +53,38 @@ def draw(curves: Sequence[Curve], output: Path, title: str) -> None:
     beside.replace(output)
 
 
-def _colours(count: int) -> list[str]:
-    return [COLOURS[place % len(COLOURS)] for place in range(count)]
+def _style(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
 
 
-def _dress(axes: Any, lr_axes: Any, curves: Sequence[Curve], title: str) -> None:
+def _draw_run(axes: Any, lr_axes: Any, curve: Curve, style: dict[str, Any], is_one_of_several: bool, axis: str) -> None:
+    label = f"{curve.name}: loss" if is_one_of_several else "loss"
+    raw_label = None if is_one_of_several else f"{label} (as logged)"
+    x, colour = curve.x(axis), style["color"]
+    axes.plot(x, curve.losses, color=colour, alpha=0.3, linewidth=0.8, label=raw_label)
+    axes.plot(x, smoothed(curve.losses), **style, linewidth=1.8, label=f"{label} (smoothed)")
+    if curve.validation_losses:
+        validation = label.replace("loss", "validation loss")
+        points = (curve.validation_x(axis), curve.validation_losses)
+        axes.plot(*points, "o", color=colour, markersize=6, markeredgecolor="black", label=validation)
+    lr_axes.plot(x, curve.lrs, color=colour, alpha=0.6, linewidth=1.0, linestyle=":")
+
+
+def _draw_sources(axes: Any, curve: Curve, number: int, num_runs: int, axis: str) -> None:
+    place_of = dict(zip(curve.iterations, curve.x(axis), strict=True))
+    for index, (name, points) in enumerate(curve.sources.items(), start=1):
+        x = [place_of[iteration] for iteration, _ in points]
+        style = {"color": COLOURS[(number + index) % len(COLOURS)], "linestyle": "--"}
+        label = f"{curve.name}: {name}" if num_runs > 1 else f"source {name}"
+        axes.plot(x, smoothed([loss for _, loss in points]), **style, linewidth=1.2, label=label)
+
+
+def _dress(axes: Any, lr_axes: Any, curves: Sequence[Curve], title: str, axis: str) -> None:
     losses = [loss for curve in curves for loss in curve.losses + curve.validation_losses]
     if min(losses) > 0 and max(losses) / min(losses) > 20:
         axes.set_yscale("log")
     axes.plot([], [], color="grey", linewidth=1.0, linestyle=":", label="learning rate (right)")
-    axes.set_xlabel("iteration")
+    axes.set_xlabel(AXES[axis])
     axes.set_ylabel("loss per trained token")
     axes.set_title(title)
     axes.grid(alpha=0.25)
@@ -125,33 +101,48 @@ def title_of(curves: Sequence[Curve]) -> str:
     if len(curves) > 1:
         return f"Loss of {len(curves)} runs"
     curve = curves[0]
-    return (
-        f"{curve.name}: loss {curve.losses[0]:.3g} to {smoothed(curve.losses[-10:])[-1]:.3g} "
-        f"in {curve.iterations[-1]:,} steps"
-    )
+    return f"{curve.name}: loss {curve.losses[0]:.3g} to {final_loss(curve):.3g} in {curve.iterations[-1]:,} steps"
 
 
-def run_names(paths: Sequence[Path]) -> list[str]:
-    """Each run's folder name, with as much of the path before it as tells the runs apart."""
-    folders = [(path.parent if path.suffix == ".jsonl" else path).resolve() for path in paths]
-    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
-        names = ["/".join(folder.parts[-depth:]) for folder in folders]
-        if len(set(names)) == len(set(folders)):
-            break
-    return names
+def final_loss(curve: Curve) -> float:
+    """The mean of the last tenth of the logged losses, 10 at most."""
+    last = curve.losses[-max(1, min(10, len(curve.losses) // 10)) :]
+    return sum(last) / len(last)
+
+
+def comparison(curves: Sequence[Curve]) -> str:
+    """The runs side by side as a Markdown table."""
+    lines = [
+        "| run | steps | million tokens | loss at the end | best validation | tokens/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for curve in curves:
+        best = f"{min(curve.validation_losses):.4f}" if curve.validation_losses else "-"
+        speed = f"{curve.median_speed:,.0f}" if curve.median_speed else "-"
+        tokens = f"{curve.x('tokens')[-1]:.2f}" if any(curve.tokens) else "-"
+        name = curve.name.replace("|", "\\|")
+        lines.append(f"| {name} | {curve.iterations[-1]:,} | {tokens} | {final_loss(curve):.4f} | {best} | {speed} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = OneLineParser(prog="plot_loss", description="Loss curve of one run or several, as a PNG.")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, or their metrics.jsonl")
-    parser.add_argument("--output", type=Path, help="default loss.png in the first run's folder")
+    parser.add_argument(
+        "--output", type=Path, help="default loss.png in the first run's folder, comparison.png of several"
+    )
     parser.add_argument("--title")
+    parser.add_argument("--x", choices=list(AXES), default="iteration", help="what goes to the right")
+    parser.add_argument("--by-source", action="store_true", help="with the loss of every source of the data")
     arguments = parser.parse_args()
     names = run_names(arguments.runs)
     curves = [read_curve(path, name) for path, name in zip(arguments.runs, names, strict=True)]
     first: Path = arguments.runs[0]
-    output: Path = arguments.output or (first if first.is_dir() else first.parent) / "loss.png"
-    draw(curves, output, arguments.title or title_of(curves))
+    folder = first if first.is_dir() else first.parent
+    output: Path = arguments.output or folder / ("loss.png" if len(curves) == 1 else "comparison.png")
+    draw(curves, output, arguments.title or title_of(curves), arguments.x, arguments.by_source)
+    if len(curves) > 1:
+        print(comparison(curves))
     print(f"loss curve: {output}")
 
 

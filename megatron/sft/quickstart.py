@@ -161,8 +161,8 @@ def _write_model(folder: Path, seed: int) -> None:
 
     for name in MODEL_FILES:
         shutil.copyfile(ASSETS / name, folder / name)
-    config = AutoConfig.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_config(config)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, parameter in sorted(model.named_parameters()):  # a tied output layer is named once, as the embedding

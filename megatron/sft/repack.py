@@ -113,7 +113,7 @@ def repack(source: TokenizedRows, options: Options, prefix: Path, fingerprint: s
     counts = Counts()
     old = source.manifest
     dtype = np.dtype(old["dtype"])
-    with ConversationStore(prefix, dtype, grouped=source.groups is not None) as store:
+    with ConversationStore(prefix, dtype, source.groups is not None, source.num_sources) as store:
         for conversation in _fitting(conversations(source), options, counts):
             store.add(conversation)
         _print_counts(counts, options)
@@ -143,11 +143,12 @@ def repack(source: TokenizedRows, options: Options, prefix: Path, fingerprint: s
 
 def conversations(source: TokenizedRows) -> Iterator[Encoded]:
     """The conversations in the order of the rows."""
-    groups = source.groups
+    groups, sources = source.groups, source.sources
     number = 0
     for row in source:
         for conversation in conversations_of(row):
-            yield conversation if groups is None else replace(conversation, group=int(groups[number]))
+            group = None if groups is None else int(groups[number])
+            yield replace(conversation, group=group, source=0 if sources is None else int(sources[number]))
             number += 1
 
 

@@ -2,18 +2,21 @@
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron.sft.checkpoint.folder import Checkpoint, latest_iteration, open_checkpoint
+from megatron.sft.checkpoint import verification
+from megatron.sft.checkpoint.folder import Checkpoint, iterations, open_checkpoint
 from megatron.sft.data.tokenized import TokenizedRows
 from megatron.sft.errors import UserError
 from megatron.sft.families import read_shape
 from megatron.sft.families.rules import Shape
 from megatron.sft.layout import Layout, check_layout
+from megatron.sft.memory import num_parameters
 from megatron.sft.options import TrainOptions
 from megatron.sft.row_order import split_rows
 
@@ -48,37 +51,17 @@ class RunPlan:
 
 def resolve(mode: str, options: TrainOptions, num_processes: int) -> RunPlan:
     """Check the settings against each other, the data and the checkpoint. The first thing that is wrong is a `UserError`."""
-    _check_numbers(options)
-    layout = Layout(
-        options.tensor_model_parallel_size,
-        options.pipeline_model_parallel_size,
-        options.context_parallel_size,
-        options.sequence_parallel,
-        options.expert_model_parallel_size,
-    )
+    for problem in number_problems(options):
+        raise UserError(problem)
+    resume, start = starting_point(mode, options)
+    shape = shape_of(start)
+    layout = layout_for(options, shape)
     data_parallel = layout.data_parallel(num_processes)
-    resume, start = _starting_point(mode, options)
-    shape = _shape_of(start)
-    if shape.mixture and layout.tensor_parallel > 1:
-        # megatron-core trains experts under TP with sequence parallelism only.
-        layout = replace(layout, sequence_parallel=True)
     check_layout(layout, shape)
     rows = TokenizedRows(data_prefix(options.data_path))
-    _check_data(rows, options, shape, start.manifest.get("source", {}))
-    training_rows, validation_rows = _split(options, rows.joined)
-
-    per_pass = options.micro_batch_size * data_parallel
-    if options.global_batch_size % per_pass:
-        raise UserError(
-            f"GLOBAL_BATCH_SIZE={options.global_batch_size} is not a multiple of MICRO_BATCH_SIZE={options.micro_batch_size} "
-            f"x {data_parallel} data-parallel copies: take {-(-options.global_batch_size // per_pass) * per_pass}"
-        )
-    train_iters = options.train_iters or math.ceil(len(training_rows) * options.epochs / options.global_batch_size)
-    warmup_iters = options.lr_warmup_iters
-    if warmup_iters < 0:
-        warmup_iters = min(round(train_iters * options.lr_warmup_fraction), train_iters - 1)
-    if warmup_iters >= train_iters:
-        raise UserError(f"LR_WARMUP_ITERS={warmup_iters} must be less than the {train_iters} steps of the run")
+    check_data(rows, options, shape, start.manifest.get("source", {}))
+    training_rows, validation_rows = split(options, rows.joined)
+    train_iters, warmup_iters = steps(options, len(training_rows), data_parallel)
     return RunPlan(
         options=options,
         layout=layout,
@@ -94,6 +77,48 @@ def resolve(mode: str, options: TrainOptions, num_processes: int) -> RunPlan:
         wsd_decay_iters=options.lr_wsd_decay_iters or max(1, train_iters // 10),
         eval_iters=_eval_iters(options, len(validation_rows)),
     )
+
+
+def layout_for(options: TrainOptions, shape: Shape | None) -> Layout:
+    """The parallel sizes that the settings ask for, not yet checked against the model; `shape` is None if not known."""
+    layout = Layout(
+        options.tensor_model_parallel_size,
+        options.pipeline_model_parallel_size,
+        options.context_parallel_size,
+        options.sequence_parallel,
+        options.expert_model_parallel_size,
+        options.num_virtual_stages_per_pipeline_rank,
+    )
+    if shape and shape.mixture and layout.tensor_parallel > 1:
+        # megatron-core trains experts under TP with sequence parallelism only.
+        return replace(layout, sequence_parallel=True)
+    return layout
+
+
+def steps(options: TrainOptions, num_training_rows: int, data_parallel: int) -> tuple[int, int]:
+    """Optimizer steps of the run, and those of them that warm up."""
+    per_pass = options.micro_batch_size * data_parallel
+    if options.global_batch_size % per_pass:
+        raise UserError(
+            f"GLOBAL_BATCH_SIZE={options.global_batch_size} is not a multiple of MICRO_BATCH_SIZE={options.micro_batch_size} "
+            f"x {data_parallel} data-parallel copies: take {-(-options.global_batch_size // per_pass) * per_pass}"
+        )
+    stages = options.pipeline_model_parallel_size
+    if options.num_virtual_stages_per_pipeline_rank > 1 and options.global_batch_size // per_pass % stages:
+        # megatron-core interleaves the micro-batches in groups of as many as there are stages.
+        whole = per_pass * stages
+        raise UserError(
+            f"GLOBAL_BATCH_SIZE={options.global_batch_size} makes {options.global_batch_size // per_pass} micro-batches a "
+            f"copy, with VIRTUAL_PIPELINE_SIZE={options.num_virtual_stages_per_pipeline_rank} they must be a multiple of "
+            f"PP={stages}: take {-(-options.global_batch_size // whole) * whole}"
+        )
+    train_iters = options.train_iters or math.ceil(num_training_rows * options.epochs / options.global_batch_size)
+    warmup_iters = options.lr_warmup_iters
+    if warmup_iters < 0:
+        warmup_iters = min(round(train_iters * options.lr_warmup_fraction), train_iters - 1)
+    if warmup_iters >= train_iters:
+        raise UserError(f"LR_WARMUP_ITERS={warmup_iters} must be less than the {train_iters} steps of the run")
+    return train_iters, warmup_iters
 
 
 def data_prefix(path: Path) -> Path:
@@ -127,43 +152,32 @@ def describe(plan: RunPlan, device_name: str) -> str:
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in {**lines, "settings": rest}.items())
 
 
-def num_parameters(shape: Shape) -> int:
-    """Number of weights of the whole model, tied embeddings counted once."""
-    attention = shape.hidden_size * shape.head_dim * 2 * (shape.num_heads + shape.num_kv_heads)
-    biases = shape.head_dim * (shape.num_heads + 2 * shape.num_kv_heads) if shape.qkv_bias else 0
-    norms = 2 * shape.hidden_size + (2 * shape.head_dim if shape.qk_norm else 0)
-    mlp = 3 * shape.hidden_size * shape.ffn_hidden_size
-    if shape.mixture:
-        expert = 3 * shape.hidden_size * shape.mixture.ffn_hidden_size
-        mlp = shape.mixture.num_experts * (expert + shape.hidden_size)
-    layer = attention + biases + mlp + norms
-    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
-    return shape.num_layers * layer + embeddings + shape.hidden_size
-
-
-def _starting_point(mode: str, options: TrainOptions) -> tuple[bool, Checkpoint]:
-    there = latest_iteration(options.save)
-    if mode == "train" and there is not None:
+def starting_point(mode: str, options: TrainOptions) -> tuple[bool, Checkpoint]:
+    """Whether the run continues one in OUTPUT_PATH, and the checkpoint that it begins from."""
+    there = verification.has_checkpoints(options.save)
+    if mode == "train" and there:
+        newest = next(iter(iterations(options.save)), "unknown")
         raise UserError(
-            f"OUTPUT_PATH {options.save} already has checkpoints (iteration {there}): "
+            f"OUTPUT_PATH {options.save} already has checkpoints (iteration {newest}): "
             "say resume to continue that run, or set another OUTPUT_PATH"
         )
-    if mode == "resume" and there is None:
+    if mode == "resume" and not there:
         raise UserError(f"OUTPUT_PATH {options.save} has no checkpoint to resume from: say train to start the run")
-    if there is not None:
-        return True, open_checkpoint(options.save)
+    if there:
+        return True, verification.newest_checkpoint(options.save)
     return False, open_checkpoint(options.load)
 
 
-def _shape_of(checkpoint: Checkpoint) -> Shape:
+def shape_of(checkpoint: Checkpoint) -> Shape:
+    """The model's shape, from the configuration in the checkpoint's manifest."""
     config = checkpoint.manifest.get("source", {}).get("config")
     if config is None:
         raise UserError(f"{checkpoint.path} has no manifest.json with the model's configuration: convert it again")
     return read_shape(config, str(checkpoint.path / "manifest.json"))
 
 
-def _check_data(rows: TokenizedRows, options: TrainOptions, shape: Shape, source: dict[str, Any]) -> None:
-    """`source`: what the checkpoint's manifest says of the Hugging Face folder that the model comes from."""
+def check_data(rows: TokenizedRows, options: TrainOptions, shape: Shape, source: dict[str, Any]) -> None:
+    """Refuse data that is not for this model. `source`: what the checkpoint's manifest says of the Hugging Face folder."""
     length = rows.manifest["length"]
     if options.seq_length and options.seq_length != length:
         raise UserError(
@@ -193,22 +207,19 @@ def _check_data(rows: TokenizedRows, options: TrainOptions, shape: Shape, source
             )
 
 
-def _check_numbers(options: TrainOptions) -> None:
+def number_problems(options: TrainOptions) -> Iterator[str]:
+    """What is wrong with the numbers by themselves."""
     for name in ("micro_batch_size", "global_batch_size", "log_interval", "save_interval", "eval_interval"):
         if getattr(options, name) < 1:
-            raise UserError(f"{name.replace('_', '-')} is {getattr(options, name)}: it must be at least 1")
+            yield f"{name.replace('_', '-')} is {getattr(options, name)}: it must be at least 1"
     if options.train_iters < 0 or (options.train_iters == 0 and not options.epochs > 0):
-        raise UserError(f"TRAIN_ITERS={options.train_iters} and EPOCHS={options.epochs} give no steps: set one above 0")
-    if options.context_parallel_size != 1:
-        raise UserError(
-            f"CONTEXT_PARALLEL_SIZE={options.context_parallel_size}: rows cannot be shared between processes yet: "
-            "take 1, and for long rows TENSOR_PARALLEL_SIZE with SEQUENCE_PARALLEL=1, or RECOMPUTE=full"
-        )
+        yield f"TRAIN_ITERS={options.train_iters} and EPOCHS={options.epochs} give no steps: set one above 0"
     if not 0 <= options.min_lr <= options.lr:
-        raise UserError(f"MIN_LR={options.min_lr} must lie between 0 and LR={options.lr}")
+        yield f"MIN_LR={options.min_lr} must lie between 0 and LR={options.lr}"
 
 
-def _split(options: TrainOptions, joined: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def split(options: TrainOptions, joined: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the training rows and of the validation rows."""
     if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?){0,2}", options.split):
         raise UserError(f"SPLIT={options.split!r} is not up to three shares like 999,1,0")
     shares = [float(part) for part in options.split.split(",")] + [0.0, 0.0]

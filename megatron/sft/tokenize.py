@@ -10,7 +10,7 @@ import errno
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -208,15 +208,17 @@ def tokenize(options: Options, sources: list[Source], template: ChatTemplate, ow
     vocabulary_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     rejected_path = options.prefix.parent / f"{options.inputs[0].short_name}.rejected.jsonl"
     with (
-        ConversationStore(options.prefix, token_dtype(vocabulary_size), bool(options.group_key)) as store,
+        ConversationStore(
+            options.prefix, token_dtype(vocabulary_size), bool(options.group_key), len(sources)
+        ) as store,
         RejectedRows(rejected_path) as rejected,
     ):
         corpora = corpora_of(options, sources, template, rejected)
-        for corpus in corpora:
+        for number, corpus in enumerate(corpora):
             for conversation in corpus:
                 if len(store.lengths) < NUM_SAMPLES:
                     print_sample(len(store.lengths) + 1, tokenizer, conversation)
-                store.add(conversation)
+                store.add(replace(conversation, source=number) if number else conversation)
             print_counts(corpus)
         print_notes(template)
         if options.skip_bad_rows:

@@ -8,6 +8,8 @@ set -euo pipefail
 
 ROOT=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd)
 ASSETS_DIR=${ASSETS_DIR:-$ROOT/assets}
+# Progress bars are for somebody who watches: in a log file they are noise.
+[[ -t 2 ]] || export TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 # shellcheck source=scripts/lib/setup.sh
 source "$ROOT/scripts/lib/setup.sh"
 
@@ -19,7 +21,7 @@ die() {
 
 # usage: print the calling script's own header comment.
 usage() {
-  sed -n '2,/^[^#]/{/^#/!q; s/^# \{0,1\}//p;}' "$0"
+  sed -n '2,/^[^#]/{/^#/!q; /^#SBATCH/d; s/^# \{0,1\}//p;}' "$0"
 }
 
 # help_or_arguments MINIMUM MAXIMUM "$@": -h shows the usage and ends; a wrong number of arguments ends with its first line.
@@ -43,11 +45,14 @@ run_module() {
 # signals reach torchrun: make it a script's last line. On several nodes NNODES says how many; then either RDZV_ENDPOINT
 # (host:port of any one node) and RDZV_ID, or MASTER_ADDR, MASTER_PORT and each node's NODE_RANK say where they meet.
 launch() {
-  local processes=$1 module=$2 meet=(--standalone --local-addr localhost)
+  local processes=$1 module=$2 addresses meet=(--standalone --local-addr localhost)
   shift 2
   if ((${NNODES:-1} > 1)); then
     if [[ -n ${RDZV_ENDPOINT-} ]]; then
       meet=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-megatron-sft}")
+      # SLURM knows every node's address, and which node is the first; torch would guess both from host names.
+      read -r -a addresses <<<"${NODE_ADDRESSES-}"
+      if ((${#addresses[@]})); then meet+=(--local-addr "${addresses[SLURM_NODEID]}" --rdzv-conf "is_host=$((SLURM_NODEID == 0))"); fi
     else
       [[ -n ${MASTER_ADDR-} && -n ${NODE_RANK-} ]] || die "NNODES=$NNODES needs MASTER_ADDR and each node's NODE_RANK, or RDZV_ENDPOINT: set them"
       meet=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
@@ -58,5 +63,5 @@ launch() {
   # 1: communication and computation keep the order they were issued in, which tensor-parallel overlap relies on.
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
   if ((processes > 1)); then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
-  exec "$PYTHON" -m megatron.sft.launch "${meet[@]}" --nproc-per-node "$processes" -m "megatron.sft.$module" "$@"
+  exec "$PYTHON" -m megatron.sft.launch "${meet[@]}" --max-restarts "${MAX_RESTARTS:-0}" --nproc-per-node "$processes" -m "megatron.sft.$module" "$@"
 }

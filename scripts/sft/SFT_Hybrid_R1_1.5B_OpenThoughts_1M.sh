@@ -2,9 +2,22 @@
 # Hybrid reasoning: DeepSeek-R1-Distill-Qwen-1.5B learns to answer after <think> or <short>.
 #
 #   bash scripts/sft/SFT_Hybrid_R1_1.5B_OpenThoughts_1M.sh [train|resume|plan]
+#   bash scripts/cluster/train.sbatch scripts/sft/SFT_Hybrid_R1_1.5B_OpenThoughts_1M.sh   # on a SLURM cluster: docs/slurm.md
+#
+# Before it, once:
+#   bash scripts/1_download.sh model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B
+#   bash tools/edit_tokenizer assets/checkpoints/deepseek_ai_DeepSeek_R1_Distill_Qwen_1.5B --rename '<|quad_start|>=<short>' --keep-thinking
+#   bash scripts/2_convert.sh assets/checkpoints/deepseek_ai_DeepSeek_R1_Distill_Qwen_1.5B 1 1
+#   bash scripts/1_download.sh dataset Vinnnf/Hybrid-OpenThoughts2-1M-1.5B
+#   GROUP_KEY=instruction OVERLONG=truncate bash scripts/3_tokenize.sh assets/checkpoints/deepseek_ai_DeepSeek_R1_Distill_Qwen_1.5B \
+#     assets/data/Vinnnf-Hybrid-OpenThoughts2-1M-1.5B/Vinnnf-Hybrid-OpenThoughts2-1M-1.5B.json 16384
+#
+# Fits (memory by plan): 24 GB: 4 GPUs with RECOMPUTE=full; 40 GB: 1 GPU with RECOMPUTE=full; 48 GB: 1 GPU with RECOMPUTE=full; 80 GB: 1 GPU; 141 GB: 1 GPU
 #
 # To make a recipe of your own, copy this file and edit it. A variable in the environment overrides the value here.
-root=$(cd "$(dirname "$(readlink -f "$0")")/../.." && pwd)
+#SBATCH --ntasks-per-node=1 --requeue --open-mode=append --signal=B:USR1@300
+for root in "$(dirname "$(readlink -f "$0")")/../.." "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}; do [[ -f $root/scripts/4_train.sh ]] && break; done
+root=$(cd "$root" && pwd)
 
 : "${ASSETS_DIR:=$root/assets}"
 : "${MODEL:=deepseek_ai_DeepSeek_R1_Distill_Qwen_1.5B}"
@@ -13,6 +26,8 @@ root=$(cd "$(dirname "$(readlink -f "$0")")/../.." && pwd)
 : "${TENSOR_PARALLEL_SIZE:=1}"
 : "${PIPELINE_PARALLEL_SIZE:=1}"
 : "${CONTEXT_PARALLEL_SIZE:=1}"
+: "${SEQUENCE_PARALLEL:=0}"
+: "${RECOMPUTE:=auto}"
 
 : "${MICRO_BATCH_SIZE:=1}"
 : "${GLOBAL_BATCH_SIZE:=128}" # the published model was trained on 64 A100

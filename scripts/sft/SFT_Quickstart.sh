@@ -2,10 +2,15 @@
 # The quickstart's training: a tiny model learns to sort names, on CPU, with each layer shared by two processes.
 #
 #   bash scripts/sft/SFT_Quickstart.sh [train|resume|plan]
+#   bash scripts/cluster/train.sbatch scripts/sft/SFT_Quickstart.sh   # on a SLURM cluster: docs/slurm.md
 #
 # scripts/quickstart.sh makes the model and the data. A variable in the environment overrides the value here.
-root=$(cd "$(dirname "$(readlink -f "$0")")/../.." && pwd)
+#SBATCH --ntasks-per-node=1 --requeue --open-mode=append --signal=B:USR1@300
+for root in "$(dirname "$(readlink -f "$0")")/../.." "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}; do [[ -f $root/scripts/4_train.sh ]] && break; done
+root=$(cd "$root" && pwd)
 
+: "${MODEL:=quickstart}"
+: "${DATA:=quickstart}"
 : "${SEQ_LENGTH:=256}"
 : "${TENSOR_PARALLEL_SIZE:=2}"
 : "${PIPELINE_PARALLEL_SIZE:=1}"
@@ -25,8 +30,8 @@ root=$(cd "$(dirname "$(readlink -f "$0")")/../.." && pwd)
 : "${SAVE_INTERVALS:=200}"
 : "${EVAL_INTERVAL:=100}"
 
-: "${PRETRAIN_CHECKPOINT_PATH:=$root/assets/checkpoints/quickstart_Megatron_TP${TENSOR_PARALLEL_SIZE}PP${PIPELINE_PARALLEL_SIZE}}"
-: "${DATA_PATH:=$root/assets/data/quickstart/Tokenized-quickstart-quickstart-${SEQ_LENGTH}_text_document}"
+: "${PRETRAIN_CHECKPOINT_PATH:=$root/assets/checkpoints/${MODEL}_Megatron_TP${TENSOR_PARALLEL_SIZE}PP${PIPELINE_PARALLEL_SIZE}}"
+: "${DATA_PATH:=$root/assets/data/$DATA/Tokenized-$DATA-$MODEL-${SEQ_LENGTH}_text_document}"
 : "${OUTPUT_PATH:=$root/outputs/quickstart/checkpoints}"
 
 # shellcheck source=scripts/4_train.sh

@@ -4,6 +4,7 @@ A checkpoint is written beside its place and renamed; its manifest, with a check
 folder with a manifest is whole, and the tracker never names one that is not.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,11 +16,21 @@ from typing import Any
 import torch
 
 from megatron.sft.errors import UserError
-from megatron.sft.manifest import read_json, sha256_of_file, write_json, write_text
+from megatron.sft.manifest import (
+    check_sizes,
+    check_sums,
+    files_of,
+    read_json,
+    sha256_of_file,
+    sha256_of_text,
+    write_json,
+    write_text,
+)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 TORCH_DIST, TORCH = "torch_dist", "torch"
+_SEAL = "sha256"
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,12 @@ class Checkpoint:
 def iteration_path(root: Path, iteration: int) -> Path:
     """`root/iter_0000010` for iteration 10."""
     return root / f"iter_{iteration:07d}"
+
+
+def iterations(root: Path) -> list[int]:
+    """Iterations that `root` has folders of, whole or not, the newest first."""
+    names = (path.name[5:] for path in root.glob("iter_*"))
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
 def latest_iteration(root: Path) -> int | None:
@@ -60,8 +77,9 @@ def open_checkpoint(root: Path, iteration: int | None = None) -> Checkpoint:
             raise UserError(f"{root} has no {TRACKER}: is it a folder of Megatron checkpoints?")
     path = iteration_path(root, iteration)
     if not path.is_dir():
-        there = sorted(int(p.name[5:]) for p in root.glob("iter_*") if p.name[5:].isdecimal())
-        raise UserError(f"{root} has no checkpoint of iteration {iteration}: there are {there or 'none'}")
+        raise UserError(
+            f"{root} has no checkpoint of iteration {iteration}: there are {iterations(root)[::-1] or 'none'}"
+        )
     return _open(path, iteration)
 
 
@@ -79,20 +97,15 @@ def _open(path: Path, iteration: int) -> Checkpoint:
 
 
 def verify_files(checkpoint: Checkpoint) -> None:
-    """Compare every file's size and SHA-256 with the manifest. The first that differs is a `UserError`."""
-    files: dict[str, dict[str, Any]] = checkpoint.manifest.get("files", {})
-    for name, wanted in files.items():
-        path = checkpoint.path / name
-        if not path.resolve().is_relative_to(checkpoint.path.resolve()):
-            raise UserError(f"{checkpoint.path / MANIFEST} names {name!r}, which lies outside the checkpoint")
-        size = path.stat().st_size if path.exists() else None
-        if size != wanted["bytes"]:
-            raise UserError(f"{path} has {size} bytes, the manifest says {wanted['bytes']}: take another checkpoint")
-    with ThreadPoolExecutor() as pool:
-        sums = pool.map(lambda name: sha256_of_file(checkpoint.path / name), files)
-        for name, checksum in zip(files, sums, strict=True):
-            if checksum != files[name]["sha256"]:
-                raise UserError(f"{checkpoint.path / name} is damaged (its checksum differs): take another checkpoint")
+    """Compare the manifest, and every file's size and SHA-256 with it. The first that differs is a `UserError`."""
+    manifest, advice = checkpoint.path / MANIFEST, "take another checkpoint"
+    if not checkpoint.manifest:
+        return
+    if not seal_holds(checkpoint.manifest):
+        raise UserError(f"{manifest} is damaged (its checksum of itself differs): {advice}")
+    files = files_of(checkpoint.path, manifest, checkpoint.manifest.get("files"))
+    check_sizes(files, advice)
+    check_sums(files, advice)
 
 
 def write_checkpoint(root: Path, iteration: int, manifest: dict[str, Any], write: Callable[[Path], None]) -> Path:
@@ -100,7 +113,7 @@ def write_checkpoint(root: Path, iteration: int, manifest: dict[str, Any], write
 
     Returns the finished folder. An error in `write` on any rank is raised and leaves the tracker as it was.
     """
-    final, beside = iteration_path(root, iteration), root / f".iter_{iteration:07d}.unfinished"
+    final, beside = iteration_path(root, iteration), unfinished_path(root, iteration)
     first = torch.distributed.get_rank() == 0
     if first:
         root.mkdir(parents=True, exist_ok=True)
@@ -111,17 +124,34 @@ def write_checkpoint(root: Path, iteration: int, manifest: dict[str, Any], write
     write(beside)
     torch.distributed.barrier()
     if first:
-        _finish(root, iteration, beside, final, manifest)
+        _finish(root, iteration, beside, manifest)
     torch.distributed.barrier()
     return final
 
 
-def _finish(root: Path, iteration: int, beside: Path, final: Path, manifest: dict[str, Any]) -> None:
-    names = sorted(str(path.relative_to(beside)) for path in beside.rglob("*") if path.is_file())
+def _finish(root: Path, iteration: int, beside: Path, manifest: dict[str, Any]) -> None:
+    paths = sorted(path for path in beside.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:
-        sums = list(pool.map(lambda name: sha256_of_file(beside / name), names))
-    files = {n: {"bytes": (beside / n).stat().st_size, "sha256": s} for n, s in zip(names, sums, strict=True)}
-    write_json(beside / MANIFEST, {**manifest, "iteration": iteration, "files": files})
+        sums = list(pool.map(_flushed_sum, paths))
+    names = [str(path.relative_to(beside)) for path in paths]
+    files = {n: {"bytes": p.stat().st_size, "sha256": s} for n, p, s in zip(names, paths, sums, strict=True)}
+    for folder in {path.parent for path in paths}:
+        sync_folder(folder)
+    put_in_place(root, iteration, beside, {**manifest, "files": files})
+
+
+def _flushed_sum(path: Path) -> str:
+    checksum = sha256_of_file(path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return checksum
+
+
+def put_in_place(root: Path, iteration: int, beside: Path, manifest: dict[str, Any]) -> Path:
+    """Write the manifest into a folder of flushed files, give the folder its name, and then name it in the tracker."""
+    final = iteration_path(root, iteration)
+    write_json(beside / MANIFEST, sealed({**manifest, "iteration": iteration}))
+    sync_folder(beside)
     if final.exists():
         # Only a damaged or unwanted one can be here: a valid newest checkpoint is never written again.
         old = root / f".iter_{iteration:07d}.replaced"
@@ -129,10 +159,48 @@ def _finish(root: Path, iteration: int, beside: Path, final: Path, manifest: dic
             shutil.rmtree(old)
         final.rename(old)
         beside.rename(final)
+        sync_folder(root)
         shutil.rmtree(old)
     else:
         beside.rename(final)
-    descriptor = os.open(root, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+        sync_folder(root)
     write_text(root / TRACKER, str(iteration))
+    sync_folder(root)
+    return final
+
+
+def unfinished_path(root: Path, iteration: int) -> Path:
+    """Where a checkpoint is written before it gets its name."""
+    return root / f".iter_{iteration:07d}.unfinished"
+
+
+def clear_leftovers(root: Path) -> None:
+    """Remove what a save or a removal that was broken off has left."""
+    for ending in ("unfinished", "replaced", "removed"):
+        for path in root.glob(f".iter_*.{ending}"):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in root.glob(f".{TRACKER}.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names of a folder's entries on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a checksum of its own content."""
+    return {**manifest, _SEAL: _content_sum(manifest)}
+
+
+def seal_holds(manifest: dict[str, Any]) -> bool:
+    """Whether the manifest says what it said when it was written."""
+    return manifest.get(_SEAL) == _content_sum({name: value for name, value in manifest.items() if name != _SEAL})
+
+
+def _content_sum(manifest: dict[str, Any]) -> str:
+    return sha256_of_text(json.dumps(manifest, sort_keys=True, separators=(",", ":")))

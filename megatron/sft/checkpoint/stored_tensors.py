@@ -1,61 +1,18 @@
 """The tensors of a `torch_dist` checkpoint, read one parameter at a time whatever layout they were written in."""
 
-import io
-import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron.sft.errors import UserError, first_line
+from megatron.sft.checkpoint import torch_file
+from megatron.sft.checkpoint.metadata_file import read_metadata
+from megatron.sft.errors import UserError
 from megatron.sft.families.rules import Shape
 from megatron.sft.weights import BoundRule, bound_rules
 
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
-
-# The only names that the pickled .metadata of a checkpoint may call for.
-_METADATA_GLOBALS: dict[str, set[str] | None] = {
-    "torch.distributed.checkpoint.metadata": None,
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "StorageMeta"},
-    "torch.distributed.checkpoint.planner": {"WriteItem", "WriteItemType", "SavePlan", "TensorWriteData"},
-    "torch": {"Size", "device", "strided", "bfloat16", "bool", "uint8", "float8_e4m3fn", "float8_e5m2"}
-    | {f"{kind}{bits}" for kind in ("float", "int") for bits in (8, 16, 32, 64)},
-    "torch.serialization": {"_get_layout"},
-    "collections": {"OrderedDict"},
-    "builtins": {"set", "frozenset", "dict", "list", "tuple", "slice", "bytearray"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "_codecs": {"encode"},
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        names = _METADATA_GLOBALS.get(module, set())
-        # A dotted name would reach what a module has imported.
-        if "." not in name and (names is None or name in names):
-            found = super().find_class(module, name)
-            if names is not None or getattr(found, "__module__", None) == module:
-                return found
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def read_metadata(folder: Path) -> Metadata:
-    """The checkpoint's .metadata, which is a pickle, read with a short list of names that it may ask for."""
-    path = folder / ".metadata"
-    try:
-        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError("it holds something else")
-        return metadata
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: the checkpoint is not whole, take another one") from None
-    except Exception as error:
-        raise UserError(
-            f"{path} is damaged or not to be trusted ({first_line(error)}): take another checkpoint"
-        ) from None
 
 
 class TorchDistParameters:
@@ -70,7 +27,7 @@ class TorchDistParameters:
             for key, facts in metadata.state_dict_metadata.items()
             if isinstance(facts, TensorStorageMetadata)
         }
-        self._storage: dict[MetadataIndex, Any] = metadata.storage_data or {}
+        self._metadata = metadata
         lacking = sorted({bound.stored_key for bound in bound_rules(shape)} - self._tensors.keys())
         if lacking:
             raise UserError(
@@ -98,7 +55,7 @@ class TorchDistParameters:
             places, cuts = _overlap(offsets[lead:], sizes[lead:], tuple(wanted.shape))
             if any(place.start >= place.stop for place in places):
                 continue
-            part = self._chunk(bound.stored_key, chunk.offsets, sizes, wanted.dtype)
+            part = read_chunk(self.folder, self._metadata, MetadataIndex(bound.stored_key, chunk.offsets))
             first = tuple(index - start for index, start in zip(bound.place, offsets, strict=False))
             part = part[first][cuts]
             if part.shape == wanted.shape:
@@ -110,20 +67,17 @@ class TorchDistParameters:
             raise UserError(f"{self.folder} holds {bound.megatron} only in part: take another checkpoint")
         return result
 
-    def _chunk(self, key: str, offsets: torch.Size, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        info = self._storage.get(MetadataIndex(key, offsets))
-        if info is None or Path(info.relative_path).name != info.relative_path or info.transform_descriptors:
-            raise UserError(f"{self.folder / '.metadata'} does not say where {key} lies: take another checkpoint")
-        path = self.folder / info.relative_path
-        try:
-            with open(path, "rb") as file:
-                view: Any = _create_file_view(file, info.offset, info.length)
-                tensor = torch.load(view, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise UserError(f"{path} is damaged ({first_line(error)}): take another checkpoint") from None
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != sizes or tensor.dtype != dtype:
-            raise UserError(f"{path} holds something else than .metadata says of {key}: take another checkpoint")
-        return tensor
+
+def read_chunk(folder: Path, metadata: Metadata, index: MetadataIndex) -> Tensor:
+    """One stored part of a tensor, mapped from the file. One that is not as .metadata says is a `UserError`."""
+    info = metadata.storage_data[index]
+    stored: TensorStorageMetadata = metadata.state_dict_metadata[index.fqn]  # type: ignore[assignment]
+    path = folder / info.relative_path
+    tensor = torch_file.read_tensor(path, info.offset, info.length)
+    (size,) = {chunk.sizes for chunk in stored.chunks if chunk.offsets == index.offset}
+    if tensor.shape != size or tensor.dtype != stored.properties.dtype:
+        raise UserError(f"{path} holds something else than .metadata says of {index.fqn}: take another checkpoint")
+    return tensor
 
 
 def _overlap(

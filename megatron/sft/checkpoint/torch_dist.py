@@ -15,13 +15,11 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron.sft.checkpoint.stored_tensors import read_metadata
 from megatron.sft.errors import UserError
 from megatron.sft.families.rules import Shape
 from megatron.sft.parameters import Parameters
@@ -117,7 +115,7 @@ class _StreamingSave(_InProcessSave):
 
 def model_state(model: Any) -> ShardedStateDict:
     """The model's sharded state without the extra states of FP8 layers, which another backend's layers do not have."""
-    state: ShardedStateDict = model.sharded_state_dict(metadata=METADATA)
+    state: ShardedStateDict = model.sharded_state_dict(metadata=dict(METADATA))  # it adds a process group
     return {key: value for key, value in state.items() if not _is_extra_state(key, value)}
 
 
@@ -128,25 +126,6 @@ def _is_extra_state(key: str, value: Any) -> bool:
 def save(folder: Path, state: ShardedStateDict) -> None:
     """Write a sharded state from all processes into an existing, empty folder."""
     dist_checkpointing.save(state, str(folder), _InProcessSave("torch_dist", 1), content_metadata=METADATA)
-
-
-def load(folder: Path, state: ShardedStateDict) -> dict[str, Any]:
-    """Read what `state` asks for, in this run's layout; a parameter that the checkpoint lacks is a `UserError`."""
-    read_metadata(folder)
-    # In megatron-core's words an entry that the checkpoint lacks is unexpected.
-    loaded, _, lacking = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_UNEXPECTED)
-    if lacking:
-        raise UserError(
-            f"{folder} lacks {len(lacking)} entries, {sorted(lacking)[0]} among them: convert the model again"
-        )
-    result: dict[str, Any] = loaded
-    return result
-
-
-def stored_keys(folder: Path) -> set[str]:
-    """Names of the tensors in a checkpoint, the layers' ones once for all layers."""
-    read_metadata(folder)
-    return set(dist_checkpointing.load_tensors_metadata(str(folder)))
 
 
 def save_parameters(folder: Path, shape: Shape, source: Parameters) -> None:

@@ -9,14 +9,15 @@ import mmap
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron.sft.checkpoint.pickled import read_records
 from megatron.sft.errors import UserError, first_line
 from megatron.sft.safetensors_file import tensor_bytes
 
@@ -28,34 +29,6 @@ _STORAGES = {
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 
-class Foreign:
-    """Stands for an object of a class that is not loaded: it takes whatever it is made with and does nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Foreign":
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __call__(self, *args: Any, **kwargs: Any) -> "Foreign":
-        return self
-
-    def append(self, value: Any) -> None:
-        pass
-
-    def extend(self, values: Any) -> None:
-        pass
-
-    def add(self, value: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-
 class _Storage:
     """A storage in the file: its dtype and its bytes."""
 
@@ -64,52 +37,84 @@ class _Storage:
         self.content = content
 
 
-def _rebuild_tensor(storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    if not len(storage.content):
-        return torch.empty(size, dtype=storage.dtype)
-    flat = torch.frombuffer(storage.content, dtype=storage.dtype)
-    return flat.as_strided(tuple(size), tuple(stride), int(offset))
+class _RebuildTensor:
+    """What a pickle calls as torch._utils._rebuild_tensor_v2. Without attributes that the pickle could set."""
+
+    __slots__ = ()
+
+    def __call__(self, storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+        if not isinstance(storage, _Storage):
+            raise pickle.UnpicklingError("it makes a tensor of something else than bytes in the file")
+        room = len(storage.content) // storage.dtype.itemsize
+        if prod(size) > room:
+            raise pickle.UnpicklingError(f"it makes a tensor of {prod(size)} values from {room}")
+        if not len(storage.content):
+            return torch.empty(tuple(size), dtype=storage.dtype)
+        flat = torch.frombuffer(storage.content, dtype=storage.dtype, count=room)
+        return flat.as_strided(tuple(size), tuple(stride), int(offset))
 
 
-def _same_data(data: Any, *_: Any) -> Any:
-    return data
+class _SameData:
+    """What a pickle calls as torch._utils._rebuild_parameter."""
+
+    __slots__ = ()
+
+    def __call__(self, data: Any, *_: Any) -> Any:
+        return data
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes tensors, plain values and argparse's namespaces; everything else becomes `Foreign`."""
+def _known(module: str, name: str) -> Any:
+    if module in ("torch", "torch.storage") and name in _STORAGES:
+        return _STORAGES[name]
+    if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+        return _RebuildTensor()
+    if (module, name) == ("torch._utils", "_rebuild_parameter"):
+        return _SameData()
+    if (module, name) == ("argparse", "Namespace"):
+        # A class of this reading's own: the pickle may set its attributes.
+        return type("Namespace", (argparse.Namespace,), {})
+    return None
 
-    def __init__(self, data: bytes, storages: "_Archive") -> None:
-        super().__init__(io.BytesIO(data), encoding="utf-8")
-        self._archive = storages
 
-    def find_class(self, module: str, name: str) -> Any:
-        known: dict[tuple[str, str], Any] = {
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-            ("torch._utils", "_rebuild_parameter"): _same_data,
-            ("collections", "OrderedDict"): OrderedDict,
-            ("argparse", "Namespace"): argparse.Namespace,
-            ("torch", "Size"): torch.Size,
-        }
-        if (module, name) in known:
-            return known[module, name]
-        if module in ("torch", "torch.storage") and name in _STORAGES:
-            return _STORAGES[name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        return Foreign
+class _View(io.RawIOBase):
+    """A part of a file's map as a file."""
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _location, _count = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError(f"it refers to {kind!r}")
-        return _Storage(dtype, self._archive.record(f"data/{key}"))
+    def __init__(self, content: memoryview) -> None:
+        self._content, self._position = content, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._content)}[whence]
+        if start + offset < 0:
+            raise OSError("before the start")
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        part = self._content[self._position :]
+        part = part[:size] if size >= 0 else part
+        self._position += len(part)
+        return bytes(part)
 
 
 class _Archive:
-    def __init__(self, path: Path, writable: bool = False) -> None:
-        with open(path, "r+b" if writable else "rb") as file, zipfile.ZipFile(file) as archive:
+    """The zip archive in `length` bytes of a file from `offset` on (all of them unless given), which stays on disk."""
+
+    def __init__(self, path: Path, offset: int = 0, length: int | None = None, writable: bool = False) -> None:
+        with open(path, "r+b" if writable else "rb") as file:
+            length = path.stat().st_size - offset if length is None else length
+            # A file's map begins at the start of a page.
+            page = offset - offset % mmap.ALLOCATIONGRANULARITY
+            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY
+            self.map = mmap.mmap(file.fileno(), offset - page + length, access=access, offset=page)
+            self._content = memoryview(self.map)[offset - page :]
+        with zipfile.ZipFile(_View(self._content)) as archive:
             entries = archive.infolist()
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY)
         folders = {entry.filename.partition("/")[0] for entry in entries}
         if len(folders) != 1 or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("it is not an archive of torch.save")
@@ -119,25 +124,49 @@ class _Archive:
 
     def record(self, name: str) -> memoryview:
         """The bytes of one record, in the file."""
+        if name not in self._entries:
+            raise ValueError(f"it has no record {name}")
         entry = self._entries[name]
-        header = _LOCAL_HEADER.unpack_from(self.map, entry.header_offset)
+        if entry.header_offset < 0:
+            raise ValueError(f"its record {name} begins outside the file")
+        header = _LOCAL_HEADER.unpack_from(self._content, entry.header_offset)
         start = entry.header_offset + _LOCAL_HEADER.size + header[-2] + header[-1]
-        if start + entry.file_size > len(self.map):
+        if start + entry.file_size > len(self._content):
             raise ValueError(f"its record {name} ends outside the file")
-        return memoryview(self.map)[start : start + entry.file_size]
+        return self._content[start : start + entry.file_size]
+
+    def _storage(self, pid: Any) -> _Storage:
+        kind, dtype, key, _location, _count = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"it refers to {kind!r}")
+        return _Storage(dtype, self.record(f"data/{key}"))
+
+    def content(self) -> Any:
+        """What was saved, with `Record`s for whatever is neither a tensor nor a plain value."""
+        return read_records(bytes(self.record("data.pkl")), _known, self._storage)
 
 
 def read(path: Path) -> Any:
     """The content of a file of torch.save. Nothing that it pickles is imported or called; tensors stay in the file."""
     try:
-        archive = _Archive(path)
-        return _Unpickler(bytes(archive.record("data.pkl")), archive).load()
+        return _Archive(path).content()
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the checkpoint is not whole, take another one") from None
     except Exception as error:
         raise UserError(
             f"{path} is damaged or not a file of torch.save ({first_line(error)}): take another checkpoint"
         ) from None
+
+
+def read_tensor(path: Path, offset: int, length: int) -> Tensor:
+    """The one tensor that torch.save put into `length` bytes of a file from `offset` on; it stays in the file."""
+    try:
+        tensor = _Archive(path, offset, length).content()
+    except Exception as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}): take another checkpoint") from None
+    if not isinstance(tensor, Tensor):
+        raise UserError(f"{path} holds something else than a tensor at byte {offset}: take another checkpoint")
+    return tensor
 
 
 def write(path: Path, content: dict[str, Any], state: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -154,7 +183,7 @@ def write(path: Path, content: dict[str, Any], state: dict[str, Tensor], tensors
         torch.save({**content, "model": empty}, path)
     del empty
     archive = _Archive(path, writable=True)
-    places = _Unpickler(bytes(archive.record("data.pkl")), archive).load()["model"]
+    places = archive.content()["model"]
     for name, tensor in tensors:
         place = places.pop(name)
         assert place.shape == tensor.shape and place.dtype == tensor.dtype, name

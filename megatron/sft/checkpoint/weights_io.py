@@ -1,13 +1,15 @@
 """Loading only the weights of a checkpoint, in whichever format it is, into a model of this run's layout."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from torch import nn
 
-from megatron.sft.checkpoint import torch_dist
 from megatron.sft.checkpoint.folder import MANIFEST, TORCH_DIST, Checkpoint
+from megatron.sft.checkpoint.piece_reader import PieceReader
+from megatron.sft.checkpoint.pieces import model_tensors, piece_of
 from megatron.sft.checkpoint.stored_parameters import StoredParameters, stored_parameters
 from megatron.sft.checkpoint.torch_format import EMBEDDING, OUTPUT, padded
 from megatron.sft.errors import UserError
@@ -17,20 +19,19 @@ from megatron.sft.layout import Layout
 from megatron.sft.weights import bound_rules, checkpoint_name
 
 
-def load_weights(checkpoint: Checkpoint, model: nn.Module, layout: Layout) -> None:
-    """Fill the model's parameters (this process's part) from a checkpoint of either format and of any layout."""
+def load_weights(checkpoint: Checkpoint, chunks: Sequence[nn.Module], layout: Layout) -> None:
+    """Fill the parameters of this process's model chunks from a checkpoint of either format and of any layout."""
     if checkpoint.format == TORCH_DIST:
-        state = torch_dist.load(checkpoint.path, torch_dist.model_state(model))
-        missing, unexpected = model.load_state_dict(_model_entries(state, model), strict=False)
-        missing = [name for name in missing if not name.endswith("_extra_state")]
-        assert not missing and not unexpected, (missing, unexpected)
+        PieceReader(checkpoint.path).fill([piece_of(tensor) for tensor in model_tensors(chunks)])
         return
     config = checkpoint.manifest.get("source", {}).get("config")
     if config is None:
         raise UserError(
             f"{checkpoint.path} has no {MANIFEST} with the model's configuration: run scripts/2_convert.sh on it"
         )
-    _fill_part(model, stored_parameters(checkpoint, read_shape(config, str(checkpoint.path / MANIFEST))), layout)
+    source = stored_parameters(checkpoint, read_shape(config, str(checkpoint.path / MANIFEST)))
+    for chunk in chunks:
+        _fill_part(chunk, source, layout)
 
 
 def _fill_part(model: Any, source: StoredParameters, layout: Layout) -> None:
@@ -51,8 +52,3 @@ def _fill_part(model: Any, source: StoredParameters, layout: Layout) -> None:
             rank, size = parallel_state.get_expert_tensor_parallel_rank(), layout.expert_tensor_parallel
         with torch.no_grad():
             parameter.copy_(tensor_parallel_part(bounds[name].rule, whole, rank, size))
-
-
-def _model_entries(state: dict[str, object], model: nn.Module) -> dict[str, object]:
-    names = set(model.state_dict())
-    return {name: value for name, value in state.items() if name in names}

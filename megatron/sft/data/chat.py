@@ -30,6 +30,7 @@ from megatron.sft.data.skeletons import (
     marked,
     placed,
 )
+from megatron.sft.data.template_trial import check_template
 from megatron.sft.errors import UserError
 
 TRAIN_ON = ("all_assistant", "last_assistant", "all")
@@ -85,6 +86,8 @@ class ChatTemplate:
 
     def __post_init__(self) -> None:
         self.text = self.text or template_of(self.tokenizer)
+        if self.text:
+            check_template(self.text)
         self.has_generation_tags = GENERATION_TAG.search(self.text) is not None
         self._special_tokens = [str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         self._skeletons = SkeletonMaker(self.tokenizer, self._text_of, self._call_style, self.notes, self._remember)

@@ -31,6 +31,7 @@ class Encoded:
     runs: list[int]
     num_merged_starts: int = 0  # answers whose first token holds a part of the header, too, and is not trained
     group: int | None = None  # see groups.py
+    source: int = 0  # its place among the inputs
 
     def cut(self, length: int) -> "Encoded":
         """The first `length` tokens."""
@@ -40,7 +41,7 @@ class Encoded:
             if left > 0:
                 runs.append(min(run, left))
             left -= run
-        return Encoded(self.tokens[:length], runs, self.num_merged_starts, self.group)
+        return Encoded(self.tokens[:length], runs, self.num_merged_starts, self.group, self.source)
 
     @property
     def num_trained(self) -> int:

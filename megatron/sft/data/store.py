@@ -25,13 +25,20 @@ class ConversationStore:
     """Tokens of conversations in a scratch file, and their lengths and runs in memory (about 16 bytes a turn).
 
     grouped: whether conversations that were added with the same `group` are to stay together.
+    num_sources: of how many sources they are; several are told apart in a file of their own.
 
     A context manager: whatever happens, the temporary files are gone at its end. Those of a process that died are
     written over; those of a process that lives are locked, and a second writer is refused.
     """
 
-    def __init__(self, prefix: Path, dtype: "np.dtype[Any]", grouped: bool = False) -> None:
+    def __init__(self, prefix: Path, dtype: "np.dtype[Any]", grouped: bool = False, num_sources: int = 1) -> None:
+        if num_sources > np.iinfo(np.int16).max:
+            raise UserError(
+                f"{num_sources} inputs are too many to be told apart: put them in one folder, or in fewer files"
+            )
         self.prefix = prefix
+        self.has_sources = num_sources > 1
+        self.sources = array("h")
         self.dtype = dtype
         self.grouped = grouped
         self.group_hashes = array("Q")  # of each conversation, where they are grouped
@@ -63,7 +70,7 @@ class ConversationStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name in ("bin", "idx", "groups", "json", "tokens"):
+        for name in ("bin", "idx", "groups", "sources", "json", "tokens"):
             self._temporary(name).unlink(missing_ok=True)
         self._file.close()
 
@@ -78,6 +85,7 @@ class ConversationStore:
         self.num_tokens += len(tokens)
         self.num_trained += conversation.num_trained
         self.max_token_id = max(self.max_token_id, int(tokens.max()))
+        self.sources.append(conversation.source)
         if self.grouped:
             # Its own number, scrambled, is as unlike all other hashes as these are unlike one another.
             alone = len(self.group_hashes) * 0x9E3779B97F4A7C15 + 1
@@ -111,18 +119,24 @@ class ConversationStore:
             "bin": {"bytes": num_bytes, "sha256": digest},
             "idx": {"bytes": self._temporary("idx").stat().st_size, "sha256": sha256_of_file(self._temporary("idx"))},
         }
-        if self.grouped:
-            path = self._temporary("groups")
-            self.groups[packing.conversations].tofile(path)
-            files["groups"] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+        for name, numbers in self._numbers().items():
+            path = self._temporary(name)
+            numbers[packing.conversations].tofile(path)
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
         write_json(self._temporary("json"), manifest | {"files": files})
         self._put_in_place()
+
+    def _numbers(self) -> dict[str, np.ndarray]:
+        """What is kept of each conversation in a file of its own, by the file's ending."""
+        numbers = {"groups": self.groups} if self.grouped else {}
+        return numbers | ({"sources": np.frombuffer(self.sources, dtype=np.int16)} if self.has_sources else {})
 
     def _put_in_place(self) -> None:
         """Rename the finished files, the manifest last: without it, .bin and .idx count as unfinished."""
         file_of(self.prefix, "json").unlink(missing_ok=True)
-        file_of(self.prefix, "groups").unlink(missing_ok=True)
-        endings = ("bin", "idx", *(["groups"] if self.grouped else []), "json")
+        for name in ("groups", "sources"):
+            file_of(self.prefix, name).unlink(missing_ok=True)
+        endings = ("bin", "idx", *self._numbers(), "json")
         try:
             for name in endings:
                 os.replace(self._temporary(name), file_of(self.prefix, name))

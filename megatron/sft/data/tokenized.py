@@ -2,25 +2,31 @@
 
 A document of the two files is a packed row, a sequence is a segment (a run of tokens with one role in training), and a
 sequence's mode byte says MODE_TRAINED, MODE_FIRST and MODE_JOINED. Needs numpy alone, so that training can import it.
-Where conversations are in groups, a .groups file has each one's group number, int64, in the order of the .bin file.
+Where conversations are in groups, a .groups file has each one's group number, int64, in the order of the .bin file; where
+there are several sources, a .sources file has the number of each one's source in the manifest's list, int16.
 """
 
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron.sft.data.index_checks import (
+    MODE_FIRST,
+    MODE_JOINED,
+    MODE_TRAINED,
+    REBUILD,
+    check_manifest,
+    check_structure,
+)
 from megatron.sft.errors import UserError
-from megatron.sft.manifest import read_json
+from megatron.sft.manifest import Files, check_sizes, read_json
 
 FORMAT = 1
-MODE_TRAINED = 1  # the loss is taken on predicting the tokens of this segment
-MODE_FIRST = 2  # the first segment of a conversation
-MODE_JOINED = 4  # the first segment of a row that training must keep together with the row before it
-REBUILD = "run scripts/3_tokenize.sh again"
 
 # The .idx file: this header, then int32 lengths and int64 byte offsets of the sequences, int64 first sequences of the
 # documents and one past the last, int8 modes of the sequences.
@@ -36,6 +42,7 @@ class Row:
     tokens: np.ndarray  # [n] int64, token ids only
     trained: np.ndarray  # [n] bool; True: the loss is taken on predicting this token
     conversation_lengths: np.ndarray  # [c] int64, sums to n
+    sources: np.ndarray | None = None  # [c] int16, see `TokenizedRows.sources`
 
 
 @dataclass(frozen=True)
@@ -71,17 +78,15 @@ class TokenizedRows:
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
         self.manifest: dict[str, Any] = read_json(file_of(prefix, "json"), "manifest of tokenised data", REBUILD)
-        if not isinstance(self.manifest, dict) or self.manifest.get("format") != FORMAT:
-            raise UserError(
-                f"{file_of(prefix, 'json')} is not a manifest of tokenised data, format {FORMAT}: {REBUILD}"
-            )
-        self._check_sizes()
+        check_manifest(file_of(prefix, "json"), self.manifest, FORMAT)
+        check_sizes(self.files, REBUILD)
         self._index = read_index(file_of(prefix, "idx"))
         num_tokens = int(self._index.lengths.sum(dtype=np.int64))
         found = {"rows": len(self._index.documents) - 1, "tokens": num_tokens, "dtype": self._index.dtype.name}
         for name, value in found.items():
             if value != self.manifest.get(name):
                 raise UserError(f"{prefix}.idx has {name} {value}, its manifest {self.manifest.get(name)}: {REBUILD}")
+        check_structure(file_of(prefix, "idx"), self._index, self.manifest)
         self._tokens = np.memmap(file_of(prefix, "bin"), dtype=self._index.dtype, mode="r")
         if len(self._tokens) != num_tokens:
             raise UserError(f"{prefix}.bin has {len(self._tokens)} tokens, its .idx {num_tokens}: {REBUILD}")
@@ -104,6 +109,28 @@ class TokenizedRows:
             return None
         return np.fromfile(file_of(self.prefix, "groups"), dtype=np.int64)
 
+    @cached_property
+    def sources(self) -> np.ndarray | None:
+        """[conversations] int16, each one's place in the manifest's list of sources; None if there is one source only."""
+        if "sources" not in self.manifest["files"]:
+            return None
+        path = file_of(self.prefix, "sources")
+        sources = np.fromfile(path, dtype=np.int16)
+        if len(sources) != self.manifest["conversations"] or not np.all((sources >= 0) & (sources < self.num_sources)):
+            raise UserError(f"{path} does not fit its manifest: {REBUILD}")
+        return sources
+
+    @property
+    def num_sources(self) -> int:
+        """Sources that conversations are told apart by; 0 if they are not."""
+        return len(self.manifest["sources"]) if "sources" in self.manifest["files"] else 0
+
+    @cached_property
+    def _first_conversations(self) -> np.ndarray:
+        """[rows] int64, how many conversations there are before each row."""
+        before = np.concatenate([[0], np.cumsum((self._index.modes & MODE_FIRST) != 0)])
+        return np.asarray(before[self._index.documents[:-1]])
+
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
@@ -113,17 +140,16 @@ class TokenizedRows:
         tokens = np.array(self._tokens[start : start + int(lengths.sum())], dtype=np.int64)
         trained = np.repeat((modes & MODE_TRAINED) != 0, lengths)
         firsts = np.flatnonzero(modes & MODE_FIRST)
-        return Row(tokens, trained, np.add.reduceat(lengths, firsts, dtype=np.int64))
+        sources = None
+        if self.sources is not None:
+            before = int(self._first_conversations[index])
+            sources = self.sources[before : before + len(firsts)]
+        return Row(tokens, trained, np.add.reduceat(lengths, firsts, dtype=np.int64), sources)
 
-    def _check_sizes(self) -> None:
-        for ending, expected in self.manifest["files"].items():
-            path = file_of(self.prefix, ending)
-            if not path.is_file():
-                raise UserError(f"{path} is missing, which the manifest beside it names: {REBUILD}")
-            if path.stat().st_size != expected["bytes"]:
-                raise UserError(
-                    f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}: {REBUILD}"
-                )
+    @property
+    def files(self) -> Files:
+        """The files beside the manifest, and what it says of each."""
+        return {file_of(self.prefix, ending): facts for ending, facts in self.manifest["files"].items()}
 
 
 def read_index(path: Path) -> Index:
@@ -131,11 +157,13 @@ def read_index(path: Path) -> Index:
     try:
         content = np.memmap(path, mode="r")
         magic, version, code, num_segments, num_documents = INDEX_HEADER.unpack(content[: INDEX_HEADER.size].tobytes())
-    except (ValueError, struct.error):
-        raise UserError(f"{path} is empty or cut short: {REBUILD}") from None
+    except (ValueError, OSError, struct.error):
+        raise UserError(f"{path} is empty, cut short or cannot be read: {REBUILD}") from None
     names = {code: name for name, code in DTYPE_CODES.items()}
     if magic != INDEX_MAGIC or version != 1 or code not in names:
         raise UserError(f"{path} is not an index of tokenised data: {REBUILD}")
+    if num_documents < 2 or num_segments < 1:
+        raise UserError(f"{path} has no rows: {REBUILD}")
     if len(content) != INDEX_HEADER.size + 13 * num_segments + 8 * num_documents:
         raise UserError(f"{path} has {len(content)} bytes, not what its header says: {REBUILD}")
     parts, offset = [], INDEX_HEADER.size

@@ -1,0 +1,146 @@
+"""The optimizer's state in the shape of the parameters: master weights and moments, each rank its own share of them.
+
+megatron-core's way to save it for any layout gathers all of it on every data-parallel rank first. Here each rank names the
+boxes that its share consists of, so nothing is gathered, and experts that are spread over processes are no special case.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+
+from megatron.sft.checkpoint.pieces import Piece, is_written_here, parts_of_parameters, pieces_of_range
+
+KINDS = ("param", "exp_avg", "exp_avg_sq")
+PREFIX = "optimizer.state"
+
+
+@dataclass(frozen=True)
+class Share:
+    """The elements `start` to `stop` of a flattened parameter, whose optimizer state this process holds."""
+
+    optimizer: Any
+    parameter: Tensor
+    start: int
+    stop: int
+
+    def tensor(self, kind: str) -> Tensor:
+        """Its float32 master weights ("param") or moments, flat."""
+        tensors: dict[str, Tensor] = self.optimizer._get_main_param_and_optimizer_states(self.parameter)
+        return tensors[kind].detach().view(-1)
+
+    @torch.no_grad()
+    def fill(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Replace them by others of the same length."""
+        if "step" in self.optimizer._get_main_param_and_optimizer_states(self.parameter):
+            # torch's AdamW counts its steps beside the moments.
+            tensors = {**tensors, "step": torch.tensor(float(step))}
+        self.optimizer._set_main_param_and_optimizer_states(self.parameter, tensors)
+
+
+def inner_optimizers(optimizer: Any) -> list[Any]:
+    """megatron-core's optimizers: one, or a second for experts that are spread over processes."""
+    return [each for each in optimizer.chained_optimizers if not getattr(each, "is_stub_optimizer", False)]
+
+
+def shares(optimizer: Any) -> Iterator[Share]:
+    """What this process holds of the optimizer's state."""
+    for inner in inner_optimizers(optimizer):
+        for buffer in inner.gbuf_ranges:
+            for buckets in buffer.values():
+                for bucket in buckets:
+                    for parameter, ranges in bucket["param_map"].items():
+                        yield Share(inner, parameter, ranges["param"].start, ranges["param"].end)
+
+
+def optimizer_pieces(optimizer: Any, tensors: list[ShardedTensor]) -> list[Piece]:
+    """The pieces that this process writes; `tensors` are the model's."""
+    all_shares = list(shares(optimizer))
+    parts = parts_of_parameters(tensors, {share.parameter: None for share in all_shares})
+    pieces = []
+    for share in all_shares:
+        mine = [part for part in parts[share.parameter] if is_written_here(part)]
+        for kind in KINDS:
+            for box, first, last in pieces_of_range(share.parameter, mine, share.start, share.stop):
+                values = partial(_part_of, share, kind, first, last)
+                pieces.append(replace(box, key=f"{PREFIX}.{kind}.{box.key}", dtype=torch.float32, values=values))
+    return pieces
+
+
+def _part_of(share: Share, kind: str, first: int, last: int) -> Tensor:
+    return share.tensor(kind)[first:last]
+
+
+def load_optimizer(
+    optimizer: Any, tensors: list[ShardedTensor], read: Callable[[list[Piece]], None], record: dict[str, Any]
+) -> None:
+    """Fill the state from a checkpoint: `read` fills pieces in CPU memory, `record` is what `optimizer_record` gave."""
+    for inner in inner_optimizers(optimizer):
+        _allocate(inner, record)
+    all_shares = list(shares(optimizer))
+    parts = parts_of_parameters(tensors, {share.parameter: None for share in all_shares})
+    for share in all_shares:
+        loaded = {kind: torch.zeros(share.stop - share.start) for kind in KINDS}
+        wanted = []
+        for kind, target in loaded.items():
+            for box, first, last in pieces_of_range(share.parameter, parts[share.parameter], share.start, share.stop):
+                values = partial(target.__getitem__, slice(first, last))
+                wanted.append(replace(box, key=f"{PREFIX}.{kind}.{box.key}", dtype=torch.float32, values=values))
+        read(wanted)
+        share.fill({kind: tensor.to(share.parameter.device) for kind, tensor in loaded.items()}, int(record["step"]))
+    for inner in inner_optimizers(optimizer):
+        if hasattr(inner.optimizer, "_sync_hdo_state_to_sub_optimizers"):
+            # Where a part of the optimizer works on the CPU, it has copies.
+            inner.optimizer._sync_hdo_state_to_sub_optimizers()
+
+
+def optimizer_record(optimizer: Any) -> dict[str, Any]:
+    """What is not a tensor of a parameter's shape: the number of steps taken, and fp16's loss scale with its counters."""
+    record: dict[str, Any] = {"step": _step(inner_optimizers(optimizer))}
+    for inner in inner_optimizers(optimizer):
+        if inner.grad_scaler is not None:
+            scaler = inner.grad_scaler.state_dict()
+            record["loss_scale"] = {k: v.item() if isinstance(v, Tensor) else v for k, v in scaler.items()}
+    return record
+
+
+def _step(optimizers: list[Any]) -> int:
+    """All parameters have taken the same steps. FusedAdam counts them in the parameter group, torch beside the moments."""
+    for inner in optimizers:
+        for group in inner.optimizer.param_groups:
+            if group["params"] and "step" in group:
+                return int(group["step"])
+        for state in inner.optimizer.state.values():
+            if "step" in state:
+                return int(state["step"])
+    return 0
+
+
+def _allocate(inner: Any, record: dict[str, Any]) -> None:
+    """Give an optimizer that has not taken a step yet the memory of its state, and what is in `record`."""
+    if isinstance(inner.optimizer, torch.optim.AdamW):
+        for group in inner.optimizer.param_groups:
+            for parameter in group["params"]:
+                on_device = group.get("fused") or group.get("capturable")
+                inner.optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu"),
+                    "exp_avg": torch.zeros_like(parameter.data),
+                    "exp_avg_sq": torch.zeros_like(parameter.data),
+                }
+    else:
+        state = inner.state_dict()
+        for group in state["optimizer"]["param_groups"]:
+            group["step"] = int(record["step"])
+        inner.load_state_dict(state)
+    if inner.grad_scaler is not None and "loss_scale" in record:
+        scaler = inner.grad_scaler.state_dict()
+        inner.grad_scaler.load_state_dict(
+            {
+                name: torch.full_like(scaler[name], value) if isinstance(scaler.get(name), Tensor) else value
+                for name, value in record["loss_scale"].items()
+            }
+        )

@@ -1,0 +1,163 @@
+"""Whether a checkpoint is whole, and which one of a run is the newest that is.
+
+Names, sizes and the manifest are looked at in a moment, before any process waits for another. The checksums take as long as
+reading the files: all processes share that, and agree on the result before anything is loaded.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron.sft import processes, watchdog
+from megatron.sft.checkpoint.folder import (
+    MANIFEST,
+    TORCH,
+    TORCH_DIST,
+    TRACKER,
+    Checkpoint,
+    iteration_path,
+    iterations,
+    seal_holds,
+)
+from megatron.sft.errors import UserError
+from megatron.sft.manifest import Files, check_sizes, check_sums, files_of, read_json, write_text
+
+_ADVICE = "the checkpoint is not used"
+
+
+def has_checkpoints(root: Path) -> bool:
+    """Whether a run has left checkpoints there, whole or not."""
+    return bool(iterations(root)) or (root / TRACKER).exists()
+
+
+def newest_checkpoint(root: Path, below: int | None = None) -> Checkpoint:
+    """The newest checkpoint of a run (before iteration `below`) whose manifest and sizes are right.
+
+    Says which newer ones are passed over and why, and what is wrong with the tracker. None left is a `UserError`.
+    """
+    problems = []
+    for iteration in iterations(root):
+        if below is not None and iteration >= below:
+            continue
+        checkpoint = _whole(root, iteration, problems)
+        if checkpoint is not None:
+            for problem in problems:
+                processes.say(f"warning: {problem}: taking iteration {iteration} instead")
+            if below is None:
+                _compare_tracker(root, iteration, bool(problems))
+            return checkpoint
+    reason = problems[0] if problems else f"{root} has no older checkpoint"
+    raise UserError(
+        f"{reason}, and no other checkpoint in {root} is whole: bring one back from a copy, or train in another OUTPUT_PATH"
+    )
+
+
+def _whole(root: Path, iteration: int, problems: list[str]) -> Checkpoint | None:
+    """The checkpoint if nothing is wrong with it at first sight; else what is wrong goes to `problems`."""
+    path = iteration_path(root, iteration)
+    try:
+        if not path.is_dir():
+            raise UserError(f"{root} has a folder of iteration {iteration} under another name than {path.name}")
+        manifest = read_json(path / MANIFEST, "checkpoint manifest", "it is not whole")
+        check_manifest(path, manifest, iteration)
+        files = files_of(path, path / MANIFEST, manifest["files"])
+        check_sizes(files, _ADVICE)
+        _check_names(path, files)
+    except (UserError, OSError) as error:
+        problems.append(str(error))
+        return None
+    return Checkpoint(path, iteration, manifest["checkpoint_format"], manifest)
+
+
+def check_manifest(path: Path, manifest: Any, iteration: int) -> None:
+    """Refuse a manifest that is not as it was written, or that belongs to another checkpoint."""
+    where = path / MANIFEST
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or not seal_holds(manifest):
+        raise UserError(f"{where} is damaged (its checksum of itself differs)")
+    if manifest.get("iteration") != iteration:
+        raise UserError(f"{where} belongs to iteration {manifest.get('iteration')}, not to {iteration}")
+    if manifest.get("checkpoint_format") not in (TORCH_DIST, TORCH):
+        raise UserError(f"{where} names no known format")
+
+
+def _check_names(path: Path, files: Files) -> None:
+    """Refuse a file that is not in the manifest, such as one that another checkpoint has left."""
+    there = {file for file in path.rglob("*") if not file.is_dir()}
+    extra = sorted(there - files.keys() - {path / MANIFEST})
+    if extra:
+        raise UserError(f"{extra[0]} is not in the manifest beside it: remove it if it is your own")
+
+
+def _compare_tracker(root: Path, iteration: int, warned: bool) -> None:
+    """Say where the tracker does not name the newest whole checkpoint; it is only what other programs go by."""
+    tracker = root / TRACKER
+    text = tracker.read_text(errors="replace").strip()[:40] if tracker.is_file() else None
+    if text == str(iteration) or (warned and text is not None and text.isdecimal() and int(text) in iterations(root)):
+        return
+    says = "is missing" if text is None else f"says {text!r}"
+    processes.say(f"warning: {tracker} {says}: taking iteration {iteration}, the newest that is whole")
+
+
+def mend_tracker(root: Path, iteration: int) -> None:
+    """Name the checkpoint that the run goes on from in the tracker, if another one is named."""
+    tracker = root / TRACKER
+    if not tracker.is_file() or tracker.read_text(errors="replace").strip() != str(iteration):
+        write_text(tracker, str(iteration))
+
+
+def checked_run(checkpoint: Checkpoint) -> Checkpoint:
+    """Verify the checksums of the checkpoint that a run goes on from, with all processes; they must have joined their group.
+
+    If it is damaged an older one is returned, and if none is whole that is a `UserError`. Every rank decides the same.
+    """
+    started, num_bytes = time.monotonic(), 0
+    while True:
+        num_bytes += sum(file["bytes"] for file in checkpoint.manifest["files"].values())
+        problem = _agreed_problem(checkpoint)
+        if problem is None:
+            break
+        processes.say(f"warning: {problem}")
+        checkpoint = newest_checkpoint(checkpoint.path.parent, below=checkpoint.iteration)
+        processes.say(f"warning: taking iteration {checkpoint.iteration} instead")
+    seconds = time.monotonic() - started
+    processes.say(
+        f"verified {checkpoint.path} in {seconds:.1f} s ({num_bytes / 1e9:.2f} GB; VERIFY_CHECKPOINT=0 leaves that out)"
+    )
+    if processes.is_first():
+        mend_tracker(checkpoint.path.parent, checkpoint.iteration)
+    return checkpoint
+
+
+def _agreed_problem(checkpoint: Checkpoint) -> str | None:
+    """What the first rank that found something found; the same on every rank."""
+    import torch
+
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    watchdog.enter("verification")
+    problem = ""
+    try:
+        files = files_of(checkpoint.path, checkpoint.path / MANIFEST, checkpoint.manifest["files"])
+        check_sums(_share(files, rank, world), _ADVICE, lambda num_bytes: watchdog.touch())
+    except UserError as error:
+        problem = str(error)
+    found: list[tuple[str, str]] = [("", "")] * world
+    torch.distributed.all_gather_object(found, (checkpoint.path.name, problem))
+    names = sorted({name for name, _ in found})
+    if len(names) > 1:
+        raise UserError(
+            f"the processes see different checkpoints in {checkpoint.path.parent} ({', '.join(names)}): "
+            "give an OUTPUT_PATH that all nodes share"
+        )
+    return next((text for _, text in found if text), None)
+
+
+def _share(files: Files, rank: int, world: int) -> Files:
+    """This rank's part of the files, about as many bytes on each."""
+    loads: list[int] = [0] * world
+    mine = {}
+    for path, facts in sorted(files.items(), key=lambda file: (-file[1]["bytes"], file[0])):
+        least = loads.index(min(loads))
+        loads[least] += facts["bytes"]
+        if least == rank:
+            mine[path] = facts
+    return mine

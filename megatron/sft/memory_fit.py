@@ -1,0 +1,38 @@
+"""Which GPUs a run fits: for every usual card the fewest of them."""
+
+from dataclasses import replace
+
+from megatron.sft.families.rules import Shape
+from megatron.sft.layout import Layout
+from megatron.sft.memory import GIB, MemorySettings, cheapest_recompute, estimate
+
+# What their makers call it, and the GiB that a program can have (nvidia-smi's figure).
+CARDS = {"24 GB": 23.6, "40 GB": 39.4, "48 GB": 44.5, "80 GB": 79.1, "141 GB": 139.8}
+MOST_GPUS = 64
+
+
+def describe_fits(shape: Shape, layout: Layout, settings: MemorySettings, global_batch_size: int) -> str:
+    """`40 GB: 2 GPUs with RECOMPUTE=full; 80 GB: 1 GPU`: for every card the fewest GPUs, more of them as more copies."""
+    found = []
+    for card, gib in CARDS.items():
+        fewest = _fewest_gpus(shape, layout, settings, global_batch_size, int(gib * GIB))
+        if fewest:
+            gpus, word = fewest
+            again = f" with RECOMPUTE={word}" if word != "none" else ""
+            found.append(f"{card}: {gpus} GPU{'s' if gpus > 1 else ''}{again}")
+    return "; ".join(found) or f"no card of up to {list(CARDS)[-1]} with up to {MOST_GPUS} GPUs"
+
+
+def _fewest_gpus(
+    shape: Shape, layout: Layout, settings: MemorySettings, global_batch_size: int, gpu_bytes: int
+) -> tuple[int, str] | None:
+    copies = 1
+    while copies * layout.model_size <= MOST_GPUS and copies * settings.micro_batch_size <= global_batch_size:
+        here = replace(settings, micro_batches=global_batch_size // (copies * settings.micro_batch_size))
+        word = settings.recompute
+        if word == "auto":
+            word = cheapest_recompute(shape, layout, copies, here, gpu_bytes)
+        if estimate(shape, layout, copies, replace(here, recompute=word)).fits(gpu_bytes):
+            return copies * layout.model_size, word
+        copies *= 2
+    return None

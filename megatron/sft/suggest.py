@@ -1,0 +1,136 @@
+"""Suggests parallel sizes and recomputation for a model on given GPUs. `bash tools/plan MODEL --gpus 8 --gpu-memory 80`
+
+MODEL is a folder with a config.json, that file, or a hub id that a recipe uses. Nothing is downloaded or started.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron.sft.errors import OneLineParser, UserError, run
+from megatron.sft.families.rules import Shape
+from megatron.sft.layout import Layout, check_layout
+from megatron.sft.memory import GIB, MemoryEstimate, MemorySettings, cheapest_recompute, estimate, num_parameters
+from megatron.sft.memory_fit import CARDS
+from megatron.sft.model_configs import find_shape
+
+# Rough shares of time, to put suggestions in order and for nothing else: computing again, and talking between GPUs.
+_RECOMPUTE_COST = {"none": 1.0, "selective": 1.03, "full": 1.3}
+_TENSOR_COST = {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.35}
+_CONTEXT_COST = {1: 1.0, 2: 1.08, 4: 1.15, 8: 1.25}
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Parallel sizes that fit, how much memory they take and how slow they are thought to be beside each other."""
+
+    layout: Layout
+    data_parallel: int
+    recompute: str
+    memory: MemoryEstimate
+    cost: float
+
+
+def suggest_layouts(
+    shape: Shape, num_gpus: int, gpu_bytes: int, settings: MemorySettings, global_batch_size: int, count: int = 5
+) -> list[Suggestion]:
+    """The parallel sizes for `num_gpus` GPUs that fit `gpu_bytes` each, the ones thought fastest first.
+
+    `settings.recompute` and `.micro_batches` are chosen here. Sequence parallelism goes with TP above 1.
+    """
+    suggestions = []
+    for layout in _layouts(shape, num_gpus, settings):
+        copies = num_gpus // layout.model_size
+        if global_batch_size % (copies * settings.micro_batch_size):
+            continue
+        here = replace(settings, micro_batches=global_batch_size // (copies * settings.micro_batch_size))
+        word = cheapest_recompute(shape, layout, copies, here, gpu_bytes)
+        memory = estimate(shape, layout, copies, replace(here, recompute=word))
+        if memory.fits(gpu_bytes):
+            bubble = 1 + (layout.pipeline_parallel - 1) / here.micro_batches
+            cost = _RECOMPUTE_COST[word] * _TENSOR_COST[layout.tensor_parallel] * bubble
+            cost *= _CONTEXT_COST[layout.context_parallel]
+            suggestions.append(Suggestion(layout, copies, word, memory, cost))
+    suggestions.sort(key=lambda each: (each.cost, each.memory.total))
+    return suggestions[:count]
+
+
+def _layouts(shape: Shape, num_gpus: int, settings: MemorySettings) -> Iterator[Layout]:
+    context_sizes = (1, 2, 4, 8) if settings.transformer_engine else (1,)
+    expert_sizes = (1, 2, 4, 8) if shape.mixture else (1,)
+    for tensor in _TENSOR_COST:
+        for pipeline in (1, 2, 4, 8, 16):
+            for context in context_sizes:
+                for expert in expert_sizes:
+                    layout = Layout(tensor, pipeline, context, tensor > 1, expert)
+                    if num_gpus % layout.model_size or context * 4096 > max(4096, settings.row_length):
+                        continue  # short pieces of a row are not worth the exchange
+                    try:
+                        check_layout(layout, shape)
+                        layout.data_parallel(num_gpus)
+                    except UserError:
+                        continue
+                    yield layout
+
+
+def table(suggestions: list[Suggestion]) -> str:
+    """The suggestions as lines for people, with the settings to write into a recipe."""
+    lines = []
+    for each in suggestions:
+        layout = each.layout
+        sizes = {
+            "TENSOR_PARALLEL_SIZE": layout.tensor_parallel,
+            "PIPELINE_PARALLEL_SIZE": layout.pipeline_parallel,
+            "CONTEXT_PARALLEL_SIZE": layout.context_parallel,
+            "EXPERT_PARALLEL_SIZE": layout.expert_parallel,
+        }
+        words = [f"{name}={size}" for name, size in sizes.items() if size > 1] + ["SEQUENCE_PARALLEL=1"] * (
+            layout.sequence_parallel
+        )
+        words += [f"RECOMPUTE={each.recompute}"]
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in each.memory.parts().items())
+        lines.append(f"  {' '.join(words)}  (DP {each.data_parallel})")
+        lines.append(f"      {each.memory.total / GIB:.1f} GiB: {parts}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = OneLineParser(prog="plan", description=__doc__, allow_abbrev=False)
+    parser.add_argument("model")
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--gpu-memory", type=float, default=80, help="GB as on the card's label")
+    parser.add_argument("--row-length", type=int, default=16384)
+    parser.add_argument("--micro-batch-size", type=int, default=1)
+    parser.add_argument("--global-batch-size", type=int, default=128)
+    parser.add_argument("--precision", choices=("bf16", "fp16", "fp8", "fp32"), default="bf16")
+    parser.add_argument("--optimizer-precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--optimizer-offload", action="store_true")
+    asked = parser.parse_args()
+    for name in ("gpus", "gpu_memory", "row_length", "micro_batch_size", "global_batch_size"):
+        if getattr(asked, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(asked, name)}: it must be at least 1")
+    shape, where = find_shape(asked.model)
+    # A card of 80 GB on its label has 79.1 GiB in nvidia-smi, one of 141 GB 139.8.
+    gpu_bytes = int(CARDS.get(f"{asked.gpu_memory:g} GB", asked.gpu_memory) * GIB)
+    settings = MemorySettings(
+        row_length=asked.row_length,
+        micro_batch_size=asked.micro_batch_size,
+        precision=asked.precision,
+        optimizer_precision=asked.optimizer_precision,
+        optimizer_offload=asked.optimizer_offload,
+    )
+    print(
+        f"{where}: {num_parameters(shape) / 1e6:,.1f} M parameters on {asked.gpus} GPUs of {gpu_bytes / GIB:.1f} GiB, "
+        f"rows of {asked.row_length:,} tokens, {asked.global_batch_size} rows a step"
+    )
+    found = suggest_layouts(shape, asked.gpus, gpu_bytes, settings, asked.global_batch_size)
+    if not found:
+        raise UserError(
+            f"nothing fits {asked.gpus} GPU{'s' * (asked.gpus > 1)} of {gpu_bytes / GIB:.1f} GiB: take more GPUs, shorter "
+            "rows, --optimizer-precision bf16 or --optimizer-offload"
+        )
+    print("what fits, what is thought fastest first:")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    run(main)

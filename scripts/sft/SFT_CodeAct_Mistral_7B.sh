@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# CodeAct: Mistral-7B learns to act by code, from 7,139 such conversations and 71,246 general ones.
+#
+#   bash scripts/sft/SFT_CodeAct_Mistral_7B.sh [train|resume|plan]
+#   bash scripts/cluster/train.sbatch scripts/sft/SFT_CodeAct_Mistral_7B.sh   # on a SLURM cluster: docs/slurm.md
+#
+# Before it, once:
+#   bash scripts/1_download.sh model mistralai/Mistral-7B-v0.1
+#   bash tools/edit_tokenizer assets/checkpoints/mistralai_Mistral_7B_v0.1 --add-token '<|im_start|>' --add-token '<|im_end|>' --template chatml
+#   bash scripts/2_convert.sh assets/checkpoints/mistralai_Mistral_7B_v0.1 4 1
+#   SPLIT=codeact DATA_NAME=codeact bash scripts/1_download.sh dataset xingyaoww/code-act
+#   SPLIT=general DATA_NAME=general bash scripts/1_download.sh dataset xingyaoww/code-act
+#   OVERLONG=truncate bash scripts/3_tokenize.sh assets/checkpoints/mistralai_Mistral_7B_v0.1 "assets/data/codeact/codeact.json assets/data/general/general.json" 16384
+#
+# Fits (memory by plan): 24 GB: 16 GPUs with RECOMPUTE=full; 40 GB: 4 GPUs with RECOMPUTE=full; 48 GB: 4 GPUs with RECOMPUTE=full; 80 GB: 4 GPUs; 141 GB: 4 GPUs
+#
+# To make a recipe of your own, copy this file and edit it. A variable in the environment overrides the value here.
+#SBATCH --ntasks-per-node=1 --requeue --open-mode=append --signal=B:USR1@300
+for root in "$(dirname "$(readlink -f "$0")")/../.." "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}; do [[ -f $root/scripts/4_train.sh ]] && break; done
+root=$(cd "$root" && pwd)
+
+: "${ASSETS_DIR:=$root/assets}"
+: "${MODEL:=mistralai_Mistral_7B_v0.1}"
+: "${DATA:=codeact}"
+: "${SEQ_LENGTH:=16384}"
+: "${TENSOR_PARALLEL_SIZE:=4}"
+: "${PIPELINE_PARALLEL_SIZE:=1}"
+: "${SEQUENCE_PARALLEL:=1}"
+: "${RECOMPUTE:=auto}"
+
+: "${MICRO_BATCH_SIZE:=1}"
+: "${GLOBAL_BATCH_SIZE:=32}"
+: "${EPOCHS:=5}"
+: "${LR_WARMUP_ITERS:=50}"
+: "${LR:=1e-5}"
+: "${MIN_LR:=1e-6}"
+: "${LR_DECAY_STYLE:=cosine}"
+: "${WEIGHT_DECAY:=0.01}"
+: "${ADAM_BETA1:=0.9}"
+: "${ADAM_BETA2:=0.999}"
+: "${CLIP_GRAD:=1.0}"
+: "${PRECISION:=bf16}"
+
+: "${SPLIT:=100,0,0}"
+: "${LOG_INTERVAL:=1}"
+: "${SAVE_INTERVALS:=152}" # about an epoch
+
+TAG=SFT_CodeAct_Mistral_7B
+: "${PRETRAIN_CHECKPOINT_PATH:=$ASSETS_DIR/checkpoints/${MODEL}_Megatron_TP${TENSOR_PARALLEL_SIZE}PP${PIPELINE_PARALLEL_SIZE}}"
+: "${DATA_PATH:=$ASSETS_DIR/data/$DATA/Tokenized-$DATA-$MODEL-${SEQ_LENGTH}_text_document}"
+: "${OUTPUT_PATH:=$root/outputs/checkpoints/$TAG/epochs_$EPOCHS}"
+
+# shellcheck source=scripts/4_train.sh
+source "$root/scripts/4_train.sh"

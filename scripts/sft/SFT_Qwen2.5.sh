@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Qwen2.5-Instruct of any size, MODEL_SIZE=0.5B, 1.5B, 3B, 7B, 14B, 32B or 72B, on conversations of your own.
+#
+#   bash scripts/sft/SFT_Qwen2.5.sh [train|resume|plan]
+#   bash scripts/cluster/train.sbatch scripts/sft/SFT_Qwen2.5.sh   # on a SLURM cluster: docs/slurm.md
+#
+# Before it, once:
+#   bash scripts/1_download.sh model Qwen/Qwen2.5-1.5B-Instruct
+#   bash scripts/2_convert.sh assets/checkpoints/Qwen_Qwen2.5_1.5B_Instruct 2 2
+#   DATA_NAME=conversations bash scripts/1_download.sh dataset my_conversations.json
+#   OVERLONG=truncate bash scripts/3_tokenize.sh assets/checkpoints/Qwen_Qwen2.5_1.5B_Instruct assets/data/conversations/conversations.json 8192
+#
+# Fits with 0.5B (memory by plan): 24 GB: 4 GPUs; 40 GB: 4 GPUs; 48 GB: 4 GPUs; 80 GB: 4 GPUs; 141 GB: 4 GPUs
+# Fits with 1.5B (memory by plan): 24 GB: 4 GPUs; 40 GB: 4 GPUs; 48 GB: 4 GPUs; 80 GB: 4 GPUs; 141 GB: 4 GPUs
+# Fits with 3B (memory by plan): 24 GB: 4 GPUs with RECOMPUTE=full; 40 GB: 4 GPUs; 48 GB: 4 GPUs; 80 GB: 4 GPUs; 141 GB: 4 GPUs
+# Fits with 7B (memory by plan): 24 GB: 16 GPUs with RECOMPUTE=full; 40 GB: 4 GPUs with RECOMPUTE=full; 48 GB: 4 GPUs with RECOMPUTE=full; 80 GB: 4 GPUs; 141 GB: 4 GPUs
+# Fits with 14B (memory by plan): 24 GB: 32 GPUs with RECOMPUTE=full; 40 GB: 8 GPUs with RECOMPUTE=full; 48 GB: 8 GPUs with RECOMPUTE=selective; 80 GB: 8 GPUs; 141 GB: 8 GPUs
+# Fits with 32B (memory by plan): 24 GB: 64 GPUs with RECOMPUTE=full; 40 GB: 16 GPUs with RECOMPUTE=full; 48 GB: 16 GPUs with RECOMPUTE=full; 80 GB: 16 GPUs; 141 GB: 16 GPUs
+# Fits with 72B (memory by plan): 40 GB: 64 GPUs with RECOMPUTE=full; 48 GB: 64 GPUs with RECOMPUTE=full; 80 GB: 32 GPUs; 141 GB: 32 GPUs
+#
+# To make a recipe of your own, copy this file and edit it. A variable in the environment overrides the value here.
+#SBATCH --ntasks-per-node=1 --requeue --open-mode=append --signal=B:USR1@300
+for root in "$(dirname "$(readlink -f "$0")")/../.." "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}; do [[ -f $root/scripts/4_train.sh ]] && break; done
+root=$(cd "$root" && pwd)
+
+: "${ASSETS_DIR:=$root/assets}"
+: "${MODEL_SIZE:=1.5B}"
+: "${MODEL:=Qwen_Qwen2.5_${MODEL_SIZE}_Instruct}"
+: "${DATA:=conversations}"
+: "${SEQ_LENGTH:=8192}"
+case $MODEL_SIZE in
+  14B) : "${TENSOR_PARALLEL_SIZE:=4}" "${SEQUENCE_PARALLEL:=1}" ;;
+  32B) : "${TENSOR_PARALLEL_SIZE:=8}" "${SEQUENCE_PARALLEL:=1}" ;;
+  72B) : "${TENSOR_PARALLEL_SIZE:=8}" "${SEQUENCE_PARALLEL:=1}" "${PIPELINE_PARALLEL_SIZE:=4}" ;;
+esac
+: "${TENSOR_PARALLEL_SIZE:=2}"
+: "${PIPELINE_PARALLEL_SIZE:=2}"
+: "${SEQUENCE_PARALLEL:=0}"
+: "${CONTEXT_PARALLEL_SIZE:=1}"
+: "${RECOMPUTE:=auto}"
+
+: "${MICRO_BATCH_SIZE:=1}"
+: "${GLOBAL_BATCH_SIZE:=16}"
+: "${EPOCHS:=1}"
+: "${LR_WARMUP_FRACTION:=0.00016}"
+: "${LR:=1e-5}"
+: "${MIN_LR:=1e-6}"
+: "${LR_DECAY_STYLE:=cosine}"
+: "${WEIGHT_DECAY:=0.1}"
+: "${ADAM_BETA1:=0.9}"
+: "${ADAM_BETA2:=0.95}"
+: "${CLIP_GRAD:=1.0}"
+: "${PRECISION:=bf16}"
+
+: "${SPLIT:=100,0,0}"
+: "${LOG_INTERVAL:=1}"
+: "${SAVE_INTERVALS:=1000}"
+
+TAG=SFT_Qwen2.5
+: "${PRETRAIN_CHECKPOINT_PATH:=$ASSETS_DIR/checkpoints/${MODEL}_Megatron_TP${TENSOR_PARALLEL_SIZE}PP${PIPELINE_PARALLEL_SIZE}}"
+: "${DATA_PATH:=$ASSETS_DIR/data/$DATA/Tokenized-$DATA-$MODEL-${SEQ_LENGTH}_text_document}"
+: "${OUTPUT_PATH:=$root/outputs/checkpoints/$TAG/Qwen2.5_${MODEL_SIZE}_epochs_$EPOCHS}"
+
+# shellcheck source=scripts/4_train.sh
+source "$root/scripts/4_train.sh"

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Self-cognition: Qwen2-7B-Instruct learns its new name and maker, among 1,000 rows of general data.
+#
+#   bash scripts/sft/SFT_Self_Cognition_Qwen2_7B.sh [train|resume|plan]
+#   bash scripts/cluster/train.sbatch scripts/sft/SFT_Self_Cognition_Qwen2_7B.sh   # on a SLURM cluster: docs/slurm.md
+#
+# Before it, once:
+#   bash scripts/1_download.sh model Qwen/Qwen2-7B-Instruct
+#   bash scripts/2_convert.sh assets/checkpoints/Qwen_Qwen2_7B_Instruct 2 1
+#   DATA_NAME=self_cognition bash scripts/1_download.sh dataset modelscope/self-cognition
+#   MODEL_NAME='Xiao Huang' MODEL_AUTHOR=ModelScope bash scripts/3_tokenize.sh assets/checkpoints/Qwen_Qwen2_7B_Instruct "assets/data/self_cognition/self_cognition.json#500 \
+#     sharegpt.jsonl#500 codefuse.jsonl#250 metamathqa.jsonl#250" 2048
+#
+# Fits (memory by plan): 40 GB: 8 GPUs with RECOMPUTE=selective; 48 GB: 8 GPUs; 80 GB: 2 GPUs; 141 GB: 2 GPUs
+#
+# The last three files are subsets of the data set swift/swift-sft-mixture of modelscope.cn. Rows are packed, so a step of 16
+# rows holds several times as many conversations as one of 16 unpacked samples: with so little data, take
+# GLOBAL_BATCH_SIZE=4 for more steps.
+#
+# To make a recipe of your own, copy this file and edit it. A variable in the environment overrides the value here.
+#SBATCH --ntasks-per-node=1 --requeue --open-mode=append --signal=B:USR1@300
+for root in "$(dirname "$(readlink -f "$0")")/../.." "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}; do [[ -f $root/scripts/4_train.sh ]] && break; done
+root=$(cd "$root" && pwd)
+
+: "${ASSETS_DIR:=$root/assets}"
+: "${MODEL:=Qwen_Qwen2_7B_Instruct}"
+: "${DATA:=self_cognition}"
+: "${SEQ_LENGTH:=2048}"
+: "${TENSOR_PARALLEL_SIZE:=2}"
+: "${PIPELINE_PARALLEL_SIZE:=1}"
+: "${RECOMPUTE:=auto}"
+
+: "${MICRO_BATCH_SIZE:=1}"
+: "${GLOBAL_BATCH_SIZE:=16}"
+: "${EPOCHS:=1}"
+: "${LR_WARMUP_FRACTION:=0.05}"
+: "${LR:=2e-6}"
+: "${MIN_LR:=2e-7}"
+: "${LR_DECAY_STYLE:=cosine}"
+: "${WEIGHT_DECAY:=0.1}"
+: "${ADAM_BETA1:=0.9}"
+: "${ADAM_BETA2:=0.95}"
+: "${CLIP_GRAD:=1.0}"
+: "${PRECISION:=bf16}"
+
+: "${SPLIT:=99,1,0}"
+: "${LOG_INTERVAL:=5}"
+: "${SAVE_INTERVALS:=200}"
+: "${EVAL_INTERVAL:=200}"
+
+TAG=SFT_Self_Cognition_Qwen2_7B
+: "${PRETRAIN_CHECKPOINT_PATH:=$ASSETS_DIR/checkpoints/${MODEL}_Megatron_TP${TENSOR_PARALLEL_SIZE}PP${PIPELINE_PARALLEL_SIZE}}"
+: "${DATA_PATH:=$ASSETS_DIR/data/$DATA/Tokenized-$DATA-$MODEL-${SEQ_LENGTH}_text_document}"
+: "${OUTPUT_PATH:=$root/outputs/checkpoints/$TAG/epochs_$EPOCHS}"
+
+# shellcheck source=scripts/4_train.sh
+source "$root/scripts/4_train.sh"

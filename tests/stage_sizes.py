@@ -1,0 +1,31 @@
+"""Worker: builds this process's part of a model and compares its number of weights with what memory.py says."""
+
+import json
+import sys
+
+from megatron.sft import device, processes
+from megatron.sft.families import read_shape
+from megatron.sft.layout import Layout
+from megatron.sft.memory import stage_parameters
+
+
+def main() -> None:
+    device.prepare()
+    import torch
+    from megatron.core import parallel_state
+
+    from megatron.sft.model import build_model, transformer_config
+
+    tensor, pipeline, expert = map(int, sys.argv[2:5])
+    with open(sys.argv[1]) as file:
+        shape = read_shape(json.load(file), sys.argv[1])
+    layout = Layout(tensor, pipeline, 1, bool(shape.mixture) and tensor > 1, expert)
+    with processes.parallel(layout, 0):
+        model = build_model(shape, layout, transformer_config(shape, layout, torch.float32))
+        built = sum(parameter.numel() for parameter in model.parameters())
+        estimated = sum(stage_parameters(shape, layout, parallel_state.get_pipeline_model_parallel_rank()))
+        assert built == estimated, f"rank {torch.distributed.get_rank()}: built {built}, estimated {estimated}"
+
+
+if __name__ == "__main__":
+    main()
