@@ -1,7 +1,7 @@
 # NVIDIA's PyTorch image plus requirements.txt. Nothing is compiled; the image's torch and Transformer Engine stay as they are.
 #
 #   docker build -t megatron-sft .
-#   docker run --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 -v "$PWD":"$PWD" -w "$PWD" -it --rm megatron-sft
+#   bash scripts/cluster/container.sh        a shell in it, with the GPUs and this repository, as yourself
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
 FROM ${BASE_IMAGE}
 

@@ -2,9 +2,9 @@
 # Scores of one model, or of several side by side, on data files of your own (exact match, offline) and benchmarks by name.
 #
 #   bash scripts/7_evaluate.sh HF_DIR TASKS [OPTION...]
-#   bash scripts/7_evaluate.sh BEFORE AFTER TASKS        and a table of both as Markdown and PNG
+#   bash scripts/7_evaluate.sh before=HF_DIR after=HF_DIR TASKS   and a table of both as Markdown and PNG
 #
-# HF_DIR  a Hugging Face model folder, such as 5_export.sh writes
+# HF_DIR  a Hugging Face model folder, such as 5_export.sh writes; NAME=HF_DIR names it in the table
 # TASKS   with commas between: files of instruction/output or messages rows, whose last answer is the reference (what follows
 #         </think> is compared), and names of lm-eval (ceval, mmlu, gsm8k, arc, ...; pip install 'lm-eval[hf]')
 #

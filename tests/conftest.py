@@ -1,6 +1,6 @@
 """Fixtures: tiny models made with transformers, tiny data, and real processes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -61,3 +61,11 @@ def train(converted: Path, packed_rows: Path, tmp_path_factory: pytest.TempPathF
         return folder
 
     return start
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Iterator[Path]:
+    """The file that every payload creates; and nothing else may appear beside the files of the test."""
+    path = tmp_path / "it ran"
+    yield path
+    assert not path.exists(), "a file was executed"

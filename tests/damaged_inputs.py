@@ -17,9 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron.sft import convert, export
-from megatron.sft.checkpoint.folder import sealed
 from megatron.sft.errors import UserError
-from megatron.sft.manifest import write_json
+from megatron.sft.manifest import sealed, write_json
 from tests import tiny
 
 Damage = Callable[[Path], None]
@@ -112,7 +111,6 @@ def fields(name: str, **values: object) -> Damage:
     def damage(folder: Path) -> None:
         path = next(folder.rglob(name))
         content = {**json.loads(path.read_text()), **values}
-        content.pop("sha256", None)
         path.write_text(json.dumps(sealed(content) if name == "manifest.json" else content))
 
     return damage
@@ -181,6 +179,12 @@ def model_damages() -> Iterator[tuple[str, Damage]]:
         "overlapping offsets": lambda h: first(h).update(data_offsets=[v + 4 for v in first(h)["data_offsets"]]),
         "no offsets": lambda h: first(h).pop("data_offsets"),
         "a list for a tensor": lambda h: h.update(x=[1]),
+        "fractions for offsets": lambda h: first(h).update(data_offsets=[float(v) for v in first(h)["data_offsets"]]),
+        "text for a shape": lambda h: first(h).update(shape=[str(n) for n in first(h)["shape"]]),
+        "truth for a shape": lambda h: first(h).update(shape=[True, *first(h)["shape"]]),
+        "a hole": lambda h: [
+            e.update(data_offsets=[v + 8 for v in e["data_offsets"]]) for n, e in h.items() if n != "__metadata__"
+        ],
         "text for offsets": lambda h: first(h).update(data_offsets="ab"),
         "a name less": lambda h: h.pop(_Q),
         "another name": lambda h: rename(h, _Q, "model.layers.0.q.weight"),
@@ -269,7 +273,6 @@ def main() -> None:
         call(convert.main, "--source", model, "--output", work / form, "--ckpt-format", form, *more)
         for path in (work / form).rglob("manifest.json"):
             manifest = json.loads(path.read_text())
-            manifest.pop("sha256")
             write_json(path, sealed({**manifest, "files": {}}))  # so that a file's checksum does not catch it first
     for source, damages in (
         (model, model_damages()),

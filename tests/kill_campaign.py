@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.real_runs import HANG_SECONDS, LAYOUTS, STEPS, Material, RealRun, Seen, assert_same_run, make_material
 
 MOMENTS = ("start", "step", "validation", "save", "async save", "exit")
-ASYNC = ["--async-save", "1"]
+SYNC, ASYNC = ["--async-save", "0"], ["--async-save", "1"]
 # Where each moment begins in the announcements of faulty_train, and at which steps. Runs that save asynchronously write a
 # checkpoint during the step after `save`.
 _PARTS = {
@@ -42,7 +42,7 @@ class Campaign:
     def run(self, kills: int) -> None:
         while self.kills.total() < kills:
             asynchronous = self.runs % 2 == 1
-            options = ASYNC if asynchronous else []
+            options = ASYNC if asynchronous else SYNC
             reference = self.material.reference(self.layout, options)
             run = RealRun(self.material, self.material.folder / f"{self.layout} {self.runs}", self.layout, options)
             self._until_done(run, self._plan(asynchronous, kills - self.kills.total()))

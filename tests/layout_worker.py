@@ -26,7 +26,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "TP2xPP2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
 }
 SAVED, STEPS = 3, 13
-OPTIONS = ["--precision", "fp32", "--lr", "1e-3", "--min-lr", "1e-4", "--train-iters", str(STEPS), "--save-interval", str(SAVED)]
+OPTIONS = ["--precision", "fp32", "--lr", "1e-3", "--min-lr", "1e-4", "--train-iters", str(STEPS)]
+OPTIONS += ["--save-interval", str(SAVED)]
 OPTIONS += ["--global-batch-size", "8", "--micro-batch-size", "2"]
 
 

@@ -8,14 +8,16 @@ import json
 import os
 import pickle
 import struct
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from megatron.sft.checkpoint.folder import sealed
+from megatron.sft.manifest import sealed
 
 
 def text(value: str) -> bytes:
@@ -167,5 +169,9 @@ def forge_manifest(checkpoint: Path, files: dict[str, Any]) -> None:
     """A checkpoint's manifest that names these files, with a seal that holds: what a careful attacker would write."""
     path = checkpoint / "manifest.json"
     content = json.loads(path.read_text())
-    content.pop("sha256")
     path.write_text(json.dumps(sealed({**content, "files": files})))
+
+
+def call_main(monkeypatch: pytest.MonkeyPatch, entry: Callable[[], None], *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["test", *map(str, arguments)])
+    entry()

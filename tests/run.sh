@@ -3,7 +3,7 @@
 #
 #   bash tests/run.sh [check|shell|python|all] [PYTEST ARGUMENT...]
 #
-# check   ruff, mypy on the package, shellcheck and shfmt
+# check   ruff, mypy on the package, shellcheck, shfmt and hadolint
 # shell   the scripts themselves: tests/*.bats
 # python  pytest with the arguments given
 # all     these three in this order; the default
@@ -25,12 +25,13 @@ step() {
 }
 
 if [[ $part == check || $part == all ]]; then
-  mapfile -t shell_files < <(find scripts tests tools .ci -type f \( -name '*.sh' -o -name '*.bash' -o -name '*.bats' -o -name '*.sbatch' -o -path .ci/run -o -path 'tools/*' \) | sort)
+  mapfile -t shell_files < <(find scripts tests tools .ci -type f \( -name '*.sh' -o -name '*.bash' -o -name '*.bats' -o -name '*.sbatch' -o -name '*.env' -o -path .ci/run -o -path 'tools/*' \) | sort)
   step "ruff check" "$PYTHON" -m ruff check .
   step "ruff format" "$PYTHON" -m ruff format --check .
   step mypy "$PYTHON" -m mypy megatron/sft
   step shellcheck shellcheck -x "${shell_files[@]}"
   step shfmt shfmt -d -i 2 -ci "${shell_files[@]}"
+  step hadolint hadolint Dockerfile
 fi
 if [[ $part == shell || $part == all ]]; then
   step bats bats --timing tests

@@ -138,7 +138,7 @@ def failing_disk(number: int) -> Callable[[Case], Outcome]:
         when = case.run.save.with_suffix(".broken")
         library = _failing_disk_library(case.run.material.folder)
         broken: dict[str, object] = {"break": [case.part, case.iteration, case.last_rank, str(when)]}
-        preload = {"LD_PRELOAD": str(library), "FAILING_DISK": str(case.run.save), "FAILING_DISK_WHEN": str(when)}
+        preload = {"LD_PRELOAD": str(library), "FAILING_DISK": f"{case.run.save}/", "FAILING_DISK_WHEN": str(when)}
         outcome = case.strike(lambda _: None, broken, **preload, FAILING_DISK_ERRNO=str(number))
         # After the last save nothing is written any more.
         assert outcome.status == (0 if case.moment == "exit" else 2), case.run.output
@@ -193,7 +193,7 @@ def poison(material: Material, name: str, step: int | None) -> Material:
 
     It has the last token, which faulty_train gives a NaN embedding if FAULTS says so with POISON.
     """
-    folder = material.folder / f"poisoned {name}"
+    folder = material.folder / f"poisoned-{name}"
     if not folder.exists():
         folder.mkdir()
         last = tiny.VOCAB_SIZE - 1

@@ -138,7 +138,7 @@ class Cluster:
         text = self.command("scontrol", "show", "job", number)
         return dict(re.findall(r"(\w+)=(\S*)", text)) | dict(re.findall(r"^ +(StdOut|Command)=(.*)$", text, re.M))
 
-    def wait(self, number: str, state: str = "COMPLETED", seconds: float = 150) -> dict[str, str]:
+    def wait(self, number: str, state: str = "COMPLETED", seconds: float = 300) -> dict[str, str]:
         """Wait for a job's end, which must be `state`."""
         final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.until(lambda: self.job(number)["JobState"] in final, f"the end of job {number}", seconds)
@@ -157,7 +157,7 @@ class Cluster:
             if pid in processes or b"slurmstepd" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
 
-    def until(self, holds: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    def until(self, holds: Callable[[], bool], what: str, seconds: float = 240) -> None:
         if not with_deadline(holds, seconds):
             logs = "".join(f"\n== {log.name}\n{log.read_text()[-1500:]}" for log in self.folder.glob("*.log"))
             raise AssertionError(f"waited {seconds} s for {what}; {self.command('squeue')}{logs}")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.sft.manifest import sealed
 from tests import tiny
 
 TP, PP = 2, 2
@@ -123,7 +124,7 @@ def run_folder(tiny_qwen2: Path, packed_rows: Path, tmp_path_factory: pytest.Tem
         shutil.copyfile(f"{packed_rows}{ending}", f"{data}{ending}")
     manifest = json.loads(Path(f"{data}.json").read_text())
     manifest |= {"tokenizer": {"end_of_turn_ids": [7]}, "chat_template": "{{ messages[0]['content'] }}"}
-    Path(f"{data}.json").write_text(json.dumps(manifest))
+    Path(f"{data}.json").write_text(json.dumps(sealed(manifest)))
     options = ["--data-path", data, "--train-iters", "3", "--global-batch-size", "8", "--lr", "1e-3"]
     tiny.run_module("train", "train", "--load", folder / "start", "--save", folder / "run", *options)
     return folder / "run"

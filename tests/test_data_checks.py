@@ -9,7 +9,7 @@ import pytest
 
 from megatron.sft.data.tokenized import file_of
 from megatron.sft.errors import UserError
-from megatron.sft.manifest import sha256_of_file, sha256_of_text
+from megatron.sft.manifest import sealed, sha256_of_file, sha256_of_text
 from megatron.sft.options import parse
 from megatron.sft.run_plan import resolve
 from megatron.sft.tokenizer_files import chat_template_of, chat_template_sha256, tokenizer_sha256
@@ -35,7 +35,7 @@ def tokenised(prefix: Path, **changed: Any) -> Path:
     """Tiny data whose manifest has the facts of step 3, with some of them changed."""
     tiny.write_rows(prefix, tiny.random_rows(8, 128), 128)
     manifest = json.loads(file_of(prefix, "json").read_text())
-    file_of(prefix, "json").write_text(json.dumps(manifest | changed))
+    file_of(prefix, "json").write_text(json.dumps(sealed(manifest | changed)))
     return prefix
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron.sft.download import data_folder_name, model_folder_name, wanted_files
+from tests import tiny
 from tests.hub_server import COMMIT, Hub, HubRepository
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,6 +126,28 @@ def test_a_model_arrives_bit_equal_and_without_leftovers(download: Download, hub
     assert "2 files" in result.stdout  # what was left out
     record = json.loads((download.assets / "checkpoints/org_a_Model_1.5B/.download.json").read_text())
     assert (record["source"], record["revision"], record["commit"]) == ("org-a/Model-1.5B", "main", COMMIT)
+
+
+def test_weights_that_change_on_the_way_or_afterwards_are_found(
+    download: Download, hub: Hub, tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in tiny_qwen2.iterdir()}
+    repository = HubRepository(files)
+    hub.repositories["models/org-a/Checked"] = repository
+    repository.forged["model.safetensors"] = files["model.safetensors"][:-1] + b"!"
+    refused = refusal(download("model", "org-a/Checked", endpoint=hub.address))
+    assert "model.safetensors is damaged (its checksum differs" in refused
+    assert "run the same command again" in refused
+    repository.forged.clear()
+    assert download("model", "org-a/Checked", endpoint=hub.address).returncode == 0
+    weights = download.assets / "checkpoints" / "org_a_Checked" / "model.safetensors"
+    tiny.run_module("convert", "--source", weights.parent, "--output", tmp_path / "good")
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 16  # a weight a little different
+    weights.write_bytes(content)
+    said = tiny.run_module("convert", "--source", weights.parent, "--output", tmp_path / "bad", status=2)
+    assert f"{weights} is damaged (its checksum differs" in said
+    assert not (tmp_path / "bad").exists()
 
 
 def test_what_is_there_is_used_as_it_is_without_any_network(download: Download, hub: Hub) -> None:

@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron.sft.answer_file import answer_file
 from megatron.sft.answers import Answer, ChatModel, Decoding, load_chat_model
 from megatron.sft.errors import UserError
 from megatron.sft.questions import read_questions
@@ -134,3 +136,88 @@ def test_mistake_gets_one_line(arguments, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_file_that_was_cut_off_goes_on_where_it_was(tmp_path):
+    """The first answers are kept in a hidden file beside the output; one of them is changed, to see that it is used."""
+    data, output = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+    data.write_text("".join(json.dumps({"prompt": row[0]}) + "\n" for row in TAUGHT))
+    settings = {"control": "<short>", "seed": 1}
+
+    class CutOffError(Exception):
+        pass
+
+    def cut_off_after_one_batch(*arguments, **options):
+        if (tmp_path / ".out.jsonl.unfinished").read_text().count("\n") > 1:
+            raise CutOffError
+        return backend_generate(*arguments, **options)
+
+    model = load_chat_model(taught_folder())
+    backend_generate = type(model.backend).generate.__get__(model.backend)
+    broken = ChatModel(
+        model.tokenizer, SimpleNamespace(longest_prompt=None, generate=cut_off_after_one_batch), model.stop_ids
+    )
+    with pytest.raises(CutOffError):
+        answer_file(broken, data, output, Decoding(64, batch_size=2), settings)
+    assert not output.exists()
+    kept = tmp_path / ".out.jsonl.unfinished"
+    lines = kept.read_text().splitlines()
+    assert len(lines) == 3
+    number = json.loads(lines[1])[0]
+    kept.write_text("\n".join([lines[0], json.dumps([number, "kept", True]), lines[2], '[3, "cut']))
+    answer_file(model, data, output, Decoding(64, batch_size=2), settings)
+    answers = [json.loads(line)["answer"] for line in output.read_text().splitlines()]
+    assert answers == ["kept" if place == number else row[1] for place, row in enumerate(TAUGHT)]
+    assert not kept.exists()
+    kept.write_text(lines[0] + "\n" + json.dumps([number, "of other settings", True]) + "\n")
+    answer_file(model, data, output, Decoding(64, batch_size=2), {**settings, "seed": 2})
+    assert "of other settings" not in output.read_text()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "a"},
+        {"prompt": "a"},
+        {"conversations": [{"from": "human", "value": "a"}]},
+        {"prompt": "a", "completion": ""},
+    ],
+)
+def test_question_without_an_answer_is_read_in_every_format(tmp_path, row):
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    [question] = read_questions(tmp_path / "data.jsonl", with_reference=False)
+    assert (question.messages, question.reference) == (user("a"), None)
+
+
+VLLM = """
+import types
+import torch
+from transformers import AutoModelForCausalLM
+class SamplingParams:
+    def __init__(self, *, temperature, top_p, top_k, max_tokens, stop_token_ids, seed, detokenize):
+        assert top_k == -1 or top_k > 0
+        self.max_tokens, self.stop = max_tokens, stop_token_ids
+class LLM:
+    def __init__(self, model, *, tokenizer, dtype, seed, tensor_parallel_size, trust_remote_code):
+        assert tensor_parallel_size == 1 and trust_remote_code is False
+        self.model = AutoModelForCausalLM.from_pretrained(model)
+        self.llm_engine = types.SimpleNamespace(model_config=types.SimpleNamespace(max_model_len=512))
+    def generate(self, prompts, sampling_params, *, use_tqdm):
+        return [self.one(prompt["prompt_token_ids"], sampling_params) for prompt in prompts]
+    def one(self, ids, sampling):
+        out = self.model.generate(torch.tensor([ids]), max_new_tokens=sampling.max_tokens, eos_token_id=sampling.stop)
+        return types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tuple(out[0, len(ids):].tolist()))])
+"""
+
+
+def test_vllm_gets_token_ids_and_the_models_stop_tokens(tmp_path):
+    """vLLM needs a GPU: a module in its place takes the arguments that its documentation names, and a real model answers."""
+    (tmp_path / "vllm.py").write_text(VLLM)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"instruction": row[0]}) + "\n" for row in TAUGHT))
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    line = [sys.executable, "-m", "megatron.sft.generate", str(taught_folder()), str(data)]
+    line += ["--control", "<think>", "--backend", "vllm"]
+    subprocess.run(line, env=environment, check=True, timeout=120, capture_output=True)
+    rows = [json.loads(text) for text in (tmp_path / "data.answers.jsonl").read_text().splitlines()]
+    assert [(row["answer"], row["finished"]) for row in rows] == [(row[2], True) for row in TAUGHT]

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 import pickle
 import resource
 import shutil
@@ -19,27 +18,16 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron.sft import convert, export, hub
+from megatron.sft import export
 from megatron.sft.checkpoint import torch_file
 from megatron.sft.checkpoint.folder import open_checkpoint
 from megatron.sft.checkpoint.metadata_file import read_metadata
 from megatron.sft.checkpoint.piece_reader import PieceReader
 from megatron.sft.checkpoint.pieces import Piece
-from megatron.sft.data import template_trial
-from megatron.sft.data.chat import ChatTemplate
-from megatron.sft.data.encoding import load_tokenizer
 from megatron.sft.errors import UserError
 from tests import malicious, tiny
 
 NAMES = list(malicious.pickles(Path("mark")))
-
-
-@pytest.fixture
-def mark(tmp_path: Path) -> Iterator[Path]:
-    """The file that every payload creates; and nothing else may appear beside the files of the test."""
-    path = tmp_path / "it ran"
-    yield path
-    assert not path.exists(), "a file was executed"
 
 
 @pytest.fixture
@@ -50,11 +38,6 @@ def little_memory() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def call_main(monkeypatch: pytest.MonkeyPatch, entry: Callable[[], None], *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["test", *map(str, arguments)])
-    entry()
 
 
 def test_the_pickles_are_live(tmp_path: Path) -> None:
@@ -117,7 +100,7 @@ def test_a_tensor_that_is_called_an_object_is_not_unpickled(
     with pytest.raises(UserError, match=key):
         PieceReader(folder).fill([piece])
     with pytest.raises(UserError, match=key):
-        call_main(
+        malicious.call_main(
             monkeypatch, export.main, "--load", folder.parent, "--hf-dir", tiny_qwen2, "--output", tmp_path / "out"
         )
 
@@ -218,7 +201,7 @@ def test_metadata_that_points_elsewhere_is_refused(
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     malicious.forge_manifest(folder, {})
     with pytest.raises(UserError, match="iter_0000001"):
-        call_main(
+        malicious.call_main(
             monkeypatch, export.main, "--load", root, "--hf-dir", tiny_qwen2, "--output", tmp_path / "out" / "model"
         )
     assert not any((tmp_path / "out").iterdir())
@@ -234,7 +217,9 @@ def test_a_checkpoints_manifest_names_nothing_outside(
     (folder / "link").symlink_to("/etc")
     malicious.forge_manifest(folder, {name: {"bytes": 4, "sha256": "0" * 64}})
     with pytest.raises(UserError, match=r"manifest.json|iter_0000001"):
-        call_main(monkeypatch, export.main, "--load", root, "--hf-dir", tiny_qwen2, "--output", tmp_path / "out")
+        malicious.call_main(
+            monkeypatch, export.main, "--load", root, "--hf-dir", tiny_qwen2, "--output", tmp_path / "out"
+        )
 
 
 @pytest.mark.parametrize("said", ["../../outside", "1\n2", "-1", "1e3", "99999999999999999999", "٣", "", "\0"])
@@ -244,104 +229,3 @@ def test_a_tracker_names_an_iteration_and_nothing_else(said: str, converted: Pat
     (root / "latest_checkpointed_iteration.txt").write_text(said)
     with pytest.raises(UserError, match=str(root)):
         open_checkpoint(root)
-
-
-def model_with_code(source: Path, folder: Path, mark: Path) -> Path:
-    """A model folder that brings Python files and asks for them in every place where transformers looks."""
-    shutil.copytree(source, folder)
-    code = (
-        f"open({str(mark)!r}, 'w').close()\n"
-        "from transformers import Qwen2Config as EvilConfig, Qwen2ForCausalLM as EvilModel, "
-        "PreTrainedTokenizerFast as EvilTokenizer\n"
-    )
-    for name in ("evil.py", "modeling_evil.py", "configuration_evil.py", "__init__.py", "custom_generate/generate.py"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(code)
-    classes = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
-    malicious.write_json(folder / "config.json", auto_map=classes, custom_pipelines={"x": {"impl": "evil.EvilModel"}})
-    (folder / "generation_config.json").write_text(json.dumps({"custom_generate": str(folder)}))
-    return folder
-
-
-def test_a_models_own_code_is_not_run(
-    tiny_qwen2: Path, tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from megatron.sft.answers import load_chat_model
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    folder = model_with_code(tiny_qwen2, tmp_path / "model", mark)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(tiny.ROOT / "assets" / "quickstart" / name, folder)
-    malicious.write_json(
-        folder / "tokenizer_config.json",
-        auto_map={"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]},
-        tokenizer_class="EvilTokenizer",
-    )
-    for use in (
-        lambda: call_main(monkeypatch, convert.main, "--source", folder, "--output", tmp_path / "converted"),
-        lambda: load_tokenizer(folder),
-        lambda: load_chat_model(folder),
-    ):
-        with contextlib.suppress(UserError):  # refused or read without the code, as the case may be
-            use()
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize("name", [*malicious.templates(Path("mark")), *malicious.template_bombs()])
-def test_a_chat_template_reaches_nothing_and_takes_little(
-    name: str, tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(template_trial, "SECONDS", 2)
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny.ROOT / "assets" / "quickstart" / file, folder)
-    template_trial.check_template.cache_clear()
-    text = {**malicious.templates(mark), **malicious.template_bombs()}[name]
-    (folder / "chat_template.jinja").write_text(text)
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    with pytest.raises(UserError, match="template"):
-        ChatTemplate(load_tokenizer(folder)).render(messages)
-
-
-def test_real_chat_templates_pass_the_trial() -> None:
-    for path in (tiny.ROOT / "megatron" / "sft" / "data").rglob("*.jinja"):
-        template_trial.check_template(path.read_text())
-    template_trial.check_template((tiny.ROOT / "assets/quickstart/chat_template.jinja").read_text())
-
-
-@pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
-def test_weights_that_are_a_pickle_are_not_loaded(
-    weights: str, tiny_qwen2: Path, tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from megatron.sft.answers import load_chat_model
-
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_qwen2, folder)
-    (folder / "model.safetensors").unlink()
-    malicious.save_reduced(folder / weights, mark)
-    with pytest.raises(UserError):
-        call_main(monkeypatch, convert.main, "--source", folder, "--output", tmp_path / "converted")
-    with pytest.raises(UserError):
-        load_chat_model(folder)
-
-
-def test_a_data_folder_that_is_a_program_is_not_run(
-    tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from megatron.sft import download
-
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    for name in ("rows.py", "dataset.py", "__init__.py"):
-        (folder / name).write_text(f"open({str(mark)!r}, 'w').close()\n")
-    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: '../../*'\n---\n")
-    with pytest.raises(UserError):
-        call_main(monkeypatch, download.main, "dataset", folder, "--assets-dir", tmp_path / "assets")
-
-
-@pytest.mark.parametrize("name", ["../outside.json", "a/../../outside", "/tmp/outside", "a//../../x", "a\0b", ".."])
-def test_names_that_a_hub_gives_stay_in_the_folder(name: str) -> None:
-    with pytest.raises(UserError, match="lies outside"):
-        hub.check_names("model", "owner/name", [name])
-    hub.check_names("model", "owner/name", ["config.json", "sub/model.safetensors", "..well.txt"])

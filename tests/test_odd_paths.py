@@ -144,18 +144,18 @@ SCRIPTS = sorted(
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_script_runs_what_is_in_its_arguments(shell: Shell, script: str) -> None:
-    """Paths that do not exist: each ends with a message of its own, whatever they are called."""
-    for argument in (f"missing {ODD}", "-x$(touch RAN)", "--$(touch RAN)=*"):
-        # Whatever it takes for an option or a setting, it ends at once: nothing that it needs exists.
-        settings = {"OUTPUT_PATH": argument, "DATA_PATH": argument, "TRAIN_ITERS": argument}
-        result = subprocess.run(
-            ["bash", shell.root / script, argument, argument, argument],
-            cwd=shell.work,
-            env={**shell.environment, **settings},
-            capture_output=True,
-            text=True,
-            timeout=tiny.TIMEOUT_SECONDS,
-            stdin=subprocess.DEVNULL,
-        )
-        assert result.returncode != 0, result.stdout
+    """Paths that do not exist: it ends with a message, whatever they are called."""
+    arguments = (f"missing {ODD}", "-x$(touch RAN)", "--$(touch RAN)=*")
+    # Whatever it takes for an option or a setting, it ends at once: nothing that it needs exists.
+    settings = dict.fromkeys(("OUTPUT_PATH", "DATA_PATH", "TRAIN_ITERS", "GPUS_PER_NODE"), arguments[0])
+    result = subprocess.run(
+        ["bash", shell.root / script, *arguments],
+        cwd=shell.work,
+        env={**shell.environment, **settings},
+        capture_output=True,
+        text=True,
+        timeout=tiny.TIMEOUT_SECONDS,
+        stdin=subprocess.DEVNULL,
+    )
+    assert result.returncode != 0, result.stdout
     assert not list(shell.work.rglob("RAN"))

@@ -11,6 +11,7 @@ from megatron.sft.data.packing import Packing, pack_rows
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import TokenizedRows, file_of, token_dtype, write_index
 from megatron.sft.errors import UserError
+from megatron.sft.manifest import sealed
 
 # Two rows: conversations 2 and 0, then 1. Trained runs are the second, fourth, ... of each.
 CONVERSATIONS = [
@@ -170,7 +171,7 @@ def damaged(prefix: Path, damage: str) -> None:
     elif damage == "other manifest":
         file_of(prefix, "json").write_text('{"format": 7}')
     elif damage == "other count":
-        file_of(prefix, "json").write_text(json.dumps(manifest | {"rows": 3}))
+        file_of(prefix, "json").write_text(json.dumps(sealed(manifest | {"rows": 3})))
     elif damage == "not an index":
         content = file_of(prefix, "idx").read_bytes()
         file_of(prefix, "idx").write_bytes(b"X" + content[1:])

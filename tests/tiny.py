@@ -97,7 +97,7 @@ def write_rows(prefix: Path, rows: list[list[Conversation]], length: int, joined
         token_dtype,
         write_index,
     )
-    from megatron.sft.manifest import sha256_of_file, write_json
+    from megatron.sft.manifest import sealed, sha256_of_file, write_json
 
     lengths, modes, documents = [], [], [0]
     for number, row in enumerate(rows):
@@ -130,7 +130,7 @@ def write_rows(prefix: Path, rows: list[list[Conversation]], length: int, joined
             for ending in ("bin", "idx")
         },
     }
-    write_json(file_of(prefix, "json"), manifest)
+    write_json(file_of(prefix, "json"), sealed(manifest))
     return prefix
 
 
@@ -157,8 +157,12 @@ def run_script(script: Path, *arguments: object) -> str:
     return _run([sys.executable, str(script), *map(str, arguments)], 0)
 
 
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
 def _run(command: list[str], status: int) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MEGATRON_SFT_DEVICE": "cpu"}
+    environment = {**os.environ, "PYTHONPATH": _python_path(), "OMP_NUM_THREADS": "1", "MEGATRON_SFT_DEVICE": "cpu"}
     result = subprocess.run(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT_SECONDS
     )

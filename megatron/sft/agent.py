@@ -145,7 +145,8 @@ class Agent(LocalElasticAgent):
         group: Any = self._worker_group
         if group.group_world_size in (None, 1):
             return
-        store = watchdog.open_store(group.master_addr, group.master_port)
+        # The machine of the store may be the one that is gone.
+        store = watchdog.open_store(group.master_addr, group.master_port, seconds=5.0)
         if store is not None:
             attempt = group.spec.max_restarts - self._remaining_restarts
             reason = describe({failure.local_rank: failure for failure in self._failures()})[1]
@@ -153,7 +154,7 @@ class Agent(LocalElasticAgent):
 
     def _announce_restart(self) -> None:
         reason = describe({failure.local_rank: failure for failure in self._failures()})[1]
-        print(f"{reason}; starting again from the last checkpoint ({self._remaining_restarts} more)", flush=True)
+        print(f"{reason}; starting again from the last checkpoint ({self._remaining_restarts - 1} more)", flush=True)
         Agent.note = ""
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from megatron.sft import device
+from megatron.sft import device, processes
 from megatron.sft.benchmark_rows import BenchmarkRows, make_rows
 from megatron.sft.errors import OneLineParser, UserError, run
 from megatron.sft.flops import training_flops
@@ -42,6 +42,7 @@ class Measurement:
     memory_reserved: float
     gemm_tflops: float
     losses: list[float]
+    gpus: int = 1
 
     @property
     def tokens_per_second(self) -> float:
@@ -53,13 +54,15 @@ def main() -> None:
     if not device.has_gpu():
         raise UserError("no GPU is found: the benchmark measures GPUs")
     if arguments.stack:
-        print(json.dumps(asdict(measure(arguments))))
+        measured = measure(arguments)
+        if processes.is_first():
+            print(json.dumps(asdict(measured)))
         return
     found = []
     for stack in ["ours", *(word for word in arguments.against.split(",") if word)]:
         if stack not in STACKS:
             raise UserError(f"--against {stack}: the stacks are {', '.join(STACKS[1:])}")
-        found.append(_in_own_process(stack))
+        found.append(_in_own_process(stack, arguments.gpus))
         print(line(found[-1], found[0]), flush=True)
 
 
@@ -73,7 +76,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--conversations", default="", help="lengths in every row, or lognormal:MEAN; default: 6 that fill it"
     )
     parser.add_argument("--trained", type=float, default=1.0, help="share of each conversation's tokens, at its end")
-    parser.add_argument("--micro-batches", type=int, default=4, help="rows a step")
+    parser.add_argument("--gpus", type=int, default=1, help="data-parallel GPUs for our stack; the peer has one")
+    parser.add_argument("--micro-batches", type=int, default=4, help="rows a step on each GPU")
     parser.add_argument("--steps", type=int, default=30, help="timed steps")
     parser.add_argument("--warm-up", type=int, default=6, help="steps before them")
     parser.add_argument("--precision", default="bf16")
@@ -88,9 +92,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _in_own_process(stack: str) -> Measurement:
-    """Run one stack as a process; its last line is the measurement."""
+def _in_own_process(stack: str, gpus: int) -> Measurement:
+    """Run one stack as a process (or one a GPU); its last line is the measurement."""
     command = [sys.executable, "-m", "megatron.sft.benchmark_train", *sys.argv[1:], "--stack", stack]
+    if stack != "peer" and gpus > 1:
+        start = [
+            "megatron.sft.launch",
+            "--standalone",
+            "--local-addr",
+            "localhost",
+            "--nproc-per-node",
+            str(gpus),
+            "-m",
+        ]
+        command[2:3] = [*start, "megatron.sft.benchmark_train"]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     if result.returncode:
         reason = result.stderr.strip().splitlines()[-1:] or ["no message"]
@@ -101,12 +116,12 @@ def _in_own_process(stack: str) -> Measurement:
 
 def line(measured: Measurement, ours: Measurement) -> str:
     """One stack's result as it is printed."""
-    rate, peak = measured.flops / measured.seconds / 1e12, device.peak_tflops()
+    rate, peak = measured.flops / measured.seconds / 1e12 / measured.gpus, device.peak_tflops()
     share = f"{100 * rate / peak:.1f} % MFU | " if peak else ""
     ratio = ours.trained_tokens / ours.seconds / (measured.trained_tokens / measured.seconds)
     return (
         f"{measured.stack:<7}| {measured.seconds:.3f} s a step | {measured.tokens_per_second:,.0f} tokens/s | "
-        f"{measured.trained_tokens / measured.seconds:,.0f} trained tokens/s | {rate:.0f} TFLOP/s | {share}"
+        f"{measured.trained_tokens / measured.seconds:,.0f} trained tokens/s | {rate:.0f} TFLOP/s a GPU | {share}"
         f"peak {measured.memory_allocated:.1f} GiB (held {measured.memory_reserved:.1f}) | GEMM {measured.gemm_tflops:.0f} "
         f"TFLOP/s | loss {measured.losses[0]:.3f} -> {measured.losses[-1]:.3f} | ours / it {ratio:.2f}"
     )
@@ -116,7 +131,8 @@ def measure(arguments: argparse.Namespace) -> Measurement:
     """Run one stack in this process."""
     import torch
 
-    torch.cuda.set_device(0)
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    rows_a_step = arguments.micro_batches * (1 if arguments.stack == "peer" else arguments.gpus)
     if arguments.memory_gib:
         torch.cuda.set_per_process_memory_fraction(arguments.memory_gib * 2**30 / torch.cuda.mem_get_info()[1])
     gemm = gemm_tflops()
@@ -126,7 +142,7 @@ def measure(arguments: argparse.Namespace) -> Measurement:
         arguments.conversations or [size * arguments.row_length // 16384 for size in CONVERSATIONS],
         arguments.trained,
         shape.vocab_size,
-        num_rows=8 * arguments.micro_batches,
+        num_rows=8 * rows_a_step,
         padded=arguments.stack == "padded",
     )
     torch.cuda.reset_peak_memory_stats()
@@ -135,7 +151,7 @@ def measure(arguments: argparse.Namespace) -> Measurement:
     else:
         measure_steps = _our_steps
     seconds, losses = measure_steps(arguments, rows)
-    timed = [rows.counts[n] for n in rows.used(arguments.warm_up, arguments.steps, arguments.micro_batches)]
+    timed = [rows.counts[n] for n in rows.used(arguments.warm_up, arguments.steps, rows_a_step)]
     return Measurement(
         stack=arguments.stack,
         seconds=statistics.median(seconds),
@@ -146,6 +162,7 @@ def measure(arguments: argparse.Namespace) -> Measurement:
         memory_reserved=torch.cuda.max_memory_reserved() / 2**30,
         gemm_tflops=gemm,
         losses=losses,
+        gpus=1 if arguments.stack == "peer" else arguments.gpus,
     )
 
 
@@ -175,7 +192,6 @@ def _our_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[list
     """Seconds and losses of the timed steps, through the engine and the feeder that train users' models."""
     import torch
 
-    from megatron.sft import processes
     from megatron.sft.feeder import Feeder
     from megatron.sft.training import Engine
 
@@ -215,7 +231,7 @@ def benchmark_plan(arguments: argparse.Namespace, rows: BenchmarkRows) -> Any:
     shape, _ = find_shape(arguments.model)
     options = replace(
         TrainOptions(load=Path(), data_path=Path(), save=Path()),
-        global_batch_size=arguments.micro_batches,
+        global_batch_size=arguments.micro_batches * arguments.gpus,
         precision=arguments.precision,
         fp8_recipe=arguments.fp8_recipe,
         recompute=arguments.recompute,
@@ -226,7 +242,7 @@ def benchmark_plan(arguments: argparse.Namespace, rows: BenchmarkRows) -> Any:
     return RunPlan(
         options=options,
         layout=Layout(),
-        data_parallel=1,
+        data_parallel=arguments.gpus,
         shape=shape,
         start=Checkpoint(Path(), 0, "", {}),
         resume=False,

@@ -48,7 +48,7 @@ class Benchmarks:
         lm_eval = imported()
         settings = self.settings
         manager = lm_eval.tasks.TaskManager(verbosity="ERROR", include_path=settings.include or None)
-        name = known_task(task, manager.all_tasks)
+        name = _known_task(task, manager.all_tasks)
         tokens = {"max_gen_toks": settings.max_new_tokens} if settings.max_new_tokens else None
         try:
             with _without_bars():
@@ -128,7 +128,14 @@ def _without_bars() -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
 
 
-def known_task(task: str, all_tasks: Sequence[str]) -> str:
+def check_tasks(tasks: Sequence[str], include: str) -> None:
+    """Refuse what lm-eval does not have, before any model is loaded."""
+    all_tasks = imported().tasks.TaskManager(verbosity="ERROR", include_path=include or None).all_tasks
+    for task in tasks:
+        _known_task(task, all_tasks)
+
+
+def _known_task(task: str, all_tasks: Sequence[str]) -> str:
     """lm-eval's name of a task. An unknown one is refused with those that are like it."""
     import difflib
 

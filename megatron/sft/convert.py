@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron.sft.casting import NAMES
 from megatron.sft.checkpoint import folder as checkpoint_folder
 from megatron.sft.conversion import converted_config, layout_of, layout_record, write_parameters
@@ -64,6 +66,7 @@ def _from_hugging_face(source: HFFolder, arguments: argparse.Namespace) -> None:
         _accept_existing(arguments, source, layout)
         return
     check_weights(source.path)
+    _check_tied(source, passed_over)
     if passed_over:
         print(f"not converted, because config.json implies them: {', '.join(passed_over)}")
     if source.shape.vocab_size > source.rows_on_disk:
@@ -77,6 +80,18 @@ def _from_hugging_face(source: HFFolder, arguments: argparse.Namespace) -> None:
             _verify(source, beside)
     print(f"converted {source.path} to {output} ({_form(arguments)})")
     print(f"next: scripts/3_tokenize.sh {source.path} DATA_FILE LENGTH")
+
+
+def _check_tied(source: HFFolder, passed_over: list[str]) -> None:
+    """Refuse an output layer of its own in a model whose configuration ties it to the embedding: one of them is wrong."""
+    embedding = "model.embed_tokens.weight"
+    if not source.shape.tied_embeddings or "lm_head.weight" not in passed_over or embedding not in source.tensor_names:
+        return
+    if not torch.equal(source.tensor("lm_head.weight"), source.tensor(embedding)):
+        raise UserError(
+            f"{source.path / 'config.json'} ties the output layer to the embedding, the weights have another lm_head.weight: "
+            "set tie_word_embeddings to false, or take the configuration that belongs to the weights"
+        )
 
 
 @contextmanager

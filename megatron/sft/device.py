@@ -125,6 +125,8 @@ def prepare() -> None:
         return
     # Where Transformer Engine is installed, megatron-core would take its CUDA kernels for sums and norms.
     sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
+    # torch.compile would ask the names that are replaced below what the GPU can do.
+    torch._dynamo.config.disable = True
     _CudaMeansCpu().__enter__()
     cpu = torch.device("cpu")
     cuda: Any = torch.cuda
@@ -184,7 +186,8 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[None]:
         torch.distributed.init_process_group(backend(), store=store, rank=0, world_size=1)
     else:
         device_id = current() if has_gpu() else None
-        torch.distributed.init_process_group(backend(), timeout=timedelta(minutes=timeout_minutes), device_id=device_id)
+        timeout = timedelta(minutes=timeout_minutes)
+        torch.distributed.init_process_group(backend(), timeout=timeout, device_id=device_id, **_meeting_point(timeout))
     failed = True
     try:
         yield
@@ -193,6 +196,21 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[None]:
         # After an error the others may be waiting for this process, and it for them: it just ends, which they notice.
         if not failed or torch.distributed.get_world_size() == 1:
             torch.distributed.destroy_process_group()
+
+
+def _meeting_point(timeout: timedelta) -> dict[str, Any]:
+    """Where torchrun starts processes again, a place of their own in its store, which still has the old addresses."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(*address, world_size, is_master=False, timeout=timeout)
+    return {
+        "store": torch.distributed.PrefixStore(f"attempt {attempt}", store),
+        "rank": rank,
+        "world_size": world_size,
+    }
 
 
 def seed_everything(seed: int) -> None:

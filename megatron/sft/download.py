@@ -19,7 +19,7 @@ from typing import NoReturn
 from filelock import FileLock
 
 from megatron.sft import hub
-from megatron.sft.downloaded import RECORD, check_weights, facts_of
+from megatron.sft.downloaded import RECORD, check_arrived, facts_of
 from megatron.sft.errors import UserError, run
 from megatron.sft.hub_rows import Selection, open_rows, write_rows
 from megatron.sft.manifest import read_json, write_json
@@ -162,7 +162,7 @@ def _fetch_model(id: str, revision: str, target: Path) -> None:
         "checksums": facts_of({n: repository.files[n] for n in names}, repository.checksums),
     }
     write_json(partial / RECORD, record)
-    check_weights(partial)
+    check_arrived(partial)
     partial.rename(target)
     print(f"saved {shown(target)}")
 

@@ -20,7 +20,7 @@ from megatron.sft.answers import (
     check_model_folder,
     load_chat_model,
 )
-from megatron.sft.benchmarks import Benchmarks, BenchmarkSettings, imported
+from megatron.sft.benchmarks import Benchmarks, BenchmarkSettings, check_tasks
 from megatron.sft.curves import run_names
 from megatron.sft.data.encoding import load_tokenizer
 from megatron.sft.errors import OneLineParser, UserError, run
@@ -98,20 +98,29 @@ def _kept(output: Path, fingerprint: str) -> dict[str, Any] | None:
 
 def main() -> None:
     arguments = _parse()
-    *folders, last = arguments.models_and_tasks
-    models = [Path(folder) for folder in folders]
+    *texts, last = arguments.models_and_tasks
+    names, models = named_models(texts)
     # A file may have a comma in its path.
     tasks = [last] if Path(last).is_file() else [task for task in last.split(",") if task]
     controls = list(dict.fromkeys(arguments.control or [""]))
     _check(arguments, models, tasks, controls)
-    names = run_names(models)
     results = []
     for model, name in zip(models, names, strict=True):
         evaluation = _evaluation(arguments, model, name, controls)
         results.append([evaluation.result(task, _output(arguments, name, task)) for task in tasks])
     if len(models) > 1 or len(tasks) > 1:
         _write_table(names, results, arguments.table or RESULTS / "scores")
-    print(f"serve it: {serve_hint(models[-1])}")
+        print(f"serve it: {serve_hint(models[-1])}")
+
+
+def named_models(texts: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """Names and folders of the models, each given as FOLDER or as NAME=FOLDER."""
+    given = [text.partition("=") if "=" in text and not Path(text).exists() else ("", "", text) for text in texts]
+    folders = [Path(folder) for _, _, folder in given]
+    names = [name or default for (name, _, _), default in zip(given, run_names(folders), strict=True)]
+    if len(set(names)) < len(names):
+        raise UserError(f"models {', '.join(names)} are not told apart: name them, such as before={folders[0]}")
+    return names, folders
 
 
 def _evaluation(arguments: argparse.Namespace, model: Path, name: str, controls: list[str]) -> Evaluation:
@@ -153,11 +162,12 @@ def _check(arguments: argparse.Namespace, models: Sequence[Path], tasks: Sequenc
         raise UserError("no task is named: give data files or benchmarks with commas between, such as gsm8k,mmlu")
     if arguments.output and (len(models) > 1 or len(tasks) > 1):
         raise UserError(f"OUTPUT={arguments.output} is for one model and one task: for several set TABLE")
-    for task in tasks:
-        if not Path(task).is_file():
-            if task.endswith((".json", ".jsonl", ".csv", ".parquet")) or "/" in task:
-                raise UserError(f"data file {task} does not exist: check the path")
-            imported()
+    names = [task for task in tasks if not Path(task).is_file()]
+    for task in names:
+        if task.endswith((".json", ".jsonl", ".csv", ".parquet")) or "/" in task:
+            raise UserError(f"data file {task} does not exist: check the path")
+    if names:
+        check_tasks(names, arguments.include)
 
 
 def _write_table(names: Sequence[str], results: Sequence[Sequence[dict[str, Any]]], table: Path) -> None:
@@ -178,8 +188,8 @@ def _parse() -> argparse.Namespace:
         "models_and_tasks",
         nargs="+",
         metavar="HF_DIR... TASKS",
-        help="model folders; last, tasks with commas between: data files (instruction/output or messages rows, whose last "
-        "answer is the reference) or lm-eval's names (gsm8k, mmlu, ceval, arc, ...)",
+        help="model folders (or NAME=FOLDER); last, tasks with commas between: data files (rows whose last answer "
+        "is the reference) or lm-eval's names (gsm8k, mmlu, ceval, arc, ...)",
     )
     parser.add_argument(
         "--control", action="append", help="ask with this token first, such as <think>; may be repeated"

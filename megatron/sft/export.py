@@ -31,6 +31,7 @@ from megatron.sft.manifest import read_json
 from megatron.sft.parameters import Parameters, progress_bar
 from megatron.sft.reshard import hf_dtypes
 from megatron.sft.safetensors_file import tensor_bytes
+from megatron.sft.serving import serve_hint
 from megatron.sft.weights import bound_rules, check_hf_names
 
 
@@ -57,6 +58,7 @@ def main() -> None:
         shutil.rmtree(beside)
         raise
     print(f"exported {checkpoint.path} to {output}\nnext: scripts/6_generate.sh {output} 'a question'")
+    print(f"or serve it with vLLM: {serve_hint(output)}")
 
 
 @contextmanager

@@ -143,9 +143,10 @@ def write_weights(
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy all files of a model folder but weights and kept originals (*.orig). Returns the names."""
+    """Copy all files of a model folder but weights, kept originals (*.orig) and the download's record. Returns the names."""
     left_out = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".index.json", ".orig")
-    names = sorted(p.name for p in source.iterdir() if p.is_file() and not p.name.endswith(left_out))
+    files = (path for path in source.iterdir() if path.is_file() and not path.name.startswith(".download."))
+    names = sorted(path.name for path in files if not path.name.endswith(left_out))
     for name in names:
         shutil.copyfile(source / name, target / name)
     return names

@@ -119,6 +119,38 @@ def _rotate_heads(
     tl.store(target + HALF, second.to(target.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _add_rows(totals, rows, ids, order, num_rows, width, BLOCK: tl.constexpr):  # noqa: N803
+    """totals[id] += all rows of that id, one after another; ids are sorted, `order` says where their rows are."""
+    place = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    own = tl.load(ids + place)
+    before = tl.load(ids + place - 1, mask=place > 0, other=-1)
+    if (own >= 0) & (own != before):
+        sums = tl.zeros((BLOCK,), tl.float32)
+        same = own
+        while same == own:
+            row = tl.load(order + place)
+            sums += tl.load(rows + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+            place += 1
+            same = tl.load(ids + place, mask=place < num_rows, other=-1)
+        target = totals + own * width + columns
+        result = tl.load(target, mask=inside, other=0.0).to(tl.float32) + sums
+        tl.store(target, result.to(totals.dtype.element_ty), mask=inside)
+
+
+def add_rows(totals: Tensor, rows: Tensor, ids: Tensor) -> None:
+    """totals[ids[i]] += rows[i] for every i with ids[i] >= 0, in an order that does not change from run to run.
+
+    totals: [ids, width] of any float dtype, rows: [n, width], ids: [n] int64; sums of rows of one id are made in float32.
+    """
+    ids, order = ids.sort(stable=True)
+    if len(ids):
+        grid = (len(ids), triton.cdiv(rows.shape[1], 512))
+        _add_rows[grid](totals, rows, ids, order, len(ids), rows.shape[1], BLOCK=512, num_warps=2)
+
+
 def _norm_sizes(width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}

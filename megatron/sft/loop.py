@@ -4,6 +4,7 @@ import math
 import shutil
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -148,12 +149,18 @@ class Run:
         counters["skipped_steps"] += 1
         skipped, most = counters["skipped_steps"], self.options.max_skipped
         if self.options.on_nan == "stop":
-            raise UserError(f"{what}; lower LR, mend the data, or leave such steps out with ON_NAN=skip")
+            self._give_up(f"{what}; lower LR, mend the data, or leave such steps out with ON_NAN=skip")
         if skipped > most:
-            raise UserError(
+            self._give_up(
                 f"{what}; {skipped} steps were left out, MAX_SKIPPED={most} may be: lower LR or mend the data"
             )
         processes.say(f"warning: left out {what} ({skipped} of at most {most})")
+
+    def _give_up(self, reason: str) -> NoReturn:
+        """End for a reason that all ranks have found alike; a checkpoint that is being written is finished."""
+        watchdog.enter("save")
+        self.saver.finish()
+        raise UserError(reason)
 
     def _log(self, window: Window) -> None:
         watchdog.enter("log")
@@ -163,7 +170,7 @@ class Run:
         totals = window.totals(self.plan.layout.model_size, self._source_names)
         seconds = (time.monotonic() - window.started) / steps
         if not math.isfinite(totals.loss):
-            raise UserError(
+            self._give_up(
                 f"the loss became {totals.loss} at iteration {self.iteration}: lower LR, or look at the data with "
                 "tools/show_sample"
             )

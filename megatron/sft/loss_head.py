@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-from megatron.sft.weight_gradient import add_product
+from megatron.sft.weight_gradient import add_product, added_gradient
 
 # Fewer, larger chunks go over the weight's gradient less often; this one takes 0.8 GiB of logits with 152,000 ids.
 CHUNK_TOKENS = 2816
@@ -102,9 +102,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = (grad_weight * scale).to(ctx.weight.dtype)
         elif not ctx.weight_is_shared:
-            # megatron-core waits for every weight's gradient, and leaves this one alone because of the mark.
-            grad_weight = torch.empty_like(ctx.weight)
-            ctx.weight.grad_added_to_main_grad = True
+            grad_weight = added_gradient(ctx.weight)
         return grad_hidden, grad_weight, None, None, None, None, None, None
 
 

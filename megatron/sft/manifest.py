@@ -12,6 +12,7 @@ from typing import Any
 from megatron.sft.errors import UserError
 
 # A manifest, a configuration or a tokenizer is far smaller; JSON takes many times its size in memory.
+_SEAL = "sha256"
 MAX_JSON_BYTES = 256 << 20
 # Of each file that a manifest names: {"bytes": its size, "sha256": its checksum}.
 Files = Mapping[Path, Mapping[str, Any]]
@@ -25,6 +26,21 @@ def sha256_of_file(path: Path, report: Callable[[int], None] = lambda num_bytes:
             digest.update(piece)
             report(len(piece))
     return digest.hexdigest()
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with a checksum of its own content."""
+    return {**manifest, _SEAL: _content_sum(manifest)}
+
+
+def seal_holds(manifest: Mapping[str, Any]) -> bool:
+    """Whether the manifest says what it said when it was written."""
+    return bool(manifest.get(_SEAL) == _content_sum(manifest))
+
+
+def _content_sum(manifest: Mapping[str, Any]) -> str:
+    content = json.loads(json.dumps({name: value for name, value in manifest.items() if name != _SEAL}))
+    return sha256_of_text(json.dumps(content, sort_keys=True, separators=(",", ":")))
 
 
 def files_of(folder: Path, manifest: Path, files: Any) -> Files:

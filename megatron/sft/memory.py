@@ -34,7 +34,6 @@ class MemorySettings:
     recompute: str = "none"
     optimizer_precision: str = "fp32"
     optimizer_offload: bool = False
-    transformer_engine: bool = True
 
 
 @dataclass(frozen=True)
@@ -204,8 +203,7 @@ def layer_tensors(shape: Shape, layout: Layout, settings: MemorySettings) -> dic
         "layer input": unit * hidden + 4,
         "attention norm": linear * hidden,
         "query": unit * query,
-        # Without Transformer Engine every query head gets a copy of its key and value.
-        "key and value": 2 * unit * (key_value if settings.transformer_engine else query),
+        "key and value": 2 * unit * key_value,
         "attention result": unit * query + 4 * shape.num_heads / tensor_parallel,
         "attention result in 8 bits": linear * query if linear != unit else 0,
         "residual": unit * hidden + 4,

@@ -1,10 +1,12 @@
-"""Which GPUs a run fits: for every usual card the fewest of them."""
+"""What a run asks of a GPU's memory, how much this machine's GPU has, and for every usual card the fewest that hold it."""
 
 from dataclasses import replace
 
+from megatron.sft import device
 from megatron.sft.families.rules import Shape
 from megatron.sft.layout import Layout
 from megatron.sft.memory import GIB, MemorySettings, cheapest_recompute, estimate
+from megatron.sft.options import TrainOptions
 
 # What their makers call it, and the GiB that a program can have (nvidia-smi's figure).
 CARDS = {"24 GB": 23.6, "40 GB": 39.4, "48 GB": 44.5, "80 GB": 79.1, "141 GB": 139.8}
@@ -36,3 +38,27 @@ def _fewest_gpus(
             return copies * layout.model_size, word
         copies *= 2
     return None
+
+
+def memory_settings(options: TrainOptions, row_length: int, data_parallel: int) -> MemorySettings:
+    """What `estimate` asks for, from the settings of a run."""
+    return MemorySettings(
+        row_length=row_length,
+        micro_batch_size=options.micro_batch_size,
+        micro_batches=max(1, options.global_batch_size // (options.micro_batch_size * data_parallel)),
+        precision=options.precision,
+        recompute=options.recompute,
+        optimizer_precision=options.optimizer_precision,
+        optimizer_offload=options.optimizer_offload,
+    )
+
+
+def gpu_memory(options: TrainOptions) -> tuple[int, str]:
+    """Bytes of a GPU and where that is known from; 0 where it is not."""
+    if options.gpu_memory_gib:
+        return int(options.gpu_memory_gib * GIB), "GPU_MEMORY_GIB"
+    if device.has_gpu():
+        import torch
+
+        return int(torch.cuda.get_device_properties(0).total_memory), device.describe()
+    return 0, ""

@@ -24,6 +24,7 @@ from megatron.sft import device
 from megatron.sft.attention import PackedAttention
 from megatron.sft.batches import MicroBatch
 from megatron.sft.decoder_layer import DecoderLayer
+from megatron.sft.embedding import TokenEmbedding
 from megatron.sft.families.rope import inverse_frequencies
 from megatron.sft.families.rules import Shape
 from megatron.sft.layout import Layout, check_layout
@@ -215,6 +216,8 @@ def build_model(shape: Shape, layout: Layout, config: TransformerConfig, chunk: 
         # would ask for Apex, which only its own layers need.
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
+        if isinstance(module, VocabParallelEmbedding):
+            module.__class__ = TokenEmbedding
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     return model if on_meta else model.to(device.current())
 

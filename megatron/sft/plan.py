@@ -20,8 +20,8 @@ from megatron.sft.errors import UserError, run
 from megatron.sft.families.rules import Shape
 from megatron.sft.layout import Layout, check_layout
 from megatron.sft.manifest import Files
-from megatron.sft.memory import GIB, MemorySettings, cheapest_recompute, estimate, num_parameters
-from megatron.sft.memory_fit import describe_fits
+from megatron.sft.memory import GIB, cheapest_recompute, estimate, num_parameters
+from megatron.sft.memory_fit import describe_fits, gpu_memory, memory_settings
 from megatron.sft.metrics import clock
 from megatron.sft.model_configs import unconverted
 from megatron.sft.options import TrainOptions, flag_of, parse, shell_value, variable_of
@@ -222,30 +222,6 @@ class Planner:
 
     def _add(self, name: str, value: str) -> None:
         self.lines.append((name, value))
-
-
-def memory_settings(options: TrainOptions, row_length: int, data_parallel: int) -> MemorySettings:
-    """What `estimate` asks for, from the settings of a run."""
-    return MemorySettings(
-        row_length=row_length,
-        micro_batch_size=options.micro_batch_size,
-        micro_batches=max(1, options.global_batch_size // (options.micro_batch_size * data_parallel)),
-        precision=options.precision,
-        recompute=options.recompute,
-        optimizer_precision=options.optimizer_precision,
-        optimizer_offload=options.optimizer_offload,
-    )
-
-
-def gpu_memory(options: TrainOptions) -> tuple[int, str]:
-    """Bytes of a GPU and where that is known from; 0 where it is not."""
-    if options.gpu_memory_gib:
-        return int(options.gpu_memory_gib * GIB), "GPU_MEMORY_GIB"
-    if device.has_gpu():
-        import torch
-
-        return int(torch.cuda.get_device_properties(0).total_memory), device.describe()
-    return 0, ""
 
 
 def checkpoints_kept(options: TrainOptions, train_iters: int) -> int:

@@ -77,7 +77,9 @@ def _checked_entries(header: dict[str, Any], data_start: int, size: int) -> dict
     entries = {}
     for name, facts in header.items():
         start, end = facts["data_offsets"]
-        shape = tuple(int(n) for n in facts["shape"])
+        shape = tuple(facts["shape"])
+        if not all(type(number) is int for number in (start, end, *shape)):
+            raise ValueError(f"{name} has something else than whole numbers for its shape and place")
         if facts["dtype"] not in DTYPES:
             raise ValueError(f"{name} has the unknown dtype {facts['dtype']!r}")
         dtype = DTYPES[facts["dtype"]]

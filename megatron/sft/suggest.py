@@ -55,7 +55,7 @@ def suggest_layouts(
 
 
 def _layouts(shape: Shape, num_gpus: int, settings: MemorySettings) -> Iterator[Layout]:
-    context_sizes = (1, 2, 4, 8) if settings.transformer_engine else (1,)
+    context_sizes = (1, 2, 4, 8)
     expert_sizes = (1, 2, 4, 8) if shape.mixture else (1,)
     for tensor in _TENSOR_COST:
         for pipeline in (1, 2, 4, 8, 16):

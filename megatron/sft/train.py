@@ -33,6 +33,11 @@ def main() -> None:
             watchdog.report_failure(f"rank {os.environ.get('RANK', '0')}: {_reason(error)}")
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise UserError(f"{_reason(error)}: mend the disk or free space, then run the same command") from error
+        if type(error).__name__ == "OutOfMemoryError":
+            raise UserError(
+                f"the GPU's memory is full ({_reason(error)}): take RECOMPUTE=auto or full, more GPUs, or a larger "
+                "TENSOR_PARALLEL_SIZE; tools/plan suggests sizes that fit"
+            ) from error
         raise
     watchdog.stop()
     raise SystemExit(status)

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron.sft import processes, watchdog
 from megatron.sft.batches import MicroBatch
 from megatron.sft.memory import GIB, cheapest_recompute
+from megatron.sft.memory_fit import gpu_memory, memory_settings
 from megatron.sft.model import SFTModel, build_model, has_transformer_engine, transformer_config
 from megatron.sft.optimizer import build_optimizer, wrap_model
 from megatron.sft.pipeline import run_schedule
@@ -57,7 +58,7 @@ class StepResult:
     overflow: bool = False
 
 
-class _NotFinite(Exception):
+class _NotFiniteError(Exception):
     """The gradient norm of all processes is not finite."""
 
 
@@ -131,7 +132,7 @@ class Engine:
         lr = float(self.optimizer.param_groups[0]["lr"])
         try:
             applied, grad_norm, _ = self.optimizer.step()
-        except _NotFinite as error:
+        except _NotFiniteError as error:
             return StepResult(loss, float(error.args[0]), lr, applied=False)
         if applied:
             return StepResult(loss, float(grad_norm), lr)
@@ -144,7 +145,7 @@ class Engine:
         that looking at it costs no wait for the device."""
         norm = float(type(self.optimizer).get_grad_norm(self.optimizer))
         if not math.isfinite(norm):
-            raise _NotFinite(norm)
+            raise _NotFiniteError(norm)
         return norm
 
     def has_finite_gradients(self, batch: MicroBatch) -> bool:
@@ -160,8 +161,8 @@ class Engine:
         try:
             with self.gathered_parameters(), contextlib.ExitStack() as unsummed:
                 for model in self.models:
+                    model.zero_grad_buffer()  # which has the gradients summed again
                     unsummed.enter_context(model.no_sync())
-                    model.zero_grad_buffer()
                 self._run(batches, forward_only=False)
         finally:
             config.no_sync_func, config.finalize_model_grads_func = before
@@ -222,14 +223,11 @@ def _by_source(batch: MicroBatch, token_losses: Tensor) -> Tensor:
 
 def _recompute_word(plan: RunPlan) -> str:
     """RECOMPUTE, with `auto` replaced by the cheapest word that is estimated to fit this GPU."""
-    from megatron.sft.plan import gpu_memory, memory_settings
-
     options = plan.options
     gpu_bytes, _ = gpu_memory(options)
     if options.recompute != "auto" or not gpu_bytes:
         return "none" if options.recompute == "auto" else options.recompute
     settings = memory_settings(options, plan.seq_length, plan.data_parallel)
-    settings = replace(settings, transformer_engine=has_transformer_engine())
     word = cheapest_recompute(plan.shape, plan.layout, plan.data_parallel, settings, gpu_bytes)
     processes.say(f"RECOMPUTE=auto: {word}, the cheapest that is estimated to fit {gpu_bytes / GIB:.0f} GiB")
     return word

@@ -200,15 +200,15 @@ def describe_stall(beats: dict[int, Beat]) -> str:
     return line + (f"; waiting: {'; '.join(waiting[:3])}{more}" if waiting else "")
 
 
-def open_store(address: str | None = None, port: int | None = None) -> Any:
-    """A connection of its own to the store that torchrun's processes meet at; None without one."""
+def open_store(address: str | None = None, port: int | None = None, seconds: float = 300.0) -> Any:
+    """A connection of its own to the store that torchrun's processes meet at; None without one within so many seconds."""
     from torch.distributed import TCPStore
 
     address, port = address or os.environ.get("MASTER_ADDR"), port or int(os.environ.get("MASTER_PORT", "0"))
     if not address or not port:
         return None
     try:
-        return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=5))
+        return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=seconds))
     except (RuntimeError, ValueError):
         return None
 

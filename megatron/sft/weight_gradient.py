@@ -1,5 +1,7 @@
 """Weight gradients added to megatron-core's float32 gradient buffer inside the matrix product, without Apex's kernel."""
 
+from typing import Any
+
 import torch
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
@@ -13,6 +15,18 @@ def add_product(total: Tensor, gradient: Tensor, inputs: Tensor) -> None:
         torch.addmm(total, gradient.t(), inputs, out_dtype=total.dtype, out=total)
     else:
         total.add_(gradient.t() @ inputs)
+
+
+def added_gradient(weight: Tensor) -> Tensor:
+    """What a backward pass returns for a weight whose gradient it has added to `main_grad`, and marks the weight so.
+
+    megatron-core wants a tensor there, which it then throws away unread: this one lies over `main_grad` and takes no memory.
+    """
+    marked: Any = weight
+    marked.grad_added_to_main_grad = True
+    size = weight.numel() * weight.element_size()
+    unread: Tensor = marked.main_grad.flatten().view(torch.uint8)[:size].view(weight.dtype).view(weight.shape)
+    return unread
 
 
 class _Products:

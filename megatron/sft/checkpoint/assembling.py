@@ -34,7 +34,7 @@ def write_index(folder: Path, parts: Sequence[Written]) -> dict[str, dict[str, A
         file.write(content)
         files[name] = file.record()
     common = HashedFile(folder / "common.pt")
-    torch.save({"content_metadata": torch_dist.METADATA}, common)
+    torch.save({"content_metadata": torch_dist.METADATA}, common.as_stream())
     files["common.pt"] = common.record()
     return files
 
@@ -53,4 +53,4 @@ def _index(pieces: Sequence[StoredPiece]) -> Metadata:
     for key, facts in tensors.items():
         stored = sum(prod(chunk.sizes) for chunk in facts.chunks)
         assert stored == prod(facts.size), f"{stored} of {prod(facts.size)} values of {key} were written"
-    return Metadata(tensors, storage_data=places)
+    return Metadata({**tensors}, storage_data=places)

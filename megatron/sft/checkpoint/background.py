@@ -14,7 +14,7 @@ from megatron.sft.checkpoint.assembling import write_index
 from megatron.sft.checkpoint.exchange import Exchange
 from megatron.sft.checkpoint.folder import iteration_path, put_in_place, unfinished_path
 from megatron.sft.checkpoint.pieces import Piece
-from megatron.sft.checkpoint.writing import Cancelled, StoredPiece, Written, write_pieces
+from megatron.sft.checkpoint.writing import CancelledError, Written, stored_piece, write_pieces
 from megatron.sft.options import TrainOptions
 
 _PAUSE_SECONDS = 0.02
@@ -87,7 +87,7 @@ class Job:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        reason = "it was given up" if isinstance(error, Cancelled) else describe(error)
+        reason = "it was given up" if isinstance(error, CancelledError) else describe(error)
         if not self._reported:
             self._report({"error": reason})
         if self._rank == 0:
@@ -121,18 +121,16 @@ class Job:
         deadline = time.monotonic() + max(self._timeout, 3 * (time.monotonic() - self._started))
         while (text := self._exchange.get(f"rank {rank}")) is None:
             if self._cancelled.is_set():
-                raise Cancelled
+                raise CancelledError
             if time.monotonic() > deadline:
-                raise TimeoutError(f"rank {rank} did not say within {self._timeout / 60:.0f} minutes that its part is written")
+                raise TimeoutError(
+                    f"rank {rank} did not say within {self._timeout / 60:.0f} minutes that its part is written"
+                )
             time.sleep(_PAUSE_SECONDS)
         content = json.loads(text)
         if "error" in content:
             raise RuntimeError(f"rank {rank}: {content['error']}")
-        pieces = [
-            StoredPiece(**{k: tuple(v) if isinstance(v, list) else v for k, v in piece.items()})
-            for piece in content["pieces"]
-        ]
-        return Written(content["files"], pieces)
+        return Written(content["files"], [stored_piece(piece) for piece in content["pieces"]])
 
 
 def describe(error: BaseException) -> str:

@@ -4,7 +4,6 @@ A checkpoint is written beside its place and renamed; its manifest, with a check
 folder with a manifest is whole, and the tracker never names one that is not.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -21,8 +20,9 @@ from megatron.sft.manifest import (
     check_sums,
     files_of,
     read_json,
+    seal_holds,
+    sealed,
     sha256_of_file,
-    sha256_of_text,
     write_json,
     write_text,
 )
@@ -30,7 +30,6 @@ from megatron.sft.manifest import (
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 TORCH_DIST, TORCH = "torch_dist", "torch"
-_SEAL = "sha256"
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,10 @@ def open_checkpoint(root: Path, iteration: int | None = None) -> Checkpoint:
 def _open(path: Path, iteration: int) -> Checkpoint:
     manifest: dict[str, Any] = {}
     if (path / MANIFEST).exists():
-        manifest = read_json(path / MANIFEST, "checkpoint manifest", "take another iteration or convert again")
+        advice = "take another iteration or convert again"
+        manifest = read_json(path / MANIFEST, "checkpoint manifest", advice)
+        if not isinstance(manifest, dict) or not seal_holds(manifest):
+            raise UserError(f"{path / MANIFEST} is damaged (its checksum of itself differs): {advice}")
     if (path / ".metadata").exists():
         return Checkpoint(path, iteration, TORCH_DIST, manifest)
     if any(path.glob("mp_rank_*/model_optim_rng.pt")):
@@ -97,12 +99,12 @@ def _open(path: Path, iteration: int) -> Checkpoint:
 
 
 def verify_files(checkpoint: Checkpoint) -> None:
-    """Compare the manifest, and every file's size and SHA-256 with it. The first that differs is a `UserError`."""
+    """Compare every file's size and SHA-256 with the manifest. The first that differs is a `UserError`."""
     manifest, advice = checkpoint.path / MANIFEST, "take another checkpoint"
     if not checkpoint.manifest:
+        # Another program's, or one of this project's that lost it.
+        print(f"warning: {manifest} is missing: the files are used without comparing them with checksums", flush=True)
         return
-    if not seal_holds(checkpoint.manifest):
-        raise UserError(f"{manifest} is damaged (its checksum of itself differs): {advice}")
     files = files_of(checkpoint.path, manifest, checkpoint.manifest.get("files"))
     check_sizes(files, advice)
     check_sums(files, advice)
@@ -190,17 +192,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with a checksum of its own content."""
-    return {**manifest, _SEAL: _content_sum(manifest)}
-
-
-def seal_holds(manifest: dict[str, Any]) -> bool:
-    """Whether the manifest says what it said when it was written."""
-    return manifest.get(_SEAL) == _content_sum({name: value for name, value in manifest.items() if name != _SEAL})
-
-
-def _content_sum(manifest: dict[str, Any]) -> str:
-    return sha256_of_text(json.dumps(manifest, sort_keys=True, separators=(",", ":")))

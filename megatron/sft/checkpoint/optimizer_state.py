@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.sft.checkpoint.pieces import Piece, is_written_here, parts_of_parameters, pieces_of_range
 
@@ -24,7 +24,7 @@ class Share:
     """The elements `start` to `stop` of a flattened parameter, whose optimizer state this process holds."""
 
     optimizer: Any
-    parameter: Tensor
+    parameter: nn.Parameter
     start: int
     stop: int
 

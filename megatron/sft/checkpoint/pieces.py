@@ -127,7 +127,9 @@ def boxes(shape: Sizes, start: int, stop: int) -> Iterator[tuple[Sizes, Sizes, i
         yield from boxes(shape, start + rows * inner, stop)
 
 
-def parts_of_parameters(tensors: list[ShardedTensor], parameters: Iterable[nn.Parameter]) -> dict[Any, list[ShardedTensor]]:
+def parts_of_parameters(
+    tensors: list[ShardedTensor], parameters: Iterable[nn.Parameter]
+) -> dict[Any, list[ShardedTensor]]:
     """The boxes that lie in each parameter's memory."""
     by_address = sorted(parameters, key=lambda p: p.data_ptr())
     found: dict[Any, list[ShardedTensor]] = {parameter: [] for parameter in by_address}

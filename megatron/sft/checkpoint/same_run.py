@@ -19,7 +19,9 @@ _NOTED = (
 def data_record(plan: RunPlan) -> dict[str, Any]:
     """What the manifest of a checkpoint says of the data, for resuming and for an exported model's card."""
     data = plan.rows.manifest
-    counts = {name: data[name] for name in ("rows", "conversations", "tokens", "trained_tokens") if name in data}
+    counts: dict[str, Any] = {
+        name: data[name] for name in ("rows", "conversations", "tokens", "trained_tokens") if name in data
+    }
     tokenizer = data.get("tokenizer", {})
     return {
         "prefix": str(plan.rows.prefix),
@@ -77,7 +79,9 @@ def _changes(checkpoint: Checkpoint, plan: RunPlan, before: dict[str, Any], now:
         for name in CHANGEABLE
         if None not in (before[name], now[name]) and before[name] != now[name]
     ]
-    changed += [f"{_title(name)} from {old[name]} to {new[name]}" for name in _NOTED if old.get(name, new[name]) != new[name]]
+    changed += [
+        f"{_title(name)} from {old[name]} to {new[name]}" for name in _NOTED if old.get(name, new[name]) != new[name]
+    ]
     steps = checkpoint.manifest["training"].get("train_iters", plan.train_iters)
     if steps != plan.train_iters:
         changed.append(f"the number of steps from {steps} to {plan.train_iters}")

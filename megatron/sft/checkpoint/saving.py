@@ -5,7 +5,9 @@ in each process writes that copy, and the first process's thread makes one check
 threads take note of the end at the same step.
 """
 
+import itertools
 import json
+import math
 import os
 import shutil
 import time
@@ -22,6 +24,9 @@ from megatron.sft.checkpoint.staging import Preparation, Staging, staged_bytes
 from megatron.sft.checkpoint.training_state import run_manifest, run_pieces
 from megatron.sft.errors import UserError
 from megatron.sft.training import Engine
+
+# Of all saves of this process: what was said of one must not be taken for another's.
+_save_numbers = itertools.count(1)
 
 
 class Saver:
@@ -40,7 +45,7 @@ class Saver:
         self._preparation: Preparation | None = None
         self._job: Job | None = None
         self._exchange: Exchange | None = None
-        self._saves = self._polls = 0
+        self._polls = 0
         # Files are compared by checksums of their own; torch's would be computed beside them.
         torch.serialization.set_crc32_options(False)
         if processes.is_first() and self._root.is_dir():
@@ -54,19 +59,19 @@ class Saver:
         self.finish()
         if self.last_saved == iteration:
             return
+        if self._preparation is not None:
+            self._preparation.wait()
         started = time.monotonic()
         with self.engine.gathered_parameters():
             pieces = run_pieces(self.engine)
             staged = self._begin(iteration, pieces)
             manifest = run_manifest(self.engine, consumed_rows)
             if staged:
-                if self._preparation is not None:
-                    self._preparation.wait()
                 pieces = self._staging.copy(pieces)
-            self._saves += 1
-            self._exchange = Exchange(self._saves)
+            number = next(_save_numbers)
+            self._exchange = Exchange(number)
             timeout = 60 * self._options.distributed_timeout_minutes
-            self._job = Job(self._root, iteration, pieces, manifest, self._options, Exchange(self._saves), timeout)
+            self._job = Job(self._root, iteration, pieces, manifest, self._options, Exchange(number), timeout)
             self._job.start(started)
             self._job.stood_still = time.monotonic() - started
             if not staged:
@@ -77,7 +82,9 @@ class Saver:
         self._polls += 1
         if self._polls == 1 and self._options.async_save and device.has_gpu():
             # Page-locked memory takes seconds to make; the first save would stand still for it.
-            self._preparation = Preparation(self._staging, run_pieces(self.engine))
+            pieces = run_pieces(self.engine)
+            if _has_memory(self._staging, pieces):
+                self._preparation = Preparation(self._staging, pieces)
         if self._job is None:
             return
         outcome = self._look()
@@ -124,9 +131,26 @@ class Saver:
         torch.distributed.broadcast_object_list(verdict, src=0)
         if verdict[0] is not None:
             raise UserError(f"nothing was written of iteration {iteration}: {verdict[0]}{self._what_is_left()}")
-        if lacking and self._options.async_save and self._saves == 0:
+        if self.last_saved is None:
+            self._foresee(iteration, total)
+        if lacking and self._options.async_save and self.last_saved is None:
             processes.say("the state is saved while training waits: a copy of it does not fit into the CPU's memory")
         return not lacking
+
+    def _foresee(self, iteration: int, num_bytes: int) -> None:
+        """Say at the first save if the disk has no room for all that are to come."""
+        options, saves = (
+            self._options,
+            math.ceil((self.engine.plan.train_iters - iteration) / self._options.save_interval),
+        )
+        # One more than are kept is there while it is written.
+        count = min(saves, options.keep_last or saves) + 1
+        free = shutil.disk_usage(self._root).free if processes.is_first() else 0
+        if processes.is_first() and count * num_bytes > free:
+            processes.say(
+                f"warning: {count} checkpoints of {num_bytes / 1e9:.2f} GB do not fit into the {free / 1e9:.2f} GB that "
+                f"{self._root} has free: set KEEP_LAST to a smaller number, or make room before they are written"
+            )
 
     def _look(self) -> Outcome | None:
         """How the running save ended, once the first process has announced it."""
@@ -145,7 +169,9 @@ class Saver:
         if outcome.error:
             if processes.is_first():
                 shutil.rmtree(unfinished_path(self._root, job.iteration), ignore_errors=True)
-            raise UserError(f"the checkpoint of iteration {job.iteration} was not written: {outcome.error}{self._what_is_left()}")
+            raise UserError(
+                f"the checkpoint of iteration {job.iteration} was not written: {outcome.error}{self._what_is_left()}"
+            )
         self.last_saved = job.iteration
         still = f", training stood still for {job.stood_still:.1f} s" if job.stood_still < 0.9 * outcome.seconds else ""
         processes.say(f"saved {iteration_path(self._root, job.iteration)} in {outcome.seconds:.1f} s{still}")

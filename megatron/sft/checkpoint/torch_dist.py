@@ -123,11 +123,6 @@ def _is_extra_state(key: str, value: Any) -> bool:
     return key.endswith("_extra_state") or (isinstance(value, ShardedObject) and value.key.endswith("_extra_state"))
 
 
-def save(folder: Path, state: ShardedStateDict) -> None:
-    """Write a sharded state from all processes into an existing, empty folder."""
-    dist_checkpointing.save(state, str(folder), _InProcessSave("torch_dist", 1), content_metadata=METADATA)
-
-
 def save_parameters(folder: Path, shape: Shape, source: Parameters) -> None:
     """Write a whole model from one process with one parameter in memory at a time, into an existing, empty folder.
 

@@ -17,10 +17,9 @@ from megatron.sft.checkpoint.folder import (
     Checkpoint,
     iteration_path,
     iterations,
-    seal_holds,
 )
 from megatron.sft.errors import UserError
-from megatron.sft.manifest import Files, check_sizes, check_sums, files_of, read_json, write_text
+from megatron.sft.manifest import Files, check_sizes, check_sums, files_of, read_json, seal_holds, write_text
 
 _ADVICE = "the checkpoint is not used"
 
@@ -35,7 +34,7 @@ def newest_checkpoint(root: Path, below: int | None = None) -> Checkpoint:
 
     Says which newer ones are passed over and why, and what is wrong with the tracker. None left is a `UserError`.
     """
-    problems = []
+    problems: list[str] = []
     for iteration in iterations(root):
         if below is not None and iteration >= below:
             continue

@@ -22,7 +22,7 @@ _FLUSH_BYTES = 8 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 
 
-class Cancelled(Exception):
+class CancelledError(Exception):
     """Another file of this save could not be written, or the save is not wanted any more."""
 
 
@@ -40,6 +40,12 @@ class StoredPiece:
     num_bytes: int
 
 
+def stored_piece(values: dict[str, Any]) -> StoredPiece:
+    """Of its fields as they come out of JSON."""
+    sizes = {name: tuple(values[name]) for name in ("offsets", "sizes", "whole")}
+    return StoredPiece(**{**values, **sizes})
+
+
 @dataclass(frozen=True)
 class Written:
     """What a process has written: name -> {"bytes", "sha256"}, as in the manifest, and its pieces."""
@@ -54,16 +60,24 @@ class HashedFile:
     def __init__(self, path: Path, cancelled: Event | None = None) -> None:
         self.path = path
         self.num_bytes = 0
+        # torch.save reports the first failed write as one of its own, without the reason.
+        self.error: BaseException | None = None
         self._sha256 = hashlib.sha256()
         self._cancelled = cancelled
         self._flushed = 0
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
     def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
+        try:
+            return self._write_hashed(memoryview(data).cast("B"))
+        except BaseException as error:
+            self.error = self.error or error
+            raise
+
+    def _write_hashed(self, view: memoryview) -> int:
         for start in range(0, len(view), _FLUSH_BYTES):
             if self._cancelled is not None and self._cancelled.is_set():
-                raise Cancelled
+                raise CancelledError
             part = view[start : start + _FLUSH_BYTES]
             self._write(part)
             # Behind the write, so that the disk works meanwhile; its first part is still in the processor's cache.
@@ -78,6 +92,10 @@ class HashedFile:
         if self.num_bytes - self._flushed >= _FLUSH_BYTES:
             _begin_flush(self._descriptor, self._flushed, self.num_bytes - self._flushed)
             self._flushed = self.num_bytes
+
+    def as_stream(self) -> Any:
+        """For torch.save, which writes to whatever has `write` and `flush`."""
+        return self
 
     def flush(self) -> None:
         """torch.save calls it; `record` flushes."""
@@ -119,7 +137,7 @@ def write_pieces(folder: Path, rank: int, pieces: Sequence[Piece], cancelled: Ev
         errors = [error for job in jobs if (error := job.exception()) is not None]
     if errors:
         # The others say only that they were told to stop.
-        raise next((error for error in errors if not isinstance(error, Cancelled)), errors[0])
+        raise next((error for error in errors if not isinstance(error, CancelledError)), errors[0])
     results = [job.result() for job in jobs]
     files = {path.name: record for path, (record, _) in zip(paths, results, strict=True)}
     return Written(files, [stored for _, parts in results for stored in parts])
@@ -142,14 +160,14 @@ def _write_file(path: Path, pieces: Sequence[Piece], cancelled: Event) -> tuple[
     try:
         for piece in pieces:
             first_byte = file.num_bytes
-            torch.save(_alone(piece), file)
+            torch.save(_alone(piece), file.as_stream())
             place = (path.name, first_byte, file.num_bytes - first_byte)
             dtype = str(piece.dtype).removeprefix("torch.")
             stored.append(StoredPiece(piece.key, piece.offsets, piece.sizes, piece.whole, dtype, *place))
         return file.record(), stored
-    except BaseException:
+    except BaseException as error:
         cancelled.set()
-        raise
+        raise (file.error or error) from None
     finally:
         file.close()
 

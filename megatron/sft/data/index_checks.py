@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron.sft.errors import UserError
+from megatron.sft.manifest import seal_holds
 
 if TYPE_CHECKING:
     from megatron.sft.data.tokenized import Index
@@ -24,6 +25,8 @@ def check_manifest(path: Path, manifest: Any, version: int) -> None:
     """Refuse a manifest that is not of tokenised data, or that lacks what training takes from it."""
     if not isinstance(manifest, dict) or manifest.get("format") != version:
         raise UserError(f"{path} is not a manifest of tokenised data, format {version}: {REBUILD}")
+    if not seal_holds(manifest):
+        raise UserError(f"{path} is damaged (its checksum of itself differs): {REBUILD}")
     for name in COUNTS:
         value = manifest.get(name)
         if type(value) is not int or value < 0:

@@ -18,7 +18,7 @@ from megatron.sft.data.packing import Packing, pack_groups, pack_rows, single_ro
 from megatron.sft.data.tokenized import MODE_FIRST, MODE_JOINED, MODE_TRAINED, file_of, write_index
 from megatron.sft.data.totals import totals_of
 from megatron.sft.errors import UserError
-from megatron.sft.manifest import sha256_of_file, write_json
+from megatron.sft.manifest import sealed, sha256_of_file, write_json
 
 
 class ConversationStore:
@@ -123,7 +123,7 @@ class ConversationStore:
             path = self._temporary(name)
             numbers[packing.conversations].tofile(path)
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-        write_json(self._temporary("json"), manifest | {"files": files})
+        write_json(self._temporary("json"), sealed(manifest | {"files": files}))
         self._put_in_place()
 
     def _numbers(self) -> dict[str, np.ndarray]:
