@@ -58,6 +58,7 @@ gpus_found() {
   fi
 }
 
+whole_numbers GPUS_PER_NODE NNODES TENSOR_PARALLEL_SIZE CONTEXT_PARALLEL_SIZE EXPERT_PARALLEL_SIZE PIPELINE_PARALLEL_SIZE
 processes=${GPUS_PER_NODE:-$(gpus_found)}
 if ((processes == 0)); then processes=$(model_processes); fi
 

@@ -36,6 +36,10 @@ class Case:
     script: Script | None = None
     falls_back: bool = False
 
+    def differs(self, name: str) -> bool:
+        """Whether what may get into a file's place is another content."""
+        return self.others[name].read_bytes() != (self.source / name).read_bytes()
+
 
 @dataclass(frozen=True)
 class Material:

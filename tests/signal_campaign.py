@@ -254,10 +254,18 @@ def main() -> None:
         for fault in given.faults.split(","):
             outcomes = []
             for moment in moments:
-                outcomes.append(try_out(material, fault, moment, given.layout))
-                print(f"{fault} x {moment}: {outcomes[-1]} {outcomes[-1].line}", flush=True)
-            rows.append(f"| {fault} | " + " | ".join(map(str, outcomes)) + " |")
+                try:
+                    outcome = try_out(material, fault, moment, given.layout)
+                    outcomes.append(str(outcome))
+                    print(f"{fault} x {moment}: {outcome} {outcome.line}", flush=True)
+                except AssertionError as error:
+                    outcomes.append("FAILED")
+                    print(f"{fault} x {moment}: FAILED {error}", flush=True)
+            rows.append(f"| {fault} | " + " | ".join(outcomes) + " |")
+        failed = sum(row.count("FAILED") for row in rows)
         print(f"| fault | {' | '.join(moments)} |\n|{'---|' * (len(moments) + 1)}", *rows, sep="\n")
+        if failed:
+            raise SystemExit(f"{failed} cases failed")
 
 
 if __name__ == "__main__":

@@ -98,6 +98,15 @@ def test_a_step_that_is_left_out_changes_nothing_but_the_position(material: Mate
     assert run.start(POISON).finish() == 2 and "1 steps were left out, MAX_SKIPPED=0 may be" in run.output
 
 
+def test_a_run_whose_first_step_was_left_out_can_be_saved_and_continued(material: Material, tmp_path: Path) -> None:
+    options = ["--on-nan", "skip", "--save-interval", "1", "--train-iters"]
+    first = RealRun(poison(material, "first", 1), tmp_path / "first", "1x1", [*options, "1"])
+    assert first.start(POISON).finish() == 0 and first.latest() == 1, first.output
+    more = RealRun(first.material, first.save, "1x1", [*options, "2"])
+    assert more.start(POISON).finish() == 0 and more.latest() == 2, more.output
+    assert json.loads((more.save / "iter_0000002" / "manifest.json").read_text())["training"]["optimizer"]["step"] == 1
+
+
 STALLING = """
 import os, time
 import torch.distributed

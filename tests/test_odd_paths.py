@@ -159,3 +159,20 @@ def test_no_script_runs_what_is_in_its_arguments(shell: Shell, script: str) -> N
     )
     assert result.returncode != 0, result.stdout
     assert not list(shell.work.rglob("RAN"))
+
+
+SIZES = ("TENSOR", "PIPELINE", "CONTEXT", "EXPERT")
+
+
+@pytest.mark.parametrize("name", ["GPUS_PER_NODE", "NNODES", *(f"{size}_PARALLEL_SIZE" for size in SIZES)])
+def test_bash_does_not_compute_with_what_is_no_number(shell: Shell, name: str) -> None:
+    """In arithmetic bash runs the command of an array's subscript, quoted or not."""
+    said = shell.run("scripts/4_train.sh", "train", status=2, **{name: "PATH[$(touch RAN)]"})
+    assert f"error: {name} is 'PATH[$(touch RAN)]': give a whole number" in said
+    assert not list(shell.work.rglob("RAN"))
+
+
+def test_the_tools_that_take_numbers_do_not_compute_with_anything_else(shell: Shell) -> None:
+    for number in ("PATH[$(touch RAN)]", "1; touch RAN", "-1", "1.5"):
+        assert "give a whole number" in shell.run("tools/compare_logits", "missing", "missing", number, status=2)
+    assert not list(shell.work.rglob("RAN"))

@@ -29,9 +29,9 @@ def test_table_has_a_line_a_figure_and_what_changed():
     assert markdown(["before", "after"], rows) == (
         "| task | metric | before | after | change |\n"
         "| --- | --- | ---: | ---: | ---: |\n"
-        "| gsm8k | exact_match | 12.5 ± 1.0 | 50.0 ± 2.0 | +37.5 |\n"
+        "| gsm8k | exact_match | 12.5 ± 1.0 % | 50.0 ± 2.0 % | +37.5 |\n"
         "| wiki | perplexity | 12.5 | 10 | -2.5 |\n"
-        "| x | acc | - | 100.0 |  |\n"
+        "| x | acc | - | 100.0 % |  |\n"
     )
     assert [row.is_better for row in rows] == [True, True, None]
 
@@ -89,7 +89,7 @@ def test_before_and_after_on_a_file_makes_a_table_and_asks_nothing_twice(tmp_pat
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     models = (f"before={untrained_folder()}", f"after={taught_folder()}")
     said = evaluate(tmp_path, *models, data)
-    line = "| names | exact match, <short> | 0.0 | 100.0 | +100.0 |"
+    line = "| names | exact match, <short> | 0.0 % | 100.0 % | +100.0 |"
     assert line in said.splitlines()
     results = tmp_path / "outputs/evaluations"
     assert line in (results / "scores.md").read_text()

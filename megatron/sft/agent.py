@@ -129,7 +129,7 @@ class Agent(LocalElasticAgent):
                 )
                 self._tell_other_machines()
                 self._kill(self._running().values())
-                return
+                break
 
     def _failures(self) -> list[ProcessFailure]:
         context: Any = self._pcontext
@@ -149,7 +149,7 @@ class Agent(LocalElasticAgent):
         store = watchdog.open_store(group.master_addr, group.master_port, seconds=5.0)
         if store is not None:
             attempt = group.spec.max_restarts - self._remaining_restarts
-            reason = describe({failure.local_rank: failure for failure in self._failures()})[1]
+            reason = Agent.note or describe({failure.local_rank: failure for failure in self._failures()})[1]
             store.compare_set(f"megatron-sft/{attempt}/failed", "", reason)
 
     def _announce_restart(self) -> None:

@@ -73,7 +73,7 @@ class Benchmarks:
         kept = {key: results.get(key) for key in ("results", "groups", "versions", "n-shot", "n-samples")}
         scores = scores_of(results, self.control)
         for score in scores:
-            print(f"{score.task}: {score.metric} {score.text}{' %' if score.is_share else ''}", flush=True)
+            print(f"{score.task}: {score.metric} {score.text}", flush=True)
         return {"task": name, "settings": asdict(settings), **kept, "scores": [asdict(score) for score in scores]}
 
     def _load(self, lm_eval: Any) -> Any:

@@ -135,11 +135,16 @@ class TrainOptions:
     eval_interval: int = _setting("EVAL_INTERVAL", "steps between validations, where SPLIT has validation rows", 100)
     eval_iters: int = _setting("EVAL_ITERS", "global batches a validation; 0 takes all validation rows once", 0)
     on_nan: str = _setting(
-        "ON_NAN", "what to do with a step whose loss or gradient is not finite: end, or leave it out", "stop", ("stop", "skip")
+        "ON_NAN",
+        "what to do with a step whose loss or gradient is not finite: end, or leave it out",
+        "stop",
+        ("stop", "skip"),
     )
     max_skipped: int = _setting("MAX_SKIPPED", "steps of the whole run that ON_NAN=skip may leave out", 10)
     exit_after_minutes: float = _setting(
-        "EXIT_AFTER_MINUTES", "save and end with status 75 before so many minutes since the script's start; 0 is no limit", 0.0
+        "EXIT_AFTER_MINUTES",
+        "save and end with status 75 before so many minutes since the script's start; 0 is no limit",
+        0.0,
     )
     watchdog_minutes: float = _setting(
         "WATCHDOG_MINUTES", "end a run that stands still in one part of a step for so long; 0 waits for ever", 10.0

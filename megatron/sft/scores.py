@@ -28,7 +28,7 @@ class Score:
         if not self.is_share:
             return f"{self.value:.4g}"
         error = f" ± {100 * self.error:.1f}" if self.error else ""
-        return f"{100 * self.value:.1f}{error}"
+        return f"{100 * self.value:.1f}{error} %"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def cells(row: Row) -> list[str]:
 
 
 def markdown(models: Sequence[str], rows: Sequence[Row]) -> str:
-    """Shares are per cent, with their standard error."""
+    """Shares are per cent, with their standard error; changes of them are percentage points."""
     lines = [header(models), ["---"] * 2 + ["---:"] * (len(header(models)) - 2), *map(cells, rows)]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 

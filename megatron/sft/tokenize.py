@@ -208,9 +208,7 @@ def tokenize(options: Options, sources: list[Source], template: ChatTemplate, ow
     vocabulary_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     rejected_path = options.prefix.parent / f"{options.inputs[0].short_name}.rejected.jsonl"
     with (
-        ConversationStore(
-            options.prefix, token_dtype(vocabulary_size), bool(options.group_key), len(sources)
-        ) as store,
+        ConversationStore(options.prefix, token_dtype(vocabulary_size), bool(options.group_key), len(sources)) as store,
         RejectedRows(rejected_path) as rejected,
     ):
         corpora = corpora_of(options, sources, template, rejected)

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import sys
+import time
 import traceback
 from dataclasses import replace
 
@@ -77,6 +78,9 @@ def _end() -> None:
         status = LOST_PEER if _LOST_PEER.search(str(error)) else 1
         if status == 1:
             traceback.print_exc()
+        else:
+            # On this machine the launcher knows the cause, and ends this process; from another the watchdog hears it.
+            time.sleep(5)
     sys.stdout.flush()
     sys.stderr.flush()
     if status:

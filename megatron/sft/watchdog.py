@@ -147,11 +147,12 @@ class Watchdog(threading.Thread):
         if self.world > 1 and self._store is not None:
             with contextlib.suppress(RuntimeError):
                 self._listen()
-        silent = [(rank, time.monotonic() - when, beat) for rank, (beat, when) in self._heard.items()]
-        for rank, quiet, beat in silent:
-            if quiet > SILENT_SECONDS and beat.part != "done":
+        over = seconds >= self.limit * self._patience()
+        for rank, (beat, when) in self._heard.items():
+            quiet = time.monotonic() - when
+            if beat.part != "done" and quiet > (max(5.0, 4 * self.interval) if over else SILENT_SECONDS):
                 return f"rank {rank} gives no sign of life for {quiet:.0f} s: it was last in {beat}"
-        if seconds < self.limit * self._patience():
+        if not over:
             return ""
         beats = {rank: beat for rank, (beat, _) in self._heard.items() if beat.part != "done"}
         beats[self.rank] = Beat(self._count, _now.part, _now.iteration, seconds, self._place())

@@ -24,6 +24,8 @@ def added_gradient(weight: Tensor) -> Tensor:
     """
     marked: Any = weight
     marked.grad_added_to_main_grad = True
+    # megatron-core would add it all the same where embeddings are tied, counting on zeros.
+    marked.zero_out_wgrad = False
     size = weight.numel() * weight.element_size()
     unread: Tensor = marked.main_grad.flatten().view(torch.uint8)[:size].view(weight.dtype).view(weight.shape)
     return unread

@@ -9,6 +9,7 @@ command -v sbatch >/dev/null || die "sbatch is not there: this is for a SLURM cl
 # job_options NAME PARTITION: what every job is told, into JOB_OPTIONS.
 job_options() {
   local more
+  whole_numbers NNODES GPUS_PER_NODE CPUS_PER_GPU
   mkdir -p "$LOGS"
   JOB_OPTIONS=(--job-name "$1" --export=ALL --output="$LOGS/%x-%j.out")
   if [[ -n $2 ]]; then JOB_OPTIONS+=(--partition "$2"); fi

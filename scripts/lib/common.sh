@@ -33,6 +33,14 @@ help_or_arguments() {
   die "${0##*/} got $# arguments: write $(usage | sed -n 's/^  *bash /bash /p' | head -n 1) (-h explains them)"
 }
 
+# whole_numbers NAME...: these variables are whole numbers or empty. In arithmetic bash would run the $() of anything else.
+whole_numbers() {
+  local name
+  for name in "$@"; do
+    [[ ${!name-} =~ ^[0-9]*$ ]] || die "$name is '${!name}': give a whole number"
+  done
+}
+
 # run_module MODULE ARGUMENTS...: one Python process, in the user's folder, so that relative paths mean what they say.
 run_module() {
   local module=$1
@@ -47,6 +55,7 @@ run_module() {
 launch() {
   local processes=$1 module=$2 addresses meet=(--standalone --local-addr localhost)
   shift 2
+  whole_numbers processes NNODES SLURM_NODEID
   if ((${NNODES:-1} > 1)); then
     if [[ -n ${RDZV_ENDPOINT-} ]]; then
       meet=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-megatron-sft}")

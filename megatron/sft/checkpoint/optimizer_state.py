@@ -31,6 +31,8 @@ class Share:
     def tensor(self, kind: str) -> Tensor:
         """Its float32 master weights ("param") or moments, flat."""
         tensors: dict[str, Tensor] = self.optimizer._get_main_param_and_optimizer_states(self.parameter)
+        if kind not in tensors:  # no step has been taken yet: all of them were left out
+            return torch.zeros_like(tensors["param"]).view(-1)
         return tensors[kind].detach().view(-1)
 
     @torch.no_grad()

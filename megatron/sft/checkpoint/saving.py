@@ -80,8 +80,8 @@ class Saver:
     def poll(self) -> None:
         """Call after every step: takes note of a save that ended meanwhile. A `UserError` on every rank if it failed."""
         self._polls += 1
-        if self._polls == 1 and self._options.async_save and device.has_gpu():
-            # Page-locked memory takes seconds to make; the first save would stand still for it.
+        if self._polls == 1 and self._options.async_save:
+            # Memory takes time to get, page-locked memory seconds; the first save would stand still for it.
             pieces = run_pieces(self.engine)
             if _has_memory(self._staging, pieces):
                 self._preparation = Preparation(self._staging, pieces)
@@ -100,14 +100,6 @@ class Saver:
                 self._conclude(outcome)
             else:
                 time.sleep(0.01)
-
-    def discard(self) -> None:
-        """Give up the running save, if there is one, without asking the other processes. For an exit in a hurry."""
-        if self._job is not None:
-            self._job.cancel()
-            if processes.is_first():
-                shutil.rmtree(unfinished_path(self._root, self._job.iteration), ignore_errors=True)
-            self._job = None
 
     def _begin(self, iteration: int, pieces: list[Piece]) -> bool:
         """Make an empty folder if the disk has room. Returns whether the state can be copied first, alike on all ranks."""

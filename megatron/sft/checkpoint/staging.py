@@ -98,5 +98,6 @@ class Preparation:
 
     def _run(self, staging: Staging, pieces: Sequence[Piece]) -> None:
         with contextlib.suppress(RuntimeError, MemoryError):
-            torch.cuda.set_device(self._device)  # a thread begins with the first GPU
+            if device.has_gpu():
+                torch.cuda.set_device(self._device)  # a thread begins with the first GPU
             staging.allocate(pieces)
