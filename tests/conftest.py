@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.sft import device
 from tests import tiny
 
 
@@ -69,3 +70,12 @@ def mark(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "it ran"
     yield path
     assert not path.exists(), "a file was executed"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a GPU are skipped where there is none."""
+    if device.has_gpu():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU"))

@@ -46,6 +46,23 @@ def has_transformer_engine() -> bool:
     return bool(HAVE_TE)
 
 
+def describe_kernels(precision: str) -> str:
+    """What this process computes with, for the log, and what would be faster."""
+    if not device.has_gpu():
+        return "torch on the CPU"
+    own = "Triton kernels for norms, SwiGLU, rotary positions and loss"
+    if has_transformer_engine():
+        import transformer_engine
+
+        attention = "torch's attention, conversation by conversation" if precision == "fp32" else "its packed attention"
+        return f"Transformer Engine {getattr(transformer_engine, '__version__', '')}: linear layers, {attention}, AdamW; {own}"
+    attention = "scaled_dot_product_attention, conversation by conversation" if precision == "fp32" else "varlen_attn"
+    return (
+        f"torch {torch.__version__}: linear layers, {attention}, fused AdamW; {own}. "
+        "Transformer Engine is not installed: with it bf16 is faster, and fp8 possible"
+    )
+
+
 class OutputHead(tensor_parallel.ColumnParallelLinear):
     """The output layer, computing the loss instead of all logits.
 

@@ -54,6 +54,9 @@ def _train(mode: str, options: TrainOptions, stop: StopRequest) -> int:
     plan = resolve(mode, options, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
     processes.say(describe(plan, device.describe()))
     inputs.check(plan)
+    from megatron.sft.model import describe_kernels
+
+    processes.say(f"  computing with {describe_kernels(options.precision)}")
     with processes.parallel(plan.layout, options.seed, options.distributed_timeout_minutes):
         from megatron.sft.checkpoint.verification import checked_run
         from megatron.sft.loop import Run
