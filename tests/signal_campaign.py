@@ -38,16 +38,18 @@ RESUME, STOOD_STILL = 75, 124
 
 @dataclass(frozen=True)
 class Outcome:
-    """status: of the struck run. seconds: from the strike to its end. kept, finished: steps saved and steps logged by then."""
+    """status: of the struck run. seconds: from the strike to its end, None where nothing is done to the run from outside. kept,
+    finished: steps saved and steps logged by then."""
 
     status: int
-    seconds: float
+    seconds: float | None
     kept: int
     finished: int
     line: str
 
     def __str__(self) -> str:
-        return f"status {self.status} in {self.seconds:.0f} s, {self.kept} of {self.finished} steps kept"
+        time_taken = "" if self.seconds is None else f" in {self.seconds:.0f} s"
+        return f"status {self.status}{time_taken}, {self.kept} of {self.finished} steps kept"
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def dead_thread(what: str, harmless: tuple[str, ...]) -> Callable[[Case], Outcom
 
 def not_finite(case: Case) -> Outcome:
     """A conversation gives NaN: the step of the moment, or the validation, meets it."""
-    step = {"start": 1, "step": 5, "save": 6, "exit": STEPS}.get(case.moment)
+    step = {"start": 1, "step": 5, "save": 6, "exit": STEPS - 1}.get(case.moment)
     poisoned = poison(case.run.material, case.moment, step)
     run = RealRun(poisoned, case.run.save, case.run.layout)
     case = Case(run, case.moment, case.part, case.iteration)
@@ -185,7 +187,7 @@ def not_finite(case: Case) -> Outcome:
 
 def _plain(case: Case) -> Outcome:
     status = case.run.start(POISON).finish()
-    return Outcome(status, 0.0, case.run.latest(), case.run.latest(), _error_line(case.run.output))
+    return Outcome(status, None, case.run.latest(), case.run.latest(), _error_line(case.run.output))
 
 
 def poison(material: Material, name: str, step: int | None) -> Material:
@@ -227,7 +229,7 @@ def try_out(material: Material, fault: str, moment: str, layout: str) -> Outcome
     run = RealRun(material, material.folder / f"{layout} {fault} {moment}", layout, ["--watchdog-minutes", "0.2"])
     case = Case(run, moment, *MOMENTS[moment])
     outcome = FAULTS[fault](case)
-    assert outcome.seconds < HANG_SECONDS
+    assert outcome.seconds is None or outcome.seconds < HANG_SECONDS
     run.save.with_suffix(".broken").unlink(missing_ok=True)
     if fault == "NaN":
         again = RealRun(poison(material, moment, None), run.save, layout, ["--on-nan", "skip"])

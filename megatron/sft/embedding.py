@@ -1,4 +1,4 @@
-"""The embedding of token ids, whose gradient on a GPU touches only the rows of the ids that occur."""
+"""The embedding of token ids, whose gradient touches only the rows of the ids that occur."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ class TokenEmbedding(VocabParallelEmbedding):
 
     def forward(self, input_: Tensor) -> Tensor:
         """ids [batch, t] to [batch, t, hidden], or with sequence parallelism [t / TP, batch, hidden]."""
-        if not (self.weight.is_cuda and hasattr(self.weight, "main_grad") and torch.is_grad_enabled()):
+        if not (hasattr(self.weight, "main_grad") and torch.is_grad_enabled()):
             whole: Tensor = super().forward(input_)
             return whole
         local = input_ - self.vocab_start_index
@@ -43,9 +43,13 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        from megatron.sft.layer_kernels import add_rows
-
         (ids,) = ctx.saved_tensors
         weight: Any = ctx.weight
-        add_rows(weight.main_grad, gradients[0].flatten(0, 1).contiguous(), ids.flatten())
+        rows, ids, total = gradients[0].flatten(0, 1).contiguous(), ids.flatten(), weight.main_grad
+        if rows.is_cuda:
+            from megatron.sft.layer_kernels import add_rows
+
+            add_rows(total, rows, ids)
+        else:
+            total.index_add_(0, ids[ids >= 0], rows[ids >= 0].to(total.dtype))
         return added_gradient(weight), None, None

@@ -212,6 +212,8 @@ class Run:
                 return code
         assert sums is not None
         loss, trained = type(part)(sums).reduce()
+        if not math.isfinite(loss):
+            processes.say(f"warning: the validation loss is {loss}: look at the validation rows, or at the weights")
         self.log.validation(self.iteration, loss, trained)
         return 0
 

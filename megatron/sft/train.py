@@ -33,7 +33,10 @@ def main() -> None:
         if not _LOST_PEER.search(str(error)):
             watchdog.report_failure(f"rank {os.environ.get('RANK', '0')}: {_reason(error)}")
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            raise UserError(f"{_reason(error)}: mend the disk or free space, then run the same command") from error
+            place = error.filename or f"OUTPUT_PATH {options.save}"
+            raise UserError(
+                f"{error.strerror}: {place}: mend the disk or free space, then run the same command"
+            ) from error
         if type(error).__name__ == "OutOfMemoryError":
             raise UserError(
                 f"the GPU's memory is full ({_reason(error)}): take RECOMPUTE=auto or full, more GPUs, or a larger "

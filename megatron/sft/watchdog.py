@@ -25,13 +25,18 @@ _FIRST_STEP_PATIENCE = 3.0
 
 @dataclass(frozen=True)
 class Beat:
-    """What a process last said of itself. `seconds`: how long it had stood there; `count` grows by one a beat."""
+    """What a process last said of itself.
+
+    count: grows by one a beat. seconds: how long it had stood there. place: the line of this project that it was in. waits:
+    whether that line waits for other processes, as far as Python can tell.
+    """
 
     count: int
     part: str
     iteration: int
     seconds: float
     place: str = ""
+    waits: bool = False
 
     def __str__(self) -> str:
         step = f"iteration {self.iteration}, " if self.iteration else ""
@@ -128,8 +133,8 @@ class Watchdog(threading.Thread):
     def _beat(self) -> None:
         self._count += 1
         seconds = time.monotonic() - _now.since
-        place = self._place() if seconds > _WAITING_SECONDS else ""
-        self._say(Beat(self._count, _now.part, _now.iteration, seconds, place))
+        place = self._place() if seconds > min(_WAITING_SECONDS, self.limit / 2) else ("", False)
+        self._say(Beat(self._count, _now.part, _now.iteration, seconds, *place))
         if self._store is not None and self._store.check([_key("failed")]):
             # On one machine the launcher has the reason from the process itself.
             self._end(self._store.get(_key("failed")).decode(), status=1)
@@ -155,7 +160,7 @@ class Watchdog(threading.Thread):
         if not over:
             return ""
         beats = {rank: beat for rank, (beat, _) in self._heard.items() if beat.part != "done"}
-        beats[self.rank] = Beat(self._count, _now.part, _now.iteration, seconds, self._place())
+        beats[self.rank] = Beat(self._count, _now.part, _now.iteration, seconds, *self._place())
         return describe_stall(beats)
 
     def _patience(self) -> float:
@@ -170,15 +175,16 @@ class Watchdog(threading.Thread):
             if rank not in self._heard or self._heard[rank][0].count != beat.count:
                 self._heard[rank] = (beat, time.monotonic())
 
-    def _place(self) -> str:
-        """The innermost line of this project that the main thread is in."""
-        frame = sys._current_frames().get(self.main or 0)
+    def _place(self) -> tuple[str, bool]:
+        """The innermost line of this project that the main thread is in, and whether it called torch.distributed."""
+        frame, waits = sys._current_frames().get(self.main or 0), False
         while frame is not None:
             path = Path(frame.f_code.co_filename)
-            if path.parts[-3:-1] == ("megatron", "sft") or "sft" in path.parts[-3:-1]:
-                return f"{path.name}:{frame.f_lineno}"
+            waits = waits or path.parts[-3:-1] == ("torch", "distributed")
+            if "sft" in path.parts[-3:-1]:
+                return f"{path.name}:{frame.f_lineno}", waits
             frame = frame.f_back
-        return ""
+        return "", waits
 
     def _end(self, verdict: str, status: int = STOOD_STILL) -> None:
         from megatron.sft.errors import leave_message
@@ -193,8 +199,9 @@ class Watchdog(threading.Thread):
 
 
 def describe_stall(beats: dict[int, Beat]) -> str:
-    """One line about processes of which none makes progress: the one that is furthest behind holds up the others."""
-    behind = min(beats, key=lambda rank: (beats[rank].iteration, -beats[rank].seconds))
+    """One line about processes of which none makes progress: the one that is furthest behind holds up the others, and of those
+    that are equally far one that does not wait for another, or the one that got there first."""
+    behind = min(beats, key=lambda rank: (beats[rank].iteration, beats[rank].waits, -beats[rank].seconds))
     line = f"rank {behind} stands still for {beats[behind].seconds:.0f} s in {beats[behind]}"
     waiting = [f"rank {rank} in {beat}" for rank, beat in sorted(beats.items()) if rank != behind]
     more = f" and {len(waiting) - 3} more" if len(waiting) > 3 else ""
