@@ -1,5 +1,6 @@
 """Fixtures: tiny models made with transformers, tiny data, and real processes."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 
 from megatron.sft import device
 from tests import tiny
+
+# A shell that starts the tests in the background has them ignore SIGINT, and so would the runs that they interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

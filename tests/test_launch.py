@@ -21,7 +21,7 @@ from megatron.sft.signals import RESUME, StopRequest
 def main():
     rank = int(os.environ["RANK"])
     case = sys.argv[1]
-    print("started", sys.argv[2], flush=True)
+    os.write(1, f"started {sys.argv[2]}\\n".encode())  # a line at once: the other process writes, too
     if case == "all ranks":
         raise UserError("TP=2 does not divide 3: set TENSOR_PARALLEL_SIZE=3")
     if rank == 1 and case == "one rank":
