@@ -2,11 +2,13 @@
 
 python -m tests.parallel_losses [--set cpu|gpu|device] [--only NAME ...] [--steps N]
 
-cpu: gloo, float32, up to four processes. gpu: one GPU and two over NCCL, bfloat16 and float32, with Transformer Engine where it
-is installed and without. device: the CPU against one GPU. MEGATRON_SFT_DEVICE=cpu keeps everything on the CPU.
+cpu: gloo, float32, up to four processes. gpu: one GPU and two (and four, where there are so many) over NCCL, bfloat16 and
+float32, with Transformer Engine where it is installed and without. device: the CPU against one GPU.
+MEGATRON_SFT_DEVICE=cpu keeps everything on the CPU.
 """
 
 import argparse
+import faulthandler
 import itertools
 import json
 import os
@@ -26,7 +28,7 @@ from tests import tiny
 if TYPE_CHECKING:
     from megatron.sft.run_plan import RunPlan
 
-TIMEOUT_SECONDS = 560
+LIMIT_SECONDS = 560  # of one launch, after which every process says where it is
 GLOBAL_BATCH, MICRO_BATCH = 8, 2
 
 
@@ -57,7 +59,7 @@ class Layout:
 
 ONE = Layout("one", 1)
 _TP, _PP, _CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
-_VPP, _SP = "num_virtual_stages_per_pipeline_rank", "sequence_parallel"
+_VPP, _SP, _EP = "num_virtual_stages_per_pipeline_rank", "sequence_parallel", "expert_model_parallel_size"
 TWO = [
     Layout("TP2", 2, {_TP: 2}),
     Layout("PP2", 2, {_PP: 2}),
@@ -65,6 +67,7 @@ TWO = [
     Layout("DP2", 2),
     Layout("TP2 + SP", 2, {_TP: 2, _SP: 1}),
     Layout("PP2 x VPP2", 2, {_PP: 2, _VPP: 2}),
+    Layout("EP2", 2, {_EP: 2}),
 ]
 FOUR = [
     Layout("CP2 x TP2 + SP", 4, {_CP: 2, _TP: 2, _SP: 1}),
@@ -87,6 +90,7 @@ ON_GPU = [
     Variant("fp32", 1e-4),
     Variant("fp32 with TE", 1e-4, engine=True),
     Variant("bf16, window, with TE", 1e-2, precision="bf16", model="window", engine=True),
+    Variant("bf16, experts, with TE", 1e-2, precision="bf16", model="experts", engine=True),
 ]
 
 
@@ -143,12 +147,12 @@ def save_models(folder: Path, names: set[str]) -> None:
 
 def rows(length: int) -> list[list[tiny.Conversation]]:
     """Random rows, some of a single conversation, and one of conversations shorter than context parallelism's chunks."""
-    made = tiny.random_rows(40, length)
+    made = tiny.random_rows(40, length, longest=length // 10)
     random = np.random.default_rng(1)
     for number in (3, 11, 19, 27):
         tokens = random.integers(0, tiny.VOCAB_SIZE, length)
         made[number] = [(tokens[:20], tokens[20:])]
-    made[5] = [(pair[:1], pair[1:]) for pair in random.integers(0, tiny.VOCAB_SIZE, (length // 2, 2))]
+    made[5] = [(pair[:1], pair[1:]) for pair in random.integers(0, tiny.VOCAB_SIZE, (64, 2))]
     return made
 
 
@@ -188,6 +192,7 @@ def work(task: Path) -> None:
     from megatron.sft import device, processes
 
     content = json.loads(task.read_text())
+    faulthandler.dump_traceback_later(content["limit"], exit=True)
     runs = [Run(Variant(**one["variant"]), Layout(**one["layout"])) for one in content["runs"]]
     with device.process_group(timeout_minutes=5):
         for _, group in itertools.groupby(runs, lambda run: run.layout.name):
@@ -211,10 +216,10 @@ def leave_groups() -> None:
             torch.distributed.destroy_process_group(group)
 
 
-def launch(runs: Sequence[Run], steps: int, folder: Path, on_cpu: bool) -> None:
+def launch(runs: Sequence[Run], steps: int, folder: Path, on_cpu: bool, limit: float = LIMIT_SECONDS) -> None:
     """Fill runs of one number of processes, in one launch of them."""
     task = folder / f"task_{runs[0].layout.processes}_{'cpu' if on_cpu else 'gpu'}.json"
-    task.write_text(json.dumps({"steps": steps, "runs": [asdict(run) for run in runs]}))
+    task.write_text(json.dumps({"steps": steps, "limit": limit, "runs": [asdict(run) for run in runs]}))
     command = [sys.executable, "-m", "megatron.sft.launch", "--standalone", "--local-addr", "localhost"]
     command += ["--nproc-per-node", str(runs[0].layout.processes), "-m", "tests.parallel_losses", "--task", str(task)]
     environment = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
@@ -222,7 +227,7 @@ def launch(runs: Sequence[Run], steps: int, folder: Path, on_cpu: bool) -> None:
     if on_cpu:
         environment |= {"MEGATRON_SFT_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT_SECONDS
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit + 60
     )
     assert result.returncode == 0, f"status {result.returncode}:\n{result.stdout[-20000:]}"
     for run, done in zip(runs, json.loads(task.with_suffix(".done").read_text()), strict=True):
@@ -230,7 +235,12 @@ def launch(runs: Sequence[Run], steps: int, folder: Path, on_cpu: bool) -> None:
 
 
 def compare(
-    variants: Sequence[Variant], layouts: Sequence[Layout], steps: int, on_cpu: bool, length: int = 256
+    variants: Sequence[Variant],
+    layouts: Sequence[Layout],
+    steps: int,
+    on_cpu: bool,
+    length: int = 256,
+    limit: float = LIMIT_SECONDS,
 ) -> list[tuple[Run, Run]]:
     """Every variant in every layout, each beside the same variant in one process. One launch a number of processes."""
     with tempfile.TemporaryDirectory() as name:
@@ -239,14 +249,16 @@ def compare(
         tiny.write_rows(folder / "rows", rows(length), length, JOINED)
         runs = [Run(variant, layout) for layout in [ONE, *layouts] for variant in variants if _fits(variant, layout)]
         for number in sorted({run.layout.processes for run in runs}):
-            launch([run for run in runs if run.layout.processes == number], steps, folder, on_cpu)
+            launch([run for run in runs if run.layout.processes == number], steps, folder, on_cpu, limit)
     ones = {run.variant.name: run for run in runs if run.layout == ONE}
     return [(run, ones[run.variant.name]) for run in runs if run.layout != ONE]
 
 
 def _fits(variant: Variant, layout: Layout) -> bool:
     # Under TP experts get sequence parallelism by themselves.
-    return variant.model != "experts" or _TP not in layout.sizes or _SP in layout.sizes
+    if variant.model == "experts":
+        return _TP not in layout.sizes or _SP in layout.sizes
+    return _EP not in layout.sizes
 
 
 def compare_devices(steps: int, length: int = 256) -> list[tuple[Run, Run]]:
@@ -264,6 +276,13 @@ def compare_devices(steps: int, length: int = 256) -> list[tuple[Run, Run]]:
                 pairs.append((Run(replace(reference.variant, name=name, engine=engine), ONE), reference))
         launch([run for run, _ in pairs], steps, folder, on_cpu=False)
     return pairs
+
+
+def available_layouts(on_cpu: bool) -> list[Layout]:
+    """Those for which this machine has the GPUs; on the CPU all."""
+    import torch
+
+    return [one for one in TWO + FOUR if on_cpu or one.processes <= torch.cuda.device_count()]
 
 
 def report(pairs: Sequence[tuple[Run, Run]]) -> list[str]:
@@ -291,6 +310,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="layouts to take, by name")
     parser.add_argument("--variants", nargs="*", help="variants to take, by name")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds for one launch")
     parser.add_argument("--task", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.task:
@@ -301,10 +321,12 @@ def main() -> None:
         pairs = compare_devices(arguments.steps)
     else:
         on_cpu = arguments.set == "cpu"
-        layouts = [one for one in (TWO + FOUR if on_cpu else TWO) if not arguments.only or one.name in arguments.only]
+        layouts = available_layouts(on_cpu)
+        layouts = [one for one in layouts if not arguments.only or one.name in arguments.only]
         variants = ON_CPU if on_cpu else ON_GPU
         variants = [one for one in variants if not arguments.variants or one.name in arguments.variants]
-        pairs = compare(variants, layouts, arguments.steps, on_cpu, length=256 if on_cpu else 1024)
+        length = 256 if on_cpu else 1024
+        pairs = compare(variants, layouts, arguments.steps, on_cpu, length, arguments.limit)
     wrong = report(pairs)
     print(f"{len(pairs)} runs of {arguments.steps} steps in {time.monotonic() - started:.0f} s, {len(wrong)} differ")
     sys.exit(1 if wrong else 0)

@@ -32,8 +32,9 @@ def test_the_cpu_and_a_gpu_with_and_without_transformer_engine_give_the_same_los
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 @pytest.mark.timeout(1200)
-def test_two_gpus_give_the_losses_of_one() -> None:
-    for run, one in parallel_losses.compare(parallel_losses.ON_GPU, parallel_losses.TWO, 20, on_cpu=False, length=1024):
+def test_two_gpus_or_four_give_the_losses_of_one() -> None:
+    layouts = parallel_losses.available_layouts(on_cpu=False)
+    for run, one in parallel_losses.compare(parallel_losses.ON_GPU, layouts, 20, on_cpu=False, length=1024):
         _check(run, one)
 
 

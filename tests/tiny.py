@@ -71,14 +71,14 @@ def _save(model: "object", folder: Path, dtype: "object" = None) -> Path:
     return folder
 
 
-def random_rows(num_rows: int, length: int, seed: int = 0) -> list[list[Conversation]]:
-    """Rows of as many random conversations of 4 to 23 tokens as fit."""
+def random_rows(num_rows: int, length: int, seed: int = 0, longest: int = 23) -> list[list[Conversation]]:
+    """Rows of as many random conversations of 4 to `longest` tokens as fit."""
     generator = np.random.default_rng(seed)
     rows = []
     for _ in range(num_rows):
         row: list[Conversation] = []
-        while sum(len(p) + len(a) for p, a in row) <= length - 24:
-            size = int(generator.integers(4, 24))
+        while sum(len(p) + len(a) for p, a in row) <= length - longest - 1:
+            size = int(generator.integers(4, longest + 1))
             prompt = int(generator.integers(1, size))
             tokens = generator.integers(0, VOCAB_SIZE, size)
             row.append((tokens[:prompt], tokens[prompt:]))

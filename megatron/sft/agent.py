@@ -47,11 +47,12 @@ class Agent(LocalElasticAgent):
     signals: ClassVar[list[signal.Signals]] = []
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
-        started: dict[int, Any] = super()._start_workers(worker_group)
-        self._frozen: dict[int, float] = {}
-        self._looked = time.monotonic()
-        Agent.relay.pass_on = self._pass_on
-        Agent.relay.listener.claim()  # torchrun has just taken the signals
+        with Agent.relay.starting:
+            started: dict[int, Any] = super()._start_workers(worker_group)
+            self._frozen: dict[int, float] = {}
+            self._looked = time.monotonic()
+            Agent.relay.pass_on = self._pass_on
+            Agent.relay.listener.claim()  # a torchrun without `signals_to_handle` has just taken the signals
         return started
 
     def _running(self) -> dict[int, Any]:
@@ -212,7 +213,9 @@ def launch(arguments: Sequence[str], relay: "SignalRelay") -> int:
     api: Any = launcher
     api.LocalElasticAgent = Agent
     try:
-        run(parse_args(arguments))
+        options = parse_args(arguments)
+        options.signals_to_handle = "SIGQUIT"  # the others are the relay's
+        run(options)
     except ChildFailedError as error:
         if len(Agent.signals) > 1:
             print("ended at once by a second signal; the last checkpoint is good", file=sys.stderr)

@@ -121,6 +121,8 @@ def prepare() -> None:
     _prepared = True
     _quieten()
     if has_gpu():
+        # float32 means float32: Transformer Engine asks cuBLAS for TensorFloat-32 (10 bits) wherever the inputs are float32.
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         return
     # Where Transformer Engine is installed, megatron-core would take its CUDA kernels for sums and norms.

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 
@@ -19,12 +20,14 @@ class SignalRelay:
 
     def __init__(self) -> None:
         self.pass_on: Callable[[signal.Signals], None] | None = None
+        self.starting = threading.Lock()  # held while processes are being started: they get the signal afterwards
         self.listener = Listener(STOP_SIGNALS, self._take)
 
     def _take(self, number: signal.Signals) -> None:
-        if self.pass_on is None:
-            end_now(RESUME, f"stopped by {number.name} before the first process started")
-        self.pass_on(number)
+        with self.starting:
+            if self.pass_on is None:
+                end_now(RESUME, f"stopped by {number.name} before the first process started")
+            self.pass_on(number)
 
 
 def main() -> None:

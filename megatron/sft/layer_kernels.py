@@ -120,8 +120,8 @@ def _rotate_heads(
 
 
 @triton.jit
-def _add_rows(totals, rows, ids, order, num_rows, width, BLOCK: tl.constexpr):  # noqa: N803
-    """totals[id] += all rows of that id, one after another; ids are sorted, `order` says where their rows are."""
+def _add_rows(totals, rows, ids, order, num_rows, width, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
+    """totals[id] += all rows of that id, AT_ONCE after AT_ONCE; ids are sorted, `order` says where their rows are."""
     place = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -131,9 +131,12 @@ def _add_rows(totals, rows, ids, order, num_rows, width, BLOCK: tl.constexpr):  
         sums = tl.zeros((BLOCK,), tl.float32)
         same = own
         while same == own:
-            row = tl.load(order + place)
-            sums += tl.load(rows + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-            place += 1
+            places = place + tl.arange(0, AT_ONCE)
+            mine = tl.load(ids + places, mask=places < num_rows, other=-1) == own
+            starts = tl.load(order + places, mask=mine, other=0)[:, None] * width
+            some = tl.load(rows + starts + columns[None, :], mask=mine[:, None] & inside[None, :], other=0.0)
+            sums += tl.sum(some.to(tl.float32), axis=0)
+            place += AT_ONCE
             same = tl.load(ids + place, mask=place < num_rows, other=-1)
         target = totals + own * width + columns
         result = tl.load(target, mask=inside, other=0.0).to(tl.float32) + sums
@@ -147,8 +150,8 @@ def add_rows(totals: Tensor, rows: Tensor, ids: Tensor) -> None:
     """
     ids, order = ids.sort(stable=True)
     if len(ids):
-        grid = (len(ids), triton.cdiv(rows.shape[1], 512))
-        _add_rows[grid](totals, rows, ids, order, len(ids), rows.shape[1], BLOCK=512, num_warps=2)
+        grid = (len(ids), triton.cdiv(rows.shape[1], 256))
+        _add_rows[grid](totals, rows, ids, order, len(ids), rows.shape[1], AT_ONCE=8, BLOCK=256, num_warps=2)
 
 
 def _norm_sizes(width: int) -> dict[str, int]:
@@ -179,7 +182,7 @@ def norm_backward(
     width, num_rows = sums.shape[-1], len(inverse_rms)
     grad_inputs = torch.empty_like(sums)
     num_programs = min(num_rows, 4 * torch.cuda.get_device_properties(sums.device).multi_processor_count)
-    parts = torch.zeros(max(num_programs, 1), width, dtype=torch.float32, device=sums.device)
+    parts = torch.empty(num_programs, width, dtype=torch.float32, device=sums.device)
     if num_rows:
         _norm_backward[(num_programs,)](
             sums, weight, inverse_rms, grad_outputs, grad_sums, grad_inputs, parts, num_rows, width,

@@ -89,6 +89,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 gradient = _gradient(logits, local_ids, log_sums, scaled[part], num_rows)
                 torch.matmul(gradient, weight, out=grad_hidden[part])
                 add_product(grad_weight, gradient, hidden[part])
+                del gradient
+            del logits  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight if main_grad is None else None)
         ctx.weight, ctx.weight_is_shared, ctx.loss_scale = weight, weight_is_shared, loss_scale
         ctx.mark_non_differentiable(token_losses)

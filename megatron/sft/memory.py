@@ -144,10 +144,6 @@ def _stage_estimate(
         activations += 4 * unit * shape.hidden_size * tokens
         chunk = min(HEAD_CHUNK_TOKENS, tokens) * unit * layout.padded_vocab_size(shape) // layout.tensor_parallel
         working = max(working, chunk)
-    if stage == 0:
-        # The embedding's gradient comes as a whole matrix, when one micro-batch's activations are gone.
-        embedding = unit * layout.padded_vocab_size(shape) // layout.tensor_parallel * shape.hidden_size
-        working = max(working, embedding - one_micro_batch)
     dimensions = (layout.tensor_parallel, layout.pipeline_parallel, layout.context_parallel, data_parallel)
     return MemoryEstimate(
         stage=stage,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 from torch import Tensor, nn
 
 from megatron.sft.checkpoint.pieces import Piece, is_written_here, parts_of_parameters, pieces_of_range
@@ -30,18 +31,60 @@ class Share:
 
     def tensor(self, kind: str) -> Tensor:
         """Its float32 master weights ("param") or moments, flat."""
-        tensors: dict[str, Tensor] = self.optimizer._get_main_param_and_optimizer_states(self.parameter)
-        if kind not in tensors:  # no step has been taken yet: all of them were left out
-            return torch.zeros_like(tensors["param"]).view(-1)
-        return tensors[kind].detach().view(-1)
+        held, state = self._held()
+        if kind == "param":
+            return master_weights(held, state).detach().view(-1)
+        if kind not in state:  # no step has been taken yet: all of them were left out
+            return torch.zeros_like(held, dtype=torch.float32).view(-1)
+        return state[kind].detach().float().view(-1)
 
     @torch.no_grad()
     def fill(self, tensors: dict[str, Tensor], step: int) -> None:
         """Replace them by others of the same length."""
-        if "step" in self.optimizer._get_main_param_and_optimizer_states(self.parameter):
+        held, state = self._held()
+        if "step" in state:
             # torch's AdamW counts its steps beside the moments.
-            tensors = {**tensors, "step": torch.tensor(float(step))}
-        self.optimizer._set_main_param_and_optimizer_states(self.parameter, tensors)
+            state["step"].fill_(float(step))
+        for kind in ("exp_avg", "exp_avg_sq"):
+            state[kind].copy_(tensors[kind].view_as(state[kind]))
+        master = tensors["param"].to(held.device).view_as(held)
+        if "master_param" not in state:
+            held.copy_(master)
+        elif state["master_param"].dtype == torch.int16:
+            rounded, state["master_param"][:] = split_master_weights(master)
+            held.copy_(rounded)
+        else:
+            state["master_param"].copy_(master)
+
+    def _held(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The tensor that the optimizer steps, and its state: master weights too where they are not that tensor."""
+        group, place = self.optimizer.model_param_group_index_map[self.parameter]
+        held = self.optimizer.optimizer.param_groups[group]["params"][place]
+        return held, self.optimizer.optimizer.state.get(held, {})
+
+
+def master_weights(weights: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """The float32 master weights of `weights`.
+
+    Transformer Engine's AdamW with a state of 16 bits keeps the lower half of each alone, as int16: the upper half is the
+    bfloat16 weight, which was rounded up where the lower half, read with a sign, is negative.
+    """
+    master = state.get("master_param")
+    if master is None:
+        return weights.float()
+    if master.dtype != torch.int16:
+        return master
+    lower = master.int()
+    upper = weights.view(torch.int16).int() - (lower < 0).int()
+    return ((upper << 16) | (lower & 0xFFFF)).view(torch.float32)
+
+
+def split_master_weights(master: Tensor) -> tuple[Tensor, Tensor]:
+    """The bfloat16 weights and the int16 lower halves that `master_weights` makes float32 `master` of."""
+    bits = master.contiguous().view(torch.int32)
+    lower = bits.to(torch.int16)  # keeps the lower 16 bits
+    upper = (bits >> 16) + (lower < 0).int()
+    return upper.to(torch.int16).view(torch.bfloat16), lower
 
 
 def inner_optimizers(optimizer: Any) -> list[Any]:
@@ -93,11 +136,7 @@ def load_optimizer(
                 values = partial(target.__getitem__, slice(first, last))
                 wanted.append(replace(box, key=f"{PREFIX}.{kind}.{box.key}", dtype=torch.float32, values=values))
         read(wanted)
-        share.fill({kind: tensor.to(share.parameter.device) for kind, tensor in loaded.items()}, int(record["step"]))
-    for inner in inner_optimizers(optimizer):
-        if hasattr(inner.optimizer, "_sync_hdo_state_to_sub_optimizers"):
-            # Where a part of the optimizer works on the CPU, it has copies.
-            inner.optimizer._sync_hdo_state_to_sub_optimizers()
+        share.fill(loaded, int(record["step"]))
 
 
 def optimizer_record(optimizer: Any) -> dict[str, Any]:
@@ -125,14 +164,12 @@ def _step(optimizers: list[Any]) -> int:
 def _allocate(inner: Any, record: dict[str, Any]) -> None:
     """Give an optimizer that has not taken a step yet the memory of its state, and what is in `record`."""
     if isinstance(inner.optimizer, torch.optim.AdamW):
-        for group in inner.optimizer.param_groups:
-            for parameter in group["params"]:
-                on_device = group.get("fused") or group.get("capturable")
-                inner.optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu"),
-                    "exp_avg": torch.zeros_like(parameter.data),
-                    "exp_avg_sq": torch.zeros_like(parameter.data),
-                }
+        _allocate_torch(inner.optimizer)
+    elif isinstance(inner.optimizer, HybridDeviceOptimizer):
+        # megatron-core would take a step with random gradients, which changes the weights.
+        for part in inner.optimizer.sub_optimizers:
+            _allocate_torch(part)
+        inner.optimizer._sync_sub_optimizers_state_to_hdo()
     else:
         state = inner.state_dict()
         for group in state["optimizer"]["param_groups"]:
@@ -146,3 +183,14 @@ def _allocate(inner: Any, record: dict[str, Any]) -> None:
                 for name, value in record["loss_scale"].items()
             }
         )
+
+
+def _allocate_torch(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            on_device = group.get("fused") or group.get("capturable")
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu"),
+                "exp_avg": torch.zeros_like(parameter.data),
+                "exp_avg_sq": torch.zeros_like(parameter.data),
+            }

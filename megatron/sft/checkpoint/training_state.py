@@ -1,4 +1,4 @@
-"""The state of a run: weights, optimizer, random generators, counters, and the position in the data."""
+"""The state of a run: weights, optimizer, fp8 scales, random generators, counters, and the position in the data."""
 
 from functools import partial
 from typing import Any
@@ -8,6 +8,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron.sft import device, processes
 from megatron.sft.checkpoint.folder import TORCH_DIST
+from megatron.sft.checkpoint.fp8_state import load_scaling, scaling_pieces
 from megatron.sft.checkpoint.optimizer_state import load_optimizer, optimizer_pieces, optimizer_record
 from megatron.sft.checkpoint.piece_reader import PieceReader
 from megatron.sft.checkpoint.pieces import Piece, model_tensors, piece_of, shared_out
@@ -22,7 +23,8 @@ def run_pieces(engine: Engine) -> list[Piece]:
     """What this process writes of a checkpoint. Parameters must be gathered while the values are taken."""
     tensors = model_tensors(engine.chunks)
     weights = [piece_of(tensor) for tensor in shared_out(tensors)]
-    return [*weights, *optimizer_pieces(engine.optimizer, tensors), *_random_pieces(_random_states())]
+    others = [*scaling_pieces(engine.chunks), *_random_pieces(_random_states())]
+    return [*weights, *optimizer_pieces(engine.optimizer, tensors), *others]
 
 
 def run_manifest(engine: Engine, consumed_rows: int) -> dict[str, Any]:
@@ -65,6 +67,7 @@ def load(engine: Engine) -> tuple[int, int]:
     # One that a step was left out for has taken fewer steps than the schedule.
     record = training.get("optimizer", {"step": checkpoint.iteration})
     load_optimizer(engine.optimizer, tensors, reader.fill, record)
+    load_scaling(engine.chunks, reader)
     same_processes = training["num_processes"] == torch.distributed.get_world_size()
     if same_processes and checkpoint.manifest["layout"] == _layout(engine.plan):
         _load_random_states(reader)
