@@ -12,6 +12,7 @@ from megatron.sft.model_configs import find_shape, published_configs
 from megatron.sft.suggest import suggest_layouts
 from tests import tiny
 
+ONE = Layout()
 # A row of 16,384 tokens of the 1.5B model on one GPU, 4 micro-batches a step.
 R1_1_5B, ROW = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", MemorySettings(16384, micro_batches=4)
 
@@ -52,27 +53,31 @@ def test_each_process_has_as_many_weights_as_estimated(
 
 
 @pytest.mark.parametrize(
-    ("changes", "measured_gib"),
+    ("layout", "copies", "changes", "measured_gib"),
     [
         # torch.cuda.max_memory_allocated of tools/benchmark_train, docs/performance.md
-        ({}, 63.0),
-        ({"recompute": "selective"}, 52.8),
-        ({"recompute": "full"}, 33.0),
-        ({"optimizer_precision": "bf16"}, 49.8),
-        ({"optimizer_precision": "bf16", "recompute": "selective"}, 39.5),
-        ({"optimizer_offload": True}, 43.2),
-        ({"precision": "fp8"}, 60.3),
-        ({"precision": "fp8", "recompute": "selective"}, 59.0),
-        ({"precision": "fp16"}, 63.0),
-        ({"row_length": 8192}, 47.3),
-        ({"row_length": 32768, "recompute": "selective"}, 74.0),
+        (ONE, 1, {}, 62.2),
+        (ONE, 1, {"recompute": "selective"}, 52.0),
+        (ONE, 1, {"recompute": "full"}, 33.0),
+        (ONE, 1, {"optimizer_precision": "bf16"}, 49.0),
+        (ONE, 1, {"optimizer_precision": "bf16", "recompute": "selective"}, 38.7),
+        (ONE, 1, {"optimizer_offload": True}, 42.4),
+        (ONE, 1, {"precision": "fp8"}, 59.5),
+        (ONE, 1, {"precision": "fp8", "recompute": "selective"}, 58.2),
+        (ONE, 1, {"row_length": 8192}, 46.5),
+        (ONE, 1, {"row_length": 32768, "recompute": "selective"}, 73.7),
+        (ONE, 2, {}, 52.3),
+        (Layout(2, sequence_parallel=True), 1, {}, 31.3),
+        (Layout(1, 2), 1, {}, 47.1),
+        (Layout(1, 1, 2), 1, {}, 36.6),
+        (Layout(2, 2, sequence_parallel=True), 1, {}, 23.6),
     ],
 )
 def test_the_estimate_is_within_10_percent_of_peaks_measured_on_an_h200(
-    changes: dict[str, object], measured_gib: float
+    layout: Layout, copies: int, changes: dict[str, object], measured_gib: float
 ) -> None:
     shape, _ = find_shape(R1_1_5B)
-    estimated = estimate(shape, Layout(), 1, replace(ROW, **changes)).tensors / GIB  # type: ignore[arg-type]
+    estimated = estimate(shape, layout, copies, replace(ROW, **changes)).tensors / GIB  # type: ignore[arg-type]
     assert abs(estimated / measured_gib - 1) <= 0.10
 
 

@@ -20,6 +20,7 @@ from megatron.sft import device, processes
 from megatron.sft.benchmark_rows import BenchmarkRows, make_rows
 from megatron.sft.errors import OneLineParser, UserError, run
 from megatron.sft.flops import training_flops
+from megatron.sft.layout import Layout
 from megatron.sft.model_configs import find_shape
 from megatron.sft.options import TrainOptions
 
@@ -31,7 +32,7 @@ STACKS = ("ours", "peer", "padded")
 
 @dataclass(frozen=True)
 class Measurement:
-    """Medians of the timed steps on one GPU. Memory in GiB: of tensors, and what torch's allocator held for them."""
+    """Medians of the timed steps. Memory in GiB, of the GPU with most: of tensors, and what torch's allocator held for them."""
 
     stack: str
     seconds: float
@@ -76,8 +77,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--conversations", default="", help="lengths in every row, or lognormal:MEAN; default: 6 that fill it"
     )
     parser.add_argument("--trained", type=float, default=1.0, help="share of each conversation's tokens, at its end")
-    parser.add_argument("--gpus", type=int, default=1, help="data-parallel GPUs for our stack; the peer has one")
-    parser.add_argument("--micro-batches", type=int, default=4, help="rows a step on each GPU")
+    parser.add_argument("--gpus", type=int, default=0, help="for our stack; default: one copy of it. The peer has one")
+    for name in ("tensor-parallel", "pipeline-parallel", "context-parallel", "virtual-pipeline"):
+        parser.add_argument(f"--{name}", type=int, default=1)
+    parser.add_argument("--micro-batches", type=int, default=4, help="rows a step on each copy of the model")
     parser.add_argument("--steps", type=int, default=30, help="timed steps")
     parser.add_argument("--warm-up", type=int, default=6, help="steps before them")
     parser.add_argument("--precision", default="bf16")
@@ -89,7 +92,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--against", default="peer", help=f"stacks beside ours: {', '.join(STACKS[1:])}; '' for none")
     parser.add_argument("--profile", default="", help="file for a table of the kernels of one step")
     parser.add_argument("--stack", default="", choices=("", *STACKS), help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    parsed.layout = Layout(
+        parsed.tensor_parallel,
+        parsed.pipeline_parallel,
+        parsed.context_parallel,
+        sequence_parallel=parsed.tensor_parallel > 1,
+        virtual_pipeline=parsed.virtual_pipeline,
+    )
+    parsed.gpus = parsed.gpus or parsed.layout.model_size
+    return parsed
 
 
 def _in_own_process(stack: str, gpus: int) -> Measurement:
@@ -132,7 +144,8 @@ def measure(arguments: argparse.Namespace) -> Measurement:
     import torch
 
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    rows_a_step = arguments.micro_batches * (1 if arguments.stack == "peer" else arguments.gpus)
+    copies = 1 if arguments.stack == "peer" else arguments.layout.data_parallel(arguments.gpus)
+    rows_a_step = arguments.micro_batches * copies
     if arguments.memory_gib:
         torch.cuda.set_per_process_memory_fraction(arguments.memory_gib * 2**30 / torch.cuda.mem_get_info()[1])
     gemm = gemm_tflops()
@@ -148,9 +161,11 @@ def measure(arguments: argparse.Namespace) -> Measurement:
     torch.cuda.reset_peak_memory_stats()
     if arguments.stack == "peer":
         from megatron.sft.benchmark_peer import measure_steps
+
+        seconds, losses = measure_steps(arguments, rows)
+        peaks = _peaks()
     else:
-        measure_steps = _our_steps
-    seconds, losses = measure_steps(arguments, rows)
+        seconds, losses, peaks = _our_steps(arguments, rows)
     timed = [rows.counts[n] for n in rows.used(arguments.warm_up, arguments.steps, rows_a_step)]
     return Measurement(
         stack=arguments.stack,
@@ -158,8 +173,8 @@ def measure(arguments: argparse.Namespace) -> Measurement:
         tokens=sum(row.tokens for row in timed) // arguments.steps,
         trained_tokens=sum(row.trained for row in timed) // arguments.steps,
         flops=sum(training_flops(shape, r.tokens, r.trained, r.squared) for r in timed) / arguments.steps,
-        memory_allocated=torch.cuda.max_memory_allocated() / 2**30,
-        memory_reserved=torch.cuda.max_memory_reserved() / 2**30,
+        memory_allocated=peaks[0] / 2**30,
+        memory_reserved=peaks[1] / 2**30,
         gemm_tflops=gemm,
         losses=losses,
         gpus=1 if arguments.stack == "peer" else arguments.gpus,
@@ -188,8 +203,16 @@ def time_on_gpu(work: Callable[[], Any], repeats: int) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in pairs[3:]) / 1000
 
 
-def _our_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[list[float], list[float]]:
-    """Seconds and losses of the timed steps, through the engine and the feeder that train users' models."""
+def _peaks() -> list[float]:
+    """Largest numbers of bytes so far: of tensors, and what torch's allocator held for them."""
+    import torch
+
+    return [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
+
+
+def _our_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[list[float], list[float], list[float]]:
+    """Seconds and losses of the timed steps, through the engine and the feeder that train users' models, and `_peaks` of the
+    GPU with most."""
     import torch
 
     from megatron.sft.feeder import Feeder
@@ -215,7 +238,9 @@ def _our_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[list
             if step >= arguments.warm_up:
                 seconds.append(time.perf_counter() - started)
                 losses.append(result.loss.reduce()[0])
-    return seconds, losses
+        peaks = torch.tensor(_peaks(), device=device.current(), dtype=torch.float64)
+        torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
+    return seconds, losses, peaks.tolist()
 
 
 def benchmark_plan(arguments: argparse.Namespace, rows: BenchmarkRows) -> Any:
@@ -225,13 +250,13 @@ def benchmark_plan(arguments: argparse.Namespace, rows: BenchmarkRows) -> Any:
     import numpy as np
 
     from megatron.sft.checkpoint.folder import Checkpoint
-    from megatron.sft.layout import Layout
     from megatron.sft.run_plan import RunPlan
 
     shape, _ = find_shape(arguments.model)
+    copies = arguments.layout.data_parallel(arguments.gpus)
     options = replace(
         TrainOptions(load=Path(), data_path=Path(), save=Path()),
-        global_batch_size=arguments.micro_batches * arguments.gpus,
+        global_batch_size=arguments.micro_batches * copies,
         precision=arguments.precision,
         fp8_recipe=arguments.fp8_recipe,
         recompute=arguments.recompute,
@@ -241,8 +266,8 @@ def benchmark_plan(arguments: argparse.Namespace, rows: BenchmarkRows) -> Any:
     steps = arguments.warm_up + arguments.steps
     return RunPlan(
         options=options,
-        layout=Layout(),
-        data_parallel=arguments.gpus,
+        layout=arguments.layout,
+        data_parallel=copies,
         shape=shape,
         start=Checkpoint(Path(), 0, "", {}),
         resume=False,
