@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron.sft import metrics, trackers
+from megatron.sft.curves import read_curve
 from megatron.sft.families.rules import Shape
 from megatron.sft.loss_picture import LossPicture
 from megatron.sft.metrics import MetricsLog, StepRecord
@@ -69,6 +70,17 @@ def test_mfu_is_shown_where_the_peak_is_known(
     line = capsys.readouterr().out
     assert ", MFU 50.0 % |" in line and "| skipped 3 | loss scale 65536 |" in line
     assert tiny.metrics(tmp_path)[0]["mfu"] == 0.5
+
+
+def test_a_validation_loss_that_is_not_finite_is_null_and_is_not_drawn(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 100, 80, 0, SHAPE)
+    log.step(RECORD)
+    log.validation(4, 2.0, 10)
+    log.validation(8, float("nan"), 10)
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert tiny.metrics(tmp_path)[-1] == {"iteration": 8, "validation_loss": None, "trained_tokens": 10}
+    curve = read_curve(tmp_path, "run")
+    assert (curve.validation_iterations, curve.validation_losses) == ([4], [2.0])
 
 
 def test_what_a_resumed_run_does_again_is_forgotten(tmp_path: Path) -> None:

@@ -76,8 +76,9 @@ def read_curve(run_path: Path, name: str) -> Curve:
 def _add(curve: Curve, values: dict[str, Any]) -> None:
     iteration = int(values["iteration"])
     if "validation_loss" in values:
-        curve.validation_iterations.append(iteration)
-        curve.validation_losses.append(float(values["validation_loss"]))
+        if values["validation_loss"] is not None:  # null where it was not finite
+            curve.validation_iterations.append(iteration)
+            curve.validation_losses.append(float(values["validation_loss"]))
         return
     curve.losses.append(float(values["loss"]))
     curve.iterations.append(iteration)

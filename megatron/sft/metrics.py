@@ -133,8 +133,10 @@ class MetricsLog:
 
     def _write(self, values: dict[str, Any]) -> None:
         if processes.is_first():
+            # JSON has no word for a number that is not finite.
+            line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             with open(self.folder / FILE, "a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(json.dumps(line) + "\n")
             for tracker in self.trackers:
                 tracker.write(values)
 
