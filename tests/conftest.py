@@ -9,8 +9,9 @@ import pytest
 from megatron.sft import device
 from tests import tiny
 
-# A shell that starts the tests in the background has them ignore SIGINT, and so would the runs that they interrupt.
+# A shell that starts the tests in the background has them ignore SIGINT, nohup SIGHUP, and so would the runs that are sent one.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -33,14 +34,14 @@ def main():
     if case == "stopped":
         stop = StopRequest()
         stop.begin(0)
-        print("ready", flush=True)
+        os.write(1, b"ready\\n")
         while not stop.code(0):
             time.sleep(0.01)
-        print("saved", flush=True)
+        os.write(1, b"saved\\n")
         sys.exit(RESUME)
     if case == "busy":
         StopRequest().begin(0)
-        print("ready", flush=True)
+        os.write(1, b"ready\\n")
     if case == "frozen" and rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     if case != "fine":
@@ -59,12 +60,12 @@ launch.main()
 """
 
 
-def start(folder: Path, case: str, stopped_seconds: float = 30) -> subprocess.Popen[str]:
+def start(folder: Path, case: str, stopped_seconds: float = 30, command: Sequence[str] = ()) -> subprocess.Popen[str]:
     script = folder / "worker.py"
     script.write_text(WORKER)
     arguments = ["--standalone", "--local-addr", "localhost", "--nproc-per-node", "2", str(script), case, "a b$(c)"]
     return subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(stopped_seconds), *arguments],
+        [*command, sys.executable, "-c", LAUNCHER, str(stopped_seconds), *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -121,6 +122,15 @@ def test_a_stop_signal_reaches_the_workers_and_their_status_comes_back(tmp_path:
     output, errors = process.communicate(timeout=90)
     assert (process.returncode, errors) == (75, "")
     assert output.startswith(f"{number.name}: the run saves at the next step and ends") and output.count("saved\n") == 2
+
+
+def test_a_run_under_nohup_does_not_end_with_its_terminal(tmp_path: Path) -> None:
+    process = start(tmp_path, "stopped", command=["nohup"])
+    wait_until_ready(process)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 75 and output.startswith("SIGTERM: the run saves at the next step and ends")
 
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:

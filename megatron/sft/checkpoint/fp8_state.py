@@ -16,8 +16,8 @@ from megatron.sft import processes
 from megatron.sft.checkpoint.piece_reader import PieceReader
 from megatron.sft.checkpoint.pieces import Piece
 
-# Transformer Engine's names, and how many tensors it scales for one matrix product: input, weight and output; then gradients.
-_SCALED_TENSORS = {"scaling_fwd": 3, "scaling_bwd": 2}
+# Transformer Engine's names: of a matrix product's input, weight and output; of its gradients.
+_SCALED_TENSORS = ("scaling_fwd", "scaling_bwd")
 
 
 def scaling_pieces(chunks: Iterable[nn.Module]) -> list[Piece]:
