@@ -110,6 +110,10 @@ class _NoStream:
         return lambda *args, **kwargs: None
 
 
+def _not_compiled(function: Any = None, **_: Any) -> Any:
+    return _not_compiled if function is None else function
+
+
 _prepared = False
 
 
@@ -127,8 +131,10 @@ def prepare() -> None:
         return
     # Where Transformer Engine is installed, megatron-core would take its CUDA kernels for sums and norms.
     sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
-    # torch.compile would ask the names that are replaced below what the GPU can do.
+    # Compiled functions would ask the names that are replaced below what the GPU can do. megatron-core has some compiled when it
+    # is imported, which loads a compiler that is not used.
     torch._dynamo.config.disable = True
+    torch.compile = _not_compiled  # type: ignore[assignment]
     _CudaMeansCpu().__enter__()
     cpu = torch.device("cpu")
     cuda: Any = torch.cuda
