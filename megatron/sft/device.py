@@ -131,8 +131,8 @@ def prepare() -> None:
         return
     # Where Transformer Engine is installed, megatron-core would take its CUDA kernels for sums and norms.
     sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
-    # Compiled functions would ask the names that are replaced below what the GPU can do. megatron-core has some compiled when it
-    # is imported, which loads a compiler that is not used.
+    # Compiled functions would ask the names that are replaced below what the GPU can do. megatron-core has some compiled when
+    # it is imported, which loads a compiler that is not used.
     torch._dynamo.config.disable = True
     torch.compile = _not_compiled  # type: ignore[assignment]
     _CudaMeansCpu().__enter__()
