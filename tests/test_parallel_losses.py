@@ -34,7 +34,7 @@ def test_the_cpu_and_a_gpu_with_and_without_transformer_engine_give_the_same_los
 @pytest.mark.timeout(1200)
 def test_two_gpus_or_four_give_the_losses_of_one() -> None:
     layouts = parallel_losses.available_layouts(on_cpu=False)
-    for run, one in parallel_losses.compare(parallel_losses.ON_GPU, layouts, 20, on_cpu=False, length=1024):
+    for run, one in parallel_losses.compare(parallel_losses.ON_GPU, layouts, steps=20, on_cpu=False):
         _check(run, one)
 
 

@@ -79,7 +79,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--trained", type=float, default=1.0, help="share of each conversation's tokens, at its end")
     parser.add_argument("--gpus", type=int, default=0, help="for our stack; default: one copy of it. The peer has one")
     for name in ("tensor-parallel", "pipeline-parallel", "context-parallel", "virtual-pipeline"):
-        parser.add_argument(f"--{name}", type=int, default=1)
+        parser.add_argument(f"--{name}", type=int, default=1, help="size of this dimension for our stack")
     parser.add_argument("--micro-batches", type=int, default=4, help="rows a step on each copy of the model")
     parser.add_argument("--steps", type=int, default=30, help="timed steps")
     parser.add_argument("--warm-up", type=int, default=6, help="steps before them")
