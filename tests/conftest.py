@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.sft import device
+from megatron.sft.runtime import device
 from tests import tiny
 
 # A shell that starts the tests in the background has them ignore SIGINT, nohup SIGHUP, and so would the runs that are sent one.

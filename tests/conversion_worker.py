@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron.sft import device, processes
 from megatron.sft.checkpoint.folder import open_checkpoint
 from megatron.sft.compare_logits import megatron_logits, transformers_logits
 from megatron.sft.data.tokenized import Row
 from megatron.sft.families.rules import tensor_parallel_part
-from megatron.sft.hf_folder import HFFolder
-from megatron.sft.layout import Layout, check_layout
-from megatron.sft.weights import bound_rules, checkpoint_name
+from megatron.sft.families.weight_names import bound_rules, checkpoint_name
+from megatron.sft.hf.folder import HFFolder
+from megatron.sft.model import process_groups
+from megatron.sft.model.layout import Layout, check_layout
+from megatron.sft.runtime import device
 
 LENGTHS = (40, 3, 61)
 
@@ -28,7 +29,7 @@ def main() -> None:
     tp, pp, ep, sp = map(int, sys.argv[1:5])
     layout = Layout(tp, pp, sequence_parallel=bool(sp), expert_parallel=ep)
     folders = sorted(path for path in Path(sys.argv[5]).iterdir() if path.is_dir())
-    with processes.parallel(layout):
+    with process_groups.parallel(layout):
         for folder in folders:
             checkpoint = Path(sys.argv[6]) / folder.name
             if not checkpoint.exists():
@@ -69,9 +70,10 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron.sft.batches import make_micro_batch
     from megatron.sft.checkpoint.weights_io import load_weights
-    from megatron.sft.model import build_model, transformer_config
+    from megatron.sft.model.config import transformer_config
+    from megatron.sft.model.gpt import build_model
+    from megatron.sft.training.batches import make_micro_batch
 
     shape = source.shape
     config = transformer_config(shape, layout, torch.float32)

@@ -130,7 +130,7 @@ def tell(material: Material, fault: Fault, work: Path) -> Result:
 
 def quietly(check: Callable[[], None]) -> str:
     """What a check says: `error: …` for a `UserError` or a warning that names an older checkpoint, else what it was."""
-    from megatron.sft.errors import UserError
+    from megatron.sft.runtime.errors import UserError
 
     output = io.StringIO()
     try:

@@ -48,7 +48,7 @@ class Material:
 
 def one_process() -> AbstractContextManager[None]:
     """A process group of this process alone, which the verification of a run's checkpoint asks."""
-    from megatron.sft import device
+    from megatron.sft.runtime import device
 
     return device.process_group()
 
@@ -80,7 +80,7 @@ def add_groups(prefix: Path) -> None:
     import numpy as np
 
     from megatron.sft.data.tokenized import file_of
-    from megatron.sft.manifest import sealed, sha256_of_file
+    from megatron.sft.runtime.manifest import sealed, sha256_of_file
 
     manifest = json.loads(file_of(prefix, "json").read_text())
     path = file_of(prefix, "groups")
@@ -96,8 +96,8 @@ def names_below(folder: Path) -> list[str]:
 
 
 def plan_of(mode: str, load: Path, data: Path, save: Path) -> Any:
-    from megatron.sft.options import TrainOptions
-    from megatron.sft.run_plan import resolve
+    from megatron.sft.planning.options import TrainOptions
+    from megatron.sft.planning.run_plan import resolve
 
     options = TrainOptions(load=load, data_path=data, save=save, train_iters=4, global_batch_size=8, precision="fp32")
     return resolve(mode, options, num_processes=1)
@@ -141,11 +141,12 @@ def run_cases(run: Path, converted: Path, data: Path) -> list[Case]:
 
 
 def start_cases(converted: Path, classic: Path, data: Path, model: Path) -> list[Case]:
-    from megatron.sft import export, inputs
+    from megatron.sft import export
+    from megatron.sft.planning import input_checks
     from tests.damage_campaign import quietly
 
     def started(folder: Path, out: Path) -> str:
-        return quietly(lambda: inputs.check(plan_of("train", folder, data, out)))
+        return quietly(lambda: input_checks.check(plan_of("train", folder, data, out)))
 
     def exported(folder: Path, out: Path) -> str:
         return quietly(lambda: call(export.main, "--load", folder, "--hf-dir", model, "--output", out))
@@ -168,11 +169,11 @@ def start_cases(converted: Path, classic: Path, data: Path, model: Path) -> list
 
 
 def data_case(data: Path, other: Path, converted: Path) -> Case:
-    from megatron.sft import inputs
+    from megatron.sft.planning import input_checks
     from tests.damage_campaign import quietly
 
     def check(folder: Path, out: Path) -> str:
-        return quietly(lambda: inputs.check(plan_of("train", converted, folder / data.name, out)))
+        return quietly(lambda: input_checks.check(plan_of("train", converted, folder / data.name, out)))
 
     names = names_below(data.parent)
     others = {name: other.parent / name for name in names}
@@ -184,7 +185,7 @@ def data_case(data: Path, other: Path, converted: Path) -> Case:
 
 def model_cases(folder: Path, model: Path, other: Path) -> list[Case]:
     from megatron.sft import convert
-    from megatron.sft.downloaded import RECORD, facts_of
+    from megatron.sft.hf.download_record import RECORD, facts_of
     from tests.damage_campaign import quietly
 
     def converts(damaged: Path, out: Path) -> str:

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron.sft import convert, export
-from megatron.sft.errors import UserError
-from megatron.sft.manifest import sealed, write_json
+from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.manifest import sealed, write_json
 from tests import tiny
 
 Damage = Callable[[Path], None]

@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron.sft import train, watchdog
+from megatron.sft import train
+from megatron.sft.runtime import watchdog
 
 FAULTS: dict[str, Any] = json.loads(os.environ.get("FAULTS", "{}"))
 RANK = int(os.environ.get("RANK", "0"))
@@ -43,7 +44,7 @@ def _is_here(what: str, part: str, iteration: int) -> bool:
 
 def go_wrong(what: str) -> None:
     if what == "data worker":
-        from megatron.sft.feeder import Feeder
+        from megatron.sft.training.feeder import Feeder
 
         Feeder.row = _unreadable  # type: ignore[assignment,method-assign]
     elif what == "checkpoint writer":
@@ -77,11 +78,11 @@ class PoisonWhenImported(importlib.abc.MetaPathFinder):
     """Wraps `load_start` once the loop is imported, which must not be before the training entry does it."""
 
     def find_spec(self, name: str, *_: Any) -> None:
-        if name == "megatron.sft.loop":
+        if name == "megatron.sft.training.loop":
             sys.meta_path.remove(self)
-            from megatron.sft.checkpoint import training_state
+            from megatron.sft.training import state
 
-            training_state.load_start = poisoned(training_state.load_start)
+            state.load_start = poisoned(state.load_start)
 
 
 def announcing(enter: Any, start: Any) -> None:

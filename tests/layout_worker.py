@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron.sft import device, processes
 from megatron.sft.checkpoint.metadata_file import read_metadata
 from megatron.sft.checkpoint.stored_tensors import read_chunk
-from megatron.sft.options import parse
-from megatron.sft.run_plan import resolve
+from megatron.sft.model import process_groups
+from megatron.sft.planning.options import parse
+from megatron.sft.planning.run_plan import resolve
+from megatron.sft.runtime import device, ranks
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "1x1": (1, []),
@@ -37,12 +38,12 @@ def main() -> None:
         for target in targets:
             for source in sorted(sources.iterdir()):
                 run = out / f"{source.name} to {target}"
-                if processes.is_first():
+                if ranks.is_first():
                     keep_first_checkpoint(source, run)
                 torch.distributed.barrier()
                 arguments = ["--load", converted, "--data-path", data, "--save", run, *OPTIONS, *LAYOUTS[target][1]]
                 losses = go_on([str(argument) for argument in arguments], run)
-                if processes.is_first():
+                if ranks.is_first():
                     (run / "losses.json").write_text(json.dumps(losses))
 
 
@@ -56,15 +57,15 @@ def keep_first_checkpoint(source: Path, run: Path) -> None:
 
 def go_on(arguments: list[str], run: Path) -> list[float]:
     """Resume, save at once what was loaded under "again", and train on; returns the losses."""
-    from megatron.sft.checkpoint import training_state
-    from megatron.sft.checkpoint.saving import Saver
-    from megatron.sft.feeder import Feeder
-    from megatron.sft.training import Engine
+    from megatron.sft.training import state
+    from megatron.sft.training.engine import Engine
+    from megatron.sft.training.feeder import Feeder
+    from megatron.sft.training.saver import Saver
 
     plan = resolve(*parse(["resume", *arguments]), num_processes=torch.distributed.get_world_size())
-    with processes.model_parallel(plan.layout, plan.options.seed):
+    with process_groups.model_parallel(plan.layout, plan.options.seed):
         engine = Engine(plan)
-        iteration, consumed = training_state.load(engine)
+        iteration, consumed = state.load(engine)
         saver = Saver(engine)
         saver._root = run / "again"
         saver.save(iteration, consumed)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.sft.manifest import sealed
+from megatron.sft.runtime.manifest import sealed
 
 
 def text(value: str) -> bytes:

@@ -26,7 +26,7 @@ import numpy as np
 from tests import tiny
 
 if TYPE_CHECKING:
-    from megatron.sft.run_plan import RunPlan
+    from megatron.sft.planning.run_plan import RunPlan
 
 LIMIT_SECONDS = 560  # of one launch, after which every process says where it is
 GLOBAL_BATCH, MICRO_BATCH = 8, 2
@@ -161,8 +161,8 @@ def rows(length: int, longest: int, num_pairs: int) -> list[list[tiny.Conversati
 
 def plan_of(run: Run, steps: int, folder: Path) -> "RunPlan":
     """What the user's settings would give."""
-    from megatron.sft.options import parse
-    from megatron.sft.run_plan import resolve
+    from megatron.sft.planning.options import parse
+    from megatron.sft.planning.run_plan import resolve
 
     variant = run.variant
     arguments = ["train", "--load", str(folder / variant.model), "--data-path", str(folder / "rows")]
@@ -175,13 +175,13 @@ def plan_of(run: Run, steps: int, folder: Path) -> "RunPlan":
 
 def train(run: Run, plan: "RunPlan") -> None:
     """Fill `run`, in every process of its layout."""
-    from megatron.sft.checkpoint import training_state
-    from megatron.sft.feeder import Feeder
-    from megatron.sft.training import Engine
+    from megatron.sft.training import state
+    from megatron.sft.training.engine import Engine
+    from megatron.sft.training.feeder import Feeder
 
     os.environ["MEGATRON_SFT_TE"] = "1" if run.variant.engine else "0"
     engine = Engine(plan)
-    training_state.load_start(engine)
+    state.load_start(engine)
     feeder = Feeder(plan)
     for step in range(plan.train_iters):
         result = engine.train_step(feeder.training(step * GLOBAL_BATCH))
@@ -192,7 +192,8 @@ def train(run: Run, plan: "RunPlan") -> None:
 
 def work(task: Path) -> None:
     """In each process of a launch: all runs of the task, one after another, those of one layout in the same groups."""
-    from megatron.sft import device, processes
+    from megatron.sft.model import process_groups
+    from megatron.sft.runtime import device, ranks
 
     content = json.loads(task.read_text())
     faulthandler.dump_traceback_later(content["limit"], exit=True)
@@ -200,12 +201,12 @@ def work(task: Path) -> None:
     with device.process_group(timeout_minutes=5):
         for _, group in itertools.groupby(runs, lambda run: run.layout.name):
             planned = [(run, plan_of(run, content["steps"], task.parent)) for run in group]
-            with processes.model_parallel(planned[0][1].layout):
+            with process_groups.model_parallel(planned[0][1].layout):
                 for run, plan in planned:
-                    processes.say(f"  {run.variant.name}, {run.layout.name} …")
+                    ranks.say(f"  {run.variant.name}, {run.layout.name} …")
                     train(run, plan)
             leave_groups()
-    if processes.is_first():
+    if ranks.is_first():
         task.with_suffix(".done").write_text(json.dumps([asdict(run) for run in runs]))
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.sft.row_order import RowOrder, split_rows
+from megatron.sft.data.row_order import RowOrder, split_rows
 from tests import tiny
 from tests.real_runs import HANG_SECONDS, ROWS, STEPS, Material, RealRun, Seen, assert_same_run, losses, make_material
 

@@ -3,10 +3,11 @@
 import json
 import sys
 
-from megatron.sft import device, processes
-from megatron.sft.families import read_shape
-from megatron.sft.layout import Layout
-from megatron.sft.memory import stage_parameters
+from megatron.sft.families.registry import read_shape
+from megatron.sft.model import process_groups
+from megatron.sft.model.layout import Layout
+from megatron.sft.planning.memory import stage_parameters
+from megatron.sft.runtime import device
 
 
 def main() -> None:
@@ -14,13 +15,14 @@ def main() -> None:
     import torch
     from megatron.core import parallel_state
 
-    from megatron.sft.model import build_model, transformer_config
+    from megatron.sft.model.config import transformer_config
+    from megatron.sft.model.gpt import build_model
 
     tensor, pipeline, expert = map(int, sys.argv[2:5])
     with open(sys.argv[1]) as file:
         shape = read_shape(json.load(file), sys.argv[1])
     layout = Layout(tensor, pipeline, 1, bool(shape.mixture) and tensor > 1, expert)
-    with processes.parallel(layout, 0):
+    with process_groups.parallel(layout, 0):
         model = build_model(shape, layout, transformer_config(shape, layout, torch.float32))
         built = sum(parameter.numel() for parameter in model.parameters())
         estimated = sum(stage_parameters(shape, layout, parallel_state.get_pipeline_model_parallel_rank()))

@@ -14,14 +14,14 @@ import pyarrow.parquet
 import pytest
 
 from megatron.sft import tokenize
-from megatron.sft.data.chat import ChatTemplate
-from megatron.sft.data.conversations import RowReader
+from megatron.sft.chat.conversations import RowReader
+from megatron.sft.chat.encoding import load_tokenizer
+from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus
-from megatron.sft.data.encoding import load_tokenizer
 from megatron.sft.data.mixture import examined, parse_inputs
 from megatron.sft.data.rejected import RejectedRows
 from megatron.sft.data.tokenized import TokenizedRows
-from megatron.sft.errors import UserError, run
+from megatron.sft.runtime.errors import UserError, run
 from tests.material import smollm2_folder
 
 Row = dict[str, Any]

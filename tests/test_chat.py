@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.sft.data.chat import ChatTemplate
-from megatron.sft.data.conversations import Conversation, Example
-from megatron.sft.data.encoding import Encoded, check_against_template, encode, load_tokenizer
-from megatron.sft.errors import UserError
+from megatron.sft.chat.conversations import Conversation, Example
+from megatron.sft.chat.encoding import Encoded, check_against_template, encode, load_tokenizer
+from megatron.sft.chat.template import ChatTemplate
+from megatron.sft.runtime.errors import UserError
 from tests.material import npm_tokenizer, smollm2_folder
 
 

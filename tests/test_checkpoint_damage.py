@@ -11,7 +11,7 @@ import pytest
 
 from megatron.sft.checkpoint import verification
 from megatron.sft.checkpoint.folder import MANIFEST, TRACKER
-from megatron.sft.manifest import seal_holds, sealed
+from megatron.sft.runtime.manifest import seal_holds, sealed
 from tests import tiny
 
 Damage = Callable[[Path], None]
@@ -158,7 +158,7 @@ def test_a_manifest_holds_as_long_as_nothing_in_it_changes() -> None:
 
 @contextlib.contextmanager
 def _one_process() -> Iterator[None]:
-    from megatron.sft import device
+    from megatron.sft.runtime import device
 
     before = dict(os.environ)
     try:

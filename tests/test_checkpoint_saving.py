@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.sft.checkpoint.folder import TRACKER
-from megatron.sft.checkpoint.retention import check_room, superfluous
-from megatron.sft.errors import UserError
+from megatron.sft.checkpoint.folder import TRACKER, check_room, superfluous
+from megatron.sft.runtime.errors import UserError
 from tests import tiny
 from tests.layout_worker import stored_tensors
 

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.sft.batches import MicroBatch, blank_row, make_micro_batch
-from megatron.sft.context_parallel import ContextPart, local_tokens, query_chunks
 from megatron.sft.data.tokenized import Row
+from megatron.sft.model.context_parallel import ContextPart, local_tokens, query_chunks
+from megatron.sft.model.inputs import MicroBatch
+from megatron.sft.training.batches import blank_row, make_micro_batch
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from megatron.sft.data.conversations import Conversation, Example, RowReader
-from megatron.sft.errors import UserError
+from megatron.sft.chat.conversations import Conversation, Example, RowReader
+from megatron.sft.runtime.errors import UserError
 
 ASKED, ANSWERED = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 SYSTEM = {"role": "system", "content": "S"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.sft.hf_folder import write_weights
+from megatron.sft.hf.folder import write_weights
 from tests import tiny
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.sft.manifest import sealed
+from megatron.sft.runtime.manifest import sealed
 from tests import tiny
 
 TP, PP = 2, 2

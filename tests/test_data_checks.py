@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from megatron.sft.data.tokenized import file_of
-from megatron.sft.errors import UserError
-from megatron.sft.manifest import sealed, sha256_of_file, sha256_of_text
-from megatron.sft.options import parse
-from megatron.sft.run_plan import resolve
-from megatron.sft.tokenizer_files import chat_template_of, chat_template_sha256, tokenizer_sha256
+from megatron.sft.hf.tokenizer_files import chat_template_of, chat_template_sha256, tokenizer_sha256
+from megatron.sft.planning.options import parse
+from megatron.sft.planning.run_plan import resolve
+from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.manifest import sealed, sha256_of_file, sha256_of_text
 from tests import tiny
 from tests.material import npm_tokenizer, smollm2_folder
 

@@ -13,7 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron.sft.download import data_folder_name, model_folder_name, wanted_files
+from megatron.sft.download import wanted_files
+from megatron.sft.hf.names import data_folder_name, model_folder_name
 from tests import tiny
 from tests.hub_server import COMMIT, Hub, HubRepository
 

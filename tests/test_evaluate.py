@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.sft.exact_match import final_answer
+from megatron.sft.inference.exact_match import final_answer
 from tests.taught import TAUGHT, taught_folder
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.sft.errors import UserError
-from megatron.sft.families import FAMILIES, read_shape, rules_of
-from megatron.sft.families.rules import Shape
-from megatron.sft.layout import Layout, check_layout
+from megatron.sft.families.architecture import Shape
+from megatron.sft.families.registry import FAMILIES, read_shape, rules_of
+from megatron.sft.model.layout import Layout, check_layout
+from megatron.sft.runtime.errors import UserError
 from tests import export_grid, tiny
 
 

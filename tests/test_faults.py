@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.sft.nonfinite import SpikeWatch
+from megatron.sft.training.nonfinite import SpikeWatch
 from tests import tiny
 from tests.kill_campaign import Campaign
 from tests.real_runs import STEPS, Material, RealRun, assert_same_run, make_material
@@ -111,7 +111,7 @@ def test_a_run_whose_first_step_was_left_out_can_be_saved_and_continued(material
 STALLING = """
 import os, time
 import torch.distributed
-from megatron.sft import watchdog
+from megatron.sft.runtime import watchdog
 watchdog.start(5 / 60)
 rank = int(os.environ["RANK"])
 watchdog.enter("forward and backward", 6)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron.sft.answer_file import answer_file
-from megatron.sft.answers import Answer, ChatModel, Decoding, load_chat_model
-from megatron.sft.errors import UserError
-from megatron.sft.questions import read_questions
+from megatron.sft.inference.answer_file import answer_file
+from megatron.sft.inference.chat_model import Answer, ChatModel, load_chat_model
+from megatron.sft.inference.decoding import Decoding
+from megatron.sft.inference.questions import read_questions
+from megatron.sft.runtime.errors import UserError
 from tests.taught import PROMPT, TAUGHT, taught_folder, untrained_folder
 
 ROOT = Path(__file__).resolve().parent.parent

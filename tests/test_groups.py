@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.sft.data.encoding import Encoded
-from megatron.sft.data.groups import group_of
+from megatron.sft.chat.encoding import Encoded
+from megatron.sft.chat.groups import group_of
 from megatron.sft.data.packing import Packing, pack_groups, pack_rows, single_rows_of_groups
+from megatron.sft.data.row_order import RowOrder, num_torn_units, split_rows
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import TokenizedRows, token_dtype
-from megatron.sft.row_order import RowOrder, num_torn_units, split_rows
 
 
 def row_of_each(packing: Packing) -> np.ndarray:

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron.sft import checked_once, inputs
 from megatron.sft.checkpoint.folder import open_checkpoint
 from megatron.sft.data.tokenized import TokenizedRows, file_of, read_index, write_index
-from megatron.sft.errors import UserError
-from megatron.sft.manifest import sealed, sha256_of_file
-from megatron.sft.options import TrainOptions
-from megatron.sft.run_plan import resolve
+from megatron.sft.planning import input_checks
+from megatron.sft.planning.options import TrainOptions
+from megatron.sft.planning.run_plan import resolve
+from megatron.sft.runtime import checksum_cache
+from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.manifest import sealed, sha256_of_file
 from tests import tiny
 
 Edit = Callable[[dict[str, np.ndarray]], object]
@@ -124,31 +125,31 @@ def age(folder: Path) -> None:
 def test_checksums_are_computed_once_and_again_after_a_change(
     converted: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checked_once, "_SETTLED_NS", 0)
+    monkeypatch.setattr(checksum_cache, "_SETTLED_NS", 0)
     read: list[str] = []
-    check_sums = checked_once.check_sums
+    check_sums = checksum_cache.check_sums
     monkeypatch.setattr(
-        checked_once,
+        checksum_cache,
         "check_sums",
         lambda files, *rest: (read.extend(path.suffix for path in files), check_sums(files, *rest)),
     )
     plan = plan_of(converted, data, tmp_path / "out")
-    inputs.check_data(plan)
+    input_checks.check_data(plan)
     assert sorted(read) == [".bin", ".idx"]
-    inputs.check_data(plan)
+    input_checks.check_data(plan)
     assert sorted(read) == [".bin", ".idx"]
     os.utime(file_of(data, "idx"))
-    inputs.check_data(plan)
+    input_checks.check_data(plan)
     assert sorted(read) == [".bin", ".idx", ".idx"]
     content = bytearray(file_of(data, "bin").read_bytes())
     content[1000] ^= 1
     file_of(data, "bin").write_bytes(content)
     with pytest.raises(UserError, match=r"packed\.v1\.bin is damaged \(its checksum differs"):
-        inputs.check_data(plan)
+        input_checks.check_data(plan)
 
 
 def test_a_file_that_changed_just_now_is_not_remembered(converted: Path, data: Path, tmp_path: Path) -> None:
-    inputs.check_data(plan_of(converted, data, tmp_path / "out"))
+    input_checks.check_data(plan_of(converted, data, tmp_path / "out"))
     memory = data.parent / ".packed.v1.checked.json"
     assert not memory.exists()
 
@@ -158,7 +159,7 @@ def test_a_damaged_memory_means_hashing_again(converted: Path, data: Path, tmp_p
     (data.parent / ".packed.v1.checked.json").write_text(content)
     file_of(data, "bin").write_bytes(file_of(data, "bin").read_bytes()[::-1])
     with pytest.raises(UserError, match="is damaged"):
-        inputs.check_data(plan_of(converted, data, tmp_path / "out"))
+        input_checks.check_data(plan_of(converted, data, tmp_path / "out"))
 
 
 def test_a_forged_memory_leaves_out_the_checksum_and_nothing_else(converted: Path, data: Path, tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_a_forged_memory_leaves_out_the_checksum_and_nothing_else(converted: Pat
     rewritten(data, STRUCTURE["a trained first token"][0])
     facts = TokenizedRows.__new__(TokenizedRows)
     facts.prefix, facts.manifest = data, json.loads(file_of(data, "json").read_text())
-    memory = {checked_once._name(path): checked_once._identity(path, entry) for path, entry in facts.files.items()}
+    memory = {checksum_cache._name(path): checksum_cache._identity(path, entry) for path, entry in facts.files.items()}
     (data.parent / ".packed.v1.checked.json").write_text(json.dumps({"files": memory}))
     with pytest.raises(UserError, match="marks the first token"):
         plan_of(converted, data, tmp_path / "out")
@@ -175,34 +176,34 @@ def test_a_forged_memory_leaves_out_the_checksum_and_nothing_else(converted: Pat
 def test_where_the_data_folder_cannot_be_written_the_memory_is_in_the_output_folder(
     converted: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checked_once, "_SETTLED_NS", 0)
-    write_json = checked_once.write_json
+    monkeypatch.setattr(checksum_cache, "_SETTLED_NS", 0)
+    write_json = checksum_cache.write_json
 
     def read_only(path: Path, content: Any) -> None:  # as root, whom no permission stops
         if path.parent == data.parent:
             raise PermissionError(13, "Read-only file system")
         write_json(path, content)
 
-    monkeypatch.setattr(checked_once, "write_json", read_only)
+    monkeypatch.setattr(checksum_cache, "write_json", read_only)
     (tmp_path / "out").mkdir()
-    inputs.check_data(plan_of(converted, data, tmp_path / "out"))
+    input_checks.check_data(plan_of(converted, data, tmp_path / "out"))
     assert (tmp_path / "out" / ".data.checked.json").exists()
 
 
 def test_a_start_checkpoint_that_is_not_what_was_converted_is_refused(converted: Path, tmp_path: Path) -> None:
-    from megatron.sft.families import read_shape
+    from megatron.sft.families.registry import read_shape
 
     folder = tmp_path / "converted"
     shutil.copytree(converted, folder)
     checkpoint = open_checkpoint(folder)
     shape = read_shape(checkpoint.manifest["source"]["config"], "config")
-    inputs.check_checkpoint(checkpoint, shape)
+    input_checks.check_checkpoint(checkpoint, shape)
     path = checkpoint.path / "__0_0.distcp"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"__0_0\.distcp is damaged"):
-        inputs.check_checkpoint(checkpoint, shape)
+        input_checks.check_checkpoint(checkpoint, shape)
     manifest = checkpoint.path / "manifest.json"
     content = {**checkpoint.manifest, "shape": {"num_layers": 9}}
     manifest.write_text(json.dumps(content))
@@ -210,7 +211,7 @@ def test_a_start_checkpoint_that_is_not_what_was_converted_is_refused(converted:
         open_checkpoint(folder)
     manifest.write_text(json.dumps(sealed(content)))
     with pytest.raises(UserError, match="has num_layers 9 for the weights and 3 in its configuration"):
-        inputs.check_checkpoint(open_checkpoint(folder), shape)
+        input_checks.check_checkpoint(open_checkpoint(folder), shape)
 
 
 def test_all_processes_of_a_node_end_with_one_line_and_one_of_them_reads(
@@ -231,8 +232,8 @@ def test_all_processes_of_a_node_end_with_one_line_and_one_of_them_reads(
 
 def test_the_others_end_when_the_one_that_reads_is_silent(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; from megatron.sft import inputs; from megatron.sft.errors import run; "
-        f"inputs.SILENT_SECONDS = 1.0; run(lambda: inputs._wait(Path({str(tmp_path / 'inputs.json')!r})))"
+        "from pathlib import Path; from megatron.sft.planning import input_checks; from megatron.sft.runtime.errors import run; "
+        f"input_checks.SILENT_SECONDS = 1.0; run(lambda: input_checks._wait(Path({str(tmp_path / 'inputs.json')!r})))"
     )
     environment = {**os.environ, "PYTHONPATH": str(tiny.ROOT)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron.sft.errors import UserError
-from megatron.sft.families import read_shape
-from megatron.sft.layout import Layout, check_layout
-from megatron.sft.options import parse
-from megatron.sft.run_plan import resolve
+from megatron.sft.families.registry import read_shape
+from megatron.sft.model.layout import Layout, check_layout
+from megatron.sft.planning.options import parse
+from megatron.sft.planning.run_plan import resolve
+from megatron.sft.runtime.errors import UserError
 from tests import parallel_losses, tiny
 
 OPTIONS = ["--split", "90,10,0", "--eval-interval", "5", "--save-interval", "5"]

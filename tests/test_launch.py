@@ -16,8 +16,8 @@ from tests.real_runs import pids_below
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = """
 import os, signal, sys, time
-from megatron.sft.errors import UserError, run
-from megatron.sft.signals import RESUME, StopRequest
+from megatron.sft.runtime.errors import UserError, run
+from megatron.sft.runtime.signals import RESUME, StopRequest
 
 def main():
     rank = int(os.environ["RANK"])
@@ -54,8 +54,9 @@ run(main)
 # The launcher waits 30 s before it calls a stopped process one.
 LAUNCHER = """
 import sys
-from megatron.sft import agent, launch
-agent.STOPPED_SECONDS = float(sys.argv.pop(1))
+from megatron.sft import launch
+from megatron.sft.runtime import elastic_agent
+elastic_agent.STOPPED_SECONDS = float(sys.argv.pop(1))
 launch.main()
 """
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.sft.norm import add_and_norm
-from megatron.sft.rotary import rotary_tables, rotate, split_and_rotate
-from megatron.sft.swiglu import swiglu
+from megatron.sft.model.norm import add_and_norm
+from megatron.sft.model.rotary import rotary_tables, rotate, split_and_rotate
+from megatron.sft.model.swiglu import swiglu
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Rounding of results, relative to the largest value; sums over many tokens go through float32.
@@ -106,7 +106,7 @@ def test_queries_and_keys_are_turned_by_their_positions_and_values_are_not(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_rows_of_one_id_are_added_to_its_total(dtype: torch.dtype) -> None:
-    from megatron.sft.layer_kernels import add_rows
+    from megatron.sft.model.kernels.layer import add_rows
 
     torch.manual_seed(0)
     ids = torch.randint(-1, 7, (300,), device="cuda")

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.sft import loss_head
-from megatron.sft.loss_head import Targets, weighted_cross_entropy
+from megatron.sft.model import cross_entropy
+from megatron.sft.model.cross_entropy import Targets, weighted_cross_entropy
 from tests import tiny
 
 # 37 real rows and 3 of padding, split over two ranks as 20 and 20; more tokens than a chunk.
@@ -35,7 +35,7 @@ def _expected() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _check(rank: int, ranks: int, group: torch.distributed.ProcessGroup) -> None:
-    loss_head.CHUNK_TOKENS = 16
+    cross_entropy.CHUNK_TOKENS = 16
     hidden, weight, ids, weights = _inputs()
     part = slice(rank * PADDED // ranks, (rank + 1) * PADDED // ranks)
     hidden, local = hidden.requires_grad_(), weight[part].clone().requires_grad_()

@@ -24,7 +24,7 @@ from megatron.sft.checkpoint.folder import open_checkpoint
 from megatron.sft.checkpoint.metadata_file import read_metadata
 from megatron.sft.checkpoint.piece_reader import PieceReader
 from megatron.sft.checkpoint.pieces import Piece
-from megatron.sft.errors import UserError
+from megatron.sft.runtime.errors import UserError
 from tests import malicious, tiny
 
 NAMES = list(malicious.pickles(Path("mark")))

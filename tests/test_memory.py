@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron.sft import loss_head, memory
-from megatron.sft.layout import Layout
-from megatron.sft.memory import GIB, MemorySettings, cheapest_recompute, estimate, num_parameters
-from megatron.sft.model_configs import find_shape, published_configs
-from megatron.sft.suggest import suggest_layouts
+from megatron.sft.hf.published_configs import find_shape, published_configs
+from megatron.sft.model import cross_entropy
+from megatron.sft.model.layout import Layout
+from megatron.sft.planning import memory
+from megatron.sft.planning.layouts import suggest_layouts
+from megatron.sft.planning.memory import GIB, MemorySettings, cheapest_recompute, estimate, num_parameters
 from tests import tiny
 
 ONE = Layout()
@@ -105,7 +106,7 @@ def test_data_parallel_copies_share_the_optimizer_and_offloading_empties_it() ->
 
 
 def test_the_chunk_of_the_loss_head_is_the_one_it_uses() -> None:
-    assert memory.HEAD_CHUNK_TOKENS == loss_head.CHUNK_TOKENS
+    assert memory.HEAD_CHUNK_TOKENS == cross_entropy.CHUNK_TOKENS
 
 
 def test_suggested_layouts_fit_divide_the_gpus_and_the_fastest_comes_first() -> None:

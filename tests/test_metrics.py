@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.sft import metrics, trackers
-from megatron.sft.curves import read_curve
-from megatron.sft.families.rules import Shape
-from megatron.sft.loss_picture import LossPicture
-from megatron.sft.metrics import MetricsLog, StepRecord
+from megatron.sft.families.architecture import Shape
+from megatron.sft.reporting import metrics, trackers
+from megatron.sft.reporting.curves import read_curve
+from megatron.sft.reporting.live_plot import LossPicture
+from megatron.sft.reporting.metrics import MetricsLog, StepRecord
 from tests import tiny
 
 SHAPE = Shape(
@@ -138,7 +138,7 @@ def init(project, name, id, resume, dir, config, settings):
 def track(folder: Path, iteration: int, **environment: str) -> tuple[str, list[list[object]]]:
     """Three steps through the trackers in a process of its own; what it says, and what the stand-in for wandb was told."""
     program = (
-        "import pathlib, sys; from megatron.sft.trackers import open_trackers\n"
+        "import pathlib, sys; from megatron.sft.reporting.trackers import open_trackers\n"
         f"tracked = open_trackers(pathlib.Path({str(folder)!r}), {iteration}, {{'lr': 1.0}})\n"
         f"for step in range({iteration + 1}, {iteration + 4}):\n"
         "    for one in tracked: one.write({'iteration': step, 'loss': 1 / step, 'sources': {'a': {'loss': 2.0}}})\n"

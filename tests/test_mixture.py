@@ -13,7 +13,7 @@ import pytest
 from megatron.sft import tokenize
 from megatron.sft.data.mixture import Input, examined, parse_inputs
 from megatron.sft.data.tokenized import TokenizedRows
-from megatron.sft.errors import UserError, run
+from megatron.sft.runtime.errors import UserError, run
 from tests.hub_server import Hub, HubRepository
 from tests.material import smollm2_folder
 

@@ -2,7 +2,7 @@
 
 import re
 
-from megatron.sft import options
+from megatron.sft.planning import options
 from tests.tiny import ROOT
 
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from megatron.sft.data.chat import ChatTemplate
-from megatron.sft.data.conversations import RowReader
+from megatron.sft.chat.conversations import RowReader
+from megatron.sft.chat.encoding import load_tokenizer
+from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus
-from megatron.sft.data.encoding import load_tokenizer
 from megatron.sft.data.mixture import Input, Source
 from megatron.sft.data.sources import SourceRow
-from megatron.sft.errors import UserError
+from megatron.sft.runtime.errors import UserError
 from tests.material import npm_tokenizer, smollm2_folder
 
 TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "Looks up", "parameters": {}}}]

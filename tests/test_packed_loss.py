@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.sft.batches import make_micro_batch
-from megatron.sft.context_parallel import ContextPart
 from megatron.sft.data.tokenized import Row
+from megatron.sft.model.context_parallel import ContextPart
+from megatron.sft.training.batches import make_micro_batch
 from tests import tiny
 
 NUM_ROWS, ROW_LENGTH = 12, 96
@@ -49,12 +49,12 @@ def check_rows() -> None:
     """In each process: random rows through the real engine, each part of the model on its stage."""
     from megatron.core import parallel_state
 
-    from megatron.sft import device
-    from megatron.sft.checkpoint import training_state
-    from megatron.sft.options import parse
-    from megatron.sft.processes import parallel
-    from megatron.sft.run_plan import resolve
-    from megatron.sft.training import Engine
+    from megatron.sft.model.process_groups import parallel
+    from megatron.sft.planning.options import parse
+    from megatron.sft.planning.run_plan import resolve
+    from megatron.sft.runtime import device
+    from megatron.sft.training import state
+    from megatron.sft.training.engine import Engine
 
     device.prepare()
     mode, options = parse(["train", *sys.argv[1:]])
@@ -62,7 +62,7 @@ def check_rows() -> None:
     with parallel(plan.layout, options.seed):
         part = ContextPart(parallel_state.get_context_parallel_rank(), plan.layout.context_parallel)
         engine = Engine(plan)
-        training_state.load_start(engine)
+        state.load_start(engine)
         hidden: list[torch.Tensor] = []  # what this stage hands on, or to the loss
         engine.chunks[0].decoder.register_forward_hook(lambda *call: hidden.append(call[-1].detach().clone()))
 

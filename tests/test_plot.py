@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.sft.curves import read_curve, run_names
-from megatron.sft.errors import UserError
-from megatron.sft.plot import draw, smoothed, title_of
+from megatron.sft.reporting.curves import read_curve, run_names
+from megatron.sft.reporting.loss_plot import draw, smoothed, title_of
+from megatron.sft.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

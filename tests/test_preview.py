@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from megatron.sft import show_sample
-from megatron.sft.data.encoding import Encoded, load_tokenizer
+from megatron.sft.chat.encoding import Encoded, load_tokenizer
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import TokenizedRows, prefix_of, token_dtype
 from megatron.sft.data.totals import length_histogram, length_statistics
-from megatron.sft.errors import run
+from megatron.sft.runtime.errors import run
 from tests.material import smollm2_folder
 
 HEADER = '<|im_start|>user\n<script>alert("1")</script> & <b>x</b>\t😀<|im_end|>\n<|im_start|>assistant\n'

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron.sft import quickstart
-from megatron.sft.errors import UserError
+from megatron.sft.runtime.errors import UserError
 from tests.taught import untrained_folder
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "quickstart"

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from megatron.sft import repack
-from megatron.sft.data.encoding import Encoded
+from megatron.sft.chat.encoding import Encoded
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import TokenizedRows, file_of, token_dtype
-from megatron.sft.errors import run
+from megatron.sft.runtime.errors import run
 
 ROOT = Path(__file__).parents[1]
 NAME = "Tokenized-data-model-{}_text_document"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron.sft.benchmarks import scores_of
-from megatron.sft.errors import UserError
 from megatron.sft.evaluate import named_models
-from megatron.sft.scores import Score, draw, markdown, rows_of
-from megatron.sft.serving import serve_hint
+from megatron.sft.inference.lm_eval_tasks import scores_of
+from megatron.sft.inference.scores import Score, draw, markdown, rows_of
+from megatron.sft.inference.serving import serve_hint
+from megatron.sft.runtime.errors import UserError
 from tests.taught import TAUGHT, taught_folder, untrained_folder
 
 ROOT = Path(__file__).resolve().parent.parent

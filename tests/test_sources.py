@@ -11,10 +11,10 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from megatron.sft.chat.conversations import Conversation, RowReader
 from megatron.sft.data import json_rows
-from megatron.sft.data.conversations import Conversation, RowReader
 from megatron.sft.data.sources import count_rows, data_files, file_format, read_rows
-from megatron.sft.errors import UserError
+from megatron.sft.runtime.errors import UserError
 
 
 def random_value(draw: random.Random, depth: int = 0) -> Any:

@@ -12,8 +12,8 @@ import torch
 from megatron.sft import repack, tokenize
 from megatron.sft.data.source_names import source_names
 from megatron.sft.data.tokenized import TokenizedRows, file_of
-from megatron.sft.errors import UserError, run
-from megatron.sft.manifest import sealed, sha256_of_file, write_json
+from megatron.sft.runtime.errors import UserError, run
+from megatron.sft.runtime.manifest import sealed, sha256_of_file, write_json
 from tests import tiny
 from tests.taught import untrained_folder
 

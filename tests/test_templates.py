@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from megatron.sft import tokenize
-from megatron.sft.data.chat import ChatTemplate, CorrectionNeeded, Rendered
-from megatron.sft.data.conversations import Conversation, Example, RowReader
-from megatron.sft.data.corrections import candidates, difference
-from megatron.sft.data.encoding import Encoded, check_against_template, encode, load_tokenizer
-from megatron.sft.data.named_templates import NAMES, chosen_template
+from megatron.sft.chat.conversations import Conversation, Example, RowReader
+from megatron.sft.chat.corrections import candidates, difference
+from megatron.sft.chat.encoding import Encoded, check_against_template, encode, load_tokenizer
+from megatron.sft.chat.named_templates import NAMES, chosen_template
+from megatron.sft.chat.template import ChatTemplate, CorrectionNeeded, Rendered
 from megatron.sft.data.tokenized import TokenizedRows
-from megatron.sft.errors import UserError, run
+from megatron.sft.runtime.errors import UserError, run
 from tests.chat_material import bfcl_rows, mistral_tokenizer, trl_template
 from tests.material import npm_tokenizer, smollm2_folder
 

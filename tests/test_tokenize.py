@@ -14,7 +14,7 @@ import pytest
 from megatron.sft import tokenize
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import TokenizedRows
-from megatron.sft.errors import run
+from megatron.sft.runtime.errors import run
 from tests.material import npm_tokenizer, reasoning_gym_rows, smollm2_folder
 
 ROOT = Path(__file__).parents[1]

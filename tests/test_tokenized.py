@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.sft.data.encoding import Encoded
+from megatron.sft.chat.encoding import Encoded
 from megatron.sft.data.packing import Packing, pack_rows
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import TokenizedRows, file_of, token_dtype, write_index
-from megatron.sft.errors import UserError
-from megatron.sft.manifest import sealed
+from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.manifest import sealed
 
 # Two rows: conversations 2 and 0, then 1. Trained runs are the second, fourth, ... of each.
 CONVERSATIONS = [

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.sft.errors import UserError
-from megatron.sft.options import parse
-from megatron.sft.row_order import RowOrder, split_rows
-from megatron.sft.run_plan import resolve
+from megatron.sft.data.row_order import RowOrder, split_rows
+from megatron.sft.planning.options import parse
+from megatron.sft.planning.run_plan import resolve
+from megatron.sft.runtime.errors import UserError
 from tests import tiny
 
 LAYOUTS = {

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron.sft import convert, hub
-from megatron.sft.data import template_trial
-from megatron.sft.data.chat import ChatTemplate
-from megatron.sft.data.encoding import load_tokenizer
-from megatron.sft.errors import UserError
+from megatron.sft import convert
+from megatron.sft.chat import template_sandbox
+from megatron.sft.chat.encoding import load_tokenizer
+from megatron.sft.chat.template import ChatTemplate
+from megatron.sft.hf import hub
+from megatron.sft.runtime.errors import UserError
 from tests import malicious, tiny
 
 
@@ -35,7 +36,7 @@ def model_with_code(source: Path, folder: Path, mark: Path) -> Path:
 def test_a_models_own_code_is_not_run(
     tiny_qwen2: Path, tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron.sft.answers import load_chat_model
+    from megatron.sft.inference.chat_model import load_chat_model
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = model_with_code(tiny_qwen2, tmp_path / "model", mark)
@@ -60,12 +61,12 @@ def test_a_models_own_code_is_not_run(
 def test_a_chat_template_reaches_nothing_and_takes_little(
     name: str, tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(template_trial, "SECONDS", 2)
+    monkeypatch.setattr(template_sandbox, "SECONDS", 2)
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny.ROOT / "assets" / "quickstart" / file, folder)
-    template_trial.check_template.cache_clear()
+    template_sandbox.check_template.cache_clear()
     text = {**malicious.templates(mark), **malicious.template_bombs()}[name]
     (folder / "chat_template.jinja").write_text(text)
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
@@ -75,15 +76,15 @@ def test_a_chat_template_reaches_nothing_and_takes_little(
 
 def test_real_chat_templates_pass_the_trial() -> None:
     for path in (tiny.ROOT / "megatron" / "sft" / "data").rglob("*.jinja"):
-        template_trial.check_template(path.read_text())
-    template_trial.check_template((tiny.ROOT / "assets/quickstart/chat_template.jinja").read_text())
+        template_sandbox.check_template(path.read_text())
+    template_sandbox.check_template((tiny.ROOT / "assets/quickstart/chat_template.jinja").read_text())
 
 
 @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
 def test_weights_that_are_a_pickle_are_not_loaded(
     weights: str, tiny_qwen2: Path, tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron.sft.answers import load_chat_model
+    from megatron.sft.inference.chat_model import load_chat_model
 
     folder = tmp_path / "model"
     shutil.copytree(tiny_qwen2, folder)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.sft.data.encoding import load_tokenizer
-from megatron.sft.data.word_encoder import Encoding, WordEncoder, ascii_pattern, cutting_pattern, word_encoder
+from megatron.sft.chat.bpe_cache import Encoding, WordEncoder, ascii_pattern, cutting_pattern, word_encoder
+from megatron.sft.chat.encoding import load_tokenizer
 from tests.material import npm_tokenizer, reasoning_gym_rows, smollm2_folder
 
 KNOWN = ("smollm2", "qwen3", "llama3_1")
@@ -54,7 +54,7 @@ def test_a_tokenizer_that_is_cut_in_another_way_is_left_to_the_library() -> None
 
 def test_an_encoder_that_does_not_agree_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer(folder_of("smollm2"))
-    monkeypatch.setattr("megatron.sft.data.word_encoder.cutting_pattern", lambda description: r"\S+|\s+")
+    monkeypatch.setattr("megatron.sft.chat.bpe_cache.cutting_pattern", lambda description: r"\S+|\s+")
     assert word_encoder(tokenizer) is None
 
 

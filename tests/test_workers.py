@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from megatron.sft.data.workers import in_order
-from megatron.sft.errors import UserError
+from megatron.sft.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 

@@ -97,7 +97,7 @@ def write_rows(prefix: Path, rows: list[list[Conversation]], length: int, joined
         token_dtype,
         write_index,
     )
-    from megatron.sft.manifest import sealed, sha256_of_file, write_json
+    from megatron.sft.runtime.manifest import sealed, sha256_of_file, write_json
 
     lengths, modes, documents = [], [], [0]
     for number, row in enumerate(rows):

@@ -15,15 +15,20 @@ from typing import Any
 
 import torch
 
-from megatron.sft.casting import NAMES
 from megatron.sft.checkpoint import folder as checkpoint_folder
-from megatron.sft.conversion import converted_config, layout_of, layout_record, write_parameters
-from megatron.sft.downloaded import check_weights
-from megatron.sft.errors import OneLineParser, UserError, run
-from megatron.sft.hf_folder import HFFolder, dtype_name
-from megatron.sft.hf_parameters import HFParameters
-from megatron.sft.layout import Layout, check_layout
-from megatron.sft.weights import bound_rules, check_hf_names
+from megatron.sft.conversion.checkpoint_writer import (
+    converted_config,
+    layout_of,
+    layout_record,
+    write_parameters,
+)
+from megatron.sft.families.casting import NAMES
+from megatron.sft.families.weight_names import bound_rules, check_hf_names
+from megatron.sft.hf.download_record import check_weights
+from megatron.sft.hf.folder import HFFolder, dtype_name
+from megatron.sft.hf.parameters import HFParameters
+from megatron.sft.model.layout import Layout, check_layout
+from megatron.sft.runtime.errors import OneLineParser, UserError, run
 
 ITERATION = 1
 # Models up to this size are compared with transformers after conversion, unless VERIFY says otherwise.
@@ -38,7 +43,7 @@ def main() -> None:
     if source is None:
         raise UserError("nothing to convert: give a Hugging Face model folder or a checkpoint (--source)")
     if source.is_dir() and not (source / "config.json").exists() and _is_checkpoint(source):
-        from megatron.sft.reshard import reshard
+        from megatron.sft.conversion.reshard import reshard
 
         with _replacing(arguments.output) as beside:
             reshard(source, beside, arguments)
@@ -154,7 +159,7 @@ def _wants_verification(verify: str, source: HFFolder) -> bool:
 
 
 def _verify(source: HFFolder, output: Path) -> None:
-    from megatron.sft.compare_logits import compare_whole
+    from megatron.sft.conversion.logits import compare_whole
 
     difference, largest = compare_whole(checkpoint_folder.open_checkpoint(output), source)
     print(f"verified: logits as transformers' to {difference:.2g} (largest {largest:.3g})")

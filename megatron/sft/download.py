@@ -18,13 +18,13 @@ from typing import NoReturn
 
 from filelock import FileLock
 
-from megatron.sft import hub
-from megatron.sft.downloaded import RECORD, check_arrived, facts_of
-from megatron.sft.errors import UserError, run
-from megatron.sft.hub_rows import Selection, open_rows, write_rows
-from megatron.sft.manifest import read_json, write_json
+from megatron.sft.data.hub_rows import Selection, open_rows, write_rows
+from megatron.sft.hf import hub
+from megatron.sft.hf.download_record import RECORD, check_arrived, facts_of
+from megatron.sft.hf.names import ASSETS, data_folder_name, gigabytes, model_folder_name, shown
+from megatron.sft.runtime.errors import UserError, run
+from megatron.sft.runtime.manifest import read_json, write_json
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
 # The same weights in other formats, and demonstrations; never needed where safetensors or pytorch_model*.bin exist.
 OTHER_FORMATS = (
     *("*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf", "*.ggml", "*.tflite", "*.mlmodel", "*.mlpackage/*"),
@@ -34,32 +34,12 @@ DUPLICATES_OF_SAFETENSORS = ("*.bin", "*.bin.index.json", "*.pt", "consolidated*
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
-def model_folder_name(source: str) -> str:
-    """`deepseek-ai/DeepSeek-R1` becomes `deepseek_ai_DeepSeek_R1`."""
-    return source.replace("/", "_").replace("-", "_")
-
-
-def data_folder_name(source: str) -> str:
-    """`Vinnnf/Hybrid-OpenThoughts2-1M-1.5B` becomes `Vinnnf-Hybrid-OpenThoughts2-1M-1.5B`."""
-    return source.replace("/", "-")
-
-
 def wanted_files(files: dict[str, int]) -> list[str]:
     """The files of a model repository to fetch: all but second copies of the weights in other formats."""
     skipped = [".git*", *OTHER_FORMATS]
     if any(fnmatch(name, "model*.safetensors") for name in files):
         skipped += DUPLICATES_OF_SAFETENSORS
     return [name for name in files if not any(fnmatch(name, pattern) for pattern in skipped)]
-
-
-def gigabytes(num_bytes: int) -> str:
-    """`3.55 GB`; small sizes in MB."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
-
-
-def shown(path: Path) -> str:
-    """A path as a user would type it: relative where it lies below the current folder."""
-    return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
 
 
 def local_source(kind: str, source: str) -> Path | None:

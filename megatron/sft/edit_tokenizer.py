@@ -11,12 +11,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.data.named_templates import chosen_template
-from megatron.sft.errors import UserError, run
-from megatron.sft.hf_folder import num_tokens
-from megatron.sft.manifest import write_text
-from megatron.sft.thinking_template import check_keeps_thinking, keep_thinking
-from megatron.sft.tokenizer_files import chat_template_of
+from megatron.sft.chat.named_templates import chosen_template
+from megatron.sft.chat.thinking_template import check_keeps_thinking, keep_thinking
+from megatron.sft.hf.folder import num_tokens
+from megatron.sft.hf.tokenizer_files import chat_template_of
+from megatron.sft.runtime.errors import UserError, run
+from megatron.sft.runtime.manifest import write_text
 
 TOKENIZER, CONFIG, SPECIAL, ADDED = (
     "tokenizer.json",

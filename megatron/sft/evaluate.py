@@ -11,23 +11,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.answers import (
+from megatron.sft.chat.encoding import load_tokenizer
+from megatron.sft.inference.chat_model import (
     BACKENDS,
     DTYPES,
     ChatModel,
-    Decoding,
     check_control,
     check_model_folder,
     load_chat_model,
 )
-from megatron.sft.benchmarks import Benchmarks, BenchmarkSettings, check_tasks
-from megatron.sft.curves import run_names
-from megatron.sft.data.encoding import load_tokenizer
-from megatron.sft.errors import OneLineParser, UserError, run
-from megatron.sft.exact_match import exact_match
-from megatron.sft.manifest import sha256_of_file, sha256_of_text, write_json, write_text
-from megatron.sft.scores import Score, draw, markdown, rows_of
-from megatron.sft.serving import serve_hint
+from megatron.sft.inference.decoding import Decoding
+from megatron.sft.inference.exact_match import exact_match
+from megatron.sft.inference.lm_eval_tasks import Benchmarks, BenchmarkSettings, check_tasks
+from megatron.sft.inference.scores import Score, draw, markdown, rows_of
+from megatron.sft.inference.serving import serve_hint
+from megatron.sft.reporting.curves import run_names
+from megatron.sft.runtime.errors import OneLineParser, UserError, run
+from megatron.sft.runtime.manifest import sha256_of_file, sha256_of_text, write_json, write_text
 
 RESULTS = Path("outputs/evaluations")
 

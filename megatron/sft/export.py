@@ -16,23 +16,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron.sft.casting import NAMES, Caster
 from megatron.sft.checkpoint import folder as checkpoint_folder
 from megatron.sft.checkpoint.folder import Checkpoint
-from megatron.sft.checkpoint.stored_parameters import stored_parameters
-from megatron.sft.disk_space import check_free_space
-from megatron.sft.errors import OneLineParser, UserError, run
-from megatron.sft.exported_files import write_companions
-from megatron.sft.families import DTYPES, read_shape
-from megatron.sft.families.rules import Shape
-from megatron.sft.hf_folder import HFFolder, num_tokens, write_weights
-from megatron.sft.hf_parameters import HFParameters
-from megatron.sft.manifest import read_json
-from megatron.sft.parameters import Parameters, progress_bar
-from megatron.sft.reshard import hf_dtypes
-from megatron.sft.safetensors_file import tensor_bytes
-from megatron.sft.serving import serve_hint
-from megatron.sft.weights import bound_rules, check_hf_names
+from megatron.sft.checkpoint.stored_tensors import stored_parameters
+from megatron.sft.conversion.exported_files import write_companions
+from megatron.sft.conversion.reshard import hf_dtypes
+from megatron.sft.families.architecture import Shape
+from megatron.sft.families.casting import NAMES, Caster
+from megatron.sft.families.parameters import Parameters, progress_bar
+from megatron.sft.families.registry import DTYPES, read_shape
+from megatron.sft.families.weight_names import bound_rules, check_hf_names
+from megatron.sft.hf.folder import HFFolder, num_tokens, write_weights
+from megatron.sft.hf.parameters import HFParameters
+from megatron.sft.hf.safetensors_file import tensor_bytes
+from megatron.sft.inference.serving import serve_hint
+from megatron.sft.runtime.disk_space import check_free_space
+from megatron.sft.runtime.errors import OneLineParser, UserError, run
+from megatron.sft.runtime.manifest import read_json
 
 
 def main() -> None:

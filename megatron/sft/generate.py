@@ -7,10 +7,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron.sft.answer_file import answer_file
-from megatron.sft.answers import BACKENDS, DTYPES, ChatModel, Decoding, check_control, load_chat_model
-from megatron.sft.data.conversations import Conversation
-from megatron.sft.errors import OneLineParser, UserError, run
+from megatron.sft.chat.conversations import Conversation
+from megatron.sft.inference.answer_file import answer_file
+from megatron.sft.inference.chat_model import BACKENDS, DTYPES, ChatModel, check_control, load_chat_model
+from megatron.sft.inference.decoding import Decoding
+from megatron.sft.runtime.errors import OneLineParser, UserError, run
 
 DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
 CHAT_HELP = (

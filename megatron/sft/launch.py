@@ -5,29 +5,11 @@ Exit status: the processes' own; docs/reliability.md lists them.
 """
 
 import os
-import signal
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
 
-from megatron.sft.signals import LAUNCHER_PID, RESUME, STARTED, STOP_SIGNALS, Listener, end_now
-
-
-class SignalRelay:
-    """Signals to the launcher: with no processes yet the first one ends it, else they are passed on."""
-
-    def __init__(self) -> None:
-        self.pass_on: Callable[[signal.Signals], None] | None = None
-        self.starting = threading.Lock()  # held while processes are being started: they get the signal afterwards
-        self.listener = Listener(STOP_SIGNALS, self._take)
-
-    def _take(self, number: signal.Signals) -> None:
-        with self.starting:
-            if self.pass_on is None:
-                end_now(RESUME, f"stopped by {number.name} before the first process started")
-            self.pass_on(number)
+from megatron.sft.runtime.signals import LAUNCHER_PID, STARTED, SignalRelay
 
 
 def main() -> None:
@@ -35,7 +17,7 @@ def main() -> None:
     os.environ[LAUNCHER_PID] = str(os.getpid())
     os.environ.setdefault(STARTED, str(time.time()))
     # Imported here: torch takes seconds, and signals are listened to from the first moment.
-    from megatron.sft.agent import launch
+    from megatron.sft.runtime.elastic_agent import launch
 
     # Without a folder of its own torchrun leaves one in /tmp for every run.
     with tempfile.TemporaryDirectory(prefix="megatron-sft-") as logs:

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.errors import OneLineParser, UserError, run
-from megatron.sft.manifest import read_json, sha256_of_file, write_json, write_text
+from megatron.sft.runtime.errors import OneLineParser, UserError, run
+from megatron.sft.runtime.manifest import read_json, sha256_of_file, write_json, write_text
 
 NAMES = (
     *("Ada", "Ben", "Cal", "Dan", "Eva", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Leo", "Mia"),

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron.sft.data.encoding import Encoded
+from megatron.sft.chat.encoding import Encoded
 from megatron.sft.data.packing import ALGORITHM
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import Row, TokenizedRows, file_of, prefix_of
-from megatron.sft.errors import OneLineParser, UserError, run
-from megatron.sft.manifest import sha256_of_text
+from megatron.sft.runtime.errors import OneLineParser, UserError, run
+from megatron.sft.runtime.manifest import sha256_of_text
 
 OVERLONG = ("drop", "truncate", "error")
 

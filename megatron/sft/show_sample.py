@@ -7,12 +7,12 @@ import argparse
 import signal
 from pathlib import Path
 
-from megatron.sft.data.encoding import load_tokenizer
+from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.data.page import page
 from megatron.sft.data.preview import colour_wanted, legend, row_text
 from megatron.sft.data.tokenized import TokenizedRows, prefix_of
-from megatron.sft.errors import OneLineParser, UserError, run
-from megatron.sft.manifest import write_text
+from megatron.sft.runtime.errors import OneLineParser, UserError, run
+from megatron.sft.runtime.manifest import write_text
 
 
 def main() -> None:

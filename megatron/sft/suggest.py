@@ -3,73 +3,15 @@
 MODEL is a folder with a config.json, that file, or a hub id that a recipe uses. Nothing is downloaded or started.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-
-from megatron.sft.errors import OneLineParser, UserError, run
-from megatron.sft.families.rules import Shape
-from megatron.sft.layout import Layout, check_layout
-from megatron.sft.memory import GIB, MemoryEstimate, MemorySettings, cheapest_recompute, estimate, num_parameters
-from megatron.sft.memory_fit import CARDS
-from megatron.sft.model_configs import find_shape
-
-# Rough shares of time, to put suggestions in order and for nothing else: computing again, and talking between GPUs.
-_RECOMPUTE_COST = {"none": 1.0, "selective": 1.03, "full": 1.3}
-_TENSOR_COST = {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.35}
-_CONTEXT_COST = {1: 1.0, 2: 1.08, 4: 1.15, 8: 1.25}
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """Parallel sizes that fit, how much memory they take and how slow they are thought to be beside each other."""
-
-    layout: Layout
-    data_parallel: int
-    recompute: str
-    memory: MemoryEstimate
-    cost: float
-
-
-def suggest_layouts(
-    shape: Shape, num_gpus: int, gpu_bytes: int, settings: MemorySettings, global_batch_size: int, count: int = 5
-) -> list[Suggestion]:
-    """The parallel sizes for `num_gpus` GPUs that fit `gpu_bytes` each, the ones thought fastest first.
-
-    `settings.recompute` and `.micro_batches` are chosen here. Sequence parallelism goes with TP above 1.
-    """
-    suggestions = []
-    for layout in _layouts(shape, num_gpus, settings):
-        copies = num_gpus // layout.model_size
-        if global_batch_size % (copies * settings.micro_batch_size):
-            continue
-        here = replace(settings, micro_batches=global_batch_size // (copies * settings.micro_batch_size))
-        word = cheapest_recompute(shape, layout, copies, here, gpu_bytes)
-        memory = estimate(shape, layout, copies, replace(here, recompute=word))
-        if memory.fits(gpu_bytes):
-            bubble = 1 + (layout.pipeline_parallel - 1) / here.micro_batches
-            cost = _RECOMPUTE_COST[word] * _TENSOR_COST[layout.tensor_parallel] * bubble
-            cost *= _CONTEXT_COST[layout.context_parallel]
-            suggestions.append(Suggestion(layout, copies, word, memory, cost))
-    suggestions.sort(key=lambda each: (each.cost, each.memory.total))
-    return suggestions[:count]
-
-
-def _layouts(shape: Shape, num_gpus: int, settings: MemorySettings) -> Iterator[Layout]:
-    context_sizes = (1, 2, 4, 8)
-    expert_sizes = (1, 2, 4, 8) if shape.mixture else (1,)
-    for tensor in _TENSOR_COST:
-        for pipeline in (1, 2, 4, 8, 16):
-            for context in context_sizes:
-                for expert in expert_sizes:
-                    layout = Layout(tensor, pipeline, context, tensor > 1, expert)
-                    if num_gpus % layout.model_size or context * 4096 > max(4096, settings.row_length):
-                        continue  # short pieces of a row are not worth the exchange
-                    try:
-                        check_layout(layout, shape)
-                        layout.data_parallel(num_gpus)
-                    except UserError:
-                        continue
-                    yield layout
+from megatron.sft.hf.published_configs import find_shape
+from megatron.sft.planning.layouts import Suggestion, suggest_layouts
+from megatron.sft.planning.memory import (
+    GIB,
+    MemorySettings,
+    num_parameters,
+)
+from megatron.sft.planning.memory_fit import CARDS
+from megatron.sft.runtime.errors import OneLineParser, UserError, run
 
 
 def table(suggestions: list[Suggestion]) -> str:

@@ -15,25 +15,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from megatron.sft.data.chat import TRAIN_ON, ChatTemplate, CorrectionNeeded, template_of
-from megatron.sft.data.conversations import NOT_A_COLUMN, RowReader
+from megatron.sft.chat.conversations import NOT_A_COLUMN, RowReader
+from megatron.sft.chat.corrections import difference
+from megatron.sft.chat.encoding import TOKENIZER_FILES, check_tokenizer_folder, load_tokenizer
+from megatron.sft.chat.named_templates import NAMES, chosen_template
+from megatron.sft.chat.template import TRAIN_ON, ChatTemplate, CorrectionNeeded, template_of
 from megatron.sft.data.corpus import OVERLONG, Corpus
-from megatron.sft.data.corrections import difference
-from megatron.sft.data.encoding import (
-    TOKENIZER_FILES,
-    check_tokenizer_folder,
-    load_tokenizer,
-)
 from megatron.sft.data.mixture import Input, Source, examined, parse_inputs
-from megatron.sft.data.named_templates import NAMES, chosen_template
 from megatron.sft.data.packing import ALGORITHM, Packing
 from megatron.sft.data.rejected import RejectedRows
 from megatron.sft.data.report import print_counts, print_notes, print_sample, source_facts
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import FORMAT, TokenizedRows, file_of, token_dtype
-from megatron.sft.errors import UserError, run
-from megatron.sft.manifest import sha256_of_file, sha256_of_text
-from megatron.sft.tokenizer_files import chat_template_sha256, tokenizer_sha256
+from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
+from megatron.sft.runtime.errors import UserError, run
+from megatron.sft.runtime.manifest import sha256_of_file, sha256_of_text
 
 NUM_SAMPLES = 2
 MAX_LENGTH = 1 << 24

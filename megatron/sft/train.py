@@ -11,10 +11,10 @@ import time
 import traceback
 from dataclasses import replace
 
-from megatron.sft import watchdog
-from megatron.sft.errors import UserError, run
-from megatron.sft.options import TrainOptions, parse
-from megatron.sft.signals import LOST_PEER, StopRequest
+from megatron.sft.planning.options import TrainOptions, parse
+from megatron.sft.runtime import watchdog
+from megatron.sft.runtime.errors import UserError, run
+from megatron.sft.runtime.signals import LOST_PEER, StopRequest
 
 # What gloo and the store say when a process at the other end has died: an effect, whose cause is told elsewhere.
 _LOST_PEER = re.compile(r"Connection (closed|reset) by|Broken pipe|Connection refused|recvValue failed")
@@ -50,19 +50,21 @@ def main() -> None:
 def _train(mode: str, options: TrainOptions, stop: StopRequest) -> int:
     """Run in this process until the end, or until `stop` is asked for; returns the exit status."""
     # Imported here: torch takes seconds, and signals are listened to from the first moment.
-    from megatron.sft import device, inputs, processes
-    from megatron.sft.run_plan import describe, resolve
+    from megatron.sft.model import process_groups
+    from megatron.sft.planning import input_checks
+    from megatron.sft.planning.run_plan import describe, resolve
+    from megatron.sft.runtime import device, ranks
 
     device.prepare()
     plan = resolve(mode, options, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
-    processes.say(describe(plan, device.describe()))
-    inputs.check(plan)
-    from megatron.sft.model import describe_kernels
+    ranks.say(describe(plan, device.describe()))
+    input_checks.check(plan)
+    from megatron.sft.model.config import describe_kernels
 
-    processes.say(f"  computing with {describe_kernels(options.precision)}")
-    with processes.parallel(plan.layout, options.seed, options.distributed_timeout_minutes):
+    ranks.say(f"  computing with {describe_kernels(options.precision)}")
+    with process_groups.parallel(plan.layout, options.seed, options.distributed_timeout_minutes):
         from megatron.sft.checkpoint.verification import checked_run
-        from megatron.sft.loop import Run
+        from megatron.sft.training.loop import Run
 
         if plan.resume and options.verify_checkpoint:
             plan = replace(plan, start=checked_run(plan.start))

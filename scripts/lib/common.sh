@@ -42,11 +42,12 @@ whole_numbers() {
 }
 
 # run_module MODULE ARGUMENTS...: one Python process, in the user's folder, so that relative paths mean what they say.
-run_module() {
-  local module=$1
-  shift
+run_module() { run_python "megatron.sft.$1" "${@:2}"; }
+
+# run_python MODULE ARGUMENTS...: the same for a module by its whole name.
+run_python() {
   ensure_setup
-  PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m "megatron.sft.$module" "$@"
+  PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m "$@"
 }
 
 # launch PROCESSES MODULE ARGUMENTS...: that many processes on this node, started by torchrun. It replaces the shell, so that

@@ -1,1 +1,4 @@
-"""Megatron checkpoints: the folder that holds them, and the two formats of what lies in it."""
+"""Megatron checkpoints on disk: the folder, the two formats, safe reading, and writing behind a running step.
+
+Nothing that a checkpoint holds is ever run.
+"""

@@ -8,16 +8,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed.distributed_c10d import _get_default_store
 
-from megatron.sft.checkpoint import retention
 from megatron.sft.checkpoint.assembling import write_index
-from megatron.sft.checkpoint.exchange import Exchange
-from megatron.sft.checkpoint.folder import iteration_path, put_in_place, unfinished_path
+from megatron.sft.checkpoint.folder import iteration_path, put_in_place, remove_superfluous, unfinished_path
 from megatron.sft.checkpoint.pieces import Piece
 from megatron.sft.checkpoint.writing import CancelledError, Written, stored_piece, write_pieces
-from megatron.sft.options import TrainOptions
 
 _PAUSE_SECONDS = 0.02
+
+
+class Exchange:
+    """Notes by name, seen by all processes, of the save with this `number`. Each thread needs one of its own."""
+
+    def __init__(self, number: int) -> None:
+        self._store: Store = PrefixStore(f"checkpoint/{number}", _own_connection(_get_default_store()))
+
+    def put(self, name: str, text: str) -> None:
+        """Leave a note; on return every process can see it."""
+        self._store.set(name, text)
+        # The answer to a second question says that the first was heard.
+        self._store.check([name])
+
+    def get(self, name: str) -> str | None:
+        """The note, or None if it is not there yet."""
+        if not self._store.check([name]):
+            return None
+        return bytes(self._store.get(name)).decode()
+
+
+def _own_connection(store: Store) -> Store:
+    """The store that the processes met in, over another connection: one that waits holds up whoever shares it."""
+    if torch.distributed.get_world_size() == 1:
+        return store
+    if hasattr(store, "clone"):
+        return store.clone()
+    prefixes = []
+    while isinstance(store, PrefixStore):
+        # The name is not to be had in this version of torch; what is below it is the same for all processes.
+        store = store.underlying_store
+        prefixes.append("_")
+    assert isinstance(store, TCPStore)
+    return PrefixStore("/".join(["own", *prefixes]), TCPStore(store.host, store.port, is_master=False))
 
 
 @dataclass(frozen=True)
@@ -39,14 +72,16 @@ class Job:
         iteration: int,
         pieces: list[Piece],
         manifest: dict[str, Any],
-        options: TrainOptions,
+        keep_last: int,
+        keep_every: int,
         exchange: Exchange,
         timeout_seconds: float,
     ) -> None:
         self.iteration = iteration
         self.outcome: dict[str, Any] | None = None
         self.stood_still = 0.0
-        self._root, self._options, self._manifest = root, options, manifest
+        self._root, self._manifest = root, manifest
+        self._keep_last, self._keep_every = keep_last, keep_every
         self._pieces = pieces
         self._exchange, self._timeout = exchange, timeout_seconds
         self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -107,8 +142,7 @@ class Job:
         put_in_place(self._root, self.iteration, folder, {**self._manifest, "files": files})
         notes = []
         try:
-            options = self._options
-            gone = retention.remove_superfluous(self._root, self.iteration, options.keep_last, options.keep_every)
+            gone = remove_superfluous(self._root, self.iteration, self._keep_last, self._keep_every)
             if gone:
                 notes = [f"removed {', '.join(iteration_path(self._root, i).name for i in gone)} (KEEP_LAST)"]
         except OSError as error:

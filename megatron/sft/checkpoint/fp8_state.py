@@ -12,9 +12,9 @@ from megatron.core import parallel_state
 from megatron.core.fp8_utils import get_fp8_recipe
 from torch import Tensor, nn
 
-from megatron.sft import processes
 from megatron.sft.checkpoint.piece_reader import PieceReader
 from megatron.sft.checkpoint.pieces import Piece
+from megatron.sft.runtime import ranks
 
 # Transformer Engine's names: of a matrix product's input, weight and output; of its gradients.
 _SCALED_TENSORS = ("scaling_fwd", "scaling_bwd")
@@ -50,7 +50,7 @@ def load_scaling(chunks: list[Any], reader: PieceReader) -> None:
                 states.append((state, values))
                 pieces.append(_piece(f"{key}.{name}", is_expert, values))
     if not pieces:
-        processes.say("the checkpoint has no fp8 scales: they begin anew")
+        ranks.say("the checkpoint has no fp8 scales: they begin anew")
     reader.fill(pieces)
     for state, values in states:
         state.scale.copy_(values[0])

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron.sft.checkpoint.pickled import Record, read_records
-from megatron.sft.errors import UserError, first_line
+from megatron.sft.runtime.errors import UserError, first_line
 
 FILE = ".metadata"
 _TORCH = "torch.distributed.checkpoint."

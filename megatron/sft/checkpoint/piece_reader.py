@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from megatron.sft.checkpoint.metadata_file import read_metadata
 from megatron.sft.checkpoint.pieces import Piece
 from megatron.sft.checkpoint.stored_tensors import read_chunk
-from megatron.sft.errors import UserError
+from megatron.sft.runtime.errors import UserError
 
 
 class PieceReader:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron.sft import device
 from megatron.sft.checkpoint.pieces import Piece
+from megatron.sft.runtime import device
 
 _ALIGNMENT = 64
 # cudaHostRegister takes whole buffers; smaller ones let training's own calls in between.

@@ -7,10 +7,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron.sft.checkpoint import torch_file
+from megatron.sft.checkpoint.folder import TORCH_DIST, Checkpoint
 from megatron.sft.checkpoint.metadata_file import read_metadata
-from megatron.sft.errors import UserError
-from megatron.sft.families.rules import Shape
-from megatron.sft.weights import BoundRule, bound_rules
+from megatron.sft.checkpoint.torch_format import TorchFormatParameters
+from megatron.sft.families.architecture import Shape
+from megatron.sft.families.weight_names import BoundRule, bound_rules
+from megatron.sft.hf.parameters import HFParameters
+from megatron.sft.runtime.errors import UserError
 
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
@@ -88,3 +91,13 @@ def _overlap(
     places = tuple(slice(start, end) for start, end in zip(offsets, ends, strict=True))
     cuts = tuple(slice(0, max(0, end - start)) for start, end in zip(offsets, ends, strict=True))
     return places, cuts
+
+
+StoredParameters = TorchDistParameters | TorchFormatParameters
+
+
+def stored_parameters(checkpoint: Checkpoint, shape: Shape, source: HFParameters | None = None) -> StoredParameters:
+    """The checkpoint's whole parameters. `source` is the original model, where the checkpoint may have fewer rows than it."""
+    if checkpoint.format == TORCH_DIST:
+        return TorchDistParameters(checkpoint.path, shape)
+    return TorchFormatParameters(checkpoint.path, shape, source)

@@ -20,10 +20,10 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron.sft.errors import UserError
-from megatron.sft.families.rules import Shape
-from megatron.sft.parameters import Parameters
-from megatron.sft.weights import BoundRule, bound_rules, whole_parameters
+from megatron.sft.families.architecture import Shape
+from megatron.sft.families.parameters import Parameters
+from megatron.sft.families.weight_names import BoundRule, bound_rules, whole_parameters
+from megatron.sft.runtime.errors import UserError
 
 # The optimizer state in the shape of the parameters, so that it can be loaded in another layout.
 METADATA = {
@@ -128,8 +128,9 @@ def save_parameters(folder: Path, shape: Shape, source: Parameters) -> None:
 
     megatron-core says from a model without memory what belongs where; each part is fetched when it is written.
     """
-    from megatron.sft.layout import Layout
-    from megatron.sft.model import build_model, transformer_config
+    from megatron.sft.model.config import transformer_config
+    from megatron.sft.model.gpt import build_model
+    from megatron.sft.model.layout import Layout
 
     whole = Layout()
     with torch.device("meta"):

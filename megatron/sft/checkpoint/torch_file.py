@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from megatron.sft.checkpoint.pickled import read_records
-from megatron.sft.errors import UserError, first_line
-from megatron.sft.safetensors_file import tensor_bytes
+from megatron.sft.hf.safetensors_file import tensor_bytes
+from megatron.sft.runtime.errors import UserError, first_line
 
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from megatron.sft.checkpoint import torch_file
-from megatron.sft.errors import UserError
-from megatron.sft.families.rules import Shape, join_tensor_parallel, tensor_parallel_part
-from megatron.sft.hf_parameters import HFParameters
-from megatron.sft.layout import Layout
-from megatron.sft.parameters import Parameters
-from megatron.sft.weights import BoundRule, bound_rules, checkpoint_name
+from megatron.sft.families.architecture import Shape
+from megatron.sft.families.parameters import Parameters
+from megatron.sft.families.rules import join_tensor_parallel, tensor_parallel_part
+from megatron.sft.families.weight_names import BoundRule, bound_rules, checkpoint_name
+from megatron.sft.hf.parameters import HFParameters
+from megatron.sft.model.layout import Layout
+from megatron.sft.runtime.errors import UserError
 
 FILE = "model_optim_rng.pt"
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"

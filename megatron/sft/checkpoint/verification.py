@@ -8,18 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron.sft import processes, watchdog
-from megatron.sft.checkpoint.folder import (
-    MANIFEST,
-    TORCH,
-    TORCH_DIST,
-    TRACKER,
-    Checkpoint,
-    iteration_path,
-    iterations,
-)
-from megatron.sft.errors import UserError
-from megatron.sft.manifest import Files, check_sizes, check_sums, files_of, read_json, seal_holds, write_text
+from megatron.sft.checkpoint.folder import MANIFEST, TORCH, TORCH_DIST, TRACKER, Checkpoint, iteration_path, iterations
+from megatron.sft.runtime import ranks, watchdog
+from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.manifest import Files, check_sizes, check_sums, files_of, read_json, seal_holds, write_text
 
 _ADVICE = "the checkpoint is not used"
 
@@ -41,7 +33,7 @@ def newest_checkpoint(root: Path, below: int | None = None) -> Checkpoint:
         checkpoint = _whole(root, iteration, problems)
         if checkpoint is not None:
             for problem in problems:
-                processes.say(f"warning: {problem}: taking iteration {iteration} instead")
+                ranks.say(f"warning: {problem}: taking iteration {iteration} instead")
             if below is None:
                 _compare_tracker(root, iteration, bool(problems))
             return checkpoint
@@ -94,7 +86,7 @@ def _compare_tracker(root: Path, iteration: int, warned: bool) -> None:
     if text == str(iteration) or (warned and text is not None and text.isdecimal() and int(text) in iterations(root)):
         return
     says = "is missing" if text is None else f"says {text!r}"
-    processes.say(f"warning: {tracker} {says}: taking iteration {iteration}, the newest that is whole")
+    ranks.say(f"warning: {tracker} {says}: taking iteration {iteration}, the newest that is whole")
 
 
 def mend_tracker(root: Path, iteration: int) -> None:
@@ -115,14 +107,14 @@ def checked_run(checkpoint: Checkpoint) -> Checkpoint:
         problem = _agreed_problem(checkpoint)
         if problem is None:
             break
-        processes.say(f"warning: {problem}")
+        ranks.say(f"warning: {problem}")
         checkpoint = newest_checkpoint(checkpoint.path.parent, below=checkpoint.iteration)
-        processes.say(f"warning: taking iteration {checkpoint.iteration} instead")
+        ranks.say(f"warning: taking iteration {checkpoint.iteration} instead")
     seconds = time.monotonic() - started
-    processes.say(
+    ranks.say(
         f"verified {checkpoint.path} in {seconds:.1f} s ({num_bytes / 1e9:.2f} GB; VERIFY_CHECKPOINT=0 leaves that out)"
     )
-    if processes.is_first():
+    if ranks.is_first():
         mend_tracker(checkpoint.path.parent, checkpoint.iteration)
     return checkpoint
 

@@ -10,13 +10,13 @@ from torch import nn
 from megatron.sft.checkpoint.folder import MANIFEST, TORCH_DIST, Checkpoint
 from megatron.sft.checkpoint.piece_reader import PieceReader
 from megatron.sft.checkpoint.pieces import model_tensors, piece_of
-from megatron.sft.checkpoint.stored_parameters import StoredParameters, stored_parameters
+from megatron.sft.checkpoint.stored_tensors import StoredParameters, stored_parameters
 from megatron.sft.checkpoint.torch_format import EMBEDDING, OUTPUT, padded
-from megatron.sft.errors import UserError
-from megatron.sft.families import read_shape
+from megatron.sft.families.registry import read_shape
 from megatron.sft.families.rules import tensor_parallel_part
-from megatron.sft.layout import Layout
-from megatron.sft.weights import bound_rules, checkpoint_name
+from megatron.sft.families.weight_names import bound_rules, checkpoint_name
+from megatron.sft.model.layout import Layout
+from megatron.sft.runtime.errors import UserError
 
 
 def load_weights(checkpoint: Checkpoint, chunks: Sequence[nn.Module], layout: Layout) -> None:

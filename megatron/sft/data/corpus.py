@@ -4,18 +4,18 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
-from megatron.sft.data.chat import ChatTemplate, CorrectionNeeded, Rendered
-from megatron.sft.data.conversations import Example, RowReader
-from megatron.sft.data.encoding import Encoded, check_against_template, encode
-from megatron.sft.data.groups import group_of
+from megatron.sft.chat.bpe_cache import WordEncoder, word_encoder
+from megatron.sft.chat.conversations import Example, RowReader
+from megatron.sft.chat.encoding import Encoded, check_against_template, encode
+from megatron.sft.chat.groups import group_of
+from megatron.sft.chat.rounds import joined_rounds, pieces_of_text, rounds_of
+from megatron.sft.chat.template import ChatTemplate, CorrectionNeeded, Rendered
 from megatron.sft.data.mixture import Source
 from megatron.sft.data.progress import Progress
 from megatron.sft.data.rejected import RejectedRows
-from megatron.sft.data.rounds import joined_rounds, pieces_of_text, rounds_of
 from megatron.sft.data.sources import SourceRow
-from megatron.sft.data.word_encoder import WordEncoder, word_encoder
 from megatron.sft.data.workers import in_order
-from megatron.sft.errors import UserError
+from megatron.sft.runtime.errors import UserError
 
 OVERLONG = ("drop", "truncate", "split", "error")
 BATCH_BYTES, BATCH_CONVERSATIONS = 1 << 19, 256

@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from megatron.sft.errors import UserError
+from megatron.sft.chat.fields import json_type
+from megatron.sft.runtime.errors import UserError
 
 PIECE_BYTES = 1 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -63,14 +64,6 @@ def refuse_repeated_keys(content: bytes, where: str) -> None:
         return unique
 
     json.loads(content, object_pairs_hook=pairs)
-
-
-def json_type(value: Any) -> str:
-    """A JSON value's type in the words of a message: `a list`, `a number`, `null`."""
-    if value is None:
-        return "null"
-    names = {bool: "true or false", str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes, int]]:

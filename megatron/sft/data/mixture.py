@@ -13,8 +13,8 @@ from decimal import Decimal
 from pathlib import Path
 
 from megatron.sft.data.sources import DATA_ENDINGS, SourceRow, count_rows, data_files, file_format, read_rows
-from megatron.sft.errors import UserError
-from megatron.sft.manifest import sha256_of_file, sha256_of_text
+from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.manifest import sha256_of_file, sha256_of_text
 
 WITH_AMOUNT = re.compile(r"(.+)#([^#\s]+)", re.DOTALL)
 AMOUNT = re.compile(r"[1-9][0-9]*|[0-9]+(?:\.[0-9]+)?%")
@@ -165,7 +165,7 @@ def all_rows(given: Input) -> Iterator[SourceRow]:
                 yield row if not before else SourceRow(row.line, row.content, before + row.end, row.path, row.unit)
             before += file.stat().st_size
         return
-    from megatron.sft import hub_rows
+    from megatron.sft.data import hub_rows
 
     id, _, config = given.name.partition(":")
     cache = assets_folder() / "cache"
@@ -176,7 +176,7 @@ def all_rows(given: Input) -> Iterator[SourceRow]:
 
 
 def hub_commit(given: Input) -> str:
-    from megatron.sft import hub
+    from megatron.sft.hf import hub
 
     try:
         return str(hub.find_repository("dataset", given.name.partition(":")[0], "main").commit)

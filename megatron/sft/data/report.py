@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron.sft.data.chat import ChatTemplate
+from megatron.sft.chat.encoding import Encoded
+from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus
-from megatron.sft.data.encoding import Encoded
 from megatron.sft.data.preview import colour_wanted, legend, sample_text
 
 

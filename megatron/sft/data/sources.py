@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from megatron.sft.chat.fields import json_type
 from megatron.sft.data import json_rows
-from megatron.sft.data.json_rows import BYTE_ORDER_MARK, WHITESPACE, array_elements, decoded_row, json_type, lines
-from megatron.sft.errors import UserError
+from megatron.sft.data.json_rows import BYTE_ORDER_MARK, WHITESPACE, array_elements, decoded_row, lines
+from megatron.sft.runtime.errors import UserError
 
 __all__ = ["SourceRow", "count_rows", "data_files", "file_format", "json_type", "read_rows"]
 

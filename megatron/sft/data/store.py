@@ -13,12 +13,12 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron.sft.data.encoding import Encoded
+from megatron.sft.chat.encoding import Encoded
 from megatron.sft.data.packing import Packing, pack_groups, pack_rows, single_rows, single_rows_of_groups
 from megatron.sft.data.tokenized import MODE_FIRST, MODE_JOINED, MODE_TRAINED, file_of, write_index
 from megatron.sft.data.totals import totals_of
-from megatron.sft.errors import UserError
-from megatron.sft.manifest import sealed, sha256_of_file, write_json
+from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.manifest import sealed, sha256_of_file, write_json
 
 
 class ConversationStore:

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from megatron.sft.errors import UserError
+from megatron.sft.runtime.errors import UserError
 
 PR_SET_PDEATHSIG = 1
 WAITING = 3  # items for each worker that are read ahead, done ones included

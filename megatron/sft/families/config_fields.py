@@ -6,7 +6,7 @@ A field outside these is refused by name where its value could mean anything.
 from collections.abc import Collection
 from typing import Any
 
-from megatron.sft.errors import UserError
+from megatron.sft.runtime.errors import UserError
 
 # Read by `read_shape`.
 USED = {

@@ -1,6 +1,7 @@
 """The rows that every family of today shares: a decoder with RMSNorm, grouped-query attention and a gated MLP."""
 
-from megatron.sft.families.rules import QKV, GateUp, Rule, Same, Shape
+from megatron.sft.families.architecture import Shape
+from megatron.sft.families.rules import QKV, GateUp, Rule, Same
 
 _HF = "model.layers.{layer}."
 _MEGATRON = "decoder.layers.{layer}."

@@ -3,7 +3,8 @@
 from typing import Any
 
 from megatron.sft.families import decoder
-from megatron.sft.families.rules import Mixture, Rule, Shape
+from megatron.sft.families.architecture import Mixture, Shape
+from megatron.sft.families.rules import Rule
 
 MODEL_TYPE = "mixtral"
 FIXED = {"router_jitter_noise": 0.0}

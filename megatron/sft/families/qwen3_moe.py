@@ -3,7 +3,8 @@
 from typing import Any
 
 from megatron.sft.families import decoder
-from megatron.sft.families.rules import Mixture, Rule, Shape
+from megatron.sft.families.architecture import Mixture, Shape
+from megatron.sft.families.rules import Rule
 
 MODEL_TYPE = "qwen3_moe"
 FIXED = {"attention_bias": False, "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []}

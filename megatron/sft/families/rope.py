@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.sft.errors import UserError
-from megatron.sft.families.rules import RopeScaling, Shape
+from megatron.sft.families.architecture import RopeScaling, Shape
+from megatron.sft.runtime.errors import UserError
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _KNOWN = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_LLAMA3}

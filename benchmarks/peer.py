@@ -1,0 +1,99 @@
+"""The benchmark's peer: a transformers model with Liger's kernels on packed rows, as a careful user would write it today."""
+
+import argparse
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.rows import BenchmarkRows
+from megatron.sft.hf.published_configs import published_configs
+from megatron.sft.runtime.errors import UserError
+
+_ATTENTION = "packed_varlen"
+
+
+def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[list[float], list[float]]:
+    """Seconds and losses of the timed steps: forward and backward of the micro-batches, clipping and AdamW."""
+    model = _model(arguments.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    seconds, losses = [], []
+    size = arguments.micro_batches
+    for step in range(arguments.warm_up + arguments.steps):
+        numbers = rows.used(step, 1, size)
+        batches = [_batch(rows, number) for number in numbers]
+        num_trained = sum(rows.counts[number].trained for number in numbers)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        total = torch.zeros((), device="cuda")
+        for batch in batches:
+            loss = model(**batch, num_items_in_batch=num_trained, use_cache=False).loss
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.synchronize()
+        if step >= arguments.warm_up:
+            seconds.append(time.perf_counter() - started)
+            losses.append(float(total))
+    return seconds, losses
+
+
+def _model(name: str) -> Any:
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise UserError(
+            f"the peer needs Liger's kernels ({error}): pip install liger-kernel, or --against ''"
+        ) from None
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(_ATTENTION, _packed_attention)
+    AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
+    configs = published_configs()
+    fields = dict(configs[name]) if name in configs else None
+    config = AutoConfig.for_model(**fields) if fields else AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config._attn_implementation = _ATTENTION
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+    torch.set_default_dtype(torch.float32)
+    _apply_liger_kernel_to_instance(model)
+    result: Any = model.train()
+    return result
+
+
+def _batch(rows: BenchmarkRows, number: int) -> dict[str, Tensor | int]:
+    row = rows[number]
+    tokens = torch.from_numpy(row.tokens).cuda()[None]
+    borders = torch.zeros(len(row.conversation_lengths) + 1, dtype=torch.int32)
+    borders[1:] = torch.from_numpy(row.conversation_lengths).cumsum(0)
+    positions = torch.cat([torch.arange(int(size)) for size in row.conversation_lengths])[None].cuda()
+    labels = torch.where(torch.from_numpy(row.trained).cuda()[None], tokens, -100)
+    longest = int(row.conversation_lengths.max())
+    cumulated = borders.cuda()
+    return {
+        "input_ids": tokens,
+        "position_ids": positions,
+        "labels": labels,
+        "cu_seq_lens_q": cumulated,
+        "cu_seq_lens_k": cumulated,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _packed_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """query [1, heads, t, dim], key and value [1, kv heads, t, dim]; returns [1, t, heads, dim]."""
+    from megatron.sft.model.attention import varlen_attention
+
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    borders, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    return varlen_attention(query, key, value, borders, borders, longest, longest, scaling)[None], None

@@ -1,0 +1,156 @@
+"""Tokens of rendered conversations, and which of them are trained, by the character offsets of one tokenisation."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.sft.chat.bpe_cache import WordEncoder
+from megatron.sft.chat.conversations import Example
+from megatron.sft.chat.template import Answer, ChatTemplate, Rendered, template_of
+from megatron.sft.hf.tokenizer_files import VOCABULARY_FILES
+from megatron.sft.runtime.errors import UserError
+
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation's tokens. `runs` are lengths that add up to it: not trained, trained, not trained, and so on."""
+
+    tokens: np.ndarray  # [n] int64
+    runs: list[int]
+    num_merged_starts: int = 0  # answers whose first token holds a part of the header, too, and is not trained
+    group: int | None = None  # see groups.py
+    source: int = 0  # its place among the inputs
+
+    def cut(self, length: int) -> "Encoded":
+        """The first `length` tokens."""
+        runs: list[int] = []
+        left = length
+        for run in self.runs:
+            if left > 0:
+                runs.append(min(run, left))
+            left -= run
+        return Encoded(self.tokens[:length], runs, self.num_merged_starts, self.group, self.source)
+
+    @property
+    def num_trained(self) -> int:
+        return sum(self.runs[1::2])
+
+
+def check_tokenizer_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"tokenizer folder {folder} {what}: get the model with scripts/1_download.sh model ID")
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        raise UserError(
+            f"tokenizer folder {folder} has no tokenizer.json or vocabulary file: give a Hugging Face model's folder"
+        )
+
+
+def load_tokenizer(folder: Path, template_needed: bool = True) -> Any:
+    """The fast tokenizer of a local folder, without running code from it. It must have a chat template, if needed."""
+    check_tokenizer_folder(folder)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises what it likes for a damaged file
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"tokenizer folder {folder} cannot be loaded ({reason}): download it again") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"tokenizer folder {folder} has no fast tokenizer: add its tokenizer.json")
+    if template_needed and not template_of(tokenizer):
+        raise UserError(
+            f"tokenizer folder {folder} has no chat template: add a chat_template.jinja, as in the folder of the "
+            "family's chat (instruct) model, or give that folder"
+        )
+    # As a tokenizer's own call does it: whole texts, and special tokens recognised in them.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.encode_special_tokens = False
+    return tokenizer
+
+
+def encode(tokenizer: Any, rendered: Sequence[Rendered], words: WordEncoder | None = None) -> Iterator[Encoded]:
+    """Tokens and trained runs, in the order given; `words` gives the same as the tokenizer. Every conversation is checked
+    when it is taken; what is wrong with it is a `UserError`, to which the caller adds file and line."""
+    texts = [one.text for one in rendered]
+    if words is not None:
+        return map(_encoded, words.encode_batch(texts), rendered)
+    return map(_encoded, tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False), rendered)
+
+
+def check_against_template(template: ChatTemplate, example: Example, encoded: Encoded) -> None:
+    """The tokens must be those that transformers makes of the conversation (or the text) by itself."""
+    if example.messages:
+        expected, by = template.tokens_of(example.messages, example.tools), "apply_chat_template(tokenize=True)"
+    else:
+        expected, by = list(template.tokenizer(example.text).input_ids), "()"
+        if expected[-1:] != [template.tokenizer.eos_token_id]:
+            expected.append(template.tokenizer.eos_token_id)
+    if encoded.tokens.tolist() != expected:
+        raise UserError(f"the tokens differ from those of tokenizer.{by}: check the tokenizer's files")
+
+
+def _encoded(encoding: Any, rendered: Rendered) -> Encoded:
+    tokens = np.array(encoding.ids, dtype=np.int64)
+    if rendered.everything:
+        for answer in rendered.answers:
+            _check_end(encoding, answer, encoding.char_to_token(answer.end - 1), answer.end)
+        return Encoded(tokens, [1, len(tokens) - 1] if len(tokens) > 1 else [1])
+    runs: list[int] = []
+    position, num_merged = 0, 0
+    for (start, end), answer in zip(rendered.trained, rendered.answers, strict=True):
+        first, merged = _first_token(encoding, rendered.text, start, end)
+        last = encoding.char_to_token(end - 1)
+        _check_end(encoding, answer, last, end)
+        if first < position or first == 0:
+            raise UserError(
+                "an answer shares a token with what stands before it: the mask cannot be exact, change the row"
+            )
+        runs += [first - position, last + 1 - first]
+        position = last + 1
+        num_merged += merged
+    if position < len(tokens):
+        runs.append(len(tokens) - position)
+    return Encoded(tokens, runs, num_merged)
+
+
+def _first_token(encoding: Any, text: str, start: int, end: int) -> tuple[int, bool]:
+    """The first token of text[start:end]; True if the token before it holds the answer's first white space, too."""
+    token, character = None, start
+    while token is None and character < end:  # offsets of some tokenizers leave white space out
+        token = encoding.char_to_token(character)
+        character += 1
+    if token is None:
+        raise UserError("an answer has no token: change the row")
+    token_start, token_end = encoding.token_to_chars(token)
+    if token_start >= start:
+        return token, False
+    if text[start:token_end].strip():
+        raise UserError("an answer shares its first token with the header: the mask cannot be exact, change the row")
+    return token + 1, True
+
+
+def _check_end(encoding: Any, answer: Answer, last: int | None, end: int) -> None:
+    """The end-of-turn token must be one token, the template's, and the last trained one (or before it, where the
+    template marks more)."""
+    token = encoding.char_to_token(answer.end - 1)
+    if token is None or encoding.ids[token] != answer.end_of_turn_id or last is None or last < token:
+        raise UserError(
+            "the end-of-turn token of an answer is not a token of its own: check the tokenizer's added tokens"
+        )
+    if encoding.token_to_chars(last)[1] > end:
+        raise UserError("the last token of an answer holds a part of the next turn: the mask cannot be exact")

@@ -1,0 +1,146 @@
+"""Logits of a Megatron checkpoint next to transformers' for the Hugging Face folder that it comes from."""
+
+import gc
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron.sft.checkpoint import folder as checkpoint_folder
+from megatron.sft.hf.folder import HFFolder
+from megatron.sft.model import process_groups
+from megatron.sft.model.layout import Layout
+from megatron.sft.runtime import device
+from megatron.sft.runtime.errors import UserError
+
+TOLERANCE = 1e-3
+
+
+def probe(source: HFFolder) -> list[np.ndarray]:
+    """Random conversations, one of them longer than a small sliding window."""
+    generator = np.random.default_rng(1234)
+    return [generator.integers(0, source.rows_on_disk, size=length) for length in (37, 1, 90)]
+
+
+def compare_whole(checkpoint: checkpoint_folder.Checkpoint, source: HFFolder) -> tuple[float, float]:
+    """Largest difference of logits, and largest logit, of the whole model in this process. Too large a one is a `UserError`.
+
+    One model is in memory at a time, in float32.
+    """
+    conversations = probe(source)
+    theirs = transformers_logits(source.path, conversations)
+    gc.collect()
+    with process_groups.parallel(Layout()):
+        ours = megatron_logits(checkpoint, source, Layout(), conversations)
+    assert ours is not None
+    return difference_of(ours, theirs, TOLERANCE)
+
+
+def difference_of(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> tuple[float, float]:
+    """Largest difference and largest logit; `tolerance` is absolute for logits up to 10 and relative above."""
+    ours = ours[:, : theirs.shape[1]]  # rows that a grown vocabulary has more
+    difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    if not within(difference, largest, tolerance):
+        raise UserError(
+            f"logits differ from transformers' by {difference:.3g} (largest {largest:.3g}), more than the tolerance "
+            f"{tolerance:.3g}: tools/compare_logits shows the layer where it begins"
+        )
+    return difference, largest
+
+
+def within(difference: float, largest: float, tolerance: float) -> bool:
+    """False for NaN too."""
+    return difference <= tolerance * max(1.0, largest / 10)
+
+
+def layer_table(checkpoint: checkpoint_folder.Checkpoint, source: HFFolder, conversations: list[np.ndarray]) -> str:
+    """How far the hidden states behind each layer lie apart, a line a layer, for the whole model in one process."""
+    ours: list[torch.Tensor] = []
+    theirs: list[torch.Tensor] = []
+    megatron_logits(checkpoint, source, Layout(), conversations, hidden=ours)
+    transformers_logits(source.path, conversations, hidden=theirs)
+    lines = ["layer  largest difference  largest value"]
+    per_layer = len(ours)
+    for number, state in enumerate(ours):
+        # transformers went through the layers once a conversation.
+        other = torch.cat(theirs[number::per_layer])
+        difference = (state[: len(other)] - other).abs().max().item()
+        lines.append(f"{number:5d}  {difference:18.3g}  {other.abs().max().item():13.3g}")
+    return "\n".join(lines)
+
+
+def _keep_output(kept: list[torch.Tensor]) -> Callable[..., None]:
+    def hook(_module: Any, _inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        kept.append(hidden.detach().float().reshape(-1, hidden.shape[-1]))
+
+    return hook
+
+
+def megatron_logits(
+    checkpoint: checkpoint_folder.Checkpoint,
+    source: HFFolder,
+    layout: Layout,
+    conversations: list[np.ndarray],
+    hidden: list[torch.Tensor] | None = None,
+) -> torch.Tensor | None:
+    """[tokens of all conversations, vocabulary] in float32 on one process of the last pipeline stage, None elsewhere.
+
+    `hidden`, where given, gets what each layer puts out.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron.sft.checkpoint.weights_io import load_weights
+    from megatron.sft.data.tokenized import Row
+    from megatron.sft.model.config import transformer_config
+    from megatron.sft.model.gpt import build_model
+    from megatron.sft.model.inputs import MicroBatch
+    from megatron.sft.training.batches import make_micro_batch
+
+    model = build_model(source.shape, layout, transformer_config(source.shape, layout, torch.float32))
+    load_weights(checkpoint, [model], layout)
+    model.eval()
+    if hidden is not None:
+        for layer in model.decoder.layers:
+            layer.register_forward_hook(_keep_output(hidden))
+    tokens = np.concatenate(conversations)
+    row = Row(tokens, np.zeros(len(tokens), dtype=bool), np.array([len(c) for c in conversations]))
+    batch = make_micro_batch([row], layout.tensor_parallel, "token", device.current())
+
+    def forward_step(batches: Iterator[MicroBatch], stage: Any) -> tuple[torch.Tensor, Any]:
+        return stage(batch=next(batches), logits=True), partial(lambda output, non_loss_data: output)
+
+    with torch.no_grad():
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter([batch]),
+            model=[model],
+            num_microbatches=1,
+            seq_length=batch.tokens.shape[1],
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    if not parallel_state.is_pipeline_last_stage() or parallel_state.get_tensor_model_parallel_rank() != 0:
+        return None
+    logits: torch.Tensor = outputs[0][: len(tokens)].float().cpu()
+    return logits
+
+
+def transformers_logits(
+    hf_dir: Path, conversations: list[np.ndarray], hidden: list[torch.Tensor] | None = None
+) -> torch.Tensor:
+    """The same conversations through transformers in float32, each alone: [tokens of all conversations, vocabulary]."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, trust_remote_code=False).eval()
+    if hidden is not None:
+        for layer in model.model.layers:
+            layer.register_forward_hook(_keep_output(hidden))
+    with torch.no_grad():
+        parts = [model(torch.from_numpy(ids)[None], use_cache=False).logits[0] for ids in conversations]
+    return torch.cat(parts)

@@ -1,0 +1,112 @@
+"""Weights between Hugging Face and Megatron names, by the family's table, with nothing left over on either side."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from megatron.sft.families.architecture import Shape
+from megatron.sft.families.registry import rules_of
+from megatron.sft.families.rules import Rule
+from megatron.sft.runtime.errors import UserError
+
+# What live modules call what the tables spell as checkpoints do: norms that are modules of their own without Transformer
+# Engine (the second only before a dense MLP), experts one by one, and experts whose matrices lie in one module.
+_INPUT_NORM = (".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight")
+_MLP_NORM = (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")
+_LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
+_GROUPED_EXPERT = re.compile(r"\.experts\.(linear_fc[12])\.weight(\d+)$")
+_LAYER = re.compile(r"(?<=decoder\.layers\.)(\d+)\.")
+_EXPERT = re.compile(r"(?<=\.experts\.experts\.)(\d+)\.")
+# Tensors of older Hugging Face folders that can be computed from config.json.
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
+
+
+@dataclass(frozen=True)
+class BoundRule:
+    """A rule for one layer and expert (or for the model's outer weights): names filled in."""
+
+    rule: Rule
+    megatron: str
+    hf: tuple[str, ...]
+    layer: int | None = None
+    expert: int | None = None
+
+    @property
+    def stored_key(self) -> str:
+        """The name in a distributed checkpoint: without the numbers of layer and expert, which are places in the tensor."""
+        return _EXPERT.sub("", _LAYER.sub("", self.megatron))
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """The leading indices of the parameter in the distributed checkpoint's tensor `stored_key`."""
+        return tuple(number for number in (self.layer, self.expert) if number is not None)
+
+
+def bound_rules(shape: Shape) -> Iterator[BoundRule]:
+    """Every parameter of the whole model, in the order of Hugging Face's layers."""
+    rules = rules_of(shape)
+    for rule in (rule for rule in rules if "{layer}" not in rule.megatron):
+        yield BoundRule(rule, rule.megatron, rule.hf)
+    num_experts = shape.mixture.num_experts if shape.mixture else 0
+    for layer in range(shape.num_layers):
+        for rule in (rule for rule in rules if "{layer}" in rule.megatron):
+            for expert in range(num_experts) if "{expert}" in rule.megatron else (None,):
+                names = tuple(name.format(layer=layer, expert=expert) for name in rule.hf)
+                yield BoundRule(rule, rule.megatron.format(layer=layer, expert=expert), names, layer, expert)
+
+
+def checkpoint_name(module_name: str, first_layer: int = 0, first_expert: int = 0, experts: bool = False) -> str:
+    """A live parameter's name as the tables spell it, layers counted over all pipeline stages, experts over all ranks.
+
+    `experts` says that the model's layers have a mixture of experts, whose norm keeps a name of its own.
+    """
+    for separate, fused in (_INPUT_NORM,) if experts else (_INPUT_NORM, _MLP_NORM):
+        if module_name.endswith(separate):
+            module_name = module_name.removesuffix(separate) + fused
+    module_name = _LOCAL_EXPERT.sub(lambda m: f".experts.experts.{int(m[1]) + first_expert}.", module_name)
+    module_name = _GROUPED_EXPERT.sub(
+        lambda m: f".experts.experts.{int(m[2]) + first_expert}.{m[1]}.weight", module_name
+    )
+    return _LAYER.sub(lambda match: f"{int(match[1]) + first_layer}.", module_name)
+
+
+def whole_parameters(model: nn.Module, shape: Shape) -> dict[str, nn.Parameter]:
+    """The parameters of an unsplit model by their names in the table. Both sides must hold the same names."""
+    experts = shape.mixture is not None
+    parameters = {checkpoint_name(name, experts=experts): parameter for name, parameter in model.named_parameters()}
+    expected = {bound.megatron for bound in bound_rules(shape)}
+    assert parameters.keys() == expected, sorted(parameters.keys() ^ expected)[:10]
+    return parameters
+
+
+def checked_to_megatron(bound: BoundRule, shape: Shape, tensors: list[Tensor], where: str) -> Tensor:
+    """The Megatron parameter of Hugging Face tensors; a `UserError` where their shapes do not go together."""
+    try:
+        return bound.rule.to_megatron(shape, *tensors)
+    except RuntimeError:
+        sizes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(bound.hf, tensors, strict=True))
+        raise UserError(f"{where}: {sizes}: weights and configuration do not belong together") from None
+
+
+def check_hf_names(shape: Shape, names: set[str], where: str) -> list[str]:
+    """Compare the tensors of a Hugging Face folder with the table; returns the ones that may be passed over.
+
+    A missing or unknown tensor is a `UserError`.
+    """
+    expected = {name for bound in bound_rules(shape) for name in bound.hf}
+    passed_over = sorted(name for name in names - expected if _COMPUTED.search(name))
+    if shape.tied_embeddings and "lm_head.weight" in names:
+        passed_over.append("lm_head.weight")
+    missing, unknown = expected - names, names - expected - set(passed_over)
+    if missing:
+        raise UserError(
+            f"{where}: {len(missing)} tensors are missing, {min(missing)} among them: download the model again"
+        )
+    if unknown:
+        raise UserError(
+            f"{where}: {len(unknown)} tensors are not known for {shape.family}, {min(unknown)} among them: "
+            "this model is not of the architecture that its config.json names"
+        )
+    return passed_over

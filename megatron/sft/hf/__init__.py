@@ -1,0 +1,1 @@
+"""Hugging Face's side: the hub, model folders, safetensors files, tokenizer files."""

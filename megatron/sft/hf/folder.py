@@ -1,0 +1,163 @@
+"""Hugging Face model folders: config.json, and safetensors read tensor by tensor and written in shards with an index."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.sft.families.architecture import Shape
+from megatron.sft.families.registry import read_shape
+from megatron.sft.hf.safetensors_file import SafetensorsFile, write_file
+from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
+from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.manifest import read_json, write_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+class HFFolder:
+    """A Hugging Face model on disk, opened for reading. `shape` has a vocabulary row for every token of the tokenizer."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise UserError(f"model folder {path} does not exist: run scripts/1_download.sh model ID, or mend the path")
+        self.path = path
+        self.config: dict[str, Any] = read_json(
+            path / "config.json", "model configuration", "give a Hugging Face model folder (scripts/1_download.sh)"
+        )
+        if not isinstance(self.config, dict):
+            raise UserError(f"{path / 'config.json'} is not a model configuration: take the model's own file")
+        on_disk = read_shape(self.config, str(path / "config.json"))
+        self.rows_on_disk = on_disk.vocab_size
+        self.shape: Shape = replace(on_disk, vocab_size=max(on_disk.vocab_size, num_tokens(path)))
+        self._files = self._find_files()
+
+    def _find_files(self) -> dict[str, SafetensorsFile]:
+        """Tensor name to file."""
+        if (self.path / INDEX).exists():
+            return self._indexed_files()
+        single = self.path / SINGLE
+        if not single.exists():
+            raise UserError(
+                f"{self.path} has no {SINGLE} and no {INDEX}: only safetensors weights are read, "
+                "download a revision that has them"
+            )
+        file = SafetensorsFile(single)
+        return dict.fromkeys(file.entries, file)
+
+    def _indexed_files(self) -> dict[str, SafetensorsFile]:
+        path = self.path / INDEX
+        index = read_json(path, "weight index", "download the model again")
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f"{path} has no weight_map of tensors to files: download the model again")
+        files = {}
+        for file in sorted(set(weight_map.values())):
+            if Path(file).name != file:
+                raise UserError(f"{path} names {file!r}, which lies outside the folder: do not use it")
+            if not (self.path / file).exists():
+                raise UserError(f"{self.path / file} is missing: download the model again")
+            files[file] = SafetensorsFile(self.path / file)
+        for file, opened in files.items():
+            indexed = {name for name, place in weight_map.items() if place == file}
+            for name in sorted(indexed ^ opened.entries.keys()):
+                where = "not in the file" if name in indexed else "in the file but not in the index"
+                raise UserError(f"{path} and {file} disagree: {name} is {where}: download the model again")
+        return {name: files[file] for name, file in weight_map.items()}
+
+    @property
+    def tensor_names(self) -> set[str]:
+        return set(self._files)
+
+    @property
+    def weight_files(self) -> list[Path]:
+        return sorted({file.path for file in self._files.values()})
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weight files."""
+        return sum(path.stat().st_size for path in self.weight_files)
+
+    def dtype_and_shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        entry = self._files[name].entries[name]
+        return entry.dtype, entry.shape
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor in its dtype on disk, mapped from the file."""
+        return self._files[name].tensor(name)
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest says of the source: the configuration, and checksums of tokenizer and chat template."""
+        return {
+            "path": str(self.path),
+            "config": self.config,
+            "tokenizer_sha256": tokenizer_sha256(self.path),
+            "chat_template_sha256": chat_template_sha256(self.path),
+        }
+
+
+def num_tokens(folder: Path) -> int:
+    """One more than the largest token id of tokenizer.json, 0 without such a file."""
+    if not (folder / "tokenizer.json").exists():
+        return 0
+    content = read_json(folder / "tokenizer.json", "tokenizer", "download the model again")
+    vocabulary = content.get("model", {}).get("vocab", {})
+    ids = [int(token["id"]) for token in content.get("added_tokens", [])]
+    if isinstance(vocabulary, dict):
+        return 1 + max([*ids, *vocabulary.values()], default=-1)
+    return max([len(vocabulary), *(one + 1 for one in ids)])  # a list of tokens with their scores
+
+
+def write_weights(
+    folder: Path, plan: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write `tensors` as they come, as safetensors shards of at most `max_shard_bytes`, with an index if several.
+
+    `plan` has the dtype and shape (a meta tensor) of each, in the same order.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    room = max_shard_bytes
+    for name, tensor in plan.items():
+        if shards[-1] and tensor.nbytes > room:
+            shards.append({})
+            room = max_shard_bytes
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        write_file(folder / SINGLE, plan, tensors)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / name, shard, tensors)
+        weight_map.update(dict.fromkeys(shard, name))
+    total = sum(tensor.nbytes for tensor in plan.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copy all files of a model folder but weights, kept originals (*.orig) and the download's record. Returns the names."""
+    left_out = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".index.json", ".orig")
+    files = (path for path in source.iterdir() if path.is_file() and not path.name.startswith(".download."))
+    names = sorted(path.name for path in files if not path.name.endswith(left_out))
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def shape_record(shape: Shape) -> dict[str, Any]:
+    """A `Shape` as JSON values."""
+    record: dict[str, Any] = json.loads(json.dumps(asdict(shape), default=lambda value: dtype_name(value)))
+    return record

@@ -1,0 +1,26 @@
+"""Names of folders made from hub ids, and sizes and paths as messages show them."""
+
+import os
+from pathlib import Path
+
+ASSETS = Path(__file__).resolve().parents[3] / "assets"
+
+
+def model_folder_name(source: str) -> str:
+    """`deepseek-ai/DeepSeek-R1` becomes `deepseek_ai_DeepSeek_R1`."""
+    return source.replace("/", "_").replace("-", "_")
+
+
+def data_folder_name(source: str) -> str:
+    """`Vinnnf/Hybrid-OpenThoughts2-1M-1.5B` becomes `Vinnnf-Hybrid-OpenThoughts2-1M-1.5B`."""
+    return source.replace("/", "-")
+
+
+def gigabytes(num_bytes: int) -> str:
+    """`3.55 GB`; small sizes in MB."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def shown(path: Path) -> str:
+    """A path as a user would type it: relative where it lies below the current folder."""
+    return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)

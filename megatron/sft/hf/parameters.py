@@ -1,0 +1,96 @@
+"""A Hugging Face folder's weights as whole Megatron parameters, one at a time."""
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from megatron.sft.families.architecture import Shape
+from megatron.sft.families.casting import Caster
+from megatron.sft.families.weight_names import BoundRule, bound_rules, checked_to_megatron
+from megatron.sft.hf.folder import HFFolder
+from megatron.sft.hf.safetensors_file import tensor_bytes
+from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.manifest import sha256_of_text
+
+
+class HFParameters:
+    """The parameters of a Hugging Face folder, cast to `dtype` if one is given.
+
+    Rows that the tokenizer has beyond the embedding's get the mean of the old rows and a little seeded noise. `crc32` holds,
+    for every Hugging Face tensor read so far, the checksum of what was handed on.
+    """
+
+    def __init__(self, folder: HFFolder, dtype: torch.dtype | None) -> None:
+        self.folder = folder
+        self.shape: Shape = folder.shape
+        self.dtype = dtype
+        self.caster = Caster()
+        self.crc32: dict[str, int] = {}
+        self._crc32_on_disk: dict[str, int] = {}
+
+    def meta(self, bound: BoundRule) -> Tensor:
+        tensors = [self.hf_meta(name) for name in bound.hf]
+        return checked_to_megatron(bound, self.shape, tensors, str(self.folder.path))
+
+    def hf_meta(self, name: str) -> Tensor:
+        """Dtype and shape of a Hugging Face tensor as it is handed on."""
+        dtype, shape = self.folder.dtype_and_shape(name)
+        if not dtype.is_floating_point:
+            raise UserError(f"{self.folder.path}: tensor {name} is of dtype {dtype}: quantised weights are not read")
+        if self._is_embedding(name) and shape and shape[0] == self.folder.rows_on_disk:
+            shape = (self.shape.vocab_size, *shape[1:])
+        return torch.empty(shape, dtype=self.dtype or dtype, device="meta")
+
+    def read(self, bound: BoundRule) -> Tensor:
+        tensors = [self.hf_tensor(name) for name in bound.hf]
+        return checked_to_megatron(bound, self.shape, tensors, str(self.folder.path))
+
+    def hf_tensor(self, name: str) -> Tensor:
+        """A Hugging Face tensor as it is handed on. A value that is not a number is a `UserError`."""
+        on_disk = tensor = self.folder.tensor(name)
+        self._check(name)
+        if self._is_embedding(name) and len(tensor) < self.shape.vocab_size:
+            tensor = with_new_rows(tensor, self.shape.vocab_size)
+        if self.dtype is not None:
+            tensor = self.caster.cast(tensor, self.dtype)
+        self.crc32[name] = self._crc32_on_disk[name] if tensor is on_disk else zlib.crc32(tensor_bytes(tensor))
+        return tensor
+
+    def check_all(self) -> None:
+        """Look through all tensors on disk. May run beside reading, which then need not look itself."""
+        for bound in bound_rules(self.shape):
+            for name in bound.hf:
+                self._check(name)
+
+    def _check(self, name: str) -> None:
+        """Take a tensor's checksum; a value that is not a finite number is a `UserError`."""
+        if name in self._crc32_on_disk:
+            return
+        tensor = self.folder.tensor(name)
+        if tensor.numel():
+            low, high = torch.aminmax(tensor)
+            if not (low.isfinite() and high.isfinite()):
+                raise UserError(f"{self.folder.path}: tensor {name} holds NaN or infinity: download the model again")
+        self._crc32_on_disk[name] = zlib.crc32(tensor_bytes(tensor))
+
+    def fingerprint(self) -> str:
+        """A checksum of all tensors on disk, read or not."""
+        self.check_all()
+        return sha256_of_text(repr(sorted(self._crc32_on_disk.items())))
+
+    def _is_embedding(self, name: str) -> bool:
+        return name in ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def with_new_rows(rows: Tensor, num_rows: int, seed: int = 1234) -> Tensor:
+    """[num_rows, width]: the old rows, then different rows near their mean, a tenth of each column's spread away."""
+    total = torch.zeros(rows.shape[1])
+    squares = torch.zeros(rows.shape[1])
+    for part in rows.split(4096):
+        total += part.float().sum(0)
+        squares += part.float().square().sum(0)
+    mean = total / len(rows)
+    spread = (squares / len(rows) - mean.square()).clamp(min=0).sqrt()
+    noise = torch.randn(num_rows - len(rows), rows.shape[1], generator=torch.Generator().manual_seed(seed))
+    return torch.cat([rows, (mean + 0.1 * spread * noise).to(rows.dtype)])

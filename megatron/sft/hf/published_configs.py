@@ -1,0 +1,57 @@
+"""What is known of a recipe's model before it is converted: its own config.json, or the published one in assets/models.json."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron.sft.families.architecture import Shape
+from megatron.sft.families.registry import read_shape
+from megatron.sft.hf.names import model_folder_name
+from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.manifest import read_json
+
+# Hub id to the fields of its config.json that say how large the model is, as its authors publish them.
+PUBLISHED = Path(__file__).resolve().parents[3] / "assets" / "models.json"
+
+
+def published_configs() -> dict[str, dict[str, Any]]:
+    """Hub id to configuration, of the models that the recipes name."""
+    configs: dict[str, dict[str, Any]] = read_json(PUBLISHED, "table of models", "take it from the repository")
+    return configs
+
+
+def find_shape(name: str) -> tuple[Shape, str]:
+    """The shape of a model given by its folder, its config.json or its hub id, and where it was read."""
+    path = Path(name)
+    path = path / "config.json" if path.is_dir() else path
+    if path.is_file():
+        config = read_json(path, "model configuration", "take the model's own file")
+        return read_shape(config, str(path)), str(path)
+    configs = published_configs()
+    if name not in configs:
+        raise UserError(
+            f"{name} is neither a folder with a config.json nor one of {', '.join(configs)}: "
+            f"download it with scripts/1_download.sh model {name}"
+        )
+    return read_shape(configs[name], name), f"{name}'s published config.json"
+
+
+def unconverted(checkpoint: Path) -> tuple[Shape | None, str, str]:
+    """For a converted model that is not there: its shape if known, where that is from, and the command that makes it.
+
+    The names are those that scripts/1_download.sh and 2_convert.sh give: <folder of the hub id>_Megatron_TP<n>PP<n>.
+    """
+    named = re.fullmatch(r"(.+)_[Mm]egatron_TP(\d+)PP(\d+)", checkpoint.name)
+    if named is None:
+        return None, "", f"bash scripts/2_convert.sh MODEL TP PP {checkpoint}"
+    source = checkpoint.with_name(named[1])
+    convert = f"bash scripts/2_convert.sh {source} {named[2]} {named[3]}"
+    others = sorted(path for path in checkpoint.parent.glob(f"{named[1]}_[Mm]egatron_TP*PP*") if path.is_dir())
+    if others:
+        convert += f" (or PRETRAIN_CHECKPOINT_PATH={others[0]}, which is there)"
+    if (source / "config.json").is_file():
+        return *find_shape(str(source)), convert
+    for id in published_configs():
+        if model_folder_name(id) == named[1]:
+            return *find_shape(id), f"bash scripts/1_download.sh model {id}; {convert}"
+    return None, "", f"bash scripts/1_download.sh model ID, which makes {source}; {convert}"

@@ -1,0 +1,88 @@
+"""A model that answers, run by transformers on one GPU or the CPU."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.sft.inference.decoding import Decoding
+from megatron.sft.runtime import device
+from megatron.sft.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class TransformersBackend:
+    """See `answers.Backend`."""
+
+    model: Any
+    pad_id: int
+
+    @property
+    def longest_prompt(self) -> int | None:
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        return limit - 1 if limit else None
+
+    def generate(
+        self, prompts: Sequence[list[int]], decoding: Decoding, on_token: Callable[[int], None] | None
+    ) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[self.pad_id] * (longest - len(each)) + each for each in prompts])  # [prompts, longest]
+        mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts])
+        sampling: dict[str, Any] = {"do_sample": False}
+        if decoding.temperature:
+            sampling = {
+                "do_sample": True,
+                "temperature": decoding.temperature,
+                "top_p": decoding.top_p,
+                "top_k": decoding.top_k,
+            }
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                max_new_tokens=decoding.max_new_tokens,
+                streamer=_Streamer(on_token) if on_token else None,
+                **sampling,
+            )
+        rows: list[list[int]] = output[:, longest:].tolist()
+        return rows
+
+
+class _Streamer:
+    """transformers calls `put` with the prompt, then with every new token."""
+
+    def __init__(self, on_token: Callable[[int], None]) -> None:
+        self._on_token = on_token
+        self._has_begun = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._has_begun:
+            self._on_token(int(value.reshape(-1)[0]))
+        self._has_begun = True
+
+    def end(self) -> None:
+        pass
+
+
+def load(folder: Path, dtype: str, seed: int, tokenizer: Any, stop_ids: Sequence[int]) -> TransformersBackend:
+    """Load to the GPU if there is one. No code from the folder is run and no network is used."""
+    import transformers
+
+    torch.manual_seed(seed)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # transformers raises what it likes for a damaged folder
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model {folder} cannot be loaded ({reason}): export or download it again") from None
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+    # The folder's own sampling settings are put aside: answers are greedy unless a temperature is asked for.
+    model.generation_config = transformers.GenerationConfig(eos_token_id=list(stop_ids), pad_token_id=pad_id)
+    return TransformersBackend(model.to(device.current()).eval(), pad_id)

@@ -1,0 +1,147 @@
+"""Attention over packed rows without Transformer Engine: every conversation attends to itself only."""
+
+import inspect
+import math
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron.sft.model.inputs import AttentionRuns, PackedRows
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention inside each conversation; takes the place of megatron-core's core attention.
+
+    In 16 bits on a GPU one variable-length flash attention call, else scaled_dot_product_attention a conversation. With
+    context parallelism each rank gathers the keys and values of all of them.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        # (tokens before the own one, 0); -1 before it means all.
+        self.window = config.window_size or (-1, 0)
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [t, heads, dim], key and value [t, kv heads, dim] to [t, heads * dim], t all tokens of the micro-batch (on
+        this context-parallel rank)."""
+        assert isinstance(packed_seq_params, PackedRows), "rows are always packed"
+        runs = packed_seq_params.runs
+        assert runs is not None
+        if runs.key_order is not None:
+            key, value = _gathered(key, value, runs.key_order)
+        # Flash attention computes in 16 bits only.
+        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+            context = self._varlen(query, key, value, runs)
+        else:
+            context = self._run_by_run(query, key, value, runs)
+        return context.reshape(query.shape[0], -1)
+
+    def _run_by_run(self, query: Tensor, key: Tensor, value: Tensor, runs: AttentionRuns) -> Tensor:
+        contexts = []
+        for q, k, v in zip(
+            query.split(runs.lengths), key.split(runs.key_lengths), value.split(runs.key_lengths), strict=True
+        ):
+            context = F.scaled_dot_product_attention(
+                q.transpose(0, 1)[None],  # [1, heads, length, dim]
+                k.transpose(0, 1)[None],
+                v.transpose(0, 1)[None],
+                **self._mask(len(q), len(k), q.device),
+                scale=self.softmax_scale,
+                enable_gqa=True,
+            )
+            contexts.append(context[0].transpose(0, 1))
+        return torch.cat(contexts)
+
+    def _mask(self, length: int, key_length: int, device: torch.device) -> dict[str, Any]:
+        """Causal for queries that stand at the end of the keys, and with a window no further back than it reaches.
+
+        A mask is [length, key_length], True where seen.
+        """
+        before = self.window[0]
+        if length == key_length and (before < 0 or length <= before + 1):
+            return {"is_causal": True}
+        distance = torch.arange(key_length - length, key_length, device=device)[:, None] - torch.arange(
+            key_length, device=device
+        )
+        return {"attn_mask": (distance >= 0) & ((distance <= before) | (before < 0))}
+
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, runs: AttentionRuns) -> Tensor:
+        # Flash attention counts from the end of the keys, where the queries stand.
+        longest = max(runs.lengths), max(runs.key_lengths)
+        return varlen_attention(
+            query, key, value, runs.borders, runs.key_borders, *longest, self.softmax_scale, self.window
+        )
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    borders: Tensor,
+    key_borders: Tensor,
+    longest: int,
+    longest_key: int,
+    scale: float,
+    window: tuple[int, int] = (-1, 0),
+) -> Tensor:
+    """torch's causal flash attention in 16 bits over runs of tokens: query [t, heads, dim], key, value [k, kv heads, dim]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1] and _varlen_asks_for_groups():
+        options["enable_gqa"] = True
+    context = varlen_attn(
+        query, key, value, borders, key_borders, longest, longest_key, scale=scale, window_size=window, **options
+    )
+    assert isinstance(context, Tensor)
+    return context
+
+
+@cache
+def _varlen_asks_for_groups() -> bool:
+    """True if this torch's varlen_attn must be told of fewer key heads than query heads (2.11's kernel just takes them)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def _gathered(key: Tensor, value: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and values of all context-parallel ranks, picked by `order`: each [len(order), kv heads, dim].
+
+    Backward sums what each rank's queries give to a key on the rank that holds it.
+    """
+    both = tensor_parallel.gather_from_sequence_parallel_region(
+        torch.stack([key, value], dim=1),  # [t, 2, kv heads, dim]
+        tensor_parallel_output_grad=True,
+        group=parallel_state.get_context_parallel_group(),
+    )
+    key, value = both.index_select(0, order).unbind(dim=1)
+    return key, value

@@ -1,0 +1,162 @@
+"""megatron-core's TransformerConfig for an architecture, a layout and a precision; built here and nowhere else."""
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron.sft.families.architecture import Shape
+from megatron.sft.model.fused_wgrad import use_in_linear_layers
+from megatron.sft.model.layout import Layout, check_layout
+from megatron.sft.runtime import device
+from megatron.sft.runtime.errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16, "fp32": torch.float32}
+
+
+_FP8_BLOCK = 16
+
+
+def precision_fields(precision: str, fp8_recipe: str, shape: Shape, has_transformer_engine: bool) -> dict[str, Any]:
+    """TransformerConfig's fields of a precision. With `fp8` the layers' matrix products run in 8 bits on bf16 weights.
+
+    `tensorwise` scales every tensor by its present largest value; `delayed` by the largest of the last 16 steps.
+    """
+    if precision != "fp8":
+        return {}
+    if not has_transformer_engine:
+        raise UserError(
+            "PRECISION=fp8 needs a GPU and Transformer Engine (an nvcr PyTorch container has it): take bf16"
+        )
+    sizes = {
+        "hidden size": shape.hidden_size,
+        "MLP width": shape.ffn_hidden_size,
+        "query width": shape.num_heads * shape.head_dim,
+    }
+    for name, size in sizes.items():
+        if size % _FP8_BLOCK:
+            raise UserError(
+                f"PRECISION=fp8 needs sizes that are multiples of {_FP8_BLOCK}, the model's {name} is {size}: take bf16"
+            )
+    history = {"fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"} if fp8_recipe == "delayed" else {}
+    return {"fp8": "hybrid", "fp8_recipe": fp8_recipe, **history}
+
+
+def has_transformer_engine() -> bool:
+    """True if this process uses Transformer Engine's layers: it has a GPU and megatron-core found the package.
+
+    MEGATRON_SFT_TE=0 in the environment does without it, to compare.
+    """
+    if not device.has_gpu() or os.environ.get("MEGATRON_SFT_TE") == "0":
+        return False
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return bool(HAVE_TE)
+
+
+def describe_kernels(precision: str) -> str:
+    """What this process computes with, for the log, and what would be faster."""
+    if not device.has_gpu():
+        return "torch on the CPU"
+    own = "Triton kernels for norms, SwiGLU, rotary positions and loss"
+    if has_transformer_engine():
+        import transformer_engine
+
+        attention = "torch's attention, conversation by conversation" if precision == "fp32" else "its packed attention"
+        return f"Transformer Engine {getattr(transformer_engine, '__version__', '')}: linear layers, {attention}, AdamW; {own}"
+    attention = "scaled_dot_product_attention, conversation by conversation" if precision == "fp32" else "varlen_attn"
+    return (
+        f"torch {torch.__version__}: linear layers, {attention}, fused AdamW; {own}. "
+        "Transformer Engine is not installed: with it bf16 is faster, and fp8 possible"
+    )
+
+
+def transformer_config(shape: Shape, layout: Layout, params_dtype: torch.dtype, **overrides: Any) -> TransformerConfig:
+    """megatron-core's configuration of this architecture in this layout. `overrides` are TransformerConfig's own fields."""
+    check_layout(layout, shape)
+    stage_layers = layout.stage_layers(shape)
+    uneven = len(set(stage_layers)) > 1
+    accumulate = device.has_gpu() and not has_transformer_engine()
+    if accumulate:
+        use_in_linear_layers()
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        # megatron-core counts the tokens before the own one.
+        window_size=(shape.sliding_window - 1, 0) if shape.sliding_window else None,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        context_parallel_size=layout.context_parallel,
+        sequence_parallel=layout.sequence_parallel,
+        num_layers_in_first_pipeline_stage=stage_layers[0] if uneven else None,
+        num_layers_in_last_pipeline_stage=stage_layers[-1] if uneven else None,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        # Between two stages only megatron-core's single transfers keep the two directions of interleaved chunks apart.
+        overlap_p2p_comm=layout.virtual_pipeline > 1,
+        batch_p2p_comm=layout.virtual_pipeline == 1,
+        batch_p2p_sync=False,
+        pipeline_dtype=params_dtype,
+        # Rows differ in length (see `pipeline.RowPipeline`).
+        variable_seq_lengths=layout.pipeline_parallel > 1,
+        moe_token_dispatcher_type="alltoall",
+        **_mixture_fields(shape, layout),
+        params_dtype=params_dtype,
+        bf16=params_dtype == torch.bfloat16,
+        fp16=params_dtype == torch.float16,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not device.has_gpu(),
+        perform_initialization=False,
+        # Transformer Engine's layers do it by a switch of their own (build_model).
+        gradient_accumulation_fusion=accumulate,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        persist_layer_norm=False,
+        **overrides,
+    )
+
+
+def _mixture_fields(shape: Shape, layout: Layout) -> dict[str, Any]:
+    mixture = shape.mixture
+    if mixture is None:
+        return {}
+    if not hasattr(moe_utils, "te_general_gemm"):
+        # Without Transformer Engine the router looks for a name that megatron-core then forgot to define.
+        moe_utils.te_general_gemm = None
+    return {
+        "num_moe_experts": mixture.num_experts,
+        "moe_ffn_hidden_size": mixture.ffn_hidden_size,
+        "moe_router_topk": mixture.experts_per_token,
+        # Softmax over the chosen experts' scores alone makes their weights sum to 1.
+        "moe_router_pre_softmax": not mixture.normalized,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": has_transformer_engine(),
+        "expert_model_parallel_size": layout.expert_parallel,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel,
+    }
+
+
+def recompute_fields(word: str) -> dict[str, Any]:
+    """TransformerConfig's fields of RECOMPUTE: `selective` is norms and activations, `full` whole layers."""
+    if word == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if word == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
+    return {}

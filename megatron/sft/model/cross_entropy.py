@@ -1,0 +1,154 @@
+"""The output layer and its cross entropy for the trained tokens only, in chunks, over a vocabulary split between TP ranks.
+
+No [tokens, vocabulary] matrix ever exists: each chunk's gradient is formed while its logits are at hand, in the forward pass.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
+
+from megatron.sft.model.fused_wgrad import add_product, added_gradient
+
+# Fewer, larger chunks go over the weight's gradient less often; this one takes 0.8 GiB of logits with 152,000 ids.
+CHUNK_TOKENS = 2816
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a micro-batch is trained on. n is the number of trained tokens.
+
+    positions: [n] int64, where in the micro-batch the hidden state is that predicts the token.
+    ids: [n] int64, the tokens to predict.
+    weights: [n] float32, each token's weight in the loss; 1 for an average over tokens.
+    """
+
+    positions: Tensor
+    ids: Tensor
+    weights: Tensor
+
+
+def weighted_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Targets,
+    vocab_size: int,
+    group: ProcessGroup,
+    weight_is_shared: bool = False,
+    loss_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum over the trained tokens of weight * -log p(token), float32 scalar, and -log p of each, [n] float32 without gradient.
+
+    Both are equal on every rank of `group`.
+
+    hidden: [n, hidden size], the same on every rank of `group`, already taken at `targets.positions`; its gradient is this
+    rank's part only, to be summed over `group` by the caller. weight: [padded vocabulary / ranks, hidden size], this rank's
+    rows of the output matrix. Rows from `vocab_size` on are padding and take no probability.
+
+    The gradient of a weight that has megatron-core's `main_grad` is added there at once. It supposes that the backward pass
+    starts from this sum with the gradient `loss_scale` (float32 scalar; None is 1). weight_is_shared: the weight gets another
+    gradient from the embedding, which completes it.
+    """
+    result: tuple[Tensor, Tensor] = _WeightedCrossEntropy.apply(
+        hidden, weight, targets, vocab_size, group, weight_is_shared, loss_scale, torch.is_grad_enabled()
+    )
+    return result
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Targets,
+        vocab_size: int,
+        group: ProcessGroup,
+        weight_is_shared: bool,
+        loss_scale: Tensor | None,
+        needs_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        token_losses = torch.empty(len(targets.ids), dtype=torch.float32, device=hidden.device)
+        scaled = targets.weights if loss_scale is None else targets.weights * loss_scale
+        grad_hidden = torch.empty_like(hidden) if needs_gradient else None
+        main_grad = getattr(weight, "main_grad", None)
+        grad_weight = None
+        if needs_gradient:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if main_grad is None else main_grad
+        first_row = group.rank() * weight.shape[0]
+        num_rows = max(0, min(weight.shape[0], vocab_size - first_row))
+        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
+            logits = hidden[part] @ weight.t()  # [chunk, vocabulary / ranks]
+            local_ids = targets.ids[part] - first_row
+            statistics = _statistics(logits, local_ids, num_rows)
+            log_sums, token_losses[part] = _combine(statistics, group)
+            if grad_hidden is not None and grad_weight is not None:
+                gradient = _gradient(logits, local_ids, log_sums, scaled[part], num_rows)
+                torch.matmul(gradient, weight, out=grad_hidden[part])
+                add_product(grad_weight, gradient, hidden[part])
+                del gradient
+            del logits  # before the next chunk's are made
+        ctx.save_for_backward(grad_hidden, grad_weight if main_grad is None else None)
+        ctx.weight, ctx.weight_is_shared, ctx.loss_scale = weight, weight_is_shared, loss_scale
+        ctx.mark_non_differentiable(token_losses)
+        return token_losses @ targets.weights, token_losses
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_outputs[0] if ctx.loss_scale is None else grad_outputs[0] / ctx.loss_scale
+        grad_hidden = grad_hidden * scale.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * scale).to(ctx.weight.dtype)
+        elif not ctx.weight_is_shared:
+            grad_weight = added_gradient(ctx.weight)
+        return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def _statistics(logits: Tensor, local_ids: Tensor, num_rows: int) -> Tensor:
+    """[chunk, 3] float32: largest logit, sum of exponentials relative to it, the target's logit (-inf if elsewhere).
+
+    Columns from num_rows on are padding; a rank may hold nothing else.
+    """
+    if logits.is_cuda:
+        from megatron.sft.model.kernels.cross_entropy import row_statistics
+
+        return row_statistics(logits, local_ids, num_rows)
+    if num_rows == 0:
+        return torch.tensor([[float("-inf"), 0.0, float("-inf")]]).expand(len(logits), 3).clone()
+    real = logits[:, :num_rows].float()
+    largest = real.max(dim=-1).values
+    here = (local_ids >= 0) & (local_ids < num_rows)
+    wanted = real.gather(1, local_ids.clamp(0, num_rows - 1)[:, None])[:, 0].masked_fill(~here, float("-inf"))
+    return torch.stack([largest, (real - largest[:, None]).exp().sum(dim=-1), wanted], dim=1)
+
+
+def _combine(statistics: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """log(sum of exponentials) and losses, both [chunk], over the whole vocabulary."""
+    largest, sums, wanted = statistics.unbind(dim=1)
+    if group.size() > 1:
+        highest = torch.stack([largest, wanted])
+        torch.distributed.all_reduce(highest, op=ReduceOp.MAX, group=group)
+        sums = sums * (largest - highest[0]).exp()
+        torch.distributed.all_reduce(sums, group=group)
+        largest, wanted = highest.unbind()
+    log_sums = largest + sums.log()
+    return log_sums, log_sums - wanted
+
+
+def _gradient(logits: Tensor, local_ids: Tensor, log_sums: Tensor, weights: Tensor, num_rows: int) -> Tensor:
+    """d(sum of weights * losses)/d(logits), [chunk, vocabulary / ranks] in the logits' dtype; may overwrite them."""
+    if logits.is_cuda:
+        from megatron.sft.model.kernels.cross_entropy import gradient_in_place
+
+        gradient_in_place(logits, local_ids, log_sums, weights, num_rows)
+        return logits
+    gradient = (logits.float() - log_sums[:, None]).exp_()
+    gradient[:, num_rows:] = 0.0
+    here = (local_ids >= 0) & (local_ids < num_rows)
+    column = local_ids.clamp(0, logits.shape[1] - 1)[:, None]
+    gradient.scatter_add_(1, column, -here.to(gradient.dtype)[:, None])
+    return gradient.mul_(weights[:, None]).to(logits.dtype)

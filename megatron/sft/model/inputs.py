@@ -1,0 +1,54 @@
+"""What the model takes: a micro-batch of packed rows as arrays on the device."""
+
+from dataclasses import dataclass
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron.sft.model.cross_entropy import Targets
+
+
+@dataclass(frozen=True)
+class AttentionRuns:
+    """`QueryChunks` as attention kernels take them. Lengths are host numbers, so that no layer waits for the device.
+
+    borders, key_borders: int32 [runs + 1], each 0 and the running sum of the lengths. key_order: as in `QueryChunks`.
+    """
+
+    lengths: list[int]
+    key_lengths: list[int]
+    borders: Tensor
+    key_borders: Tensor
+    key_order: Tensor | None
+
+
+@dataclass
+class PackedRows(PackedSeqParams):
+    """The borders of a micro-batch's conversations, over all context-parallel ranks, and what this rank's tokens attend to."""
+
+    runs: AttentionRuns | None = None
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch on the device. t is the number of tokens on this context-parallel rank, padding included.
+
+    tokens, positions: [1, t] int64; positions restart in each conversation.
+    packed: the conversations' borders; padding at a conversation's end is part of it, at the row's end one of its own.
+    targets: the trained tokens whose predicting hidden state is on this rank.
+    loss_count: int64 scalar, what the summed loss is to be divided by (trained tokens, or conversations), this rank's part.
+    num_tokens, sum_squared_lengths: of the conversations of all ranks without padding.
+    gradient_scale: float32 scalar, what the gradient of the summed loss is to be multiplied by; None is 1.
+    sources: [n] int64, which of the data's `num_sources` sources each target is from; None where there is one only.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    packed: PackedRows
+    targets: Targets
+    loss_count: Tensor
+    num_tokens: int
+    sum_squared_lengths: int
+    gradient_scale: Tensor | None = None
+    sources: Tensor | None = None
+    num_sources: int = 0

@@ -1,0 +1,117 @@
+"""How a model is spread over processes: tensor, pipeline, context and data parallel sizes, checked against the model."""
+
+from dataclasses import dataclass
+
+from megatron.sft.families.architecture import Shape
+from megatron.sft.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel dimensions of one run. The data-parallel size is what remains of the processes."""
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    context_parallel: int = 1
+    sequence_parallel: bool = False
+    expert_parallel: int = 1
+    virtual_pipeline: int = 1  # model chunks on each pipeline stage
+
+    @property
+    def model_size(self) -> int:
+        """Processes that hold one copy of the model together."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+
+    def data_parallel(self, num_processes: int) -> int:
+        """Copies of the model that `num_processes` processes make; a `UserError` where they do not divide."""
+        if num_processes % self.model_size:
+            raise UserError(
+                f"{num_processes} processes cannot hold TP {self.tensor_parallel} x PP {self.pipeline_parallel} x "
+                f"CP {self.context_parallel}: start a multiple of {self.model_size} (GPUS_PER_NODE x NNODES)"
+            )
+        if num_processes // self.pipeline_parallel % self.expert_parallel:
+            raise UserError(
+                f"EP={self.expert_parallel} does not divide the {num_processes // self.pipeline_parallel} processes of a "
+                "pipeline stage, over which experts are spread: start more processes or lower EP"
+            )
+        return num_processes // self.model_size
+
+    @property
+    def expert_tensor_parallel(self) -> int:
+        """Processes that share one expert: those of TP, or each expert whole where EP spreads them."""
+        return 1 if self.expert_parallel > 1 else self.tensor_parallel
+
+    def padded_vocab_size(self, shape: Shape) -> int:
+        """Rows of the embedding as Megatron holds it: the vocabulary rounded up to a multiple of the TP size."""
+        return -(-shape.vocab_size // self.tensor_parallel) * self.tensor_parallel
+
+    def stage_layers(self, shape: Shape) -> list[int]:
+        """Number of layers on each pipeline stage. Where they do not divide, the middle stages get the larger share."""
+        stages = self.pipeline_parallel
+        if shape.num_layers % stages == 0:
+            return [shape.num_layers // stages] * stages
+        middle = -(-shape.num_layers // stages)
+        while shape.num_layers - middle * (stages - 2) < 2:
+            middle -= 1
+        ends = shape.num_layers - middle * (stages - 2)
+        # The last stage computes the loss as well, so it gets the smaller half.
+        return [ends - ends // 2, *[middle] * (stages - 2), ends // 2]
+
+
+def check_layout(layout: Layout, shape: Shape) -> None:
+    """A `UserError` that names the sizes that work, if the model cannot be split as asked."""
+    for name, size in (
+        ("TP", layout.tensor_parallel),
+        ("PP", layout.pipeline_parallel),
+        ("CP", layout.context_parallel),
+        ("EP", layout.expert_parallel),
+        ("VIRTUAL_PIPELINE_SIZE", layout.virtual_pipeline),
+    ):
+        if size < 1:
+            raise UserError(f"{name}={size} is not possible: parallel sizes start at 1")
+    tensor_parallel = layout.tensor_parallel
+    width = shape.mixture.ffn_hidden_size if shape.mixture else shape.ffn_hidden_size
+    sizes = {"attention heads": shape.num_heads, "KV heads": shape.num_kv_heads}
+    if layout.expert_parallel == 1:
+        sizes["MLP width"] = width
+    works = [n for n in range(1, shape.num_kv_heads + 1) if all(size % n == 0 for size in sizes.values())]
+    undivided = [f"{size} {what}" for what, size in sizes.items() if size % tensor_parallel]
+    if undivided:
+        raise UserError(
+            f"TP={tensor_parallel} does not divide the model's {' and '.join(undivided)}: "
+            f"choose TP from {', '.join(map(str, works))}"
+        )
+    if layout.pipeline_parallel > shape.num_layers:
+        raise UserError(
+            f"PP={layout.pipeline_parallel} is more than the model's {shape.num_layers} layers: choose PP up to that"
+        )
+    _check_virtual_pipeline(layout, shape)
+    _check_experts(layout, shape)
+    if layout.sequence_parallel and tensor_parallel == 1:
+        raise UserError("sequence parallelism needs TP > 1: set TENSOR_PARALLEL_SIZE=2 or more, or SEQUENCE_PARALLEL=0")
+
+
+def _check_experts(layout: Layout, shape: Shape) -> None:
+    experts = shape.mixture.num_experts if shape.mixture else 1
+    if experts % layout.expert_parallel:
+        raise UserError(
+            f"EP={layout.expert_parallel} does not divide the model's {experts} experts: "
+            f"choose EP from {', '.join(str(n) for n in range(1, experts + 1) if experts % n == 0)}"
+        )
+
+
+def _check_virtual_pipeline(layout: Layout, shape: Shape) -> None:
+    """megatron-core interleaves stages that have as many layers as each other, in chunks of one size."""
+    chunks, stages = layout.virtual_pipeline, layout.pipeline_parallel
+    if chunks == 1:
+        return
+    if stages == 1:
+        raise UserError(
+            f"VIRTUAL_PIPELINE_SIZE={chunks} needs pipeline stages: set PIPELINE_PARALLEL_SIZE=2 or more, or take 1"
+        )
+    if shape.num_layers % (stages * chunks):
+        works = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % (stages * n) == 0] or [1]
+        raise UserError(
+            f"VIRTUAL_PIPELINE_SIZE={chunks} x PP={stages} does not divide the model's {shape.num_layers} layers: choose "
+            f"VIRTUAL_PIPELINE_SIZE from {', '.join(map(str, works))}"
+        )

@@ -1,0 +1,233 @@
+"""How many bytes a training run needs on each GPU, part by part, worked out from the model's shape before anything starts.
+
+docs/performance.md compares the estimates with measured peaks.
+"""
+
+from dataclasses import dataclass, replace
+
+from megatron.sft.families.architecture import Shape
+from megatron.sft.model.layout import Layout
+
+GIB = 2**30
+# loss_head.CHUNK_TOKENS, without megatron-core: plan has to answer in seconds. A test holds them equal.
+HEAD_CHUNK_TOKENS = 2816
+# In the order of their cost in time.
+RECOMPUTE_WORDS = ("none", "selective", "full")
+# What torch does not count in its peak: the CUDA context with cuBLAS' and Transformer Engine's workspaces, and NCCL's buffers
+# for every dimension of parallelism.
+_CONTEXT_BYTES = int(1.0 * GIB)
+_NCCL_BYTES = int(0.4 * GIB)
+# Blocks that torch's allocator keeps beside the tensors, as a share of the activations.
+_FRAGMENTS = 0.02
+# Share of a GPU's memory that an estimate may fill: it is not exact.
+_USABLE = 0.96
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """What the memory depends on besides the model and the layout."""
+
+    row_length: int
+    micro_batch_size: int = 1
+    micro_batches: int = 1  # of a step on each data-parallel copy
+    precision: str = "bf16"
+    recompute: str = "none"
+    optimizer_precision: str = "fp32"
+    optimizer_offload: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one GPU of the pipeline stage that needs most."""
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # kept from the forward to the backward pass
+    working: int  # the output head's chunk, or the largest tensors of one layer's backward pass
+    reserve: int  # CUDA context and NCCL: not part of torch's own figures
+
+    @property
+    def tensors(self) -> int:
+        """What torch.cuda.max_memory_reserved should show."""
+        return self.total - self.reserve
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts().values())
+
+    def fits(self, gpu_bytes: int) -> bool:
+        """True if a GPU of so many bytes holds it, with a margin."""
+        return self.total <= _USABLE * gpu_bytes
+
+    def parts(self) -> dict[str, int]:
+        """Name and bytes of each part."""
+        return {name: value for name, value in self.__dict__.items() if name != "stage"}
+
+
+def estimate(shape: Shape, layout: Layout, data_parallel: int, settings: MemorySettings) -> MemoryEstimate:
+    """The estimate for the pipeline stage that needs most. Rows are taken as full and every token as trained."""
+    stages = [
+        _stage_estimate(shape, layout, data_parallel, settings, stage) for stage in range(layout.pipeline_parallel)
+    ]
+    return max(stages, key=lambda each: each.total)
+
+
+def cheapest_recompute(
+    shape: Shape, layout: Layout, data_parallel: int, settings: MemorySettings, gpu_bytes: int
+) -> str:
+    """The word for RECOMPUTE that costs least time and fits `gpu_bytes`; `full` where none fits."""
+    for word in RECOMPUTE_WORDS:
+        if estimate(shape, layout, data_parallel, replace(settings, recompute=word)).fits(gpu_bytes):
+            return word
+    return RECOMPUTE_WORDS[-1]
+
+
+def num_parameters(shape: Shape) -> int:
+    """Number of weights of the whole model, tied embeddings counted once."""
+    split, whole, expert = _layer_parameters(shape)
+    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
+    return shape.num_layers * (split + whole + expert) + embeddings + shape.hidden_size
+
+
+def stage_parameters(shape: Shape, layout: Layout, stage: int) -> tuple[int, int]:
+    """Weights on one process of a pipeline stage: those that every data-parallel copy holds, and those of its experts."""
+    split, whole, expert = _layer_parameters(shape)
+    layers = layout.stage_layers(shape)[stage]
+    last = layout.pipeline_parallel - 1
+    embedding = layout.padded_vocab_size(shape) // layout.tensor_parallel * shape.hidden_size
+    dense = layers * (split // layout.tensor_parallel + whole)
+    if stage == 0:
+        dense += embedding
+    if stage == last:
+        dense += shape.hidden_size  # the last norm
+        if not shape.tied_embeddings or last > 0:  # tied stages hold a copy each
+            dense += embedding
+    return dense, layers * expert // (layout.expert_parallel * layout.expert_tensor_parallel)
+
+
+def _layer_parameters(shape: Shape) -> tuple[int, int, int]:
+    """Of one layer: weights that TP splits, weights that every process holds, weights of all experts together."""
+    hidden, head_dim = shape.hidden_size, shape.head_dim
+    split = hidden * head_dim * 2 * (shape.num_heads + shape.num_kv_heads)
+    split += head_dim * (shape.num_heads + 2 * shape.num_kv_heads) if shape.qkv_bias else 0
+    whole = 2 * hidden + (2 * head_dim if shape.qk_norm else 0)
+    if shape.mixture is None:
+        return split + 3 * hidden * shape.ffn_hidden_size, whole, 0
+    experts = shape.mixture.num_experts * 3 * hidden * shape.mixture.ffn_hidden_size
+    return split, whole + shape.mixture.num_experts * hidden, experts
+
+
+def _stage_estimate(
+    shape: Shape, layout: Layout, data_parallel: int, settings: MemorySettings, stage: int
+) -> MemoryEstimate:
+    dense, expert = stage_parameters(shape, layout, stage)
+    copies = data_parallel * layout.context_parallel
+    expert_copies = max(1, copies * layout.tensor_parallel // (layout.expert_parallel * layout.expert_tensor_parallel))
+    for_weight, for_gradient, for_optimizer = _bytes_per_parameter(settings)
+    tokens = settings.row_length * settings.micro_batch_size // layout.context_parallel
+    in_flight = _micro_batches_in_flight(layout, settings.micro_batches, stage)
+    layers = layout.stage_layers(shape)[stage]
+    layer = layer_tensors(shape, layout, settings)
+    one_micro_batch = layers * tokens * sum(kept_tensors(layer, settings.recompute).values())
+    weights = for_weight * (dense + expert)
+    if settings.precision == "fp8":
+        # Two copies of the linear layers' weights in 8 bits, as rows and as columns.
+        split, _, _ = _layer_parameters(shape)
+        weights += 2 * (layers * split // layout.tensor_parallel + expert)
+    activations = in_flight * one_micro_batch
+    working = _largest_layer_tensors(layer, settings.recompute) * tokens
+    unit = _element_bytes(settings)
+    if stage == layout.pipeline_parallel - 1:
+        # The last layer's output, its norm, its trained tokens and their gradient, on all TP ranks alike.
+        activations += 4 * unit * shape.hidden_size * tokens
+        chunk = min(HEAD_CHUNK_TOKENS, tokens) * unit * layout.padded_vocab_size(shape) // layout.tensor_parallel
+        working = max(working, chunk)
+    dimensions = (layout.tensor_parallel, layout.pipeline_parallel, layout.context_parallel, data_parallel)
+    return MemoryEstimate(
+        stage=stage,
+        weights=int(weights),
+        gradients=int(for_gradient * (dense + expert)),
+        optimizer=int(for_optimizer * (dense / copies + expert / expert_copies)),
+        activations=int(activations * (1 + _FRAGMENTS)),
+        working=int(working),
+        reserve=_CONTEXT_BYTES + _NCCL_BYTES * sum(size > 1 for size in dimensions),
+    )
+
+
+def _bytes_per_parameter(settings: MemorySettings) -> tuple[int, int, int]:
+    """(weight, gradient, optimizer): the optimizer's are shared by the data-parallel copies."""
+    on_gpu = not settings.optimizer_offload
+    if settings.precision == "fp32":
+        return 4, 4, 8 * on_gpu  # the weights are their own master copy
+    if settings.optimizer_precision == "bf16":
+        # Two moments, and the 16 bits that a master weight has more than the weight.
+        return 2, 2, 6 * on_gpu
+    return 2, 4, 12 * on_gpu
+
+
+def _micro_batches_in_flight(layout: Layout, micro_batches: int, stage: int) -> float:
+    """Micro-batches whose activations a stage holds at once: the first stage fills the pipeline, the last holds one.
+
+    Interleaved stages count in chunks of the model, of which they begin more before the first backward pass.
+    """
+    stages, chunks = layout.pipeline_parallel, layout.virtual_pipeline
+    if chunks == 1:
+        return min(stages - stage, micro_batches)
+    begun = 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
+    return min(begun, micro_batches * chunks) / chunks
+
+
+def _element_bytes(settings: MemorySettings) -> int:
+    return 4 if settings.precision == "fp32" else 2
+
+
+def layer_tensors(shape: Shape, layout: Layout, settings: MemorySettings) -> dict[str, float]:
+    """Bytes a token of what one layer's forward pass keeps for its backward pass, on one process.
+
+    The norms keep their input, the linear layers theirs, the attention its query, key, value, result and logarithms of sums,
+    SwiGLU its input. Under sequence parallelism what lies between the parallel parts is split over TP too.
+    """
+    tensor_parallel = layout.tensor_parallel
+    unit = _element_bytes(settings)
+    linear = 1 if settings.precision == "fp8" else unit  # inputs of linear layers are kept in 8 bits
+    hidden = shape.hidden_size / (tensor_parallel if layout.sequence_parallel else 1)
+    query = shape.num_heads * shape.head_dim / tensor_parallel
+    key_value = shape.num_kv_heads * shape.head_dim / tensor_parallel
+    tensors = {
+        "layer input": unit * hidden + 4,
+        "attention norm": linear * hidden,
+        "query": unit * query,
+        "key and value": 2 * unit * key_value,
+        "attention result": unit * query + 4 * shape.num_heads / tensor_parallel,
+        "attention result in 8 bits": linear * query if linear != unit else 0,
+        "residual": unit * hidden + 4,
+        "MLP norm": linear * hidden,
+    }
+    if shape.mixture is None:
+        width = shape.ffn_hidden_size / tensor_parallel
+        return {**tensors, "gate and up": 2 * unit * width, "activation": linear * width}
+    # Each token goes to several experts, wherever they are: its row, and what they make of it, as often.
+    chosen = shape.mixture.experts_per_token
+    width = chosen * shape.mixture.ffn_hidden_size / layout.expert_tensor_parallel
+    routed = {"rows of experts": chosen * 2 * unit * hidden, "router": 12.0 * shape.mixture.num_experts}
+    return {**tensors, **routed, "gate and up": 2 * unit * width, "activation": linear * width}
+
+
+def kept_tensors(layer: dict[str, float], recompute: str) -> dict[str, float]:
+    """Those of `layer_tensors` that a layer keeps with this word for RECOMPUTE."""
+    if recompute == "full":
+        return {"layer input": layer["layer input"]}
+    again = {"attention norm", "MLP norm", "activation"} if recompute == "selective" else set()
+    if "rows of experts" in layer:
+        again -= {"MLP norm", "activation"}  # experts are left as they are
+    return {name: size for name, size in layer.items() if name not in again}
+
+
+def _largest_layer_tensors(layer: dict[str, float], recompute: str) -> float:
+    """Bytes a token that one layer's backward pass takes beside what is kept: gradients, and what is computed again."""
+    gradients = layer["gate and up"] + layer["activation"] + layer["MLP norm"]
+    again = sum(layer.values()) - sum(kept_tensors(layer, recompute).values())
+    # Norms and activation are computed again one at a time.
+    return gradients + (again if recompute == "full" else min(again, layer["activation"]))

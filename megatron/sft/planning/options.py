@@ -1,0 +1,231 @@
+"""The settings of a training run: one table of shell variable, option, default and meaning."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron.sft.runtime.errors import UserError
+
+MODES = ("train", "resume")
+
+
+def _setting(variable: str, meaning: str, default: Any = MISSING, choices: tuple[str, ...] = ()) -> Any:
+    metadata = {"variable": variable, "meaning": meaning, "choices": choices}
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything that a user can set of a run. Option names are Megatron-LM's, variable names the recipes'."""
+
+    load: Path = _setting("PRETRAIN_CHECKPOINT_PATH", "converted model to start from (scripts/2_convert.sh)")
+    data_path: Path = _setting("DATA_PATH", "tokenised data: prefix of the .bin/.idx/.json (scripts/3_tokenize.sh)")
+    save: Path = _setting("OUTPUT_PATH", "folder of this run: checkpoints, metrics, a copy of the recipe")
+    seq_length: int = _setting(
+        "SEQ_LENGTH", "row length that the data must have been tokenised with; 0 takes the data's", 0
+    )
+
+    tensor_model_parallel_size: int = _setting("TENSOR_PARALLEL_SIZE", "processes that share each layer", 1)
+    pipeline_model_parallel_size: int = _setting("PIPELINE_PARALLEL_SIZE", "pipeline stages of layers", 1)
+    num_virtual_stages_per_pipeline_rank: int = _setting(
+        "VIRTUAL_PIPELINE_SIZE", "parts of the model on each pipeline stage, interleaved so that stages wait less", 1
+    )
+    context_parallel_size: int = _setting("CONTEXT_PARALLEL_SIZE", "processes that share each row", 1)
+    expert_model_parallel_size: int = _setting(
+        "EXPERT_PARALLEL_SIZE", "processes over which a mixture's experts are spread", 1
+    )
+    sequence_parallel: bool = _setting("SEQUENCE_PARALLEL", "split norms over TP as well (1 or 0)", False)
+
+    micro_batch_size: int = _setting("MICRO_BATCH_SIZE", "rows a forward pass", 1)
+    global_batch_size: int = _setting("GLOBAL_BATCH_SIZE", "rows an optimizer step, over all processes", 128)
+    train_iters: int = _setting("TRAIN_ITERS", "optimizer steps; 0 computes them from EPOCHS", 0)
+    epochs: float = _setting("EPOCHS", "passes over the training rows, where TRAIN_ITERS is 0", 1.0)
+    split: str = _setting("SPLIT", "shares of the rows for training, validation and none, e.g. 999,1,0", "100,0,0")
+    seed: int = _setting("SEED", "order of the rows, choice of validation rows", 1234)
+    loss_average: str = _setting(
+        "LOSS_AVERAGE", "every trained token weighs the same, or every conversation", "token", ("token", "conversation")
+    )
+
+    precision: str = _setting(
+        "PRECISION", "of forward and backward; fp8 needs Transformer Engine", "bf16", ("bf16", "fp16", "fp8", "fp32")
+    )
+    fp8_recipe: str = _setting(
+        "FP8_RECIPE",
+        "scale of fp8 tensors: by their present values, or by those of the last steps",
+        "tensorwise",
+        ("tensorwise", "delayed"),
+    )
+    initial_loss_scale: float = _setting("INITIAL_LOSS_SCALE", "first loss scale of fp16", 65536.0)
+    loss_scale_window: float = _setting(
+        "LOSS_SCALE_WINDOW", "good steps after which fp16 doubles its loss scale", 1000.0
+    )
+    optimizer_precision: str = _setting(
+        "OPTIMIZER_PRECISION",
+        "of gradients and moments; the master weights are float32 either way",
+        "fp32",
+        ("fp32", "bf16"),
+    )
+    optimizer_offload: bool = _setting(
+        "OPTIMIZER_OFFLOAD", "keep the optimizer's state in the CPU's memory (1 or 0)", False
+    )
+    lr: float = _setting("LR", "largest learning rate", 1e-5)
+    min_lr: float = _setting("MIN_LR", "learning rate at the end", 1e-6)
+    lr_decay_style: str = _setting(
+        "LR_DECAY_STYLE",
+        "shape of the learning rate after the warm-up",
+        "cosine",
+        ("cosine", "linear", "constant", "inverse-square-root", "WSD"),
+    )
+    lr_warmup_iters: int = _setting("LR_WARMUP_ITERS", "steps of linear warm-up; -1 takes LR_WARMUP_FRACTION", -1)
+    lr_warmup_fraction: float = _setting("LR_WARMUP_FRACTION", "share of the steps that warm up", 0.05)
+    lr_wsd_decay_iters: int = _setting(
+        "LR_WSD_DECAY_ITERS", "steps of the final decay of WSD; 0 takes a tenth of all", 0
+    )
+    lr_wsd_decay_style: str = _setting(
+        "LR_WSD_DECAY_STYLE",
+        "shape of the final decay of WSD",
+        "exponential",
+        ("exponential", "linear", "cosine", "minus_sqrt"),
+    )
+    weight_decay: float = _setting("WEIGHT_DECAY", "AdamW weight decay (not on norms and biases)", 0.1)
+    adam_beta1: float = _setting("ADAM_BETA1", "AdamW first-moment decay", 0.9)
+    adam_beta2: float = _setting("ADAM_BETA2", "AdamW second-moment decay", 0.95)
+    adam_eps: float = _setting("ADAM_EPS", "AdamW epsilon", 1e-8)
+    clip_grad: float = _setting("CLIP_GRAD", "largest gradient norm; 0 clips nothing", 1.0)
+    recompute: str = _setting(
+        "RECOMPUTE",
+        "what is computed again in the backward pass to save memory: nothing, norms and activation functions, whole layers, or "
+        "the cheapest that fits",
+        "none",
+        ("none", "selective", "full", "auto"),
+    )
+
+    gpu_memory_gib: float = _setting(
+        "GPU_MEMORY_GIB", "memory of a GPU in GiB, for plan and RECOMPUTE=auto; 0 is that of the GPU found", 0.0
+    )
+    tokens_per_second: float = _setting(
+        "TOKENS_PER_SECOND", "speed of all processes together, for plan's estimate of the time; 0 estimates it", 0.0
+    )
+
+    recipe: str = _setting("RECIPE", "file with these settings, copied beside the checkpoints; set by a recipe", "")
+    log_interval: int = _setting("LOG_INTERVAL", "steps a log line", 1)
+    save_interval: int = _setting("SAVE_INTERVALS", "steps a checkpoint; the last step is always saved", 1000)
+    async_save: bool = _setting(
+        "ASYNC_SAVE", "write checkpoints while training goes on, from a copy in the CPU's memory (1 or 0)", True
+    )
+    keep_last: int = _setting("KEEP_LAST", "newest checkpoints to keep; 0 keeps all", 0)
+    keep_every: int = _setting(
+        "KEEP_EVERY", "where KEEP_LAST removes some: iterations that are multiples of this one are kept", 0
+    )
+    verify_checkpoint: bool = _setting(
+        "VERIFY_CHECKPOINT", "compare every file of a checkpoint with its checksum before it is loaded (1 or 0)", True
+    )
+    resume_with: str = _setting(
+        "RESUME_WITH",
+        "what may differ from the saved run, at the same position: data, tokenizer, seq_length, global_batch_size, seed, "
+        "split, loss_average, separated by commas",
+        "",
+    )
+    eval_interval: int = _setting("EVAL_INTERVAL", "steps between validations, where SPLIT has validation rows", 100)
+    eval_iters: int = _setting("EVAL_ITERS", "global batches a validation; 0 takes all validation rows once", 0)
+    on_nan: str = _setting(
+        "ON_NAN",
+        "what to do with a step whose loss or gradient is not finite: end, or leave it out",
+        "stop",
+        ("stop", "skip"),
+    )
+    max_skipped: int = _setting("MAX_SKIPPED", "steps of the whole run that ON_NAN=skip may leave out", 10)
+    exit_after_minutes: float = _setting(
+        "EXIT_AFTER_MINUTES",
+        "save and end with status 75 before so many minutes since the script's start; 0 is no limit",
+        0.0,
+    )
+    watchdog_minutes: float = _setting(
+        "WATCHDOG_MINUTES", "end a run that stands still in one part of a step for so long; 0 waits for ever", 10.0
+    )
+    distributed_timeout_minutes: float = _setting(
+        "DISTRIBUTED_TIMEOUT_MINUTES", "how long a process waits for others; more than WATCHDOG_MINUTES", 15.0
+    )
+
+
+def variable_of(setting: "Field[Any]") -> str:
+    """The shell variable of a setting."""
+    return str(setting.metadata["variable"])
+
+
+def variable_named(name: str) -> str:
+    """The shell variable of the setting `name`."""
+    return next(variable_of(setting) for setting in fields(TrainOptions) if setting.name == name)
+
+
+def flag_of(setting: "Field[Any]") -> str:
+    """The command-line option of a setting."""
+    return "--" + setting.name.replace("_", "-")
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[str, TrainOptions]:
+    """The mode (`train`, `resume`, or `` for the right one of the two) and the settings."""
+    parser = _Parser(prog="train", description="Supervised fine-tuning with megatron-core.", allow_abbrev=False)
+    parser.add_argument("mode", nargs="?", default="", choices=("", *MODES), metavar="train|resume")
+    for setting in fields(TrainOptions):
+        kind = setting.type
+        required = setting.default is MISSING
+        meaning = f"{setting.metadata['meaning']} (variable {variable_of(setting)})".replace("%", "%%")
+        parser.add_argument(
+            flag_of(setting),
+            dest=setting.name,
+            type=_flag if kind is bool else kind,
+            default=None if required else setting.default,
+            choices=setting.metadata["choices"] or None,
+            help=meaning,
+        )
+    values = vars(parser.parse_args(arguments))
+    mode = values.pop("mode")
+    for setting in fields(TrainOptions):
+        if values[setting.name] is None:
+            raise UserError(f"{variable_of(setting)} is not set: it is the {setting.metadata['meaning']}")
+    return mode, TrainOptions(**values)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse speaks of options; the user typed variables.
+        for setting in fields(TrainOptions):
+            message = message.replace(f"argument {flag_of(setting)}:", f"{variable_of(setting)}:")
+        raise UserError(f"{message} (docs/options.md lists the settings)")
+
+
+def _flag(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off", ""):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither 1 nor 0")
+
+
+def as_markdown() -> str:
+    """docs/options.md."""
+    lines = [
+        "# Settings of a training run",
+        "",
+        "Set them as shell variables in a recipe (`scripts/sft/*.sh`), in the environment, or with `sbatch --export`.",
+        "This page is made by `python -m megatron.sft.options --markdown`.",
+        "",
+        "| variable | option | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    for setting in fields(TrainOptions):
+        default = "needed" if setting.default is MISSING else f"`{shell_value(setting.default)}`"
+        choices = "; one of " + ", ".join(setting.metadata["choices"]) if setting.metadata["choices"] else ""
+        meaning = f"{setting.metadata['meaning']}{choices}"
+        lines.append(f"| `{variable_of(setting)}` | `{flag_of(setting)}` | {default} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def shell_value(value: Any) -> str:
+    """A setting's value as it is written in a shell."""
+    if isinstance(value, bool):
+        return "1" if value else "0"
+    return str(value) or '""'

@@ -1,0 +1,74 @@
+"""How long a run will take: by a speed given, by the speed of an earlier part of it, or by an assumed share of the peak."""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron.sft.data.tokenized import MODE_FIRST, Index, TokenizedRows, file_of, read_index
+from megatron.sft.families.architecture import Shape
+from megatron.sft.families.flops import training_flops
+from megatron.sft.reporting import metrics
+from megatron.sft.runtime import device
+
+ASSUMED_MFU = 0.40
+# Dense bf16 peak of an H100 or H200, for a machine whose GPU is not known.
+H100_TFLOPS = 989.4
+
+
+@dataclass(frozen=True)
+class RowLoad:
+    """What an average row costs: its tokens, those of them that are trained, and the sum of its lengths squared."""
+
+    tokens: float
+    trained_tokens: float
+    sum_squared_lengths: float
+
+
+def full_rows(row_length: int) -> RowLoad:
+    """Rows of one conversation as long as the row, all trained: what costs most."""
+    return RowLoad(row_length, row_length, float(row_length) ** 2)
+
+
+def measured_rows(rows: TokenizedRows) -> RowLoad:
+    """The average over all rows of tokenised data."""
+    lengths = conversation_lengths(read_index(file_of(rows.prefix, "idx")))
+    num_rows, manifest = len(rows), rows.manifest
+    squares = float((lengths.astype(np.float64) ** 2).sum())
+    return RowLoad(manifest["tokens"] / num_rows, manifest["trained_tokens"] / num_rows, squares / num_rows)
+
+
+def conversation_lengths(index: Index) -> np.ndarray:
+    """[conversations] int64, tokens of each."""
+    firsts = np.flatnonzero(index.modes & MODE_FIRST)
+    return np.add.reduceat(index.lengths, firsts, dtype=np.int64)
+
+
+def tokens_per_second(
+    given: float, run_folder: Path, shape: Shape, load: RowLoad, num_processes: int
+) -> tuple[float, str]:
+    """Tokens a second of all processes together, and in words where the figure comes from."""
+    if given:
+        return given, "TOKENS_PER_SECOND"
+    if measured := _logged_speed(run_folder / metrics.FILE):
+        return measured, f"the median of {run_folder / metrics.FILE}"
+    peak = device.peak_tflops()
+    tokens, trained, squares = map(round, (load.tokens, load.trained_tokens, load.sum_squared_lengths))
+    operations = training_flops(shape, tokens, trained, squares) / max(tokens, 1)
+    speed = ASSUMED_MFU * (peak or H100_TFLOPS) * 1e12 / operations * num_processes
+    which = "this GPU's" if peak else "an H100's"
+    return speed, f"an assumed {ASSUMED_MFU:.0%} of {which} {peak or H100_TFLOPS:.0f} TFLOP/s; set TOKENS_PER_SECOND"
+
+
+def _logged_speed(path: Path) -> float | None:
+    if not path.is_file():
+        return None
+    speeds = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            speeds.append(float(json.loads(line)["tokens_per_second"]))
+        except (ValueError, KeyError, TypeError):
+            continue  # a validation, or a line cut short
+    return statistics.median(speeds) if speeds else None

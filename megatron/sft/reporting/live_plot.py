@@ -1,0 +1,68 @@
+"""loss.png of a run that is going on, drawn anew by a process of its own, so that training neither waits nor stops for it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron.sft.runtime import ranks
+
+PICTURE = "loss.png"
+LAST_SECONDS = 60.0  # that the end of a run waits for its last picture
+
+
+class LossPicture:
+    """Draws the picture of a run's folder; on the first process only. A failure is said once, and that is all of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._command = [sys.executable, "-m", "megatron.sft.plot", str(folder), "--output", str(folder / PICTURE)]
+        self._drawing: subprocess.Popen[str] | None = None
+        self._has_failed = not ranks.is_first()
+
+    def redraw(self) -> None:
+        """Start drawing, unless the picture before it is not finished."""
+        if self._has_failed or not self._is_finished(0.0):
+            return
+        # Nothing of this run's: neither its error file nor its place among the processes.
+        hidden = ("TORCHELASTIC_", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+        try:
+            self._drawing = subprocess.Popen(
+                self._command,
+                env=environment | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # Ctrl-C is for the run
+            )
+            os.setpriority(os.PRIO_PROCESS, self._drawing.pid, 10)
+        except OSError as error:
+            self._give_up(str(error))
+
+    def close(self) -> None:
+        """The picture as the run ends."""
+        if not self._has_failed and self._is_finished(LAST_SECONDS):
+            self.redraw()
+            self._is_finished(LAST_SECONDS)
+        if self._drawing is not None:
+            self._drawing.kill()
+            self._drawing.wait()
+
+    def _is_finished(self, seconds: float) -> bool:
+        if self._drawing is None:
+            return True
+        try:
+            status = self._drawing.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        reason = self._drawing.stderr.read().strip() if self._drawing.stderr else ""
+        self._drawing = None
+        if status:
+            self._give_up(reason.rpartition("\n")[2] or f"status {status}")
+        return not status
+
+    def _give_up(self, reason: str) -> None:
+        self._has_failed = True
+        ranks.say(f"warning: {PICTURE} is not drawn ({reason}); later: tools/plot_loss RUN")

@@ -1,0 +1,129 @@
+"""The loss curve of one run or several as a PNG, and the runs as a table."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from megatron.sft.reporting.curves import Curve
+
+COLOURS = ("#1f5fa8", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490")
+
+
+DASHES = ("-", "--", "-.", (0, (1, 1)))
+
+
+SIZE_INCHES, DOTS_PER_INCH = (9.0, 5.0), 120
+
+
+SMOOTHING_SHARE = 1 / 25  # of the steps, in one mean
+
+
+AXES = {"iteration": "iteration", "epoch": "epoch", "tokens": "tokens (million)"}
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean of each value and its neighbours; fewer neighbours near both ends, the same number on either side."""
+    reach = int(len(values) * SMOOTHING_SHARE / 2)
+    sums = [0.0, *accumulate(values)]
+    means = []
+    for place in range(len(values)):
+        near = min(reach, place, len(values) - 1 - place)
+        means.append((sums[place + near + 1] - sums[place - near]) / (2 * near + 1))
+    return means
+
+
+def draw(curves: Sequence[Curve], output: Path, title: str, axis: str = "iteration", by_source: bool = False) -> None:
+    """Write the PNG: raw and smoothed losses, validation points, and the learning rate on the right-hand axis.
+
+    by_source: with the smoothed loss of every source of the data.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=SIZE_INCHES, layout="constrained")
+    lr_axes = axes.twinx()
+    for number, curve in enumerate(curves):
+        _draw_run(axes, lr_axes, curve, _style(number), len(curves) > 1, axis)
+        if by_source:
+            _draw_sources(axes, curve, number, len(curves), axis)
+    _dress(axes, lr_axes, curves, title, axis)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = output.with_name(f".{output.name}.tmp")
+    figure.savefig(beside, dpi=DOTS_PER_INCH, format="png")
+    plt.close(figure)
+    beside.replace(output)
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
+
+
+def _draw_run(axes: Any, lr_axes: Any, curve: Curve, style: dict[str, Any], is_one_of_several: bool, axis: str) -> None:
+    label = f"{curve.name}: loss" if is_one_of_several else "loss"
+    raw_label = None if is_one_of_several else f"{label} (as logged)"
+    x, colour = curve.x(axis), style["color"]
+    axes.plot(x, curve.losses, color=colour, alpha=0.3, linewidth=0.8, label=raw_label)
+    axes.plot(x, smoothed(curve.losses), **style, linewidth=1.8, label=f"{label} (smoothed)")
+    if curve.validation_losses:
+        validation = label.replace("loss", "validation loss")
+        points = (curve.validation_x(axis), curve.validation_losses)
+        axes.plot(*points, "o", color=colour, markersize=6, markeredgecolor="black", label=validation)
+    lr_axes.plot(x, curve.lrs, color=colour, alpha=0.6, linewidth=1.0, linestyle=":")
+
+
+def _draw_sources(axes: Any, curve: Curve, number: int, num_runs: int, axis: str) -> None:
+    place_of = dict(zip(curve.iterations, curve.x(axis), strict=True))
+    for index, (name, points) in enumerate(curve.sources.items(), start=1):
+        x = [place_of[iteration] for iteration, _ in points]
+        style = {"color": COLOURS[(number + index) % len(COLOURS)], "linestyle": "--"}
+        label = f"{curve.name}: {name}" if num_runs > 1 else f"source {name}"
+        axes.plot(x, smoothed([loss for _, loss in points]), **style, linewidth=1.2, label=label)
+
+
+def _dress(axes: Any, lr_axes: Any, curves: Sequence[Curve], title: str, axis: str) -> None:
+    losses = [loss for curve in curves for loss in curve.losses + curve.validation_losses]
+    if min(losses) > 0 and max(losses) / min(losses) > 20:
+        axes.set_yscale("log")
+    axes.plot([], [], color="grey", linewidth=1.0, linestyle=":", label="learning rate (right)")
+    axes.set_xlabel(AXES[axis])
+    axes.set_ylabel("loss per trained token")
+    axes.set_title(title)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="upper right", framealpha=0.9)
+    axes.set_zorder(lr_axes.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    lr_axes.set_ylabel("learning rate")
+    lr_axes.set_ylim(bottom=0)
+    lr_axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+
+
+def title_of(curves: Sequence[Curve]) -> str:
+    """What a run came to; for several runs only their number."""
+    if len(curves) > 1:
+        return f"Loss of {len(curves)} runs"
+    curve = curves[0]
+    return f"{curve.name}: loss {curve.losses[0]:.3g} to {final_loss(curve):.3g} in {curve.iterations[-1]:,} steps"
+
+
+def final_loss(curve: Curve) -> float:
+    """The mean of the last tenth of the logged losses, 10 at most."""
+    last = curve.losses[-max(1, min(10, len(curve.losses) // 10)) :]
+    return sum(last) / len(last)
+
+
+def comparison(curves: Sequence[Curve]) -> str:
+    """The runs side by side as a Markdown table."""
+    lines = [
+        "| run | steps | million tokens | loss at the end | best validation | tokens/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for curve in curves:
+        best = f"{min(curve.validation_losses):.4f}" if curve.validation_losses else "-"
+        speed = f"{curve.median_speed:,.0f}" if curve.median_speed else "-"
+        tokens = f"{curve.x('tokens')[-1]:.2f}" if any(curve.tokens) else "-"
+        name = curve.name.replace("|", "\\|")
+        lines.append(f"| {name} | {curve.iterations[-1]:,} | {tokens} | {final_loss(curve):.4f} | {best} | {speed} |")
+    return "\n".join(lines)

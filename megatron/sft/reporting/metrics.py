@@ -1,0 +1,178 @@
+"""The run as it can be watched: a log line a step, and metrics.jsonl, the record that every plot is made from."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.sft.families.architecture import Shape
+from megatron.sft.families.flops import training_flops
+from megatron.sft.reporting.curves import METRICS
+from megatron.sft.reporting.trackers import Tracker
+from megatron.sft.runtime import device, ranks
+from megatron.sft.runtime.manifest import write_text
+
+FILE = METRICS
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one training step came to, or the mean of several: `seconds` and all counts of tokens are of one step.
+
+    tokens: without padding. trained_tokens: those with a loss. sum_squared_lengths: over the step's conversations, for the
+    operations of attention. num_processes: GPUs that did the work. skipped_steps: left out so far, of the whole run.
+    source_losses: name of a source of the data to its mean loss per trained token and its trained tokens, of all steps since
+    the last line. loss_scale: fp16's. memory_bytes: the largest peak of a process.
+    """
+
+    iteration: int
+    consumed_rows: int
+    loss: float
+    lr: float
+    grad_norm: float
+    seconds: float
+    tokens: int
+    trained_tokens: int
+    sum_squared_lengths: int
+    num_processes: int
+    skipped_steps: int = 0
+    source_losses: dict[str, tuple[float, int]] = field(default_factory=dict)
+    loss_scale: float | None = None
+    memory_bytes: int = 0
+
+
+@dataclass
+class MetricsLog:
+    """Writes lines of one run. Only the first process prints and writes.
+
+    shape: of the model, for TFLOP/s. trackers: get every figure, too; only the first process has any.
+    """
+
+    folder: Path
+    train_iters: int
+    rows_an_epoch: int
+    start_iteration: int
+    shape: Shape
+    trackers: Sequence[Tracker] = ()
+    _started: float = field(default_factory=time.monotonic)
+
+    def step(self, record: StepRecord) -> None:
+        """One line on the screen, one in the file, and the same figures for every tracker."""
+        tflops = self._tflops(record)
+        peak = device.peak_tflops()
+        mfu = tflops / peak if peak else None
+        ranks.say(self._line(record, tflops, mfu))
+        rate = record.tokens / record.seconds
+        values = {
+            "iteration": record.iteration,
+            "epoch": round(self._epoch(record), 6),
+            "consumed_rows": record.consumed_rows,
+            "loss": record.loss,
+            "lr": record.lr,
+            "grad_norm": record.grad_norm if math.isfinite(record.grad_norm) else None,
+            "seconds": round(record.seconds, 6),
+            "tokens_per_second": round(rate, 2),
+            "tokens": record.tokens,
+            "trained_tokens": record.trained_tokens,
+            "tflops_per_process": round(tflops, 4),
+            "mfu": None if mfu is None else round(mfu, 4),
+            "memory_bytes": record.memory_bytes,
+            "skipped_steps": record.skipped_steps,
+            "loss_scale": record.loss_scale,
+            "sources": {
+                name: {"loss": loss, "trained_tokens": tokens}
+                for name, (loss, tokens) in record.source_losses.items()
+                if tokens
+            },
+        }
+        self._write({name: value for name, value in values.items() if value not in (None, {})})
+
+    def validation(self, iteration: int, loss: float, trained_tokens: int) -> None:
+        """The mean loss on the validation rows after `iteration` steps."""
+        ranks.say(f"validation after iteration {iteration} | loss {loss:.4f} | {trained_tokens:,} trained tokens")
+        self._write({"iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens})
+
+    def close(self) -> None:
+        """Have the trackers write what they hold."""
+        for tracker in self.trackers:
+            tracker.close()
+
+    def _epoch(self, record: StepRecord) -> float:
+        return record.consumed_rows / self.rows_an_epoch
+
+    def _tflops(self, record: StepRecord) -> float:
+        """Of one process, mean over the step."""
+        operations = training_flops(self.shape, record.tokens, record.trained_tokens, record.sum_squared_lengths)
+        return operations / record.seconds / record.num_processes / 1e12
+
+    def _line(self, record: StepRecord, tflops: float, mfu: float | None) -> str:
+        rate = record.tokens / record.seconds
+        done = record.iteration - self.start_iteration
+        eta = (time.monotonic() - self._started) / max(done, 1) * (self.train_iters - record.iteration)
+        each = f" ({_short(rate / record.num_processes)} each)" if record.num_processes > 1 else ""
+        efficiency = f", MFU {100 * mfu:.1f} %" if mfu is not None else ""
+        parts = [
+            f"iteration {record.iteration:>{len(str(self.train_iters))}}/{self.train_iters}",
+            f"epoch {self._epoch(record):.2f}",
+            f"loss {record.loss:.4f}",
+            f"lr {record.lr:.2e}",
+            f"grad norm {record.grad_norm:.2f}",
+            f"{record.seconds:.2f} s",
+            f"{_short(rate)} tokens/s{each}",
+            f"{tflops:.3g} TFLOP/s per {'GPU' if device.has_gpu() else 'process'}{efficiency}",
+            f"memory {record.memory_bytes / 2**30:.1f} GiB",
+            f"trained {100 * record.trained_tokens / max(record.tokens, 1):.0f} %",
+            *([f"skipped {record.skipped_steps}"] if record.skipped_steps else []),
+            *([f"loss scale {record.loss_scale:g}"] if record.loss_scale is not None else []),
+            f"ETA {clock(eta)}",
+        ]
+        return " | ".join(parts)
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if ranks.is_first():
+            # JSON has no word for a number that is not finite.
+            line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            with open(self.folder / FILE, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            for tracker in self.trackers:
+                tracker.write(values)
+
+
+def forget_after(folder: Path, iteration: int) -> None:
+    """Drop lines of steps after `iteration`, which a resumed run will do again, from metrics.jsonl."""
+    path = folder / FILE
+    if not ranks.is_first() or not path.exists():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _is_kept(line, iteration)]
+    write_text(path, "".join(kept))
+
+
+def has_validation(folder: Path, iteration: int) -> bool:
+    """Whether metrics.jsonl has the validation after `iteration` steps."""
+    path = folder / FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return any("validation_loss" in line and json.loads(line)["iteration"] == iteration for line in lines)
+
+
+def _is_kept(line: str, iteration: int) -> bool:
+    """Not so where a process that was killed, or a full disk, left a part of a line."""
+    try:
+        return line.endswith("\n") and int(json.loads(line)["iteration"]) <= iteration
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def clock(seconds: float) -> str:
+    """`58m12s`, `3h05m`, `2d04h`."""
+    whole = int(seconds)
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days}d{hours:02d}h"
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{whole % 60:02d}s"
+
+
+def _short(rate: float) -> str:
+    return f"{rate / 1000:.1f}k" if rate >= 1000 else f"{rate:.0f}"

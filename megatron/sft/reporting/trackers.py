@@ -1,0 +1,156 @@
+"""Where a run's figures go beside metrics.jsonl: TensorBoard's event files, and Weights & Biases where it is asked for.
+
+What goes wrong in a tracker is said once and does not stop the training: metrics.jsonl has every figure anyway.
+"""
+
+import os
+import secrets
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron.sft.runtime import ranks
+from megatron.sft.runtime.errors import first_line
+from megatron.sft.runtime.manifest import write_text
+
+TENSORBOARD = "tensorboard"
+RUN_ID = "wandb_run_id.txt"
+INIT_SECONDS = 30  # that Weights & Biases may take to answer
+
+# A line's figure: the name that trackers show it under.
+_NAMES = {
+    "loss": "train/loss",
+    "validation_loss": "validation/loss",
+    "lr": "train/learning rate",
+    "grad_norm": "train/gradient norm",
+    "epoch": "train/epoch",
+    "skipped_steps": "train/skipped steps",
+    "loss_scale": "train/loss scale",
+    "seconds": "speed/seconds a step",
+    "tokens_per_second": "speed/tokens a second",
+    "tflops_per_process": "speed/TFLOPs per process",
+    "mfu": "speed/MFU",
+    "memory_bytes": "speed/peak memory (bytes)",
+}
+
+
+class Tracker(Protocol):
+    """Takes the figures of one line of metrics.jsonl."""
+
+    def write(self, values: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def figures_of(values: dict[str, Any]) -> dict[str, float]:
+    """The figures of a line by the names that trackers show them under."""
+    figures = {name: float(values[key]) for key, name in _NAMES.items() if values.get(key) is not None}
+    sources = values.get("sources", {}).items()
+    return figures | {f"loss by source/{name}": float(source["loss"]) for name, source in sources}
+
+
+class TensorBoard:
+    """Event files. What an earlier process wrote of steps from `first_iteration` on is not shown any more."""
+
+    def __init__(self, folder: Path, first_iteration: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_iteration, flush_secs=20)
+
+    def write(self, values: dict[str, Any]) -> None:
+        for name, figure in figures_of(values).items():
+            self._writer.add_scalar(name, figure, values["iteration"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """One run of Weights & Biases, whose id is kept in the run's folder, so that a resumed run continues it.
+
+    The key is read by wandb itself from the environment; nothing here passes it on.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        arguments: dict[str, Any] = {
+            "project": os.environ.get("WANDB_PROJECT", "megatron-sft"),
+            "name": os.environ.get("WANDB_NAME", folder.resolve().name),
+            "id": run_id(folder),
+            "resume": "allow",
+            "dir": str(folder),
+            "config": settings,
+            "settings": wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS),
+        }
+        try:
+            self._run: Any = wandb.init(**arguments)
+        except Exception as error:  # a compute node without a way out, a key that is not valid any more
+            ranks.say(f"note: Weights & Biases cannot be reached ({first_line(error)}): the run is kept offline")
+            wandb.teardown()  # or the id would count as in use
+            self._run = wandb.init(**arguments, mode="offline")
+        offline = bool(self._run.settings._offline)
+        place = f"offline; upload it with `wandb sync {folder}/wandb/offline-*`" if offline else self._run.url
+        ranks.say(f"Weights & Biases: run {self._run.id}, {place}")
+
+    def write(self, values: dict[str, Any]) -> None:
+        # A resumed run does again what was not saved, with the same figures: those steps are there already.
+        if values["iteration"] >= self._run.step:
+            self._run.log(figures_of(values), step=values["iteration"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def run_id(folder: Path) -> str:
+    """The id of the run in this folder, made at the first call."""
+    path = folder / RUN_ID
+    if not path.is_file():
+        write_text(path, secrets.token_hex(4) + "\n")
+    return path.read_text(encoding="utf-8").strip()
+
+
+class _Guarded:
+    """A tracker that is given up at its first failure, which is said."""
+
+    def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
+        self._name = name
+        self._tracker: Tracker | None = None
+        self._try(lambda: setattr(self, "_tracker", make()))
+
+    def write(self, values: dict[str, Any]) -> None:
+        if self._tracker:
+            self._try(partial(self._tracker.write, values))
+
+    def close(self) -> None:
+        if self._tracker:
+            self._try(self._tracker.close)
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except ImportError as error:
+            package = error.name or self._name
+            ranks.say(f"note: {self._name} is left out, the package {package} is not there: pip install {package}")
+            self._tracker = None
+        except Exception as error:
+            ranks.say(f"warning: {self._name} is given up ({type(error).__name__}: {first_line(error)})")
+            self._tracker = None
+
+
+def wandb_wanted() -> bool:
+    """True where a key is set, or a run that is to be kept offline is asked for."""
+    mode = os.environ.get("WANDB_MODE", "online")
+    return mode == "offline" or (mode != "disabled" and bool(os.environ.get("WANDB_API_KEY")))
+
+
+def open_trackers(folder: Path, iteration: int, settings: dict[str, Any]) -> list[Tracker]:
+    """The trackers of a run that goes on after `iteration`; none on any process but the first."""
+    if not ranks.is_first():
+        return []
+    trackers: list[Tracker] = [_Guarded("TensorBoard", lambda: TensorBoard(folder, iteration + 1))]
+    if wandb_wanted():
+        trackers.append(_Guarded("Weights & Biases", lambda: WeightsAndBiases(folder, settings)))
+    return trackers

@@ -1,0 +1,239 @@
+"""The training engine: model, gradient buffers, optimizer and schedule of megatron-core, and one step of them."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from megatron.sft.model.config import (
+    DTYPES,
+    has_transformer_engine,
+    precision_fields,
+    recompute_fields,
+    transformer_config,
+)
+from megatron.sft.model.gpt import SFTModel, build_model
+from megatron.sft.model.inputs import MicroBatch
+from megatron.sft.model.pipeline import run_schedule
+from megatron.sft.planning.memory import GIB, cheapest_recompute
+from megatron.sft.planning.memory_fit import gpu_memory, memory_settings
+from megatron.sft.planning.run_plan import RunPlan
+from megatron.sft.runtime import ranks, watchdog
+from megatron.sft.training.optimizer import build_optimizer, wrap_model
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """A loss to be averaged: float64 [3 + 2 * sources] on the device, zeros off the last stage.
+
+    Summed loss, its count, trained tokens; then each source's summed loss per token and trained tokens.
+    """
+
+    values: Tensor
+
+    def reduce(self) -> tuple[float, int]:
+        """Mean loss and the number of trained tokens over all processes. Waits for the device; every rank must call it."""
+        values = self.values.clone()
+        torch.distributed.all_reduce(values)
+        total, count, tokens = values[:3].tolist()
+        return total / max(count, 1.0), int(tokens)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a training step gives: the loss to reduce, the gradient norm before clipping, the learning rate used.
+
+    applied: whether the weights took the step. They do not where the gradient is not finite, which every rank finds alike,
+    nor where `overflow` says that fp16's loss scale was too large and is smaller now; the moments and the optimizer's count
+    of steps stay as they were, too.
+    """
+
+    loss: LossSum
+    grad_norm: float
+    lr: float
+    applied: bool = True
+    overflow: bool = False
+
+
+class _NotFiniteError(Exception):
+    """The gradient norm of all processes is not finite."""
+
+
+class Engine:
+    """The model of a plan on this process, with its optimizer. `parallel` groups must exist."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        self.plan = plan
+        # Kept in checkpoints: steps left out because of numbers that are not finite, and for fp16's loss scale.
+        self.counters = {"skipped_steps": 0, "overflows": 0}
+        options = plan.options
+        dtype = DTYPES[options.precision]
+        config = transformer_config(
+            plan.shape,
+            plan.layout,
+            dtype,
+            **recompute_fields(_recompute_word(plan)),
+            **precision_fields(options.precision, options.fp8_recipe, plan.shape, has_transformer_engine()),
+        )
+        # One on each pipeline stage, or several that take turns.
+        self.models = []
+        for chunk in range(plan.layout.virtual_pipeline):
+            module: torch.nn.Module = build_model(plan.shape, plan.layout, config, chunk)
+            if dtype != torch.float32:
+                module = Float16Module(config, module)
+            # Other chunks compute while the gradients of a later one are summed, so that it needs no buckets.
+            self.models.append(wrap_model(config, module, options, plan.data_parallel, disable_bucketing=chunk > 0))
+        self.optimizer = build_optimizer(options, dtype, self.models)
+        self.schedule = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=options.lr,
+            min_lr=options.min_lr,
+            lr_warmup_steps=plan.warmup_iters,
+            lr_decay_steps=plan.train_iters,
+            lr_decay_style=options.lr_decay_style,
+            start_wd=options.weight_decay,
+            end_wd=options.weight_decay,
+            wd_incr_steps=plan.train_iters,
+            wd_incr_style="constant",
+            wsd_decay_steps=plan.wsd_decay_iters,
+            lr_wsd_decay_style=options.lr_wsd_decay_style,
+        )
+        self.optimizer.get_grad_norm = self._checked_grad_norm
+        config.finalize_model_grads_func = _finalize_gradients
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.no_sync_func = (
+            [model.no_sync for model in self.models] if len(self.models) > 1 else self.models[0].no_sync
+        )
+
+    @property
+    def chunks(self) -> list[SFTModel]:
+        """The model chunks of this process without their wrappers."""
+        modules = [model.module for model in self.models]
+        return [module.module if isinstance(module, Float16Module) else module for module in modules]
+
+    def train_step(self, batches: Sequence[MicroBatch]) -> StepResult:
+        """Forward and backward of this rank's micro-batches, then one optimizer step."""
+        for model in self.models:
+            model.train()
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        # The schedule counts steps from 1, so that the last one runs at MIN_LR.
+        self.schedule.step(1)
+        # Gradients are divided where they start, which saves a pass over all of them at the end.
+        count = torch.stack([batch.loss_count for batch in batches]).sum()
+        torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        scale = 1.0 / count.clamp(min=1).float()
+        loss = self._run([replace(batch, gradient_scale=scale) for batch in batches], forward_only=False)
+        watchdog.enter("optimizer")
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        try:
+            applied, grad_norm, _ = self.optimizer.step()
+        except _NotFiniteError as error:
+            return StepResult(loss, float(error.args[0]), lr, applied=False)
+        if applied:
+            return StepResult(loss, float(grad_norm), lr)
+        # A loss scale of 1 or less is not what makes a gradient overflow.
+        overflow = float(self.optimizer.get_loss_scale()) > 1.0
+        return StepResult(loss, math.inf, lr, applied=False, overflow=overflow)
+
+    def _checked_grad_norm(self) -> float:
+        """megatron-core asks for the norm before it clips and before anything is changed. It is a number on every rank, so
+        that looking at it costs no wait for the device."""
+        norm = float(type(self.optimizer).get_grad_norm(self.optimizer))
+        if not math.isfinite(norm):
+            raise _NotFiniteError(norm)
+        return norm
+
+    def has_finite_gradients(self, batch: MicroBatch) -> bool:
+        """Whether one micro-batch gives this process finite gradients, which no other process's are added to.
+
+        Every rank of a model-parallel group must call it with the same micro-batch, and every copy as often.
+        """
+        config = self.models[0].config
+        # Interleaved chunks take as many micro-batches at a time as there are stages.
+        batches = [batch] * (self.plan.layout.pipeline_parallel if len(self.models) > 1 else 1)
+        before = config.no_sync_func, config.finalize_model_grads_func
+        config.no_sync_func = config.finalize_model_grads_func = None
+        try:
+            with self.gathered_parameters(), contextlib.ExitStack() as unsummed:
+                for model in self.models:
+                    model.zero_grad_buffer()  # which has the gradients summed again
+                    unsummed.enter_context(model.no_sync())
+                self._run(batches, forward_only=False)
+        finally:
+            config.no_sync_func, config.finalize_model_grads_func = before
+        buffers = [buffer for model in self.models for buffer in [*model.buffers, *model.expert_parallel_buffers]]
+        return all(bool(torch.isfinite(buffer.grad_data).all()) for buffer in buffers)
+
+    def evaluate(self, batches: Sequence[MicroBatch]) -> LossSum:
+        """The loss of this rank's micro-batches without training on them."""
+        for model in self.models:
+            model.eval()
+        with self.gathered_parameters(), torch.no_grad():
+            return self._run(batches, forward_only=True)
+
+    @contextlib.contextmanager
+    def gathered_parameters(self) -> Iterator[None]:
+        """While open, every parameter is up to date: the gather that the next forward pass would do has been done."""
+        for model in self.models:
+            model.disable_forward_pre_hook()
+        try:
+            yield
+        finally:
+            for model in self.models:
+                model.enable_forward_pre_hook()
+
+    def _run(self, batches: Sequence[MicroBatch], forward_only: bool) -> LossSum:
+        outputs = run_schedule(self.models, batches, _forward_step, forward_only)
+        reports = [output["loss"] for output in outputs] if parallel_state.get_tensor_model_parallel_rank() == 0 else []
+        zero = torch.zeros(3 + 2 * batches[0].num_sources, dtype=torch.float64, device=batches[0].tokens.device)
+        return LossSum(torch.stack([zero, *reports]).sum(dim=0))
+
+
+def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    batch = next(batches)
+    watchdog.touch()
+    return model(batch=batch), partial(_report_loss, batch)
+
+
+def _report_loss(batch: MicroBatch, losses: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    summed_loss, token_losses = losses
+    for_gradient = summed_loss if batch.gradient_scale is None else summed_loss * batch.gradient_scale
+    counts = torch.stack([batch.loss_count, torch.full_like(batch.loss_count, len(batch.targets.ids))]).double()
+    report = torch.cat([summed_loss.detach().double()[None], counts, _by_source(batch, token_losses)])
+    return for_gradient, batch.loss_count.to(torch.int), {"loss": report}
+
+
+def _finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
+    # `num_tokens` would have megatron-core divide all gradients by it, which the loss has done.
+    finalize_model_grads(model, None, **options)
+
+
+def _by_source(batch: MicroBatch, token_losses: Tensor) -> Tensor:
+    """[2 * sources] float64: summed loss and number of trained tokens, source after source."""
+    sums = torch.zeros(batch.num_sources, 2, dtype=torch.float64, device=token_losses.device)
+    if batch.sources is not None:
+        sums.index_add_(0, batch.sources, torch.stack([token_losses, torch.ones_like(token_losses)], dim=1).double())
+    return sums.flatten()
+
+
+def _recompute_word(plan: RunPlan) -> str:
+    """RECOMPUTE, with `auto` replaced by the cheapest word that is estimated to fit this GPU."""
+    options = plan.options
+    gpu_bytes, _ = gpu_memory(options)
+    if options.recompute != "auto" or not gpu_bytes:
+        return "none" if options.recompute == "auto" else options.recompute
+    settings = memory_settings(options, plan.seq_length, plan.data_parallel)
+    word = cheapest_recompute(plan.shape, plan.layout, plan.data_parallel, settings, gpu_bytes)
+    ranks.say(f"RECOMPUTE=auto: {word}, the cheapest that is estimated to fit {gpu_bytes / GIB:.0f} GiB")
+    return word

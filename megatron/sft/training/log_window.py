@@ -1,0 +1,68 @@
+"""The steps between two log lines, added up on the device without waiting for it, and brought together at the line."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron.sft.model.inputs import MicroBatch
+from megatron.sft.runtime import device
+from megatron.sft.training.engine import StepResult
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a window came to over all processes, all its steps together. source_losses: as in `StepRecord`."""
+
+    loss: float
+    tokens: int
+    trained_tokens: int
+    sum_squared_lengths: int
+    source_losses: dict[str, tuple[float, int]]
+    memory_bytes: int
+
+
+@dataclass
+class Window:
+    """What the next log line is about: the applied steps since the last one. `started` is a monotonic time."""
+
+    started: float
+    steps: int = 0
+    tokens: int = 0
+    sum_squared_lengths: int = 0
+    sums: Tensor | None = None
+    last: StepResult | None = None
+
+    def add(self, batches: Sequence[MicroBatch], result: StepResult) -> None:
+        """Count a step of these micro-batches."""
+        self.sums = result.loss.values if self.sums is None else self.sums + result.loss.values
+        self.last = result
+        self.tokens += sum(batch.num_tokens for batch in batches)
+        self.sum_squared_lengths += sum(batch.sum_squared_lengths for batch in batches)
+        self.steps += 1
+
+    def totals(self, model_size: int, source_names: Sequence[str]) -> Totals:
+        """Of all processes, `model_size` of which hold a copy together. Waits for the device; every rank must call it."""
+        assert self.sums is not None
+        counts = [self.tokens, self.sum_squared_lengths, device.peak_memory_bytes()]
+        mine = torch.cat([torch.tensor(counts, dtype=torch.float64, device=self.sums.device), self.sums])
+        all_of_them = mine.new_empty(torch.distributed.get_world_size(), len(mine))
+        torch.distributed.all_gather_into_tensor(all_of_them, mine[None])
+        memory = int(all_of_them[:, 2].max())
+        # Every model-parallel rank counted the tokens of its data-parallel copy.
+        tokens, squares, _, loss, count, trained, *by_source = all_of_them.sum(dim=0).tolist()
+        return Totals(
+            loss=loss / max(count, 1.0),
+            tokens=int(tokens) // model_size,
+            trained_tokens=int(trained),
+            sum_squared_lengths=int(squares) // model_size,
+            source_losses=source_losses(by_source, source_names),
+            memory_bytes=memory,
+        )
+
+
+def source_losses(sums: Sequence[float], names: Sequence[str]) -> dict[str, tuple[float, int]]:
+    """Mean loss and trained tokens of each source, from its summed loss and its trained tokens, source after source."""
+    pairs = zip(names, sums[::2], sums[1::2], strict=True)
+    return {name: (loss / max(tokens, 1.0), int(tokens)) for name, loss, tokens in pairs}

@@ -1,0 +1,240 @@
+"""The training loop: steps, log lines, validations and saves of one run, until it is finished or asked to stop."""
+
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from megatron.sft.data.source_names import source_names
+from megatron.sft.planning.run_plan import RunPlan, num_parameters, options_record
+from megatron.sft.reporting import metrics
+from megatron.sft.reporting.live_plot import LossPicture
+from megatron.sft.reporting.trackers import open_trackers
+from megatron.sft.runtime import device, ranks, watchdog
+from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.manifest import write_json
+from megatron.sft.runtime.signals import RESUME, StopRequest, name_of
+from megatron.sft.training import nonfinite, state
+from megatron.sft.training.engine import Engine, StepResult
+from megatron.sft.training.feeder import Feeder
+from megatron.sft.training.log_window import Window
+from megatron.sft.training.saver import Saver
+
+# For the time limit, until a save was measured: weights, moments and a cast copy, onto a slow disk.
+_STATE_BYTES, _DISK_BYTES_A_SECOND = 14, 200e6
+
+
+def keep_settings(plan: RunPlan) -> None:
+    """Keep the recipe and the resolved settings beside the checkpoints."""
+    folder, recipe = plan.options.save, plan.options.recipe
+    if ranks.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        if recipe:
+            shutil.copyfile(recipe, folder / Path(recipe).name)
+        write_json(folder / "settings.json", options_record(plan.options))
+
+
+class Run:
+    """A run in this process. Every rank goes through the same parts at the same steps."""
+
+    def __init__(self, plan: RunPlan, stop: StopRequest) -> None:
+        self.plan, self.options, self.stop = plan, plan.options, stop
+        self.engine = Engine(plan)
+        self.iteration, self.consumed = 0, 0
+        self.saver = Saver(self.engine)
+        # A group on the CPU's network: asking the others must not wait for the GPU.
+        self._group = torch.distributed.new_group(backend="gloo") if device.has_gpu() else None
+        self._world = torch.distributed.get_world_size()
+        self._longest_step = 0.0
+        self._longest_save = num_parameters(plan.shape) * _STATE_BYTES / _DISK_BYTES_A_SECOND
+        self._spikes = nonfinite.SpikeWatch()
+        self._source_names = source_names(plan.rows.manifest) if plan.rows.num_sources else []
+
+    def go(self) -> int:
+        """Train to the end; returns the exit status, 0 or RESUME."""
+        self._load()
+        plan = self.plan
+        owed = self._owes_validation()
+        if self.iteration >= plan.train_iters and not owed:
+            ranks.say(f"nothing to do: the run has {plan.train_iters} steps and iteration {self.iteration} is saved")
+            return 0
+        self.feeder = Feeder(plan)
+        save = self.options.save
+        trackers = open_trackers(save, self.iteration, options_record(self.options))
+        num_rows = len(plan.training_rows)
+        self.log = metrics.MetricsLog(save, plan.train_iters, num_rows, self.iteration, plan.shape, trackers)
+        self.picture = LossPicture(save)
+        self.stop.begin(self.options.exit_after_minutes)
+        code = self._asked()
+        if owed and not code:
+            code = self._validate()
+        window = Window(time.monotonic())
+        while self.iteration < plan.train_iters and not code:
+            self._step(window)
+            code = self._asked()
+            if code or self._due(self.options.log_interval, self._eval_interval, self.options.save_interval):
+                self._log(window)
+                if self._due(self._eval_interval) and not code:
+                    code = self._validate()
+                if code or self._due(self.options.save_interval):
+                    self._save()
+                    code = code or self._asked()
+                window = Window(time.monotonic())
+            self.saver.poll()
+        return self._leave(code)
+
+    def _load(self) -> None:
+        if self.plan.resume:
+            self.iteration, self.consumed = state.load(self.engine)
+            self.saver.last_saved = self.iteration
+            ranks.say(f"resumed at iteration {self.iteration}, after {self.consumed:,} rows")
+        else:
+            state.load_start(self.engine)
+        keep_settings(self.plan)
+        metrics.forget_after(self.options.save, self.iteration)
+
+    @property
+    def _eval_interval(self) -> int:
+        return self.options.eval_interval if self.plan.eval_iters else 0
+
+    def _due(self, *intervals: int) -> bool:
+        """Whether something that happens every so many steps, and at the last one, happens now; 0 never does."""
+        last = self.iteration == self.plan.train_iters
+        return any(interval and (last or self.iteration % interval == 0) for interval in intervals)
+
+    def _asked(self) -> int:
+        """0, or why some rank wants to end; the same on every rank."""
+        return self._most(self.stop.code(self._longest_step + 1.2 * self._longest_save))
+
+    def _most(self, number: int) -> int:
+        """The largest of all ranks' numbers."""
+        if self._world > 1:
+            numbers = torch.tensor(number, dtype=torch.int64)
+            torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, group=self._group)
+            number = int(numbers)
+        return number
+
+    def _owes_validation(self) -> bool:
+        """Whether the validation after this iteration was broken off, so that the run is saved without it."""
+        due = self.iteration > 0 and self._due(self._eval_interval) and ranks.is_first()
+        return bool(self._most(due and not metrics.has_validation(self.options.save, self.iteration)))
+
+    def _step(self, window: Window) -> None:
+        started = time.monotonic()
+        watchdog.enter("data", self.iteration + 1)
+        batches = self.feeder.training(self.consumed)
+        watchdog.enter("forward and backward")
+        result = self.engine.train_step(batches)
+        if result.applied:
+            window.add(batches, result)
+        else:
+            self._skip(result)
+        self.iteration += 1
+        self.consumed += self.options.global_batch_size
+        self._longest_step = max(self._longest_step, time.monotonic() - started)
+
+    def _skip(self, result: StepResult) -> None:
+        """Account for a step that left the weights as they were."""
+        counters, number = self.engine.counters, self.iteration + 1
+        if result.overflow:
+            counters["overflows"] += 1
+            return
+        watchdog.enter("search for numbers that are not finite")
+        what = f"iteration {number}: the gradient is not finite (norm {result.grad_norm})"
+        what += f": {nonfinite.describe(self.engine, self.feeder, self.consumed)}"
+        counters["skipped_steps"] += 1
+        skipped, most = counters["skipped_steps"], self.options.max_skipped
+        if self.options.on_nan == "stop":
+            self._give_up(f"{what}; lower LR, mend the data, or leave such steps out with ON_NAN=skip")
+        if skipped > most:
+            self._give_up(
+                f"{what}; {skipped} steps were left out, MAX_SKIPPED={most} may be: lower LR or mend the data"
+            )
+        ranks.say(f"warning: left out {what} ({skipped} of at most {most})")
+
+    def _give_up(self, reason: str) -> NoReturn:
+        """End for a reason that all ranks have found alike; a checkpoint that is being written is finished."""
+        watchdog.enter("save")
+        self.saver.finish()
+        raise UserError(reason)
+
+    def _log(self, window: Window) -> None:
+        watchdog.enter("log")
+        if window.last is None:
+            return
+        result, steps = window.last, window.steps
+        totals = window.totals(self.plan.layout.model_size, self._source_names)
+        seconds = (time.monotonic() - window.started) / steps
+        if not math.isfinite(totals.loss):
+            self._give_up(
+                f"the loss became {totals.loss} at iteration {self.iteration}: lower LR, or look at the data with "
+                "tools/show_sample"
+            )
+        self.log.step(
+            metrics.StepRecord(
+                iteration=self.iteration,
+                consumed_rows=self.consumed,
+                loss=totals.loss,
+                lr=result.lr,
+                grad_norm=result.grad_norm,
+                seconds=seconds,
+                tokens=totals.tokens // steps,
+                trained_tokens=totals.trained_tokens // steps,
+                sum_squared_lengths=totals.sum_squared_lengths // steps,
+                num_processes=self._world,
+                skipped_steps=self.engine.counters["skipped_steps"],
+                source_losses=totals.source_losses,
+                loss_scale=self._loss_scale(),
+                memory_bytes=totals.memory_bytes,
+            )
+        )
+        if warning := self._spikes.look(totals.loss):
+            ranks.say(f"warning: iteration {self.iteration}: {warning}")
+
+    def _loss_scale(self) -> float | None:
+        return float(self.engine.optimizer.get_loss_scale()) if self.options.precision == "fp16" else None
+
+    def _validate(self) -> int:
+        """Mean loss over the validation rows (or EVAL_ITERS global batches of them), the same rows every time.
+
+        Returns 0, or why it was broken off.
+        """
+        sums = None
+        for index in range(self.plan.eval_iters):
+            watchdog.enter("validation")
+            part = self.engine.evaluate(self.feeder.validation(index))
+            sums = part.values if sums is None else sums + part.values
+            if code := self._asked():
+                return code
+        assert sums is not None
+        loss, trained = type(part)(sums).reduce()
+        if not math.isfinite(loss):
+            ranks.say(f"warning: the validation loss is {loss}: look at the validation rows, or at the weights")
+        self.log.validation(self.iteration, loss, trained)
+        return 0
+
+    def _save(self) -> None:
+        watchdog.enter("save")
+        started = time.monotonic()
+        self.saver.save(self.iteration, self.consumed)
+        self._longest_save = max(self._longest_save, time.monotonic() - started)
+        self.picture.redraw()
+
+    def _leave(self, code: int) -> int:
+        watchdog.enter("save")
+        self.saver.finish()
+        finished = self.iteration == self.plan.train_iters and not self._owes_validation()
+        self.stop.leave()
+        watchdog.enter("exit")
+        self.log.close()
+        self.picture.close()
+        save = self.options.save
+        if finished:
+            ranks.say(f"done: {self.iteration} steps, checkpoints in {save}\nnext: scripts/5_export.sh {save}")
+            return 0
+        kept = f"after iteration {self.iteration}, which is saved" if self.saver.last_saved else "before the first step"
+        ranks.say(f"stopped by {name_of(code)} {kept}: the same command goes on from there (status {RESUME})")
+        return RESUME

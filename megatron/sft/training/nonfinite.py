@@ -1,0 +1,105 @@
+"""Finding the conversations whose loss or gradient is not finite, after a step that was not applied for their sake."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron.sft.data.tokenized import Row
+from megatron.sft.training.feeder import Feeder
+
+if TYPE_CHECKING:
+    from megatron.sft.training.engine import Engine
+
+# Conversations are tried one by one in so many micro-batches of each copy, and so many at most.
+_MICRO_BATCHES, _CONVERSATIONS = 3, 256
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Found:
+    """A row, or one of its conversations, that gives gradients that are not finite. Conversations count from 1."""
+
+    row: int
+    conversation: int = 0
+    conversations: int = 0
+
+    def __str__(self) -> str:
+        part = f", conversation {self.conversation} of {self.conversations}" if self.conversation else ""
+        return f"row {self.row}{part}"
+
+
+def describe(engine: "Engine", feeder: Feeder, consumed: int) -> str:
+    """Which rows of the step after `consumed` rows are to blame, in words. All ranks must call it; all get the same.
+
+    The micro-batches of the step are computed again, first whole, then conversation by conversation.
+    """
+    numbers = feeder.training_numbers(consumed)
+    bad = _bad(engine, feeder.rank, [feeder.micro_batch(part) for part in numbers])
+    rows = [(n, feeder.row(n)) for index in bad[:_MICRO_BATCHES] for n in numbers[index] if n is not None]
+    tried = [(n, i, len(row.conversation_lengths)) for n, row in rows for i in range(len(row.conversation_lengths))]
+    tried = tried[:_CONVERSATIONS]
+    parts = dict(rows)
+    rounds = max(_gathered(len(tried)))
+    singles = [feeder.batch_of([_conversation(parts[n], i)]) for n, i, _ in tried]
+    singles += [feeder.micro_batch([None])] * (rounds - len(tried))
+    guilty = [index for index in _bad(engine, feeder.rank, singles) if index < len(tried)]
+    found = [Found(n, i + 1, count) for n, i, count in (tried[index] for index in guilty)]
+    named = {each.row for each in found}
+    found += [Found(n) for index in bad for n in numbers[index] if n is not None and n not in named and not guilty]
+    everywhere = len(bad) == len(numbers)
+    return _words(feeder, _gathered((found, everywhere)))
+
+
+def _words(feeder: Feeder, answers: "list[tuple[list[Found], bool]]") -> str:
+    found = sorted({each for some, _ in answers for each in some}, key=lambda each: (each.row, each.conversation))
+    if not found:
+        return "computed again it is finite: look at the hardware"
+    prefix = feeder.plan.rows.prefix
+    names = "; ".join(map(str, found[:_NAMED])) + (f" and {len(found) - _NAMED} more" if len(found) > _NAMED else "")
+    everywhere = all(every for _, every in answers) and feeder.plan.options.global_batch_size > 1
+    cause = ", every micro-batch of the step: the weights, or LR, rather than the data" if everywhere else ""
+    return f"{names} of {prefix}{cause} (tools/show_sample {prefix} {found[0].row})"
+
+
+def _bad(engine: "Engine", copy: int, batches: list[Any]) -> list[int]:
+    """The indices of the micro-batches that give some rank of this copy of the model gradients that are not finite."""
+    mine = [index for index, batch in enumerate(batches) if not engine.has_finite_gradients(batch)]
+    return sorted({index for other, indices in _gathered((copy, mine)) if other == copy for index in indices})
+
+
+def _conversation(row: Row, index: int) -> Row:
+    start = int(row.conversation_lengths[:index].sum())
+    part = slice(start, start + int(row.conversation_lengths[index]))
+    return Row(row.tokens[part], row.trained[part], row.conversation_lengths[index : index + 1])
+
+
+def _gathered(value: Any) -> list[Any]:
+    """The value of every rank."""
+    import torch
+
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+@dataclass
+class SpikeWatch:
+    """Warns of a logged loss that is far above the ones before it: more than 6 standard deviations and 20 % above the mean of
+    the last 50, once there are 20. It starts anew when a run resumes."""
+
+    window: int = 50
+    least: int = 20
+
+    def __post_init__(self) -> None:
+        self._losses: list[float] = []
+
+    def look(self, loss: float) -> str:
+        """A warning in words, or an empty text."""
+        before, self._losses = self._losses, [*self._losses[-self.window + 1 :], loss]
+        if len(before) < self.least:
+            return ""
+        mean = sum(before) / len(before)
+        deviation = math.sqrt(sum((each - mean) ** 2 for each in before) / len(before))
+        if loss <= mean + max(6 * deviation, 0.2 * abs(mean)):
+            return ""
+        return f"loss {loss:.4f} is far above the last {len(before)} ({mean:.4f} ± {deviation:.4f})"

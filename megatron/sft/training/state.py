@@ -1,0 +1,117 @@
+"""The state of a run: weights, optimizer, fp8 scales, random generators, counters, and the position in the data."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron.sft.checkpoint.folder import TORCH_DIST
+from megatron.sft.checkpoint.fp8_state import load_scaling, scaling_pieces
+from megatron.sft.checkpoint.optimizer_state import load_optimizer, optimizer_pieces, optimizer_record
+from megatron.sft.checkpoint.piece_reader import PieceReader
+from megatron.sft.checkpoint.pieces import Piece, model_tensors, piece_of, shared_out
+from megatron.sft.checkpoint.weights_io import load_weights
+from megatron.sft.planning.run_plan import RunPlan, options_record
+from megatron.sft.runtime import device, ranks
+from megatron.sft.runtime.errors import UserError
+from megatron.sft.training.engine import Engine
+from megatron.sft.training.same_run import check_same_run, data_record
+
+
+def run_pieces(engine: Engine) -> list[Piece]:
+    """What this process writes of a checkpoint. Parameters must be gathered while the values are taken."""
+    tensors = model_tensors(engine.chunks)
+    weights = [piece_of(tensor) for tensor in shared_out(tensors)]
+    others = [*scaling_pieces(engine.chunks), *_random_pieces(_random_states())]
+    return [*weights, *optimizer_pieces(engine.optimizer, tensors), *others]
+
+
+def run_manifest(engine: Engine, consumed_rows: int) -> dict[str, Any]:
+    """What the manifest says beside the files."""
+    plan, start = engine.plan, engine.plan.start.manifest
+    return {
+        "checkpoint_format": TORCH_DIST,
+        **{key: start[key] for key in ("shape", "source", "hf_dtype", "hf_dtype_exceptions") if key in start},
+        "layout": _layout(plan),
+        "training": {
+            "consumed_rows": consumed_rows,
+            "num_processes": torch.distributed.get_world_size(),
+            "train_iters": plan.train_iters,
+            "counters": dict(engine.counters),
+            "optimizer": optimizer_record(engine.optimizer),
+            "options": options_record(plan.options),
+            "data": data_record(plan),
+            "chat_template": plan.rows.manifest.get("chat_template"),
+        },
+    }
+
+
+def load_start(engine: Engine) -> None:
+    """Weights only, from the converted model: iteration 0 of a run."""
+    load_weights(engine.plan.start, engine.chunks, engine.plan.layout)
+    engine.optimizer.reload_model_params()
+
+
+def load(engine: Engine) -> tuple[int, int]:
+    """Continue from the plan's checkpoint; returns (iteration, consumed rows)."""
+    checkpoint = engine.plan.start
+    training = checkpoint.manifest.get("training")
+    if checkpoint.format != TORCH_DIST or training is None:
+        raise UserError(f"{checkpoint.path} has no training state to resume from: start a new run with it (train)")
+    for change in check_same_run(checkpoint, engine.plan):
+        ranks.say(change)
+    reader = PieceReader(checkpoint.path)
+    tensors = model_tensors(engine.chunks)
+    reader.fill([piece_of(tensor) for tensor in tensors])
+    # One that a step was left out for has taken fewer steps than the schedule.
+    record = training.get("optimizer", {"step": checkpoint.iteration})
+    load_optimizer(engine.optimizer, tensors, reader.fill, record)
+    load_scaling(engine.chunks, reader)
+    same_processes = training["num_processes"] == torch.distributed.get_world_size()
+    if same_processes and checkpoint.manifest["layout"] == _layout(engine.plan):
+        _load_random_states(reader)
+    engine.counters.update(training.get("counters", {}))
+    engine.schedule.step(checkpoint.iteration)
+    return checkpoint.iteration, int(training["consumed_rows"])
+
+
+def _layout(plan: RunPlan) -> dict[str, int]:
+    layout = plan.layout
+    return {
+        "tensor_parallel": layout.tensor_parallel,
+        "pipeline_parallel": layout.pipeline_parallel,
+        "context_parallel": layout.context_parallel,
+        "expert_parallel": layout.expert_parallel,
+        "data_parallel": plan.data_parallel,
+    }
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    states = {"torch": torch.get_rng_state()}
+    if device.has_gpu():
+        states["cuda"] = torch.cuda.get_rng_state()
+        states.update({f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()})
+    return {f"random.{name}": state.cpu() for name, state in states.items()}
+
+
+def _random_pieces(states: dict[str, torch.Tensor]) -> list[Piece]:
+    """A row for every process, restored where a run goes on in the same layout."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return [
+        Piece(key, (rank, 0), (1, len(state)), (world, len(state)), state.dtype, partial(torch.Tensor.view, state, -1))
+        for key, state in states.items()
+    ]
+
+
+def _load_random_states(reader: PieceReader) -> None:
+    # A run that began on another kind of device has other generators.
+    states = {key: torch.empty_like(state) for key, state in _random_states().items() if key in reader}
+    reader.fill(_random_pieces(states))
+    torch.set_rng_state(states["random.torch"])
+    if device.has_gpu() and "random.cuda" in states:
+        torch.cuda.set_rng_state(states["random.cuda"])
+        prefix = "random.tracker."
+        get_cuda_rng_tracker().set_states(
+            {key.removeprefix(prefix): state for key, state in states.items() if key.startswith(prefix)}
+        )
