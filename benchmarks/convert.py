@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def main() -> None:
-    arguments = _parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
     check_free_space(arguments.folder, int(3.2e9 * arguments.gigabytes), "the benchmark")
     with tempfile.TemporaryDirectory(prefix="benchmark-convert-", dir=arguments.folder) as name:
         work = Path(name)
@@ -71,12 +71,13 @@ def main() -> None:
         }:
             raise UserError("the export is not the source: this is a defect of the project")
         print("the export is the source, byte for byte")
+    return 0
 
 
 def write_random_model(folder: Path, gigabytes: float) -> Path:
     """A model in the shape of Qwen2.5-1.5B with as many layers as give the size, at least one."""
-    from megatron.sft.families.registry import read_shape
-    from megatron.sft.families.weight_names import bound_rules
+    from megatron.sft.families.registry import read_architecture
+    from megatron.sft.families.weight_names import weight_entries
 
     folder.mkdir()
     hidden, ffn = CONFIG["hidden_size"], CONFIG["intermediate_size"]
@@ -86,8 +87,8 @@ def write_random_model(folder: Path, gigabytes: float) -> Path:
     config = {**CONFIG, "num_hidden_layers": max(1, min(round(layers), 400))}
     rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": ffn, "up_proj": ffn, "embed": 151936}
     plan: dict[str, Tensor] = {}
-    for bound in bound_rules(read_shape(config, "benchmark")):
-        for name in bound.hf:
+    for entry in weight_entries(read_architecture(config, "benchmark")):
+        for name in entry.hf:
             size = next((count for part, count in rows.items() if part in name), hidden)
             columns = ffn if "down_proj" in name else hidden
             shape = (size,) if "norm" in name or name.endswith("bias") else (size, columns)
@@ -140,11 +141,11 @@ def _anonymous_bytes(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
-def _parse() -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmark_convert", description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--folder", type=Path, default=Path())
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import os
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from megatron.sft.data.tokenized import FORMAT, token_dtype
 from megatron.sft.runtime.errors import OneLineParser, run
 
 
-def main() -> None:
-    given = _parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    given = _parse(argv)
     os.environ["RAYON_NUM_THREADS"] = str(given.num_workers)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = load_tokenizer(given.tokenizer)
@@ -50,16 +51,17 @@ def main() -> None:
             f"{turn}: bare encode_batch {bare:,.0f} rows/s, the whole step {whole:,.0f} rows/s, ratio {ratios[-1]:.2f}"
         )
     print(f"ratio {sorted(ratios)[len(ratios) // 2]:.2f} (the middle of {len(ratios)}), peak memory {_peak_memory()}")
+    return 0
 
 
-def _parse() -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="benchmark_data", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("tokenizer", type=Path, help="folder of a Hugging Face model")
     parser.add_argument("file", help="chat data")
     parser.add_argument("--seq-length", type=int, default=16384, help="tokens in a row")
     parser.add_argument("--num-workers", type=int, default=len(os.sched_getaffinity(0)), help="processors for each")
     parser.add_argument("--repeat", type=int, default=3, help="how often both are measured, in turn")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def _seconds_of_encoding(tokenizer: Any, texts: list[str]) -> float:

@@ -4,6 +4,7 @@
 """
 
 import argparse
+from collections.abc import Sequence
 
 from benchmarks.train import gemm_tflops, time_on_gpu
 from megatron.sft.model import process_groups
@@ -14,12 +15,12 @@ from megatron.sft.runtime.errors import OneLineParser, UserError, run
 REPEATS = 30
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="benchmark_head", description=__doc__)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--hidden", type=int, default=1536)
     parser.add_argument("--vocabulary", type=int, default=151936)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if not device.has_gpu():
         raise UserError("no GPU is found: the benchmark measures GPUs")
     device.prepare()
@@ -30,6 +31,7 @@ def main() -> None:
             print(
                 f"  {100 * share:.0f} % of the tokens trained: {100 * _measure(arguments, share) / whole:.0f} % of that time"
             )
+    return 0
 
 
 def _measure(arguments: argparse.Namespace, trained: float) -> float:

@@ -25,15 +25,16 @@ from megatron.sft.runtime.errors import OneLineParser, run
 _SHAPES = ((1536, 1536), (8960, 1536), (1536, 8960), (512, 1536), (37984, 1536))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="benchmark_save", description=__doc__)
     parser.add_argument("folder", type=Path, help="where to write; on the disk that is to be measured")
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     device.prepare()
     with device.process_group():
         _measure(arguments.folder, _pieces(arguments.gigabytes * 1e9), arguments.repeats)
+    return 0
 
 
 def _pieces(num_bytes: float) -> list[Piece]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.rows import BenchmarkRows, make_rows
 from megatron.sft.families.flops import training_flops
-from megatron.sft.hf.published_configs import find_shape
+from megatron.sft.hf.published_configs import find_architecture
 from megatron.sft.model import process_groups
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning.options import TrainOptions
@@ -51,21 +51,22 @@ class Measurement:
         return self.tokens / self.seconds
 
 
-def main() -> None:
-    arguments = parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
     if not device.has_gpu():
         raise UserError("no GPU is found: the benchmark measures GPUs")
     if arguments.stack:
         measured = measure(arguments)
-        if ranks.is_first():
+        if ranks.is_rank_0():
             print(json.dumps(asdict(measured)))
-        return
+        return 0
     found = []
     for stack in ["ours", *(word for word in arguments.against.split(",") if word)]:
         if stack not in STACKS:
             raise UserError(f"--against {stack}: the stacks are {', '.join(STACKS[1:])}")
-        found.append(_in_own_process(stack, arguments.gpus))
+        found.append(_in_own_process(stack, arguments.gpus, sys.argv[1:] if argv is None else argv))
         print(line(found[-1], found[0]), flush=True)
+    return 0
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -105,9 +106,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parsed
 
 
-def _in_own_process(stack: str, gpus: int) -> Measurement:
+def _in_own_process(stack: str, gpus: int, argv: Sequence[str]) -> Measurement:
     """Run one stack as a process (or one a GPU); its last line is the measurement."""
-    command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:], "--stack", stack]
+    command = [sys.executable, "-m", "benchmarks.train", *argv, "--stack", stack]
     if stack != "peer" and gpus > 1:
         start = [
             "megatron.sft.launch",
@@ -150,12 +151,12 @@ def measure(arguments: argparse.Namespace) -> Measurement:
     if arguments.memory_gib:
         torch.cuda.set_per_process_memory_fraction(arguments.memory_gib * 2**30 / torch.cuda.mem_get_info()[1])
     gemm = gemm_tflops()
-    shape, _ = find_shape(arguments.model)
+    architecture, _ = find_architecture(arguments.model)
     rows = make_rows(
         arguments.row_length,
         arguments.conversations or [size * arguments.row_length // 16384 for size in CONVERSATIONS],
         arguments.trained,
-        shape.vocab_size,
+        architecture.vocab_size,
         num_rows=8 * rows_a_step,
         padded=arguments.stack == "padded",
     )
@@ -173,7 +174,7 @@ def measure(arguments: argparse.Namespace) -> Measurement:
         seconds=statistics.median(seconds),
         tokens=sum(row.tokens for row in timed) // arguments.steps,
         trained_tokens=sum(row.trained for row in timed) // arguments.steps,
-        flops=sum(training_flops(shape, r.tokens, r.trained, r.squared) for r in timed) / arguments.steps,
+        flops=sum(training_flops(architecture, r.tokens, r.trained, r.squared) for r in timed) / arguments.steps,
         memory_allocated=peaks[0] / 2**30,
         memory_reserved=peaks[1] / 2**30,
         gemm_tflops=gemm,
@@ -253,7 +254,7 @@ def benchmark_plan(arguments: argparse.Namespace, rows: BenchmarkRows) -> Any:
     from megatron.sft.checkpoint.folder import Checkpoint
     from megatron.sft.planning.run_plan import RunPlan
 
-    shape, _ = find_shape(arguments.model)
+    architecture, _ = find_architecture(arguments.model)
     copies = arguments.layout.data_parallel(arguments.gpus)
     options = replace(
         TrainOptions(load=Path(), data_path=Path(), save=Path()),
@@ -269,7 +270,7 @@ def benchmark_plan(arguments: argparse.Namespace, rows: BenchmarkRows) -> Any:
         options=options,
         layout=arguments.layout,
         data_parallel=copies,
-        shape=shape,
+        architecture=architecture,
         start=Checkpoint(Path(), 0, "", {}),
         resume=False,
         rows=rows,  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from megatron.sft.checkpoint.folder import open_checkpoint
 from megatron.sft.compare_logits import megatron_logits, transformers_logits
 from megatron.sft.data.tokenized import Row
 from megatron.sft.families.rules import tensor_parallel_part
-from megatron.sft.families.weight_names import bound_rules, checkpoint_name
+from megatron.sft.families.weight_names import checkpoint_name, weight_entries
 from megatron.sft.hf.folder import HFFolder
 from megatron.sft.model import process_groups
 from megatron.sft.model.layout import Layout, check_layout
@@ -35,9 +35,9 @@ def main() -> None:
             if not checkpoint.exists():
                 continue
             source = HFFolder(folder)
-            if ep > 1 and source.shape.mixture is None:
+            if ep > 1 and source.architecture.moe is None:
                 continue
-            check_layout(layout, source.shape)
+            check_layout(layout, source.architecture)
             difference = logits_difference(checkpoint, source, layout)
             worst, name = gradient_difference(checkpoint, source, layout)
             if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
@@ -46,7 +46,7 @@ def main() -> None:
 
 def conversations(source: HFFolder) -> list[np.ndarray]:
     generator = np.random.default_rng(7)
-    return [generator.integers(0, source.shape.vocab_size, size=length) for length in LENGTHS]
+    return [generator.integers(0, source.architecture.vocab_size, size=length) for length in LENGTHS]
 
 
 def logits_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> float:
@@ -75,9 +75,9 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
     from megatron.sft.model.gpt import build_model
     from megatron.sft.training.batches import make_micro_batch
 
-    shape = source.shape
-    config = transformer_config(shape, layout, torch.float32)
-    model = build_model(shape, layout, config)
+    architecture = source.architecture
+    config = transformer_config(architecture, layout, torch.float32)
+    model = build_model(architecture, layout, config)
     load_weights(open_checkpoint(checkpoint), [model], layout)
     wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     config.finalize_model_grads_func = finalize_model_grads
@@ -102,25 +102,27 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
         forward_only=False,
     )
     expected = transformers_gradients(source, row)
-    bounds = {bound.megatron: bound for bound in bound_rules(shape)}
-    experts = shape.mixture.num_experts // layout.expert_parallel if shape.mixture else 0
+    entries = {entry.megatron: entry for entry in weight_entries(architecture)}
+    experts = architecture.moe.num_experts // layout.expert_parallel if architecture.moe else 0
     first = (
         model.decoder.layers[0].layer_number - 1,
         experts * parallel_state.get_expert_model_parallel_rank(),
     )
     worst, worst_name = 0.0, "-"
     for live_name, parameter in model.named_parameters():
-        name = checkpoint_name(live_name, *first, shape.mixture is not None)
-        if name == "output_layer.weight" and shape.tied_embeddings:
+        name = checkpoint_name(live_name, *first, architecture.moe is not None)
+        if name == "output_layer.weight" and architecture.tied_embeddings:
             name = "embedding.word_embeddings.weight"
-        bound = bounds[name]
-        whole = bound.rule.to_megatron(shape, *(expected[hf] for hf in bound.hf))
+        entry = entries[name]
+        whole = entry.rule.to_megatron(architecture, *(expected[hf] for hf in entry.hf))
         if "embedding" in name or "output_layer" in name:
-            whole = torch.cat([whole, whole.new_zeros(layout.padded_vocab_size(shape) - len(whole), whole.shape[1])])
+            whole = torch.cat(
+                [whole, whole.new_zeros(layout.padded_vocab_size(architecture) - len(whole), whole.shape[1])]
+            )
         rank, size = parallel_state.get_tensor_model_parallel_rank(), layout.tensor_parallel
-        if bound.expert is not None:
+        if entry.expert is not None:
             rank, size = parallel_state.get_expert_tensor_parallel_rank(), layout.expert_tensor_parallel
-        theirs = tensor_parallel_part(bound.rule, whole, rank, size)
+        theirs = tensor_parallel_part(entry.rule, whole, rank, size)
         ours = parameter.main_grad
         difference = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-6))
         if difference > worst:
@@ -155,7 +157,7 @@ def transformers_gradients(source: HFFolder, row: Row) -> dict[str, torch.Tensor
 def on_disk_names(gradients: dict[str, torch.Tensor], source: HFFolder) -> dict[str, torch.Tensor]:
     """transformers 5 keeps all experts of a layer in one parameter; on disk they are apart."""
     result = {}
-    mixtral = source.shape.family == "mixtral"
+    mixtral = source.architecture.family == "mixtral"
     for name, gradient in gradients.items():
         if name.endswith("experts.gate_up_proj"):
             for expert, both in enumerate(gradient):

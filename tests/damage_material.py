@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -222,13 +221,10 @@ def model_cases(folder: Path, model: Path, other: Path) -> list[Case]:
     ]  # fmt: skip
 
 
-def call(entry: Callable[[], None], *arguments: object) -> None:
-    before = sys.argv
-    sys.argv = ["campaign", *map(str, arguments)]
+def call(entry: Callable[[list[str]], int], *arguments: object) -> None:
     environment = dict(os.environ)
     try:
-        entry()
+        entry([*map(str, arguments)])
     finally:
-        sys.argv = before
         os.environ.clear()
         os.environ.update(environment)

@@ -308,9 +308,8 @@ def attempt(name: str, source: Path, damage: Damage, model: Path, work: Path) ->
     shutil.rmtree(out.parent)
 
 
-def call(entry: Callable[[], None], *arguments: object) -> None:
-    sys.argv = ["test", *map(str, arguments)]
-    entry()
+def call(entry: Callable[[list[str]], int], *arguments: object) -> None:
+    entry([*map(str, arguments)])
 
 
 if __name__ == "__main__":

@@ -45,10 +45,9 @@ def check(model: Path, form: str, layout: tuple[int, int, int], output: Path) ->
     print("equal", model.name, form, *layout, flush=True)
 
 
-def call(main: Callable[[], None], *arguments: object) -> None:
+def call(main: Callable[[list[str]], int], *arguments: object) -> None:
     """An entry module's main in this process."""
-    sys.argv = ["test", *map(str, arguments)]
-    main()
+    main([*map(str, arguments)])
 
 
 if __name__ == "__main__":

@@ -38,12 +38,12 @@ def main() -> None:
         for target in targets:
             for source in sorted(sources.iterdir()):
                 run = out / f"{source.name} to {target}"
-                if ranks.is_first():
+                if ranks.is_rank_0():
                     keep_first_checkpoint(source, run)
                 torch.distributed.barrier()
                 arguments = ["--load", converted, "--data-path", data, "--save", run, *OPTIONS, *LAYOUTS[target][1]]
                 losses = go_on([str(argument) for argument in arguments], run)
-                if ranks.is_first():
+                if ranks.is_rank_0():
                     (run / "losses.json").write_text(json.dumps(losses))
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import struct
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +171,5 @@ def forge_manifest(checkpoint: Path, files: dict[str, Any]) -> None:
     path.write_text(json.dumps(sealed({**content, "files": files})))
 
 
-def call_main(monkeypatch: pytest.MonkeyPatch, entry: Callable[[], None], *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["test", *map(str, arguments)])
-    entry()
+def call_main(monkeypatch: pytest.MonkeyPatch, entry: Callable[[list[str]], int], *arguments: object) -> None:
+    entry([*map(str, arguments)])

@@ -203,10 +203,10 @@ def work(task: Path) -> None:
             planned = [(run, plan_of(run, content["steps"], task.parent)) for run in group]
             with process_groups.model_parallel(planned[0][1].layout):
                 for run, plan in planned:
-                    ranks.say(f"  {run.variant.name}, {run.layout.name} …")
+                    ranks.print_rank_0(f"  {run.variant.name}, {run.layout.name} …")
                     train(run, plan)
             leave_groups()
-    if ranks.is_first():
+    if ranks.is_rank_0():
         task.with_suffix(".done").write_text(json.dumps([asdict(run) for run in runs]))
 
 

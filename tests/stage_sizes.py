@@ -3,7 +3,7 @@
 import json
 import sys
 
-from megatron.sft.families.registry import read_shape
+from megatron.sft.families.registry import read_architecture
 from megatron.sft.model import process_groups
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning.memory import stage_parameters
@@ -20,12 +20,12 @@ def main() -> None:
 
     tensor, pipeline, expert = map(int, sys.argv[2:5])
     with open(sys.argv[1]) as file:
-        shape = read_shape(json.load(file), sys.argv[1])
-    layout = Layout(tensor, pipeline, 1, bool(shape.mixture) and tensor > 1, expert)
+        architecture = read_architecture(json.load(file), sys.argv[1])
+    layout = Layout(tensor, pipeline, 1, bool(architecture.moe) and tensor > 1, expert)
     with process_groups.parallel(layout, 0):
-        model = build_model(shape, layout, transformer_config(shape, layout, torch.float32))
+        model = build_model(architecture, layout, transformer_config(architecture, layout, torch.float32))
         built = sum(parameter.numel() for parameter in model.parameters())
-        estimated = sum(stage_parameters(shape, layout, parallel_state.get_pipeline_model_parallel_rank()))
+        estimated = sum(stage_parameters(architecture, layout, parallel_state.get_pipeline_model_parallel_rank()))
         assert built == estimated, f"rank {torch.distributed.get_rank()}: built {built}, estimated {estimated}"
 
 

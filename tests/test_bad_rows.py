@@ -4,7 +4,6 @@ import gzip
 import json
 import random
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,10 +176,9 @@ def test_all_of_them_are_put_aside_and_all_good_ones_kept(tmp_path: Path, templa
 
 def here(monkeypatch: pytest.MonkeyPatch, data: Path, *options: str) -> int:
     arguments = ["--tokenizer", str(smollm2_folder()), "--input", str(data), "--seq-length", "256", *options]
-    monkeypatch.setattr(sys, "argv", ["tokenize", *arguments])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     try:
-        run(tokenize.main)
+        run(lambda: tokenize.main(arguments))
     except SystemExit as stopped:
         return int(stopped.code or 0)
     return 0

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.sft.families.architecture import Shape
-from megatron.sft.families.registry import FAMILIES, read_shape, rules_of
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.registry import FAMILIES, family_rules, read_architecture
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.runtime.errors import UserError
 from tests import export_grid, tiny
@@ -80,16 +80,16 @@ def _config(family: str) -> dict[str, object]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_reads_its_table_both_ways(family: str) -> None:
-    shape = read_shape(_config(family), "config.json")
-    for rule in rules_of(shape):
-        tensors = [torch.randn(_hf_shape(name, shape)) for name in rule.hf]
-        back = rule.to_hf(shape, rule.to_megatron(shape, *tensors))
+    architecture = read_architecture(_config(family), "config.json")
+    for rule in family_rules(architecture):
+        tensors = [torch.randn(_hf_shape(name, architecture)) for name in rule.hf]
+        back = rule.to_hf(architecture, rule.to_megatron(architecture, *tensors))
         assert all(torch.equal(one, other) for one, other in zip(tensors, back, strict=True)), rule.megatron
 
 
-def _hf_shape(name: str, shape: Shape) -> tuple[int, ...]:
-    query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
+def _hf_shape(name: str, architecture: Architecture) -> tuple[int, ...]:
+    query, key = architecture.num_heads * architecture.head_dim, architecture.num_kv_heads * architecture.head_dim
+    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
     rows = {"q_proj": query, "k_proj": key, "v_proj": key, "gate_proj": ffn, "up_proj": ffn, ".w1.": ffn, ".w3.": ffn}
     for part, size in rows.items():
         if part in name:
@@ -125,7 +125,7 @@ REFUSED = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_is_not_built_is_refused_by_name(reason: str) -> None:
     with pytest.raises(UserError) as error:
-        read_shape({**CONFIG, **REFUSED[reason]}, "model/config.json")
+        read_architecture({**CONFIG, **REFUSED[reason]}, "model/config.json")
     assert str(error.value).startswith("model/config.json: ") and reason in str(error.value)
 
 
@@ -139,13 +139,13 @@ RELEASED = {
 
 @pytest.mark.parametrize("family", RELEASED)
 def test_fields_of_released_models_are_understood(family: str) -> None:
-    shape = read_shape({**CONFIG, "model_type": family, **RELEASED[family]}, "")
-    assert shape.sliding_window == (8 if family == "mistral" else None)
+    architecture = read_architecture({**CONFIG, "model_type": family, **RELEASED[family]}, "")
+    assert architecture.sliding_window == (8 if family == "mistral" else None)
 
 
 def test_old_and_new_spellings_of_a_configuration_are_read_alike() -> None:
-    old = read_shape({**CONFIG, "rope_theta": 1e6, "torch_dtype": "bfloat16"}, "")
-    new = read_shape(
+    old = read_architecture({**CONFIG, "rope_theta": 1e6, "torch_dtype": "bfloat16"}, "")
+    new = read_architecture(
         {**CONFIG, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "dtype": "bfloat16"}, ""
     )
     assert old == new and old.rope_theta == 1e6 and old.torch_dtype == torch.bfloat16
@@ -153,24 +153,24 @@ def test_old_and_new_spellings_of_a_configuration_are_read_alike() -> None:
 
 def test_uneven_pipelines_hold_every_layer() -> None:
     for num_layers in range(1, 40):
-        shape = read_shape({**CONFIG, "num_hidden_layers": num_layers}, "")
+        architecture = read_architecture({**CONFIG, "num_hidden_layers": num_layers}, "")
         for stages in range(1, min(num_layers, 9) + 1):
-            layers = Layout(pipeline_parallel=stages).stage_layers(shape)
+            layers = Layout(pipeline_parallel=stages).stage_layers(architecture)
             assert sum(layers) == num_layers and len(layers) == stages and min(layers) >= 1
             assert len(set(layers[1:-1])) <= 1
 
 
 def test_a_layout_that_cannot_be_names_the_choices() -> None:
-    shape = read_shape(CONFIG, "")
+    architecture = read_architecture(CONFIG, "")
     with pytest.raises(UserError, match=r"TP=4 does not divide the model's 2 KV heads: choose TP from 1, 2"):
-        check_layout(Layout(tensor_parallel=4), shape)
+        check_layout(Layout(tensor_parallel=4), architecture)
     with pytest.raises(UserError, match=r"PP=3 is more than the model's 2 layers"):
-        check_layout(Layout(pipeline_parallel=3), shape)
-    experts = read_shape(_config("mixtral"), "")
+        check_layout(Layout(pipeline_parallel=3), architecture)
+    experts = read_architecture(_config("mixtral"), "")
     with pytest.raises(UserError, match=r"EP=3 does not divide the model's 4 experts: choose EP from 1, 2, 4"):
         check_layout(Layout(expert_parallel=3), experts)
     with pytest.raises(UserError, match=r"EP=2 does not divide the model's 1 experts"):
-        check_layout(Layout(expert_parallel=2), shape)
+        check_layout(Layout(expert_parallel=2), architecture)
 
 
 def test_experts_train_and_resume_over_ep_and_tp_as_on_one_process(

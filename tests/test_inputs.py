@@ -191,19 +191,19 @@ def test_where_the_data_folder_cannot_be_written_the_memory_is_in_the_output_fol
 
 
 def test_a_start_checkpoint_that_is_not_what_was_converted_is_refused(converted: Path, tmp_path: Path) -> None:
-    from megatron.sft.families.registry import read_shape
+    from megatron.sft.families.registry import read_architecture
 
     folder = tmp_path / "converted"
     shutil.copytree(converted, folder)
     checkpoint = open_checkpoint(folder)
-    shape = read_shape(checkpoint.manifest["source"]["config"], "config")
-    input_checks.check_checkpoint(checkpoint, shape)
+    architecture = read_architecture(checkpoint.manifest["source"]["config"], "config")
+    input_checks.check_checkpoint(checkpoint, architecture)
     path = checkpoint.path / "__0_0.distcp"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"__0_0\.distcp is damaged"):
-        input_checks.check_checkpoint(checkpoint, shape)
+        input_checks.check_checkpoint(checkpoint, architecture)
     manifest = checkpoint.path / "manifest.json"
     content = {**checkpoint.manifest, "shape": {"num_layers": 9}}
     manifest.write_text(json.dumps(content))
@@ -211,7 +211,7 @@ def test_a_start_checkpoint_that_is_not_what_was_converted_is_refused(converted:
         open_checkpoint(folder)
     manifest.write_text(json.dumps(sealed(content)))
     with pytest.raises(UserError, match="has num_layers 9 for the weights and 3 in its configuration"):
-        input_checks.check_checkpoint(open_checkpoint(folder), shape)
+        input_checks.check_checkpoint(open_checkpoint(folder), architecture)
 
 
 def test_all_processes_of_a_node_end_with_one_line_and_one_of_them_reads(
@@ -232,7 +232,8 @@ def test_all_processes_of_a_node_end_with_one_line_and_one_of_them_reads(
 
 def test_the_others_end_when_the_one_that_reads_is_silent(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; from megatron.sft.planning import input_checks; from megatron.sft.runtime.errors import run; "
+        "from pathlib import Path; from megatron.sft.planning import input_checks; "
+        "from megatron.sft.runtime.errors import run; "
         f"input_checks.SILENT_SECONDS = 1.0; run(lambda: input_checks._wait(Path({str(tmp_path / 'inputs.json')!r})))"
     )
     environment = {**os.environ, "PYTHONPATH": str(tiny.ROOT)}

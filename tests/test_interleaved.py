@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.sft.families.registry import read_shape
+from megatron.sft.families.registry import read_architecture
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.planning.options import parse
 from megatron.sft.planning.run_plan import resolve
@@ -67,6 +67,6 @@ def test_chunks_of_different_sizes_are_refused(num_layers: int, stages: int, chu
     from transformers import Qwen2Config
 
     config = {**Qwen2Config(num_hidden_layers=num_layers, use_sliding_window=False).to_dict()}
-    shape = read_shape({**config, "architectures": ["Qwen2ForCausalLM"]}, "config.json")
+    architecture = read_architecture({**config, "architectures": ["Qwen2ForCausalLM"]}, "config.json")
     with pytest.raises(UserError, match=re.escape(advice)):
-        check_layout(Layout(pipeline_parallel=stages, virtual_pipeline=chunks), shape)
+        check_layout(Layout(pipeline_parallel=stages, virtual_pipeline=chunks), architecture)

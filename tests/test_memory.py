@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.sft.hf.published_configs import find_shape, published_configs
+from megatron.sft.hf.published_configs import find_architecture, published_configs
 from megatron.sft.model import cross_entropy
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning import memory
@@ -32,12 +32,12 @@ R1_1_5B, ROW = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", MemorySettings(16384
     ],
 )
 def test_the_number_of_parameters_is_the_published_one(model: str, published: int) -> None:
-    assert num_parameters(find_shape(model)[0]) == published
+    assert num_parameters(find_architecture(model)[0]) == published
 
 
 def test_every_model_of_the_table_can_be_read() -> None:
     for model in published_configs():
-        assert estimate(find_shape(model)[0], Layout(), 1, ROW).total > 0
+        assert estimate(find_architecture(model)[0], Layout(), 1, ROW).total > 0
 
 
 @pytest.mark.parametrize(
@@ -77,32 +77,34 @@ def test_each_process_has_as_many_weights_as_estimated(
 def test_the_estimate_is_within_10_percent_of_peaks_measured_on_an_h200(
     layout: Layout, copies: int, changes: dict[str, object], measured_gib: float
 ) -> None:
-    shape, _ = find_shape(R1_1_5B)
-    estimated = estimate(shape, layout, copies, replace(ROW, **changes)).tensors / GIB  # type: ignore[arg-type]
+    architecture, _ = find_architecture(R1_1_5B)
+    estimated = estimate(architecture, layout, copies, replace(ROW, **changes)).tensors / GIB  # type: ignore[arg-type]
     assert abs(estimated / measured_gib - 1) <= 0.10
 
 
 def test_more_recomputation_takes_less_memory_and_the_cheapest_that_fits_is_taken() -> None:
-    shape, _ = find_shape(R1_1_5B)
-    sizes = [estimate(shape, Layout(), 1, replace(ROW, recompute=word)).total for word in memory.RECOMPUTE_WORDS]
+    architecture, _ = find_architecture(R1_1_5B)
+    sizes = [estimate(architecture, Layout(), 1, replace(ROW, recompute=word)).total for word in memory.RECOMPUTE_WORDS]
     assert sizes == sorted(sizes, reverse=True)
     for word, size in zip(memory.RECOMPUTE_WORDS, sizes, strict=True):
-        assert cheapest_recompute(shape, Layout(), 1, ROW, int(size * 1.05)) == word
-    assert cheapest_recompute(shape, Layout(), 1, ROW, 0) == "full"
+        assert cheapest_recompute(architecture, Layout(), 1, ROW, int(size * 1.05)) == word
+    assert cheapest_recompute(architecture, Layout(), 1, ROW, 0) == "full"
 
 
 def test_the_first_stage_of_a_pipeline_keeps_a_micro_batch_for_every_stage() -> None:
-    shape, _ = find_shape("Qwen/Qwen2.5-7B-Instruct")
-    few, many = (estimate(shape, Layout(1, 4), 1, replace(ROW, micro_batches=count)).activations for count in (1, 8))
+    architecture, _ = find_architecture("Qwen/Qwen2.5-7B-Instruct")
+    few, many = (
+        estimate(architecture, Layout(1, 4), 1, replace(ROW, micro_batches=count)).activations for count in (1, 8)
+    )
     assert 3.5 < many / few <= 4.0
 
 
 def test_data_parallel_copies_share_the_optimizer_and_offloading_empties_it() -> None:
-    shape, _ = find_shape(R1_1_5B)
-    one, four = (estimate(shape, Layout(), copies, ROW) for copies in (1, 4))
-    assert one.optimizer == 12 * num_parameters(shape) and four.optimizer == one.optimizer // 4
+    architecture, _ = find_architecture(R1_1_5B)
+    one, four = (estimate(architecture, Layout(), copies, ROW) for copies in (1, 4))
+    assert one.optimizer == 12 * num_parameters(architecture) and four.optimizer == one.optimizer // 4
     assert (one.weights, one.gradients) == (four.weights, four.gradients)
-    assert estimate(shape, Layout(), 1, replace(ROW, optimizer_offload=True)).optimizer == 0
+    assert estimate(architecture, Layout(), 1, replace(ROW, optimizer_offload=True)).optimizer == 0
 
 
 def test_the_chunk_of_the_loss_head_is_the_one_it_uses() -> None:
@@ -110,11 +112,11 @@ def test_the_chunk_of_the_loss_head_is_the_one_it_uses() -> None:
 
 
 def test_suggested_layouts_fit_divide_the_gpus_and_the_fastest_comes_first() -> None:
-    shape, _ = find_shape("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
-    found = suggest_layouts(shape, 8, 80 * GIB, MemorySettings(16384), 128)
+    architecture, _ = find_architecture("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
+    found = suggest_layouts(architecture, 8, 80 * GIB, MemorySettings(16384), 128)
     assert found and all(each.memory.total <= 80 * GIB for each in found)
     assert all(each.layout.model_size * each.data_parallel == 8 for each in found)
-    assert all(shape.num_kv_heads % each.layout.tensor_parallel == 0 for each in found)
+    assert all(architecture.num_kv_heads % each.layout.tensor_parallel == 0 for each in found)
     assert [each.cost for each in found] == sorted(each.cost for each in found)
 
 

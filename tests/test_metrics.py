@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.sft.families.architecture import Shape
+from megatron.sft.families.architecture import Architecture
 from megatron.sft.reporting import metrics, trackers
 from megatron.sft.reporting.curves import read_curve
 from megatron.sft.reporting.live_plot import LossPicture
 from megatron.sft.reporting.metrics import MetricsLog, StepRecord
 from tests import tiny
 
-SHAPE = Shape(
+SHAPE = Architecture(
     family="qwen2",
     num_layers=2,
     hidden_size=8,

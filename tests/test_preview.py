@@ -3,7 +3,6 @@
 import html
 import json
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -47,10 +46,9 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def show(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["show_sample", *map(str, arguments)])
     monkeypatch.setattr("signal.signal", lambda *_: None)
     try:
-        run(show_sample.main)
+        run(lambda: show_sample.main([*map(str, arguments)]))
     except SystemExit as stopped:
         return int(stopped.code or 0)
     return 0

@@ -37,10 +37,9 @@ def write(folder: Path, grouped: bool = False, length: int = 128) -> Path:
 
 def here(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """The entry module in this process; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["repack", *map(str, arguments)])
     monkeypatch.setattr("signal.signal", lambda *_: None)
     try:
-        run(repack.main)
+        run(lambda: repack.main([*map(str, arguments)]))
     except SystemExit as stopped:
         return int(stopped.code or 0)
     return 0

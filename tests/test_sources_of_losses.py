@@ -1,7 +1,6 @@
 """Data mixed from several sources: every conversation keeps its source, and training tells the losses apart by it."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from megatron.sft import repack, tokenize
 from megatron.sft.data.source_names import source_names
 from megatron.sft.data.tokenized import TokenizedRows, file_of
-from megatron.sft.runtime.errors import UserError, run
+from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import sealed, sha256_of_file, write_json
 from tests import tiny
 from tests.taught import untrained_folder
@@ -21,9 +20,8 @@ NAMES = ["sums", "words"]
 
 
 def here(monkeypatch: pytest.MonkeyPatch, module: object, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["module", *map(str, arguments)])
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    run(module.main)  # type: ignore[attr-defined]
+    assert module.main([*map(str, arguments)]) == 0  # type: ignore[attr-defined]
 
 
 def sources_by_text(prefix: Path) -> dict[str, int]:

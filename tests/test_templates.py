@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from megatron.sft.chat.encoding import Encoded, check_against_template, encode, 
 from megatron.sft.chat.named_templates import NAMES, chosen_template
 from megatron.sft.chat.template import ChatTemplate, CorrectionNeeded, Rendered
 from megatron.sft.data.tokenized import TokenizedRows
-from megatron.sft.runtime.errors import UserError, run
+from megatron.sft.runtime.errors import UserError
 from tests.chat_material import bfcl_rows, mistral_tokenizer, trl_template
 from tests.material import npm_tokenizer, smollm2_folder
 
@@ -424,9 +423,8 @@ def tokenised(
         (model / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = ["--tokenizer", str(model), "--input", str(folder / "data.jsonl"), "--seq-length", "256", *options]
-    monkeypatch.setattr(sys, "argv", ["tokenize", *arguments, "--num-workers", "1"])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    run(tokenize.main)
+    assert tokenize.main([*arguments, "--num-workers", "1"]) == 0
     return TokenizedRows(folder / "Tokenized-data-model-256_text_document").manifest
 
 

@@ -40,10 +40,9 @@ def process(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 def here(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
     """The entry module in this process; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["tokenize", *arguments])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     try:
-        run(tokenize.main)
+        run(lambda: tokenize.main(arguments))
     except SystemExit as stopped:
         return int(stopped.code or 0)
     return 0

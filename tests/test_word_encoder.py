@@ -100,7 +100,6 @@ def test_the_files_are_the_same_with_it_and_without_whatever_the_number_of_worke
             "512",
         ]
         arguments += ["--num-workers", str(num_workers), "--output-prefix", str(prefix)]
-        monkeypatch.setattr("sys.argv", ["tokenize", *arguments])
-        tokenize.main()
+        assert tokenize.main(arguments) == 0
         results.append([Path(f"{prefix}.{ending}").read_bytes() for ending in ("bin", "idx")])
     assert results[0] == results[1] == results[2] == results[3]

@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 -m megatron.sft.compare_logits --load CKPT --hf-dir 
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.sft.checkpoint import folder as checkpoint_folder
@@ -22,8 +23,8 @@ from megatron.sft.model.layout import Layout
 from megatron.sft.runtime.errors import OneLineParser, run
 
 
-def main() -> None:
-    arguments = _parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
     layout = Layout(
         arguments.tensor_model_parallel_size,
         arguments.pipeline_model_parallel_size,
@@ -35,16 +36,17 @@ def main() -> None:
         checkpoint = checkpoint_folder.open_checkpoint(arguments.load, arguments.iteration)
         ours = megatron_logits(checkpoint, source, layout, conversations)
         if ours is None:
-            return
+            return 0
         theirs = transformers_logits(arguments.hf_dir, conversations)
         difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
         print(f"largest difference of logits: {difference:.3g} (largest logit {largest:.3g})")
         if not within(difference, largest, arguments.tolerance) and layout.model_size == 1:
             print(layer_table(checkpoint, source, conversations))
         difference_of(ours, theirs, arguments.tolerance)
+    return 0
 
 
-def _parse() -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="compare_logits", description=__doc__)
     parser.add_argument("--load", type=Path, required=True)
     parser.add_argument("--hf-dir", type=Path, required=True)
@@ -53,7 +55,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import argparse
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +23,7 @@ from megatron.sft.conversion.checkpoint_writer import (
     write_parameters,
 )
 from megatron.sft.families.casting import NAMES
-from megatron.sft.families.weight_names import bound_rules, check_hf_names
+from megatron.sft.families.weight_names import check_hf_names, weight_entries
 from megatron.sft.hf.download_record import check_weights
 from megatron.sft.hf.folder import HFFolder, dtype_name
 from megatron.sft.hf.parameters import HFParameters
@@ -35,8 +35,8 @@ ITERATION = 1
 VERIFY_BYTES = 4_000_000_000
 
 
-def main() -> None:
-    arguments = _parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
     # Compilers that are loaded for nothing here.
     os.environ.update(MEGATRON_SFT_DEVICE="cpu", TORCHDYNAMO_DISABLE="1")
     source: Path | None = arguments.source or arguments.hf_dir
@@ -48,8 +48,9 @@ def main() -> None:
         with _replacing(arguments.output) as beside:
             reshard(source, beside, arguments)
         print(f"converted {source} to {arguments.output} ({_form(arguments)})")
-        return
+        return 0
     _from_hugging_face(HFFolder(source), arguments)
+    return 0
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -64,8 +65,8 @@ def _form(arguments: argparse.Namespace) -> str:
 
 def _from_hugging_face(source: HFFolder, arguments: argparse.Namespace) -> None:
     layout = layout_of(arguments)
-    check_layout(layout, source.shape)
-    passed_over = check_hf_names(source.shape, source.tensor_names, str(source.path))
+    check_layout(layout, source.architecture)
+    passed_over = check_hf_names(source.architecture, source.tensor_names, str(source.path))
     output: Path = arguments.output
     if checkpoint_folder.latest_iteration(output) is not None:
         _accept_existing(arguments, source, layout)
@@ -74,8 +75,8 @@ def _from_hugging_face(source: HFFolder, arguments: argparse.Namespace) -> None:
     _check_tied(source, passed_over)
     if passed_over:
         print(f"not converted, because config.json implies them: {', '.join(passed_over)}")
-    if source.shape.vocab_size > source.rows_on_disk:
-        new = source.shape.vocab_size - source.rows_on_disk
+    if source.architecture.vocab_size > source.rows_on_disk:
+        new = source.architecture.vocab_size - source.rows_on_disk
         print(
             f"the tokenizer has {new:,} tokens more than the embedding rows: new rows near the mean of the old are added"
         )
@@ -90,7 +91,11 @@ def _from_hugging_face(source: HFFolder, arguments: argparse.Namespace) -> None:
 def _check_tied(source: HFFolder, passed_over: list[str]) -> None:
     """Refuse an output layer of its own in a model whose configuration ties it to the embedding: one of them is wrong."""
     embedding = "model.embed_tokens.weight"
-    if not source.shape.tied_embeddings or "lm_head.weight" not in passed_over or embedding not in source.tensor_names:
+    if (
+        not source.architecture.tied_embeddings
+        or "lm_head.weight" not in passed_over
+        or embedding not in source.tensor_names
+    ):
         return
     if not torch.equal(source.tensor("lm_head.weight"), source.tensor(embedding)):
         raise UserError(
@@ -124,10 +129,12 @@ def _convert(source: HFFolder, layout: Layout, arguments: argparse.Namespace, ou
         report = parameters.caster.report()
         if report:
             print(report)
-        dtypes = {name: parameters.hf_meta(name).dtype for bound in bound_rules(source.shape) for name in bound.hf}
+        dtypes = {
+            name: parameters.hf_meta(name).dtype for entry in weight_entries(source.architecture) for name in entry.hf
+        }
         common = max(sorted(set(dtypes.values()), key=str), key=list(dtypes.values()).count)
         exceptions = {name: dtype_name(dtype) for name, dtype in dtypes.items() if dtype != common}
-        config = converted_config(source.config, source.shape, arguments.dtype)
+        config = converted_config(source.config, source.architecture, arguments.dtype)
         return {
             "source": {**source.describe(), "config": config, "weights_fingerprint": parameters.fingerprint()},
             "hf_dtype": dtype_name(common),
@@ -138,7 +145,7 @@ def _convert(source: HFFolder, layout: Layout, arguments: argparse.Namespace, ou
     with ThreadPoolExecutor(1) as pool:
         # The program is still loading when most of this is done.
         checked = pool.submit(parameters.check_all)
-        write_parameters(parameters, source.shape, layout, arguments.ckpt_format, output, ITERATION, finish)
+        write_parameters(parameters, source.architecture, layout, arguments.ckpt_format, output, ITERATION, finish)
         checked.result()
 
 
@@ -171,7 +178,7 @@ def _accept_existing(arguments: argparse.Namespace, source: HFFolder, layout: La
     existing = checkpoint_folder.open_checkpoint(output)
     theirs = existing.manifest.get("source", {})
     same_source = theirs.get("weights_fingerprint") == HFParameters(source, None).fingerprint()
-    same_config = theirs.get("config") == converted_config(source.config, source.shape, arguments.dtype)
+    same_config = theirs.get("config") == converted_config(source.config, source.architecture, arguments.dtype)
     same_form = existing.format == arguments.ckpt_format and existing.manifest.get("layout") == layout_record(layout)
     if same_form and same_source and same_config:
         print(f"{output} is already the conversion of {source.path}: nothing to do")
@@ -179,7 +186,7 @@ def _accept_existing(arguments: argparse.Namespace, source: HFFolder, layout: La
     raise UserError(f"{output} holds another checkpoint (or of another source): give another OUT, or move it away")
 
 
-def _parse() -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="convert", description=__doc__)
     parser.add_argument(
         "--source", type=Path, help="a Hugging Face model folder, or a checkpoint of any format and layout"
@@ -195,7 +202,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(NAMES), help="the source's unless given")
     parser.add_argument("--verify", choices=["auto", "0", "1"], default="0", help="compare logits with transformers")
     parser.add_argument("--with-optimizer", action="store_true", help="keep a training checkpoint's optimizer state")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import argparse
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NoReturn
@@ -213,7 +213,7 @@ def renamed_column(text: str) -> tuple[str, str]:
     return old, new
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="download", description=(__doc__ or "").partition("\n")[0])
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="model|dataset")
     model = kinds.add_parser("model", help="a model, to assets/checkpoints")
@@ -226,18 +226,19 @@ def parse_arguments() -> argparse.Namespace:
     dataset.add_argument("--name", help="of its folder and file in assets/data, instead of the source's")
     dataset.add_argument("--config", help="the configuration (subset), where the data set has several")
     dataset.add_argument("--map-column", action="append", type=renamed_column, default=[], metavar="OLD=NEW")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
     if arguments.kind == "model":
         folder = place_model(arguments.source, arguments.revision, arguments.assets_dir)
         print(f"next: bash scripts/2_convert.sh {shown(folder)} 1 1")
-        return
+        return 0
     selection = Selection(arguments.split, arguments.config, dict(arguments.map_column))
     file = place_dataset(arguments.source, selection, arguments.revision, arguments.assets_dir, arguments.name)
     print(f"next: bash scripts/3_tokenize.sh TOKENIZER_DIR {shown(file)} 16384")
+    return 0
 
 
 if __name__ == "__main__":

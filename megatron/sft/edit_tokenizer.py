@@ -8,6 +8,7 @@ import difflib
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ ORIGINAL = ".orig"
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 
 
-def main() -> None:
-    arguments = _parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
     files = TokenizerFiles(arguments.hf_dir)
     for pair in arguments.rename:
         old, equals, new = pair.partition("=")
@@ -45,6 +46,7 @@ def main() -> None:
     if arguments.keep_thinking:
         files.set_template(keep_thinking(files.template_text(), str(files.folder)))
     files.write(arguments.keep_thinking)
+    return 0
 
 
 class TokenizerFiles:
@@ -246,14 +248,14 @@ def _difference(name: str, before: str, after: str) -> str:
     return "\n".join(difflib.unified_diff(old, new, f"{name}{ORIGINAL}", name, lineterm="", n=1))
 
 
-def _parse() -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="edit_tokenizer", description=__doc__)
     parser.add_argument("hf_dir", type=Path, metavar="HF_DIR")
     parser.add_argument("--rename", action="append", default=[], metavar="OLD=NEW")
     parser.add_argument("--add-token", action="append", default=[], metavar="NEW")
     parser.add_argument("--keep-thinking", action="store_true")
     parser.add_argument("--template", metavar="chatml|FILE")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -96,8 +96,8 @@ def _kept(output: Path, fingerprint: str) -> dict[str, Any] | None:
     return result if isinstance(result, dict) and result.get("fingerprint") == fingerprint else None
 
 
-def main() -> None:
-    arguments = _parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
     *texts, last = arguments.models_and_tasks
     names, models = named_models(texts)
     # A file may have a comma in its path.
@@ -111,6 +111,7 @@ def main() -> None:
     if len(models) > 1 or len(tasks) > 1:
         _write_table(names, results, arguments.table or RESULTS / "scores")
         print(f"serve it: {serve_hint(models[-1])}")
+    return 0
 
 
 def named_models(texts: Sequence[str]) -> tuple[list[str], list[Path]]:
@@ -182,7 +183,7 @@ def _write_table(names: Sequence[str], results: Sequence[Sequence[dict[str, Any]
     print(f"{text}table: {files[0]}, {files[1]}")
 
 
-def _parse() -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="evaluate", description="Scores of one model or several, by data file or benchmark.")
     parser.add_argument(
         "models_and_tasks",
@@ -205,7 +206,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--include", default="", help="a folder of task files of one's own for lm-eval")
     parser.add_argument("--output", type=Path, help="default outputs/evaluations/<model>-<task>.json")
     parser.add_argument("--table", type=Path, help="of several; default outputs/evaluations/scores (.md and .png)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if len(arguments.models_and_tasks) < 2:
         parser.error("give at least one model folder, then the tasks")
     return arguments

@@ -5,6 +5,7 @@ python -m megatron.sft.generate HF_DIR "Sort these names: Tom Ada" --control "<t
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.sft.chat.conversations import Conversation
@@ -51,8 +52,8 @@ class TextStream:
         print(piece, end="", flush=True)
 
 
-def main() -> None:
-    arguments = _parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
     decoding = Decoding(
         arguments.max_new_tokens, arguments.temperature, arguments.batch_size, arguments.top_p, arguments.top_k
     )
@@ -71,6 +72,7 @@ def main() -> None:
         answer_file(model, Path(given), output, decoding, settings)
     else:
         stream_answer(model, [{"role": "user", "content": given}], arguments.control, decoding)
+    return 0
 
 
 def stream_answer(chat_model: ChatModel, messages: Conversation, control: str, decoding: Decoding) -> str:
@@ -143,7 +145,7 @@ def _check(decoding: Decoding, num_gpus: int) -> None:
         raise UserError("TOP_P and TOP_K change nothing at TEMPERATURE=0: give a temperature, such as 0.6")
 
 
-def _parse() -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="generate", description="Talk to a model, or let it answer a file.")
     parser.add_argument("hf_dir", type=Path)
     parser.add_argument("input", nargs="?", help="a question, or a data file; without it a chat on the terminal")
@@ -158,7 +160,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1234, help="of sampling at a temperature above 0")
     parser.add_argument("--backend", default=BACKENDS[0], help=" or ".join(BACKENDS))
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs that vLLM shares the model between")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 
 from megatron.sft.runtime.signals import LAUNCHER_PID, STARTED, SignalRelay
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     relay = SignalRelay()
     os.environ[LAUNCHER_PID] = str(os.getpid())
     os.environ.setdefault(STARTED, str(time.time()))
@@ -21,9 +22,8 @@ def main() -> None:
 
     # Without a folder of its own torchrun leaves one in /tmp for every run.
     with tempfile.TemporaryDirectory(prefix="megatron-sft-") as logs:
-        status = launch(["--log-dir", logs, *sys.argv[1:]], relay)
-    sys.exit(status)
+        return launch(["--log-dir", logs, *(sys.argv[1:] if argv is None else argv)], relay)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

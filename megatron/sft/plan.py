@@ -63,14 +63,13 @@ def report(planner: Planner, settings: list[Line]) -> str:
     return "\n".join(text)
 
 
-def main() -> None:
-    _, options = parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    _, options = parse(argv)
     planner = Planner(options, int(os.environ.get("WORLD_SIZE", "1")))
     planner.work_out()
     exported = os.environ.get("SETTINGS_FROM_ENVIRONMENT", "").split()  # by scripts/4_train.sh
     print(report(planner, setting_lines(options, sys.argv, exported)))
-    if planner.problems:
-        raise SystemExit(2)
+    return 2 if planner.problems else 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python -m megatron.sft.plot outputs/checkpoints/RUN --output loss.png
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.sft.reporting.curves import read_curve, run_names
@@ -10,7 +11,7 @@ from megatron.sft.reporting.loss_plot import AXES, comparison, draw, title_of
 from megatron.sft.runtime.errors import OneLineParser, run
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="plot_loss", description="Loss curve of one run or several, as a PNG.")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, or their metrics.jsonl")
     parser.add_argument(
@@ -19,7 +20,7 @@ def main() -> None:
     parser.add_argument("--title")
     parser.add_argument("--x", choices=list(AXES), default="iteration", help="what goes to the right")
     parser.add_argument("--by-source", action="store_true", help="with the loss of every source of the data")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     names = run_names(arguments.runs)
     curves = [read_curve(path, name) for path, name in zip(arguments.runs, names, strict=True)]
     first: Path = arguments.runs[0]
@@ -29,6 +30,7 @@ def main() -> None:
     if len(curves) > 1:
         print(comparison(curves))
     print(f"loss curve: {output}")
+    return 0
 
 
 if __name__ == "__main__":

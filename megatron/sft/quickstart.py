@@ -12,7 +12,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -222,8 +222,8 @@ def newcomer_lines(report: Report, after: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    arguments = _parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
     if arguments.command == "data":
         ASSETS.mkdir(parents=True, exist_ok=True)
         for name, text in data_files().items():
@@ -238,9 +238,10 @@ def main() -> None:
         report = make_report(arguments.before, arguments.after, arguments.metrics, arguments.export, seconds)
         write_json(arguments.output, asdict(report))
         print(newcomer_lines(report, json.loads(arguments.after.read_text(encoding="utf-8"))))
+    return 0
 
 
-def _parse() -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="quickstart", description="The tiny model and data set of the quickstart.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("data", help="remake the data and tokenizer in assets/quickstart")
@@ -251,7 +252,7 @@ def _parse() -> argparse.Namespace:
         report.add_argument(f"--{name}", type=Path, required=True)
     report.add_argument("--export", required=True, help="folder of the trained model, as the user would type it")
     report.add_argument("--started", type=float, required=True, help="when the quickstart began, in seconds since 1970")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import argparse
 import re
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,8 @@ class Counts:
     dropped: Counter[str] = field(default_factory=Counter)
 
 
-def main() -> None:
-    given = _parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    given = _parse(argv)
     signal.signal(signal.SIGTERM, _stop)
     source = TokenizedRows(prefix_of(given.prefix))
     old = source.manifest
@@ -61,11 +61,12 @@ def main() -> None:
     )
     if _is_finished(prefix, fingerprint):
         print(f"already packed so, from the same files: {prefix}.bin, .idx, .json")
-        return
+        return 0
     repack(source, options, prefix, fingerprint)
+    return 0
 
 
-def _parse() -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="repack", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("prefix", type=Path, help="the files' common name; with or without .bin, .idx or .json")
     parser.add_argument("--seq-length", type=_at_least(1), help="tokens in a row; default: as it is")
@@ -73,7 +74,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--no-packing", action="store_true", help="one conversation a row")
     parser.add_argument("--overlong", choices=OVERLONG, default="drop", help="what to do with longer conversations")
     parser.add_argument("--output-prefix", type=Path, help="default: the same name with the new length")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def _at_least(least: int) -> Any:

@@ -5,6 +5,7 @@ python -m megatron.sft.show_sample PREFIX [ROW] [--html FILE]
 
 import argparse
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.sft.chat.encoding import load_tokenizer
@@ -15,8 +16,8 @@ from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import write_text
 
 
-def main() -> None:
-    given = _parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    given = _parse(argv)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly in front of `head`
     rows = TokenizedRows(prefix_of(given.prefix))
     if not 0 <= given.row < len(rows):
@@ -34,23 +35,24 @@ def main() -> None:
         except OSError as error:
             raise UserError(f"cannot write {given.html} ({error.strerror}): give another file") from None
         print(f"wrote {given.html}: the totals, and rows {numbers[0]} to {numbers[-1]} of {len(rows)}")
-        return
+        return 0
     colour = colour_wanted()
     row = rows[given.row]
     share = 100 * row.trained.mean()
     print(f"row {given.row} of {len(rows)}: {len(row.tokens)} tokens, {share:.1f} % trained; {legend(colour)}")
     for line in row_text(tokenizer, row, colour):
         print(line)
+    return 0
 
 
-def _parse() -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="show_sample", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("prefix", type=Path, help="the files' common name; with or without .bin, .idx or .json")
     parser.add_argument("row", type=int, nargs="?", default=0, help="counts from 0")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page")
     parser.add_argument("--rows", type=int, default=8, help="rows on the page")
     parser.add_argument("--tokenizer", type=Path, help="default: the folder that the manifest names")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 MODEL is a folder with a config.json, that file, or a hub id that a recipe uses. Nothing is downloaded or started.
 """
 
-from megatron.sft.hf.published_configs import find_shape
+from collections.abc import Sequence
+
+from megatron.sft.hf.published_configs import find_architecture
 from megatron.sft.planning.layouts import Suggestion, suggest_layouts
 from megatron.sft.planning.memory import (
     GIB,
@@ -35,7 +37,7 @@ def table(suggestions: list[Suggestion]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="plan", description=__doc__, allow_abbrev=False)
     parser.add_argument("model")
     parser.add_argument("--gpus", type=int, default=8)
@@ -46,11 +48,11 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp8", "fp32"), default="bf16")
     parser.add_argument("--optimizer-precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--optimizer-offload", action="store_true")
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     for name in ("gpus", "gpu_memory", "row_length", "micro_batch_size", "global_batch_size"):
         if getattr(asked, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(asked, name)}: it must be at least 1")
-    shape, where = find_shape(asked.model)
+    architecture, where = find_architecture(asked.model)
     # A card of 80 GB on its label has 79.1 GiB in nvidia-smi, one of 141 GB 139.8.
     gpu_bytes = int(CARDS.get(f"{asked.gpu_memory:g} GB", asked.gpu_memory) * GIB)
     settings = MemorySettings(
@@ -61,10 +63,10 @@ def main() -> None:
         optimizer_offload=asked.optimizer_offload,
     )
     print(
-        f"{where}: {num_parameters(shape) / 1e6:,.1f} M parameters on {asked.gpus} GPUs of {gpu_bytes / GIB:.1f} GiB, "
+        f"{where}: {num_parameters(architecture) / 1e6:,.1f} M parameters on {asked.gpus} GPUs of {gpu_bytes / GIB:.1f} GiB, "
         f"rows of {asked.row_length:,} tokens, {asked.global_batch_size} rows a step"
     )
-    found = suggest_layouts(shape, asked.gpus, gpu_bytes, settings, asked.global_batch_size)
+    found = suggest_layouts(architecture, asked.gpus, gpu_bytes, settings, asked.global_batch_size)
     if not found:
         raise UserError(
             f"nothing fits {asked.gpus} GPU{'s' * (asked.gpus > 1)} of {gpu_bytes / GIB:.1f} GiB: take more GPUs, shorter "
@@ -72,6 +74,7 @@ def main() -> None:
         )
     print("what fits, what is thought fastest first:")
     print(table(found))
+    return 0
 
 
 if __name__ == "__main__":

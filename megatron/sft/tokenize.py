@@ -9,7 +9,7 @@ import argparse
 import errno
 import os
 import signal
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -62,8 +62,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: see --help")
 
 
-def main() -> None:
-    options = parse_options(sys.argv[1:])
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_options(argv)
     # The tokenizers library reads it: rows are shared out among processes, each of which needs no threads.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGTERM, stop)
@@ -84,6 +84,7 @@ def main() -> None:
                 f"no space left in {folder}: free some, or use --output-prefix; nothing was written"
             ) from None
     print("next: scripts/4_train.sh")
+    return 0
 
 
 def stop(signal_number: int, frame: FrameType | None) -> NoReturn:
@@ -91,7 +92,7 @@ def stop(signal_number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + signal_number)
 
 
-def parse_options(arguments: list[str]) -> Options:
+def parse_options(argv: Sequence[str] | None) -> Options:
     parser = Parser(prog="tokenize", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a Hugging Face model")
     parser.add_argument(
@@ -115,7 +116,7 @@ def parse_options(arguments: list[str]) -> Options:
     parser.add_argument("--bad-rows", choices=("stop", "skip"), default="stop", help="skip: put them aside and go on")
     parser.add_argument("--model-name", help="what {{NAME}} in the data stands for")
     parser.add_argument("--model-author", help="what {{AUTHOR}} in the data stands for")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(argv)
     length = whole_number("LENGTH", given.seq_length, 1, MAX_LENGTH, "the number of tokens in a row, such as 4096")
     seed = whole_number("SEED", given.seed, 0, 1 << 62, "a whole number")
     num_workers = whole_number("NUM_WORKERS", given.num_workers, 1, 4096, "a number of worker processes")

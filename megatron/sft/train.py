@@ -9,6 +9,7 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron.sft.planning.options import TrainOptions, parse
@@ -21,9 +22,9 @@ _LOST_PEER = re.compile(r"Connection (closed|reset) by|Broken pipe|Connection re
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     stop = StopRequest()
-    mode, options = parse()
+    mode, options = parse(argv)
     if mode == "train" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         mode = ""  # torchrun starts a run again after a failure; by now it may have checkpoints
     watchdog.start(options.watchdog_minutes)
@@ -44,7 +45,7 @@ def main() -> None:
             ) from error
         raise
     watchdog.stop()
-    raise SystemExit(status)
+    return status
 
 
 def _train(mode: str, options: TrainOptions, stop: StopRequest) -> int:
@@ -57,11 +58,11 @@ def _train(mode: str, options: TrainOptions, stop: StopRequest) -> int:
 
     device.prepare()
     plan = resolve(mode, options, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
-    ranks.say(describe(plan, device.describe()))
+    ranks.print_rank_0(describe(plan, device.describe()))
     input_checks.check(plan)
     from megatron.sft.model.config import describe_kernels
 
-    ranks.say(f"  computing with {describe_kernels(options.precision)}")
+    ranks.print_rank_0(f"  computing with {describe_kernels(options.precision)}")
     with process_groups.parallel(plan.layout, options.seed, options.distributed_timeout_minutes):
         from megatron.sft.checkpoint.verification import checked_run
         from megatron.sft.training.loop import Run

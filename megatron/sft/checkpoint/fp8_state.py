@@ -50,7 +50,7 @@ def load_scaling(chunks: list[Any], reader: PieceReader) -> None:
                 states.append((state, values))
                 pieces.append(_piece(f"{key}.{name}", is_expert, values))
     if not pieces:
-        ranks.say("the checkpoint has no fp8 scales: they begin anew")
+        ranks.print_rank_0("the checkpoint has no fp8 scales: they begin anew")
     reader.fill(pieces)
     for state, values in states:
         state.scale.copy_(values[0])

@@ -10,8 +10,8 @@ from megatron.sft.checkpoint import torch_file
 from megatron.sft.checkpoint.folder import TORCH_DIST, Checkpoint
 from megatron.sft.checkpoint.metadata_file import read_metadata
 from megatron.sft.checkpoint.torch_format import TorchFormatParameters
-from megatron.sft.families.architecture import Shape
-from megatron.sft.families.weight_names import BoundRule, bound_rules
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.weight_names import WeightEntry, weight_entries
 from megatron.sft.hf.parameters import HFParameters
 from megatron.sft.runtime.errors import UserError
 
@@ -21,9 +21,9 @@ _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 class TorchDistParameters:
     """Whole Megatron parameters of a torch_dist checkpoint; rows of padding of the vocabulary are left out."""
 
-    def __init__(self, folder: Path, shape: Shape) -> None:
+    def __init__(self, folder: Path, architecture: Architecture) -> None:
         self.folder = folder
-        self.shape = shape
+        self.architecture = architecture
         metadata = read_metadata(folder)
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: facts
@@ -31,35 +31,35 @@ class TorchDistParameters:
             if isinstance(facts, TensorStorageMetadata)
         }
         self._metadata = metadata
-        lacking = sorted({bound.stored_key for bound in bound_rules(shape)} - self._tensors.keys())
+        lacking = sorted({entry.stored_key for entry in weight_entries(architecture)} - self._tensors.keys())
         if lacking:
             raise UserError(
                 f"{folder} lacks {len(lacking)} of the model's parameters, {lacking[0]} among them: convert the model again"
             )
 
-    def meta(self, bound: BoundRule) -> Tensor:
-        stored = self._tensors[bound.stored_key]
-        size = list(stored.size[len(bound.place) :])
-        if bound.megatron in _VOCABULARY:
-            size[0] = min(size[0], self.shape.vocab_size)
+    def meta(self, entry: WeightEntry) -> Tensor:
+        stored = self._tensors[entry.stored_key]
+        size = list(stored.size[len(entry.place) :])
+        if entry.megatron in _VOCABULARY:
+            size[0] = min(size[0], self.architecture.vocab_size)
         return torch.empty(size, dtype=stored.properties.dtype, device="meta")
 
-    def read(self, bound: BoundRule) -> Tensor:
+    def read(self, entry: WeightEntry) -> Tensor:
         """Assembled of the stored chunks that overlap the parameter; the chunk itself where there is only one."""
-        wanted = self.meta(bound)
+        wanted = self.meta(entry)
         result: Tensor | None = None
-        lead = len(bound.place)
+        lead = len(entry.place)
         filled = 0
-        for chunk in self._tensors[bound.stored_key].chunks:
+        for chunk in self._tensors[entry.stored_key].chunks:
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-            inside = zip(bound.place, offsets[:lead], sizes[:lead], strict=True)
+            inside = zip(entry.place, offsets[:lead], sizes[:lead], strict=True)
             if not all(start <= index < start + size for index, start, size in inside):
                 continue
             places, cuts = _overlap(offsets[lead:], sizes[lead:], tuple(wanted.shape))
             if any(place.start >= place.stop for place in places):
                 continue
-            part = read_chunk(self.folder, self._metadata, MetadataIndex(bound.stored_key, chunk.offsets))
-            first = tuple(index - start for index, start in zip(bound.place, offsets, strict=False))
+            part = read_chunk(self.folder, self._metadata, MetadataIndex(entry.stored_key, chunk.offsets))
+            first = tuple(index - start for index, start in zip(entry.place, offsets, strict=False))
             part = part[first][cuts]
             if part.shape == wanted.shape:
                 return part
@@ -67,7 +67,7 @@ class TorchDistParameters:
             result[places] = part
             filled += part.numel()
         if result is None or filled != wanted.numel():
-            raise UserError(f"{self.folder} holds {bound.megatron} only in part: take another checkpoint")
+            raise UserError(f"{self.folder} holds {entry.megatron} only in part: take another checkpoint")
         return result
 
 
@@ -96,8 +96,10 @@ def _overlap(
 StoredParameters = TorchDistParameters | TorchFormatParameters
 
 
-def stored_parameters(checkpoint: Checkpoint, shape: Shape, source: HFParameters | None = None) -> StoredParameters:
+def stored_parameters(
+    checkpoint: Checkpoint, architecture: Architecture, source: HFParameters | None = None
+) -> StoredParameters:
     """The checkpoint's whole parameters. `source` is the original model, where the checkpoint may have fewer rows than it."""
     if checkpoint.format == TORCH_DIST:
-        return TorchDistParameters(checkpoint.path, shape)
-    return TorchFormatParameters(checkpoint.path, shape, source)
+        return TorchDistParameters(checkpoint.path, architecture)
+    return TorchFormatParameters(checkpoint.path, architecture, source)

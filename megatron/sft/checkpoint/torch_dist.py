@@ -20,9 +20,9 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron.sft.families.architecture import Shape
+from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.parameters import Parameters
-from megatron.sft.families.weight_names import BoundRule, bound_rules, whole_parameters
+from megatron.sft.families.weight_names import WeightEntry, weight_entries, whole_parameters
 from megatron.sft.runtime.errors import UserError
 
 # The optimizer state in the shape of the parameters, so that it can be loaded in another layout.
@@ -57,15 +57,15 @@ class _InProcessSave(TorchDistSaveShardedStrategy):
 class _StreamingSave(_InProcessSave):
     """Writes meta tensors: each part is fetched from `source` when its turn comes."""
 
-    def __init__(self, source: Parameters, bounds: dict[tuple[str, tuple[int, ...]], BoundRule]) -> None:
+    def __init__(self, source: Parameters, entries: dict[tuple[str, tuple[int, ...]], WeightEntry]) -> None:
         super().__init__("torch_dist", 1)
         lock = threading.Lock()
         # Several parts of one parameter may be written at the same time by different threads; it is read once.
         waiting: Counter[str] = Counter()
         read: dict[str, Future[Tensor]] = {}
 
-        def whole(bound: BoundRule) -> Tensor:
-            name = bound.megatron
+        def whole(entry: WeightEntry) -> Tensor:
+            name = entry.megatron
             with lock:
                 found = read.get(name)
                 mine = read.setdefault(name, Future())
@@ -74,15 +74,15 @@ class _StreamingSave(_InProcessSave):
                     del read[name]
             if found is None:
                 try:
-                    mine.set_result(source.read(bound))
+                    mine.set_result(source.read(entry))
                 except BaseException as error:
                     mine.set_exception(error)
             return mine.result()
 
-        def bound_of(index: Any) -> tuple[BoundRule, tuple[int, ...]]:
+        def bound_of(index: Any) -> tuple[WeightEntry, tuple[int, ...]]:
             """The parameter that a part belongs to, and where in it the part begins."""
             lead = index.fqn.count(".layers.") + index.fqn.count(".experts.experts.")
-            return bounds[index.fqn, tuple(index.offset[:lead])], tuple(index.offset[lead:])
+            return entries[index.fqn, tuple(index.offset[:lead])], tuple(index.offset[lead:])
 
         class Fetch(MCoreSavePlanner):
             def finish_plan(self, new_plan: Any) -> Any:
@@ -91,10 +91,10 @@ class _StreamingSave(_InProcessSave):
 
             def resolve_data(self, write_item: Any) -> Tensor:
                 size = tuple(super().resolve_data(write_item).shape)
-                bound, start = bound_of(write_item.index)
+                entry, start = bound_of(write_item.index)
                 inner = size[len(size) - len(start) :]
                 cut = tuple(slice(o, o + s) for o, s in zip(start, inner, strict=True))
-                return whole(bound)[cut].reshape(size)
+                return whole(entry)[cut].reshape(size)
 
         self.planner = Fetch
 
@@ -123,7 +123,7 @@ def _is_extra_state(key: str, value: Any) -> bool:
     return key.endswith("_extra_state") or (isinstance(value, ShardedObject) and value.key.endswith("_extra_state"))
 
 
-def save_parameters(folder: Path, shape: Shape, source: Parameters) -> None:
+def save_parameters(folder: Path, architecture: Architecture, source: Parameters) -> None:
     """Write a whole model from one process with one parameter in memory at a time, into an existing, empty folder.
 
     megatron-core says from a model without memory what belongs where; each part is fetched when it is written.
@@ -134,20 +134,20 @@ def save_parameters(folder: Path, shape: Shape, source: Parameters) -> None:
 
     whole = Layout()
     with torch.device("meta"):
-        model = build_model(shape, whole, transformer_config(shape, whole, shape.torch_dtype))
-    parameters = whole_parameters(model, shape)
-    bounds = {}
-    for bound in bound_rules(shape):
-        meta, parameter = source.meta(bound), parameters[bound.megatron]
+        model = build_model(architecture, whole, transformer_config(architecture, whole, architecture.torch_dtype))
+    parameters = whole_parameters(model, architecture)
+    entries = {}
+    for entry in weight_entries(architecture):
+        meta, parameter = source.meta(entry), parameters[entry.megatron]
         if meta.shape != parameter.shape:
             raise UserError(
-                f"{bound.hf[0]} gives {tuple(meta.shape)} for {bound.megatron}, config.json implies "
+                f"{entry.hf[0]} gives {tuple(meta.shape)} for {entry.megatron}, config.json implies "
                 f"{tuple(parameter.shape)}: weights and configuration do not belong together"
             )
         # Keeps the dtype of the source, which may differ from tensor to tensor.
         parameter.data = meta
-        bounds[bound.stored_key, bound.place] = bound
+        entries[entry.stored_key, entry.place] = entry
 
-    strategy = _StreamingSave(source, bounds)
+    strategy = _StreamingSave(source, entries)
     state = model_state(model)
     dist_checkpointing.save(state, str(folder), strategy, content_metadata=METADATA)

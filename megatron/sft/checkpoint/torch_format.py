@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from megatron.sft.checkpoint import torch_file
-from megatron.sft.families.architecture import Shape
+from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.parameters import Parameters
 from megatron.sft.families.rules import join_tensor_parallel, tensor_parallel_part
-from megatron.sft.families.weight_names import BoundRule, bound_rules, checkpoint_name
+from megatron.sft.families.weight_names import WeightEntry, checkpoint_name, weight_entries
 from megatron.sft.hf.parameters import HFParameters
 from megatron.sft.model.layout import Layout
 from megatron.sft.runtime.errors import UserError
@@ -42,56 +42,62 @@ def rank_folder(rank: Rank, layout: Layout) -> str:
     return name + (f"_{rank[2]:03d}" if layout.expert_parallel > 1 else "")
 
 
-def save_parameters(folder: Path, shape: Shape, layout: Layout, source: Parameters, iteration: int) -> None:
+def save_parameters(
+    folder: Path, architecture: Architecture, layout: Layout, source: Parameters, iteration: int
+) -> None:
     """Write every rank's part of the model, with the arguments that Megatron-LM checks and `--use-checkpoint-args` reads."""
     content = {
-        "args": _megatron_arguments(shape, layout, iteration),
+        "args": _megatron_arguments(architecture, layout, iteration),
         "checkpoint_version": 3.0,
         "iteration": iteration,
         "num_floating_point_operations_so_far": 0,
     }
     stages, expert_ranks = range(layout.pipeline_parallel), range(layout.expert_parallel)
     for rank in itertools.product(range(layout.tensor_parallel), stages, expert_ranks):
-        bounds = dict(_local_bounds(shape, layout, rank))
+        entries = dict(_local_bounds(architecture, layout, rank))
         state: dict[str, Any] = {
-            name: _part(bound, source.meta(bound), shape, layout, rank[0]) for name, bound in bounds.items()
+            name: _part(entry, source.meta(entry), architecture, layout, rank[0]) for name, entry in entries.items()
         }
-        state.update(_engine_states(shape, layout, rank[1]))
-        parts = ((name, _part(bound, source.read(bound), shape, layout, rank[0])) for name, bound in bounds.items())
+        state.update(_engine_states(architecture, layout, rank[1]))
+        parts = (
+            (name, _part(entry, source.read(entry), architecture, layout, rank[0])) for name, entry in entries.items()
+        )
         path = folder / rank_folder(rank, layout) / FILE
         path.parent.mkdir()
         torch_file.write(path, content, state, parts)
 
 
-def _local_bounds(shape: Shape, layout: Layout, rank: Rank) -> Iterator[tuple[str, BoundRule]]:
+def _local_bounds(architecture: Architecture, layout: Layout, rank: Rank) -> Iterator[tuple[str, WeightEntry]]:
     """The parameters of one rank under the names that they have there: layers and experts counted from its first."""
-    stage_layers = layout.stage_layers(shape)
+    stage_layers = layout.stage_layers(architecture)
     first = sum(stage_layers[: rank[1]])
     layers = range(first, first + stage_layers[rank[1]])
     last_stage = rank[1] == layout.pipeline_parallel - 1
-    num_experts = shape.mixture.num_experts // layout.expert_parallel if shape.mixture else 0
-    for bound in bound_rules(shape):
-        name = bound.megatron
-        if bound.layer is None:
+    num_experts = architecture.moe.num_experts // layout.expert_parallel if architecture.moe else 0
+    for entry in weight_entries(architecture):
+        name = entry.megatron
+        if entry.layer is None:
             if (name == EMBEDDING and rank[1] == 0) or (name != EMBEDDING and last_stage):
-                yield name, bound
-            if name == EMBEDDING and shape.tied_embeddings and last_stage and rank[1] > 0:
-                yield OUTPUT, bound  # the last stage's copy of the tied embedding
+                yield name, entry
+            if name == EMBEDDING and architecture.tied_embeddings and last_stage and rank[1] > 0:
+                yield OUTPUT, entry  # the last stage's copy of the tied embedding
             continue
-        if bound.layer not in layers:
+        if entry.layer not in layers:
             continue
-        name = name.replace(f"layers.{bound.layer}.", f"layers.{bound.layer - first}.", 1)
-        if bound.expert is not None:
-            if bound.expert // num_experts != rank[2]:
+        name = name.replace(f"layers.{entry.layer}.", f"layers.{entry.layer - first}.", 1)
+        if entry.expert is not None:
+            if entry.expert // num_experts != rank[2]:
                 continue
-            name = _EXPERT.sub(f".experts.local_experts.{bound.expert % num_experts}.", name)
-        yield name, bound
+            name = _EXPERT.sub(f".experts.local_experts.{entry.expert % num_experts}.", name)
+        yield name, entry
 
 
-def _part(bound: BoundRule, parameter: Tensor, shape: Shape, layout: Layout, tensor_rank: int) -> Tensor:
-    if bound.megatron in (EMBEDDING, OUTPUT):
-        parameter = padded(parameter, layout.padded_vocab_size(shape))
-    return tensor_parallel_part(bound.rule, parameter, tensor_rank, layout.tensor_parallel)
+def _part(
+    entry: WeightEntry, parameter: Tensor, architecture: Architecture, layout: Layout, tensor_rank: int
+) -> Tensor:
+    if entry.megatron in (EMBEDDING, OUTPUT):
+        parameter = padded(parameter, layout.padded_vocab_size(architecture))
+    return tensor_parallel_part(entry.rule, parameter, tensor_rank, layout.tensor_parallel)
 
 
 def padded(rows: Tensor, num_rows: int) -> Tensor:
@@ -101,9 +107,9 @@ def padded(rows: Tensor, num_rows: int) -> Tensor:
     return torch.cat([rows, rows.new_zeros(num_rows - len(rows), *rows.shape[1:])])
 
 
-def _engine_states(shape: Shape, layout: Layout, stage: int) -> dict[str, None]:
-    modules = _ENGINE_LAYERS if shape.mixture else (*_ENGINE_LAYERS, *_ENGINE_MLP)
-    layers = range(layout.stage_layers(shape)[stage])
+def _engine_states(architecture: Architecture, layout: Layout, stage: int) -> dict[str, None]:
+    modules = _ENGINE_LAYERS if architecture.moe else (*_ENGINE_LAYERS, *_ENGINE_MLP)
+    layers = range(layout.stage_layers(architecture)[stage])
     state: dict[str, None] = {f"decoder.layers.{n}.{module}._extra_state": None for n in layers for module in modules}
     if stage == layout.pipeline_parallel - 1:
         state.update({"decoder.final_layernorm._extra_state": None, "output_layer._extra_state": None})
@@ -117,14 +123,14 @@ class TorchFormatParameters:
     `source`, the original model, and `notes` says so.
     """
 
-    def __init__(self, folder: Path, shape: Shape, source: HFParameters | None) -> None:
+    def __init__(self, folder: Path, architecture: Architecture, source: HFParameters | None) -> None:
         self.folder = folder
-        self.shape = shape
+        self.architecture = architecture
         self.notes: list[str] = []
         self._source = source
         # Name in the table -> the tensor on each tensor-parallel rank.
         self._parts: dict[str, dict[int, Tensor]] = {}
-        ranks = _read_ranks(folder, shape)
+        ranks = _read_ranks(folder, architecture)
         tensor_parallel, pipeline_parallel, expert_parallel = (1 + max(rank[i] for rank in ranks) for i in range(3))
         self.layout = Layout(tensor_parallel, pipeline_parallel, expert_parallel=expert_parallel)
         if len(ranks) != self.layout.tensor_parallel * self.layout.pipeline_parallel * self.layout.expert_parallel:
@@ -134,25 +140,27 @@ class TorchFormatParameters:
             )
         self._collect(ranks)
         self._check_names()
-        _check_arguments(folder, shape, next(iter(ranks.values())).get("args"), self.notes)
+        _check_arguments(folder, architecture, next(iter(ranks.values())).get("args"), self.notes)
 
     def _collect(self, ranks: dict[Rank, dict[str, Any]]) -> None:
         counts = {rank[1]: _num_layers(content["model"]) for rank, content in ranks.items()}
-        if sum(counts.values()) != self.shape.num_layers:
-            raise UserError(f"{self.folder} has {sum(counts.values())} layers, the model has {self.shape.num_layers}")
-        mixture = self.shape.mixture
+        if sum(counts.values()) != self.architecture.num_layers:
+            raise UserError(
+                f"{self.folder} has {sum(counts.values())} layers, the model has {self.architecture.num_layers}"
+            )
+        moe = self.architecture.moe
         for (tensor_rank, stage, expert_rank), content in ranks.items():
             first_layer = sum(count for other, count in counts.items() if other < stage)
-            first_expert = expert_rank * (mixture.num_experts // self.layout.expert_parallel) if mixture else 0
+            first_expert = expert_rank * (moe.num_experts // self.layout.expert_parallel) if moe else 0
             for name, value in content["model"].items():
                 if isinstance(value, Tensor) and not name.endswith(("_extra_state", "inv_freq")):
-                    name = checkpoint_name(name, first_layer, first_expert, mixture is not None)
+                    name = checkpoint_name(name, first_layer, first_expert, moe is not None)
                     # The first expert-parallel rank's copy of what all of them hold.
                     self._parts.setdefault(name, {}).setdefault(tensor_rank, value)
 
     def _check_names(self) -> None:
-        expected = {bound.megatron for bound in bound_rules(self.shape)}
-        if self.shape.tied_embeddings and OUTPUT in self._parts:
+        expected = {entry.megatron for entry in weight_entries(self.architecture)}
+        if self.architecture.tied_embeddings and OUTPUT in self._parts:
             self._check_tied()
         for name in sorted(self._parts.keys() ^ expected):
             where = "not in the model" if name in self._parts else "not in the checkpoint"
@@ -169,41 +177,41 @@ class TorchFormatParameters:
                 "set tie_word_embeddings to false in the model's config.json, which must then hold lm_head.weight"
             )
 
-    def meta(self, bound: BoundRule) -> Tensor:
-        parts = [torch.empty_like(part, device="meta") for _, part in sorted(self._parts[bound.megatron].items())]
-        whole = self._join(bound, parts)
-        if bound.megatron in (EMBEDDING, OUTPUT):
-            return torch.empty((self.shape.vocab_size, *whole.shape[1:]), dtype=whole.dtype, device="meta")
+    def meta(self, entry: WeightEntry) -> Tensor:
+        parts = [torch.empty_like(part, device="meta") for _, part in sorted(self._parts[entry.megatron].items())]
+        whole = self._join(entry, parts)
+        if entry.megatron in (EMBEDDING, OUTPUT):
+            return torch.empty((self.architecture.vocab_size, *whole.shape[1:]), dtype=whole.dtype, device="meta")
         return whole
 
-    def read(self, bound: BoundRule) -> Tensor:
-        whole = self._join(bound, [part for _, part in sorted(self._parts[bound.megatron].items())])
-        if bound.megatron not in (EMBEDDING, OUTPUT):
+    def read(self, entry: WeightEntry) -> Tensor:
+        whole = self._join(entry, [part for _, part in sorted(self._parts[entry.megatron].items())])
+        if entry.megatron not in (EMBEDDING, OUTPUT):
             return whole
-        missing = self.shape.vocab_size - len(whole)
+        missing = self.architecture.vocab_size - len(whole)
         if missing <= 0:
-            return whole[: self.shape.vocab_size]
+            return whole[: self.architecture.vocab_size]
         if self._source is None:
             raise UserError(
-                f"{self.folder} has {len(whole)} rows of {bound.megatron}, the model has {self.shape.vocab_size}: "
+                f"{self.folder} has {len(whole)} rows of {entry.megatron}, the model has {self.architecture.vocab_size}: "
                 "give the original model's folder for the rest (HF_DIR)"
             )
         original = self._source.folder.path
-        note = f"the last {missing:,} rows of {bound.megatron}, which the checkpoint lacks, are those of {original}"
+        note = f"the last {missing:,} rows of {entry.megatron}, which the checkpoint lacks, are those of {original}"
         if note not in self.notes:
             self.notes.append(note)
-        return torch.cat([whole, self._source.read(bound)[-missing:].to(whole.dtype)])
+        return torch.cat([whole, self._source.read(entry)[-missing:].to(whole.dtype)])
 
-    def _join(self, bound: BoundRule, parts: list[Tensor]) -> Tensor:
+    def _join(self, entry: WeightEntry, parts: list[Tensor]) -> Tensor:
         try:
-            return join_tensor_parallel(bound.rule, parts)
+            return join_tensor_parallel(entry.rule, parts)
         except RuntimeError as error:
             raise UserError(
-                f"{self.folder}: the ranks' parts of {bound.megatron} do not go together ({error})"
+                f"{self.folder}: the ranks' parts of {entry.megatron} do not go together ({error})"
             ) from None
 
 
-def _read_ranks(folder: Path, shape: Shape) -> dict[Rank, dict[str, Any]]:
+def _read_ranks(folder: Path, architecture: Architecture) -> dict[Rank, dict[str, Any]]:
     """Every rank's file. A second number in a folder's name is a pipeline stage, unless all ranks have an embedding."""
     contents: dict[tuple[int, ...], dict[str, Any]] = {}
     for path in sorted(folder.glob(f"mp_rank_*/{FILE}")):
@@ -219,7 +227,7 @@ def _read_ranks(folder: Path, shape: Shape) -> dict[Rank, dict[str, Any]]:
             )
             raise UserError(f"{path} has no weights under 'model'{': ' * bool(known)}{known}: take another checkpoint")
         contents[tuple(map(int, numbers))] = content
-    experts_only = shape.mixture is not None and all(EMBEDDING in content["model"] for content in contents.values())
+    experts_only = architecture.moe is not None and all(EMBEDDING in content["model"] for content in contents.values())
     ranks: dict[Rank, dict[str, Any]] = {}
     for key, content in contents.items():
         if len(key) == 2 and experts_only:
@@ -233,13 +241,13 @@ def _num_layers(state: dict[str, Any]) -> int:
     return 1 + max(layers, default=-1)
 
 
-def _check_arguments(folder: Path, shape: Shape, arguments: Any, notes: list[str]) -> None:
+def _check_arguments(folder: Path, architecture: Architecture, arguments: Any, notes: list[str]) -> None:
     """What the checkpoint's own arguments say, where it matters and the shapes of tensors do not show it."""
     for name, value in (
-        ("rotary_base", shape.rope_theta),
-        ("norm_epsilon", shape.norm_epsilon),
-        ("num_attention_heads", shape.num_heads),
-        ("num_query_groups", shape.num_kv_heads),
+        ("rotary_base", architecture.rope_theta),
+        ("norm_epsilon", architecture.norm_epsilon),
+        ("num_attention_heads", architecture.num_heads),
+        ("num_query_groups", architecture.num_kv_heads),
     ):
         there = getattr(arguments, name, None)
         if name == "num_query_groups" and not getattr(arguments, "group_query_attention", True):
@@ -255,43 +263,43 @@ def _check_arguments(folder: Path, shape: Shape, arguments: Any, notes: list[str
         )
 
 
-def _megatron_arguments(shape: Shape, layout: Layout, iteration: int) -> argparse.Namespace:
-    stage_layers = layout.stage_layers(shape)
+def _megatron_arguments(architecture: Architecture, layout: Layout, iteration: int) -> argparse.Namespace:
+    stage_layers = layout.stage_layers(architecture)
     uneven = len(set(stage_layers)) > 1
-    window = (shape.sliding_window - 1, 0) if shape.sliding_window else None
-    mixture = shape.mixture
+    window = (architecture.sliding_window - 1, 0) if architecture.sliding_window else None
+    moe = architecture.moe
     return argparse.Namespace(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        num_attention_heads=shape.num_heads,
-        group_query_attention=shape.num_kv_heads != shape.num_heads,
-        num_query_groups=shape.num_kv_heads,
-        kv_channels=shape.head_dim,
-        qk_layernorm=shape.qk_norm,
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_heads,
+        group_query_attention=architecture.num_kv_heads != architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
+        kv_channels=architecture.head_dim,
+        qk_layernorm=architecture.qk_norm,
         window_size=window,
-        num_experts=mixture.num_experts if mixture else None,
-        moe_ffn_hidden_size=mixture.ffn_hidden_size if mixture else None,
-        moe_router_topk=mixture.experts_per_token if mixture else 2,
-        moe_router_pre_softmax=bool(mixture and not mixture.normalized),
-        seq_length=shape.max_positions,
-        max_position_embeddings=shape.max_positions,
-        padded_vocab_size=layout.padded_vocab_size(shape),
+        num_experts=moe.num_experts if moe else None,
+        moe_ffn_hidden_size=moe.ffn_hidden_size if moe else None,
+        moe_router_topk=moe.experts_per_token if moe else 2,
+        moe_router_pre_softmax=bool(moe and not moe.normalized),
+        seq_length=architecture.max_positions,
+        max_position_embeddings=architecture.max_positions,
+        padded_vocab_size=layout.padded_vocab_size(architecture),
         make_vocab_size_divisible_by=1,
         tokenizer_type="HuggingFaceTokenizer",
         vocab_file=None,
         add_position_embedding=False,
         position_embedding_type="rope",
-        rotary_base=int(shape.rope_theta),
+        rotary_base=int(architecture.rope_theta),
         rotary_percent=1.0,
-        use_rope_scaling=shape.rope_scaling is not None,
-        rope_scaling_factor=shape.rope_scaling.factor if shape.rope_scaling else 8.0,
+        use_rope_scaling=architecture.rope_scaling is not None,
+        rope_scaling_factor=architecture.rope_scaling.factor if architecture.rope_scaling else 8.0,
         normalization="RMSNorm",
-        norm_epsilon=shape.norm_epsilon,
+        norm_epsilon=architecture.norm_epsilon,
         swiglu=True,
         add_bias_linear=False,
-        add_qkv_bias=shape.qkv_bias,
-        untie_embeddings_and_output_weights=not shape.tied_embeddings,
+        add_qkv_bias=architecture.qkv_bias,
+        untie_embeddings_and_output_weights=not architecture.tied_embeddings,
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
         expert_model_parallel_size=layout.expert_parallel,
@@ -299,9 +307,9 @@ def _megatron_arguments(shape: Shape, layout: Layout, iteration: int) -> argpars
         decoder_first_pipeline_num_layers=stage_layers[0] if uneven else None,
         decoder_last_pipeline_num_layers=stage_layers[-1] if uneven else None,
         data_parallel_random_init=False,
-        params_dtype=shape.torch_dtype,
-        bf16=shape.torch_dtype == torch.bfloat16,
-        fp16=shape.torch_dtype == torch.float16,
+        params_dtype=architecture.torch_dtype,
+        bf16=architecture.torch_dtype == torch.bfloat16,
+        fp16=architecture.torch_dtype == torch.float16,
         apply_query_key_layer_scaling=False,
         attention_softmax_in_fp32=False,
         masked_softmax_fusion=False,

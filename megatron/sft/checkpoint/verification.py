@@ -33,7 +33,7 @@ def newest_checkpoint(root: Path, below: int | None = None) -> Checkpoint:
         checkpoint = _whole(root, iteration, problems)
         if checkpoint is not None:
             for problem in problems:
-                ranks.say(f"warning: {problem}: taking iteration {iteration} instead")
+                ranks.print_rank_0(f"warning: {problem}: taking iteration {iteration} instead")
             if below is None:
                 _compare_tracker(root, iteration, bool(problems))
             return checkpoint
@@ -86,7 +86,7 @@ def _compare_tracker(root: Path, iteration: int, warned: bool) -> None:
     if text == str(iteration) or (warned and text is not None and text.isdecimal() and int(text) in iterations(root)):
         return
     says = "is missing" if text is None else f"says {text!r}"
-    ranks.say(f"warning: {tracker} {says}: taking iteration {iteration}, the newest that is whole")
+    ranks.print_rank_0(f"warning: {tracker} {says}: taking iteration {iteration}, the newest that is whole")
 
 
 def mend_tracker(root: Path, iteration: int) -> None:
@@ -107,14 +107,14 @@ def checked_run(checkpoint: Checkpoint) -> Checkpoint:
         problem = _agreed_problem(checkpoint)
         if problem is None:
             break
-        ranks.say(f"warning: {problem}")
+        ranks.print_rank_0(f"warning: {problem}")
         checkpoint = newest_checkpoint(checkpoint.path.parent, below=checkpoint.iteration)
-        ranks.say(f"warning: taking iteration {checkpoint.iteration} instead")
+        ranks.print_rank_0(f"warning: taking iteration {checkpoint.iteration} instead")
     seconds = time.monotonic() - started
-    ranks.say(
+    ranks.print_rank_0(
         f"verified {checkpoint.path} in {seconds:.1f} s ({num_bytes / 1e9:.2f} GB; VERIFY_CHECKPOINT=0 leaves that out)"
     )
-    if ranks.is_first():
+    if ranks.is_rank_0():
         mend_tracker(checkpoint.path.parent, checkpoint.iteration)
     return checkpoint
 

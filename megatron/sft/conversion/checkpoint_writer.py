@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron.sft.checkpoint import folder as checkpoint_folder
-from megatron.sft.families.architecture import Shape
+from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.casting import NAMES
 from megatron.sft.families.parameters import Parameters, WatchedParameters
-from megatron.sft.families.weight_names import bound_rules
-from megatron.sft.hf.folder import dtype_name, shape_record
+from megatron.sft.families.weight_names import weight_entries
+from megatron.sft.hf.folder import architecture_record, dtype_name
 from megatron.sft.model import process_groups
 from megatron.sft.model.layout import Layout
 from megatron.sft.runtime.disk_space import check_free_space
@@ -27,7 +27,7 @@ def layout_of(arguments: argparse.Namespace) -> Layout:
 
 def write_parameters(
     parameters: Parameters,
-    shape: Shape,
+    architecture: Architecture,
     layout: Layout,
     ckpt_format: str,
     output: Path,
@@ -38,19 +38,19 @@ def write_parameters(
     with process_groups.parallel(Layout()):
         from megatron.sft.checkpoint import torch_dist, torch_format
 
-        watched = WatchedParameters(parameters, bound_rules(shape), "convert")
-        check_free_space(output, int(1.01 * watched.num_bytes), f"the checkpoint of {shape.family}")
+        watched = WatchedParameters(parameters, weight_entries(architecture), "convert")
+        check_free_space(output, int(1.01 * watched.num_bytes), f"the checkpoint of {architecture.family}")
         manifest: dict[str, Any] = {
             "checkpoint_format": ckpt_format,
-            "shape": shape_record(shape),
+            "shape": architecture_record(architecture),
             "layout": layout_record(layout),
         }
 
         def write(folder: Path) -> None:
             if ckpt_format == checkpoint_folder.TORCH:
-                torch_format.save_parameters(folder, shape, layout, watched, iteration)
+                torch_format.save_parameters(folder, architecture, layout, watched, iteration)
             else:
-                torch_dist.save_parameters(folder, shape, watched)
+                torch_dist.save_parameters(folder, architecture, watched)
             manifest.update(finish())
 
         checkpoint_folder.write_checkpoint(output, iteration, manifest, write)
@@ -62,11 +62,11 @@ def layout_record(layout: Layout) -> dict[str, int]:
     return {**record, "expert_parallel": layout.expert_parallel} if layout.expert_parallel > 1 else record
 
 
-def converted_config(config: dict[str, Any], shape: Shape, dtype: str | None) -> dict[str, Any]:
+def converted_config(config: dict[str, Any], architecture: Architecture, dtype: str | None) -> dict[str, Any]:
     """config.json as it describes the converted model: with the rows that were added, and the dtype that was asked for."""
     result = dict(config)
-    if shape.vocab_size != config["vocab_size"]:
-        result["vocab_size"] = shape.vocab_size
+    if architecture.vocab_size != config["vocab_size"]:
+        result["vocab_size"] = architecture.vocab_size
     if dtype is not None:
         field = "torch_dtype" if "torch_dtype" in result else "dtype"
         result[field] = dtype_name(NAMES[dtype])

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron.sft.checkpoint.folder import Checkpoint
 from megatron.sft.conversion.model_card import CURVE, find_curve, model_card
-from megatron.sft.families.architecture import Shape
+from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.casting import NAMES
 from megatron.sft.hf.folder import copy_companions, dtype_name
 from megatron.sft.hf.tokenizer_files import chat_template_of
@@ -14,14 +14,14 @@ from megatron.sft.runtime.manifest import read_json, write_json, write_text
 
 
 def write_companions(
-    checkpoint: Checkpoint, shape: Shape, hf_dir: Path, dtype: str | None, run_folder: Path, folder: Path
+    checkpoint: Checkpoint, architecture: Architecture, hf_dir: Path, dtype: str | None, run_folder: Path, folder: Path
 ) -> None:
     """Copy the original's files; then configuration, template and end-of-turn token as trained, and a model card.
 
     An untrained model's files are the original's, byte for byte. `dtype` is the one asked for, None for the original's.
     """
     copy_companions(hf_dir, folder)
-    _edit_config(checkpoint, shape, dtype, folder / "config.json")
+    _edit_config(checkpoint, architecture, dtype, folder / "config.json")
     training = checkpoint.manifest.get("training") or checkpoint.manifest.get("trained")
     if not training:
         return
@@ -49,11 +49,11 @@ def write_chat_template(folder: Path, template: str) -> None:
         write_text(folder / "chat_template.jinja", template)
 
 
-def _edit_config(checkpoint: Checkpoint, shape: Shape, dtype: str | None, path: Path) -> None:
+def _edit_config(checkpoint: Checkpoint, architecture: Architecture, dtype: str | None, path: Path) -> None:
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     changes: dict[str, Any] = {}
-    if config["vocab_size"] != shape.vocab_size:
-        changes["vocab_size"] = shape.vocab_size
+    if config["vocab_size"] != architecture.vocab_size:
+        changes["vocab_size"] = architecture.vocab_size
     field = "torch_dtype" if "torch_dtype" in config else "dtype"
     # What the conversion or this export was asked for.
     converted = checkpoint.manifest.get("source", {}).get("config", {}).get(field)

@@ -10,10 +10,10 @@ from megatron.sft.checkpoint import folder as checkpoint_folder
 from megatron.sft.checkpoint.folder import Checkpoint
 from megatron.sft.checkpoint.stored_tensors import stored_parameters
 from megatron.sft.conversion.checkpoint_writer import converted_config, layout_of, write_parameters
-from megatron.sft.families.architecture import Shape
+from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.casting import NAMES, Caster
 from megatron.sft.families.parameters import CastParameters, Parameters
-from megatron.sft.families.registry import read_shape
+from megatron.sft.families.registry import read_architecture
 from megatron.sft.families.weight_names import check_hf_names
 from megatron.sft.hf.folder import HFFolder, dtype_name
 from megatron.sft.hf.parameters import HFParameters
@@ -28,13 +28,13 @@ def reshard(source: Path, output: Path, arguments: argparse.Namespace) -> None:
     checkpoint = checkpoint_folder.open_checkpoint(source, arguments.iteration)
     checkpoint_folder.verify_files(checkpoint)
     hf_dir: Path | None = arguments.hf_dir if arguments.source else None
-    shape, original = model_of(checkpoint, hf_dir)
+    architecture, original = model_of(checkpoint, hf_dir)
     layout = layout_of(arguments)
-    check_layout(layout, shape)
+    check_layout(layout, architecture)
     if arguments.with_optimizer:
         _copy(checkpoint, arguments, output)
         return
-    stored = stored_parameters(checkpoint, shape, HFParameters(original, None) if original else None)
+    stored = stored_parameters(checkpoint, architecture, HFParameters(original, None) if original else None)
     caster = Caster()
     dtype = NAMES.get(arguments.dtype)
     parameters: Parameters = stored if dtype is None else CastParameters(stored, dtype, caster)
@@ -42,24 +42,24 @@ def reshard(source: Path, output: Path, arguments: argparse.Namespace) -> None:
     def finish() -> dict[str, Any]:
         for line in (*getattr(stored, "notes", ()), *filter(None, [caster.report()])):
             print(line)
-        return _manifest(checkpoint, original, shape, arguments.dtype)
+        return _manifest(checkpoint, original, architecture, arguments.dtype)
 
-    write_parameters(parameters, shape, layout, arguments.ckpt_format, output, checkpoint.iteration, finish)
+    write_parameters(parameters, architecture, layout, arguments.ckpt_format, output, checkpoint.iteration, finish)
 
 
-def model_of(checkpoint: Checkpoint, hf_dir: Path | None) -> tuple[Shape, HFFolder | None]:
+def model_of(checkpoint: Checkpoint, hf_dir: Path | None) -> tuple[Architecture, HFFolder | None]:
     """The architecture, from the checkpoint's manifest or, for one that has none, from the original model's folder."""
     config = checkpoint.manifest.get("source", {}).get("config")
     original = HFFolder(hf_dir) if hf_dir else None
     if config is not None:
-        return read_shape(config, str(checkpoint.path / checkpoint_folder.MANIFEST)), original
+        return read_architecture(config, str(checkpoint.path / checkpoint_folder.MANIFEST)), original
     if original is None:
         raise UserError(
             f"{checkpoint.path} has no manifest.json with the model's configuration: give the folder of the original model "
             "(HF_DIR for scripts/2_convert.sh)"
         )
-    check_hf_names(original.shape, original.tensor_names, str(original.path))
-    return replace(original.shape), original
+    check_hf_names(original.architecture, original.tensor_names, str(original.path))
+    return replace(original.architecture), original
 
 
 def hf_dtypes(checkpoint: Checkpoint, original: HFFolder | None) -> tuple[str, dict[str, str]]:
@@ -72,7 +72,9 @@ def hf_dtypes(checkpoint: Checkpoint, original: HFFolder | None) -> tuple[str, d
     return common, {name: dtype for name, dtype in dtypes.items() if dtype != common}
 
 
-def _manifest(checkpoint: Checkpoint, original: HFFolder | None, shape: Shape, dtype: str | None) -> dict[str, Any]:
+def _manifest(
+    checkpoint: Checkpoint, original: HFFolder | None, architecture: Architecture, dtype: str | None
+) -> dict[str, Any]:
     """What is known of the weights' source; of a training run also what it was."""
     own = checkpoint.manifest
     source = own.get("source") or (original.describe() if original else {})
@@ -80,7 +82,7 @@ def _manifest(checkpoint: Checkpoint, original: HFFolder | None, shape: Shape, d
     if dtype is not None:
         common, exceptions = dtype_name(NAMES[dtype]), {}
     result = {
-        "source": {**source, "config": converted_config(source["config"], shape, dtype)},
+        "source": {**source, "config": converted_config(source["config"], architecture, dtype)},
         "hf_dtype": common,
         "hf_dtype_exceptions": exceptions,
     }

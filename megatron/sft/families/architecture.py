@@ -16,7 +16,7 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class MoEConfig:
     """The mixture of experts that stands in place of every layer's MLP."""
 
     num_experts: int
@@ -27,7 +27,7 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class Shape:
+class Architecture:
     """A model's architecture, read from Hugging Face's config.json by its family and from nowhere else."""
 
     family: str
@@ -48,4 +48,4 @@ class Shape:
     # A token attends to itself and this many tokens less one before it; None: to all before it.
     sliding_window: int | None = None
     qk_norm: bool = False
-    mixture: Mixture | None = None
+    moe: MoEConfig | None = None

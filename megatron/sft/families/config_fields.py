@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron.sft.runtime.errors import UserError
 
-# Read by `read_shape`.
+# Read by `read_architecture`.
 USED = {
     "model_type", "num_attention_heads", "hidden_size", "num_hidden_layers", "intermediate_size", "num_key_value_heads",
     "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_theta",

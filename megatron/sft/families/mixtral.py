@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron.sft.families import decoder
-from megatron.sft.families.architecture import Mixture, Shape
+from megatron.sft.families.architecture import Architecture, MoEConfig
 from megatron.sft.families.rules import Rule
 
 MODEL_TYPE = "mixtral"
@@ -14,8 +14,8 @@ SLIDING_WINDOW = True
 DEFAULTS = {"rope_theta": 1e6, "num_key_value_heads": 8}
 
 
-def mixture(config: dict[str, Any]) -> Mixture:
-    return Mixture(
+def moe(config: dict[str, Any]) -> MoEConfig:
+    return MoEConfig(
         num_experts=int(config["num_local_experts"]),
         experts_per_token=int(config["num_experts_per_tok"]),
         ffn_hidden_size=int(config["intermediate_size"]),
@@ -23,6 +23,6 @@ def mixture(config: dict[str, Any]) -> Mixture:
     )
 
 
-def rules(shape: Shape) -> tuple[Rule, ...]:
+def rules(architecture: Architecture) -> tuple[Rule, ...]:
     experts = decoder.experts("block_sparse_moe", gate="w1", up="w3", down="w2")
-    return (*decoder.outer(shape), *decoder.attention(shape), *experts)
+    return (*decoder.outer(architecture), *decoder.attention(architecture), *experts)

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from megatron.sft.families.casting import Caster
-from megatron.sft.families.weight_names import BoundRule
+from megatron.sft.families.weight_names import WeightEntry
 
 
 class Parameters(Protocol):
     """Where whole Megatron parameters come from: a Hugging Face folder, or a checkpoint in one of the formats."""
 
-    def meta(self, bound: BoundRule) -> Tensor:
+    def meta(self, entry: WeightEntry) -> Tensor:
         """The parameter's dtype and shape, as a meta tensor."""
 
-    def read(self, bound: BoundRule) -> Tensor:
+    def read(self, entry: WeightEntry) -> Tensor:
         """The parameter."""
 
 
@@ -27,26 +27,26 @@ class CastParameters:
     def __init__(self, source: Parameters, dtype: torch.dtype, caster: Caster) -> None:
         self._source, self._dtype, self._caster = source, dtype, caster
 
-    def meta(self, bound: BoundRule) -> Tensor:
-        return self._source.meta(bound).to(self._dtype)
+    def meta(self, entry: WeightEntry) -> Tensor:
+        return self._source.meta(entry).to(self._dtype)
 
-    def read(self, bound: BoundRule) -> Tensor:
-        return self._caster.cast(self._source.read(bound), self._dtype)
+    def read(self, entry: WeightEntry) -> Tensor:
+        return self._caster.cast(self._source.read(entry), self._dtype)
 
 
 class WatchedParameters:
     """Those of `source`, with a progress bar of bytes on a terminal; the bar is full when `copies` of each were read."""
 
-    def __init__(self, source: Parameters, bounds: Iterable[BoundRule], what: str) -> None:
+    def __init__(self, source: Parameters, entries: Iterable[WeightEntry], what: str) -> None:
         self._source = source
-        self.num_bytes = sum(source.meta(bound).nbytes for bound in bounds)
+        self.num_bytes = sum(source.meta(entry).nbytes for entry in entries)
         self._bar = progress_bar(self.num_bytes, what)
 
-    def meta(self, bound: BoundRule) -> Tensor:
-        return self._source.meta(bound)
+    def meta(self, entry: WeightEntry) -> Tensor:
+        return self._source.meta(entry)
 
-    def read(self, bound: BoundRule) -> Tensor:
-        parameter = self._source.read(bound)
+    def read(self, entry: WeightEntry) -> Tensor:
+        parameter = self._source.read(entry)
         self._bar.update(parameter.nbytes)
         return parameter
 

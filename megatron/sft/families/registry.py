@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron.sft.families import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
-from megatron.sft.families.architecture import Shape
+from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.config_fields import check_fields
 from megatron.sft.families.rope import read_rope
 from megatron.sft.families.rules import Rule
@@ -31,12 +31,12 @@ _OPTIONAL: dict[str, Any] = {
     "QK_NORM": False,
     "SLIDING_WINDOW": False,  # the field sliding_window counts
     "ROPE_SCALING": set(),
-    "mixture": None,  # config.json to `Mixture`
+    "moe": None,  # config.json to `MoEConfig`
 }
 
 
-def read_shape(config: dict[str, Any], where: str) -> Shape:
-    """The `Shape` of a model from the content of its config.json; `where` names the file in messages.
+def read_architecture(config: dict[str, Any], where: str) -> Architecture:
+    """The `Architecture` of a model from the content of its config.json; `where` names the file in messages.
 
     Refused by name: another model_type, and every field or value whose meaning this project does not build.
     """
@@ -61,16 +61,16 @@ def read_shape(config: dict[str, Any], where: str) -> Shape:
         ) from None
 
 
-def rules_of(shape: Shape) -> tuple[Rule, ...]:
+def family_rules(architecture: Architecture) -> tuple[Rule, ...]:
     """The family's table of weights, `{layer}` and `{expert}` standing for their numbers."""
-    rules: tuple[Rule, ...] = FAMILIES[shape.family].rules(shape)
+    rules: tuple[Rule, ...] = FAMILIES[architecture.family].rules(architecture)
     return rules
 
 
-def _read(config: dict[str, Any], where: str, family: str, facts: dict[str, Any]) -> Shape:
+def _read(config: dict[str, Any], where: str, family: str, facts: dict[str, Any]) -> Architecture:
     num_heads, hidden_size = int(config["num_attention_heads"]), int(config["hidden_size"])
     rope_theta, rope_scaling = read_rope(config, where, facts["ROPE_SCALING"])
-    shape = Shape(
+    architecture = Architecture(
         family=family,
         num_layers=int(config["num_hidden_layers"]),
         hidden_size=hidden_size,
@@ -88,28 +88,28 @@ def _read(config: dict[str, Any], where: str, family: str, facts: dict[str, Any]
         rope_scaling=rope_scaling,
         sliding_window=_sliding_window(config) if facts["SLIDING_WINDOW"] else None,
         qk_norm=facts["QK_NORM"],
-        mixture=facts["mixture"](config) if facts["mixture"] else None,
+        moe=facts["moe"](config) if facts["moe"] else None,
     )
-    _check_numbers(shape, config, where)
-    return shape
+    _check_numbers(architecture, config, where)
+    return architecture
 
 
-def _check_numbers(shape: Shape, config: dict[str, Any], where: str) -> None:
-    sizes = {name: value for name, value in shape.__dict__.items() if type(value) is int}
+def _check_numbers(architecture: Architecture, config: dict[str, Any], where: str) -> None:
+    sizes = {name: value for name, value in architecture.__dict__.items() if type(value) is int}
     for name, value in sizes.items():
         if value < 1:
             raise UserError(f"{where}: {name} is {value}: is it the model's own config.json?")
-    if shape.num_heads % shape.num_kv_heads:
-        raise UserError(f"{where}: {shape.num_heads} attention heads cannot share {shape.num_kv_heads} KV heads evenly")
+    if architecture.num_heads % architecture.num_kv_heads:
+        raise UserError(
+            f"{where}: {architecture.num_heads} attention heads cannot share {architecture.num_kv_heads} KV heads evenly"
+        )
     layer_types = config.get("layer_types")
-    wanted = "full_attention" if shape.sliding_window is None else "sliding_attention"
+    wanted = "full_attention" if architecture.sliding_window is None else "sliding_attention"
     if layer_types is not None and any(kind != wanted for kind in layer_types):
         raise UserError(f"{where}: layer_types with other than {wanted!r} in all layers is not supported")
-    mixture = shape.mixture
-    if mixture and not 1 < mixture.experts_per_token <= mixture.num_experts:
-        raise UserError(
-            f"{where}: num_experts_per_tok={mixture.experts_per_token} of {mixture.num_experts} is not supported"
-        )
+    moe = architecture.moe
+    if moe and not 1 < moe.experts_per_token <= moe.num_experts:
+        raise UserError(f"{where}: num_experts_per_tok={moe.experts_per_token} of {moe.num_experts} is not supported")
 
 
 def _sliding_window(config: dict[str, Any]) -> int | None:

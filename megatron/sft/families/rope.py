@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.sft.families.architecture import RopeScaling, Shape
+from megatron.sft.families.architecture import Architecture, RopeScaling
 from megatron.sft.runtime.errors import UserError
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -42,15 +42,15 @@ def read_rope(config: dict[str, Any], where: str, kinds: set[str]) -> tuple[floa
     return theta, RopeScaling(float(factor), float(low), float(high), int(positions))
 
 
-def inverse_frequencies(shape: Shape, device: torch.device) -> Tensor:
+def inverse_frequencies(architecture: Architecture, device: torch.device) -> Tensor:
     """[head_dim / 2] in float32: radians that each pair of dimensions turns by from one position to the next.
 
     With `llama3` scaling (the formula of Meta's Llama 3.1 reference) turns that take less than original / high positions stay,
     those that take more than original / low are slowed by `factor`, and between them the slowing grows smoothly.
     """
-    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=device) / shape.head_dim
-    frequencies = 1.0 / (shape.rope_theta**exponents)
-    scaling = shape.rope_scaling
+    exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32, device=device) / architecture.head_dim
+    frequencies = 1.0 / (architecture.rope_theta**exponents)
+    scaling = architecture.rope_scaling
     if scaling is None:
         return frequencies
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)

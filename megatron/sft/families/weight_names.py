@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from megatron.sft.families.architecture import Shape
-from megatron.sft.families.registry import rules_of
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.registry import family_rules
 from megatron.sft.families.rules import Rule
 from megatron.sft.runtime.errors import UserError
 
@@ -24,7 +24,7 @@ _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 
 
 @dataclass(frozen=True)
-class BoundRule:
+class WeightEntry:
     """A rule for one layer and expert (or for the model's outer weights): names filled in."""
 
     rule: Rule
@@ -44,17 +44,17 @@ class BoundRule:
         return tuple(number for number in (self.layer, self.expert) if number is not None)
 
 
-def bound_rules(shape: Shape) -> Iterator[BoundRule]:
+def weight_entries(architecture: Architecture) -> Iterator[WeightEntry]:
     """Every parameter of the whole model, in the order of Hugging Face's layers."""
-    rules = rules_of(shape)
+    rules = family_rules(architecture)
     for rule in (rule for rule in rules if "{layer}" not in rule.megatron):
-        yield BoundRule(rule, rule.megatron, rule.hf)
-    num_experts = shape.mixture.num_experts if shape.mixture else 0
-    for layer in range(shape.num_layers):
+        yield WeightEntry(rule, rule.megatron, rule.hf)
+    num_experts = architecture.moe.num_experts if architecture.moe else 0
+    for layer in range(architecture.num_layers):
         for rule in (rule for rule in rules if "{layer}" in rule.megatron):
             for expert in range(num_experts) if "{expert}" in rule.megatron else (None,):
                 names = tuple(name.format(layer=layer, expert=expert) for name in rule.hf)
-                yield BoundRule(rule, rule.megatron.format(layer=layer, expert=expert), names, layer, expert)
+                yield WeightEntry(rule, rule.megatron.format(layer=layer, expert=expert), names, layer, expert)
 
 
 def checkpoint_name(module_name: str, first_layer: int = 0, first_expert: int = 0, experts: bool = False) -> str:
@@ -72,32 +72,32 @@ def checkpoint_name(module_name: str, first_layer: int = 0, first_expert: int = 
     return _LAYER.sub(lambda match: f"{int(match[1]) + first_layer}.", module_name)
 
 
-def whole_parameters(model: nn.Module, shape: Shape) -> dict[str, nn.Parameter]:
+def whole_parameters(model: nn.Module, architecture: Architecture) -> dict[str, nn.Parameter]:
     """The parameters of an unsplit model by their names in the table. Both sides must hold the same names."""
-    experts = shape.mixture is not None
+    experts = architecture.moe is not None
     parameters = {checkpoint_name(name, experts=experts): parameter for name, parameter in model.named_parameters()}
-    expected = {bound.megatron for bound in bound_rules(shape)}
+    expected = {entry.megatron for entry in weight_entries(architecture)}
     assert parameters.keys() == expected, sorted(parameters.keys() ^ expected)[:10]
     return parameters
 
 
-def checked_to_megatron(bound: BoundRule, shape: Shape, tensors: list[Tensor], where: str) -> Tensor:
+def checked_to_megatron(entry: WeightEntry, architecture: Architecture, tensors: list[Tensor], where: str) -> Tensor:
     """The Megatron parameter of Hugging Face tensors; a `UserError` where their shapes do not go together."""
     try:
-        return bound.rule.to_megatron(shape, *tensors)
+        return entry.rule.to_megatron(architecture, *tensors)
     except RuntimeError:
-        sizes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(bound.hf, tensors, strict=True))
+        sizes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(entry.hf, tensors, strict=True))
         raise UserError(f"{where}: {sizes}: weights and configuration do not belong together") from None
 
 
-def check_hf_names(shape: Shape, names: set[str], where: str) -> list[str]:
+def check_hf_names(architecture: Architecture, names: set[str], where: str) -> list[str]:
     """Compare the tensors of a Hugging Face folder with the table; returns the ones that may be passed over.
 
     A missing or unknown tensor is a `UserError`.
     """
-    expected = {name for bound in bound_rules(shape) for name in bound.hf}
+    expected = {name for entry in weight_entries(architecture) for name in entry.hf}
     passed_over = sorted(name for name in names - expected if _COMPUTED.search(name))
-    if shape.tied_embeddings and "lm_head.weight" in names:
+    if architecture.tied_embeddings and "lm_head.weight" in names:
         passed_over.append("lm_head.weight")
     missing, unknown = expected - names, names - expected - set(passed_over)
     if missing:
@@ -106,7 +106,7 @@ def check_hf_names(shape: Shape, names: set[str], where: str) -> list[str]:
         )
     if unknown:
         raise UserError(
-            f"{where}: {len(unknown)} tensors are not known for {shape.family}, {min(unknown)} among them: "
+            f"{where}: {len(unknown)} tensors are not known for {architecture.family}, {min(unknown)} among them: "
             "this model is not of the architecture that its config.json names"
         )
     return passed_over

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.sft.families.architecture import Shape
-from megatron.sft.families.registry import read_shape
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.registry import read_architecture
 from megatron.sft.hf.safetensors_file import SafetensorsFile, write_file
 from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
 from megatron.sft.runtime.errors import UserError
@@ -34,9 +34,9 @@ class HFFolder:
         )
         if not isinstance(self.config, dict):
             raise UserError(f"{path / 'config.json'} is not a model configuration: take the model's own file")
-        on_disk = read_shape(self.config, str(path / "config.json"))
+        on_disk = read_architecture(self.config, str(path / "config.json"))
         self.rows_on_disk = on_disk.vocab_size
-        self.shape: Shape = replace(on_disk, vocab_size=max(on_disk.vocab_size, num_tokens(path)))
+        self.architecture: Architecture = replace(on_disk, vocab_size=max(on_disk.vocab_size, num_tokens(path)))
         self._files = self._find_files()
 
     def _find_files(self) -> dict[str, SafetensorsFile]:
@@ -157,7 +157,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def shape_record(shape: Shape) -> dict[str, Any]:
-    """A `Shape` as JSON values."""
-    record: dict[str, Any] = json.loads(json.dumps(asdict(shape), default=lambda value: dtype_name(value)))
+def architecture_record(architecture: Architecture) -> dict[str, Any]:
+    """An `Architecture` as JSON values, under the names that manifests have had since format 1."""
+    record: dict[str, Any] = json.loads(json.dumps(asdict(architecture), default=lambda value: dtype_name(value)))
+    record["mixture"] = record.pop("moe")
     return record

@@ -5,9 +5,9 @@ import zlib
 import torch
 from torch import Tensor
 
-from megatron.sft.families.architecture import Shape
+from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.casting import Caster
-from megatron.sft.families.weight_names import BoundRule, bound_rules, checked_to_megatron
+from megatron.sft.families.weight_names import WeightEntry, checked_to_megatron, weight_entries
 from megatron.sft.hf.folder import HFFolder
 from megatron.sft.hf.safetensors_file import tensor_bytes
 from megatron.sft.runtime.errors import UserError
@@ -23,15 +23,15 @@ class HFParameters:
 
     def __init__(self, folder: HFFolder, dtype: torch.dtype | None) -> None:
         self.folder = folder
-        self.shape: Shape = folder.shape
+        self.architecture: Architecture = folder.architecture
         self.dtype = dtype
         self.caster = Caster()
         self.crc32: dict[str, int] = {}
         self._crc32_on_disk: dict[str, int] = {}
 
-    def meta(self, bound: BoundRule) -> Tensor:
-        tensors = [self.hf_meta(name) for name in bound.hf]
-        return checked_to_megatron(bound, self.shape, tensors, str(self.folder.path))
+    def meta(self, entry: WeightEntry) -> Tensor:
+        tensors = [self.hf_meta(name) for name in entry.hf]
+        return checked_to_megatron(entry, self.architecture, tensors, str(self.folder.path))
 
     def hf_meta(self, name: str) -> Tensor:
         """Dtype and shape of a Hugging Face tensor as it is handed on."""
@@ -39,19 +39,19 @@ class HFParameters:
         if not dtype.is_floating_point:
             raise UserError(f"{self.folder.path}: tensor {name} is of dtype {dtype}: quantised weights are not read")
         if self._is_embedding(name) and shape and shape[0] == self.folder.rows_on_disk:
-            shape = (self.shape.vocab_size, *shape[1:])
+            shape = (self.architecture.vocab_size, *shape[1:])
         return torch.empty(shape, dtype=self.dtype or dtype, device="meta")
 
-    def read(self, bound: BoundRule) -> Tensor:
-        tensors = [self.hf_tensor(name) for name in bound.hf]
-        return checked_to_megatron(bound, self.shape, tensors, str(self.folder.path))
+    def read(self, entry: WeightEntry) -> Tensor:
+        tensors = [self.hf_tensor(name) for name in entry.hf]
+        return checked_to_megatron(entry, self.architecture, tensors, str(self.folder.path))
 
     def hf_tensor(self, name: str) -> Tensor:
         """A Hugging Face tensor as it is handed on. A value that is not a number is a `UserError`."""
         on_disk = tensor = self.folder.tensor(name)
         self._check(name)
-        if self._is_embedding(name) and len(tensor) < self.shape.vocab_size:
-            tensor = with_new_rows(tensor, self.shape.vocab_size)
+        if self._is_embedding(name) and len(tensor) < self.architecture.vocab_size:
+            tensor = with_new_rows(tensor, self.architecture.vocab_size)
         if self.dtype is not None:
             tensor = self.caster.cast(tensor, self.dtype)
         self.crc32[name] = self._crc32_on_disk[name] if tensor is on_disk else zlib.crc32(tensor_bytes(tensor))
@@ -59,8 +59,8 @@ class HFParameters:
 
     def check_all(self) -> None:
         """Look through all tensors on disk. May run beside reading, which then need not look itself."""
-        for bound in bound_rules(self.shape):
-            for name in bound.hf:
+        for entry in weight_entries(self.architecture):
+            for name in entry.hf:
                 self._check(name)
 
     def _check(self, name: str) -> None:

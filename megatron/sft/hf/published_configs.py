@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.families.architecture import Shape
-from megatron.sft.families.registry import read_shape
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.registry import read_architecture
 from megatron.sft.hf.names import model_folder_name
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import read_json
@@ -20,24 +20,24 @@ def published_configs() -> dict[str, dict[str, Any]]:
     return configs
 
 
-def find_shape(name: str) -> tuple[Shape, str]:
+def find_architecture(name: str) -> tuple[Architecture, str]:
     """The shape of a model given by its folder, its config.json or its hub id, and where it was read."""
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
         config = read_json(path, "model configuration", "take the model's own file")
-        return read_shape(config, str(path)), str(path)
+        return read_architecture(config, str(path)), str(path)
     configs = published_configs()
     if name not in configs:
         raise UserError(
             f"{name} is neither a folder with a config.json nor one of {', '.join(configs)}: "
             f"download it with scripts/1_download.sh model {name}"
         )
-    return read_shape(configs[name], name), f"{name}'s published config.json"
+    return read_architecture(configs[name], name), f"{name}'s published config.json"
 
 
-def unconverted(checkpoint: Path) -> tuple[Shape | None, str, str]:
-    """For a converted model that is not there: its shape if known, where that is from, and the command that makes it.
+def unconverted(checkpoint: Path) -> tuple[Architecture | None, str, str]:
+    """For a converted model that is not there: its architecture if known, where that is from, and the command that makes it.
 
     The names are those that scripts/1_download.sh and 2_convert.sh give: <folder of the hub id>_Megatron_TP<n>PP<n>.
     """
@@ -50,8 +50,8 @@ def unconverted(checkpoint: Path) -> tuple[Shape | None, str, str]:
     if others:
         convert += f" (or PRETRAIN_CHECKPOINT_PATH={others[0]}, which is there)"
     if (source / "config.json").is_file():
-        return *find_shape(str(source)), convert
+        return *find_architecture(str(source)), convert
     for id in published_configs():
         if model_folder_name(id) == named[1]:
-            return *find_shape(id), f"bash scripts/1_download.sh model {id}; {convert}"
+            return *find_architecture(id), f"bash scripts/1_download.sh model {id}; {convert}"
     return None, "", f"bash scripts/1_download.sh model ID, which makes {source}; {convert}"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron.sft.families.architecture import Shape
+from megatron.sft.families.architecture import Architecture
 from megatron.sft.model.fused_wgrad import use_in_linear_layers
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.runtime import device
@@ -20,7 +20,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16, 
 _FP8_BLOCK = 16
 
 
-def precision_fields(precision: str, fp8_recipe: str, shape: Shape, has_transformer_engine: bool) -> dict[str, Any]:
+def precision_fields(
+    precision: str, fp8_recipe: str, architecture: Architecture, has_transformer_engine: bool
+) -> dict[str, Any]:
     """TransformerConfig's fields of a precision. With `fp8` the layers' matrix products run in 8 bits on bf16 weights.
 
     `tensorwise` scales every tensor by its present largest value; `delayed` by the largest of the last 16 steps.
@@ -32,9 +34,9 @@ def precision_fields(precision: str, fp8_recipe: str, shape: Shape, has_transfor
             "PRECISION=fp8 needs a GPU and Transformer Engine (an nvcr PyTorch container has it): take bf16"
         )
     sizes = {
-        "hidden size": shape.hidden_size,
-        "MLP width": shape.ffn_hidden_size,
-        "query width": shape.num_heads * shape.head_dim,
+        "hidden size": architecture.hidden_size,
+        "MLP width": architecture.ffn_hidden_size,
+        "query width": architecture.num_heads * architecture.head_dim,
     }
     for name, size in sizes.items():
         if size % _FP8_BLOCK:
@@ -74,30 +76,32 @@ def describe_kernels(precision: str) -> str:
     )
 
 
-def transformer_config(shape: Shape, layout: Layout, params_dtype: torch.dtype, **overrides: Any) -> TransformerConfig:
+def transformer_config(
+    architecture: Architecture, layout: Layout, params_dtype: torch.dtype, **overrides: Any
+) -> TransformerConfig:
     """megatron-core's configuration of this architecture in this layout. `overrides` are TransformerConfig's own fields."""
-    check_layout(layout, shape)
-    stage_layers = layout.stage_layers(shape)
+    check_layout(layout, architecture)
+    stage_layers = layout.stage_layers(architecture)
     uneven = len(set(stage_layers)) > 1
     accumulate = device.has_gpu() and not has_transformer_engine()
     if accumulate:
         use_in_linear_layers()
     return TransformerConfig(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        num_attention_heads=shape.num_heads,
-        num_query_groups=shape.num_kv_heads,
-        kv_channels=shape.head_dim,
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
+        kv_channels=architecture.head_dim,
         normalization="RMSNorm",
-        layernorm_epsilon=shape.norm_epsilon,
+        layernorm_epsilon=architecture.norm_epsilon,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=shape.qkv_bias,
-        qk_layernorm=shape.qk_norm,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
         # megatron-core counts the tokens before the own one.
-        window_size=(shape.sliding_window - 1, 0) if shape.sliding_window else None,
+        window_size=(architecture.sliding_window - 1, 0) if architecture.sliding_window else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_parallel,
@@ -115,7 +119,7 @@ def transformer_config(shape: Shape, layout: Layout, params_dtype: torch.dtype, 
         # Rows differ in length (see `pipeline.RowPipeline`).
         variable_seq_lengths=layout.pipeline_parallel > 1,
         moe_token_dispatcher_type="alltoall",
-        **_mixture_fields(shape, layout),
+        **_moe_fields(architecture, layout),
         params_dtype=params_dtype,
         bf16=params_dtype == torch.bfloat16,
         fp16=params_dtype == torch.float16,
@@ -132,19 +136,19 @@ def transformer_config(shape: Shape, layout: Layout, params_dtype: torch.dtype, 
     )
 
 
-def _mixture_fields(shape: Shape, layout: Layout) -> dict[str, Any]:
-    mixture = shape.mixture
-    if mixture is None:
+def _moe_fields(architecture: Architecture, layout: Layout) -> dict[str, Any]:
+    moe = architecture.moe
+    if moe is None:
         return {}
     if not hasattr(moe_utils, "te_general_gemm"):
         # Without Transformer Engine the router looks for a name that megatron-core then forgot to define.
         moe_utils.te_general_gemm = None
     return {
-        "num_moe_experts": mixture.num_experts,
-        "moe_ffn_hidden_size": mixture.ffn_hidden_size,
-        "moe_router_topk": mixture.experts_per_token,
+        "num_moe_experts": moe.num_experts,
+        "moe_ffn_hidden_size": moe.ffn_hidden_size,
+        "moe_router_topk": moe.experts_per_token,
         # Softmax over the chosen experts' scores alone makes their weights sum to 1.
-        "moe_router_pre_softmax": not mixture.normalized,
+        "moe_router_pre_softmax": not moe.normalized,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_grouped_gemm": has_transformer_engine(),

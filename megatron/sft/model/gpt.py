@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron.sft.families.architecture import Shape
+from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.rope import inverse_frequencies
 from megatron.sft.model.attention import PackedAttention
 from megatron.sft.model.config import has_transformer_engine
@@ -63,12 +63,12 @@ class OutputHead(tensor_parallel.ColumnParallelLinear):
 class SFTModel(GPTModel):
     """A GPTModel that takes a `MicroBatch` and returns the summed loss of its trained tokens (on the last stage)."""
 
-    def __init__(self, *args: Any, shape: Shape, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, architecture: Architecture, **kwargs: Any) -> None:
         # megatron-core's own rotary positions know Llama 3.1's scaling at its first values only.
         super().__init__(*args, position_embedding_type="none", **kwargs)
-        self.true_vocab_size = shape.vocab_size
+        self.true_vocab_size = architecture.vocab_size
         # No buffer: Float16Module would round it.
-        self.inverse_frequencies = inverse_frequencies(shape, device.current())
+        self.inverse_frequencies = inverse_frequencies(architecture, device.current())
         if self.post_process:
             # GPTModel makes its output layer itself; only what it computes is changed.
             self.output_layer.__class__ = OutputHead
@@ -96,7 +96,7 @@ class SFTModel(GPTModel):
         return hidden_states
 
 
-def build_model(shape: Shape, layout: Layout, config: TransformerConfig, chunk: int = 0) -> SFTModel:
+def build_model(architecture: Architecture, layout: Layout, config: TransformerConfig, chunk: int = 0) -> SFTModel:
     """This process's part of the model, its parameters not yet set: load a checkpoint or `weights` into it.
 
     chunk: which one, where the layout puts several on each pipeline stage. Needs megatron-core's parallel state to have the
@@ -108,13 +108,13 @@ def build_model(shape: Shape, layout: Layout, config: TransformerConfig, chunk: 
     model = SFTModel(
         config=config,
         transformer_layer_spec=_layers(config, vp_stage),
-        vocab_size=layout.padded_vocab_size(shape),
-        max_sequence_length=shape.max_positions,
+        vocab_size=layout.padded_vocab_size(architecture),
+        max_sequence_length=architecture.max_positions,
         pre_process=pre_process,
         post_process=post_process,
-        share_embeddings_and_output_weights=shape.tied_embeddings,
+        share_embeddings_and_output_weights=architecture.tied_embeddings,
         vp_stage=vp_stage,
-        shape=shape,
+        architecture=architecture,
     )
     _mark_split_parameters(model)
     for module in model.modules():

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron.sft.families.architecture import Shape
+from megatron.sft.families.architecture import Architecture
 from megatron.sft.runtime.errors import UserError
 
 
@@ -41,24 +41,24 @@ class Layout:
         """Processes that share one expert: those of TP, or each expert whole where EP spreads them."""
         return 1 if self.expert_parallel > 1 else self.tensor_parallel
 
-    def padded_vocab_size(self, shape: Shape) -> int:
+    def padded_vocab_size(self, architecture: Architecture) -> int:
         """Rows of the embedding as Megatron holds it: the vocabulary rounded up to a multiple of the TP size."""
-        return -(-shape.vocab_size // self.tensor_parallel) * self.tensor_parallel
+        return -(-architecture.vocab_size // self.tensor_parallel) * self.tensor_parallel
 
-    def stage_layers(self, shape: Shape) -> list[int]:
+    def stage_layers(self, architecture: Architecture) -> list[int]:
         """Number of layers on each pipeline stage. Where they do not divide, the middle stages get the larger share."""
         stages = self.pipeline_parallel
-        if shape.num_layers % stages == 0:
-            return [shape.num_layers // stages] * stages
-        middle = -(-shape.num_layers // stages)
-        while shape.num_layers - middle * (stages - 2) < 2:
+        if architecture.num_layers % stages == 0:
+            return [architecture.num_layers // stages] * stages
+        middle = -(-architecture.num_layers // stages)
+        while architecture.num_layers - middle * (stages - 2) < 2:
             middle -= 1
-        ends = shape.num_layers - middle * (stages - 2)
+        ends = architecture.num_layers - middle * (stages - 2)
         # The last stage computes the loss as well, so it gets the smaller half.
         return [ends - ends // 2, *[middle] * (stages - 2), ends // 2]
 
 
-def check_layout(layout: Layout, shape: Shape) -> None:
+def check_layout(layout: Layout, architecture: Architecture) -> None:
     """A `UserError` that names the sizes that work, if the model cannot be split as asked."""
     for name, size in (
         ("TP", layout.tensor_parallel),
@@ -70,29 +70,29 @@ def check_layout(layout: Layout, shape: Shape) -> None:
         if size < 1:
             raise UserError(f"{name}={size} is not possible: parallel sizes start at 1")
     tensor_parallel = layout.tensor_parallel
-    width = shape.mixture.ffn_hidden_size if shape.mixture else shape.ffn_hidden_size
-    sizes = {"attention heads": shape.num_heads, "KV heads": shape.num_kv_heads}
+    width = architecture.moe.ffn_hidden_size if architecture.moe else architecture.ffn_hidden_size
+    sizes = {"attention heads": architecture.num_heads, "KV heads": architecture.num_kv_heads}
     if layout.expert_parallel == 1:
         sizes["MLP width"] = width
-    works = [n for n in range(1, shape.num_kv_heads + 1) if all(size % n == 0 for size in sizes.values())]
+    works = [n for n in range(1, architecture.num_kv_heads + 1) if all(size % n == 0 for size in sizes.values())]
     undivided = [f"{size} {what}" for what, size in sizes.items() if size % tensor_parallel]
     if undivided:
         raise UserError(
             f"TP={tensor_parallel} does not divide the model's {' and '.join(undivided)}: "
             f"choose TP from {', '.join(map(str, works))}"
         )
-    if layout.pipeline_parallel > shape.num_layers:
+    if layout.pipeline_parallel > architecture.num_layers:
         raise UserError(
-            f"PP={layout.pipeline_parallel} is more than the model's {shape.num_layers} layers: choose PP up to that"
+            f"PP={layout.pipeline_parallel} is more than the model's {architecture.num_layers} layers: choose PP up to that"
         )
-    _check_virtual_pipeline(layout, shape)
-    _check_experts(layout, shape)
+    _check_virtual_pipeline(layout, architecture)
+    _check_experts(layout, architecture)
     if layout.sequence_parallel and tensor_parallel == 1:
         raise UserError("sequence parallelism needs TP > 1: set TENSOR_PARALLEL_SIZE=2 or more, or SEQUENCE_PARALLEL=0")
 
 
-def _check_experts(layout: Layout, shape: Shape) -> None:
-    experts = shape.mixture.num_experts if shape.mixture else 1
+def _check_experts(layout: Layout, architecture: Architecture) -> None:
+    experts = architecture.moe.num_experts if architecture.moe else 1
     if experts % layout.expert_parallel:
         raise UserError(
             f"EP={layout.expert_parallel} does not divide the model's {experts} experts: "
@@ -100,7 +100,7 @@ def _check_experts(layout: Layout, shape: Shape) -> None:
         )
 
 
-def _check_virtual_pipeline(layout: Layout, shape: Shape) -> None:
+def _check_virtual_pipeline(layout: Layout, architecture: Architecture) -> None:
     """megatron-core interleaves stages that have as many layers as each other, in chunks of one size."""
     chunks, stages = layout.virtual_pipeline, layout.pipeline_parallel
     if chunks == 1:
@@ -109,9 +109,9 @@ def _check_virtual_pipeline(layout: Layout, shape: Shape) -> None:
         raise UserError(
             f"VIRTUAL_PIPELINE_SIZE={chunks} needs pipeline stages: set PIPELINE_PARALLEL_SIZE=2 or more, or take 1"
         )
-    if shape.num_layers % (stages * chunks):
-        works = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % (stages * n) == 0] or [1]
+    if architecture.num_layers % (stages * chunks):
+        works = [n for n in range(1, architecture.num_layers + 1) if architecture.num_layers % (stages * n) == 0] or [1]
         raise UserError(
-            f"VIRTUAL_PIPELINE_SIZE={chunks} x PP={stages} does not divide the model's {shape.num_layers} layers: choose "
-            f"VIRTUAL_PIPELINE_SIZE from {', '.join(map(str, works))}"
+            f"VIRTUAL_PIPELINE_SIZE={chunks} x PP={stages} does not divide the model's {architecture.num_layers} layers: "
+            f"choose VIRTUAL_PIPELINE_SIZE from {', '.join(map(str, works))}"
         )

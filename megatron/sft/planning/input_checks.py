@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron.sft.checkpoint.folder import MANIFEST, Checkpoint
 from megatron.sft.data.tokenized import REBUILD, TokenizedRows
-from megatron.sft.families.architecture import Shape
+from megatron.sft.families.architecture import Architecture
 from megatron.sft.planning.run_plan import RunPlan
 from megatron.sft.runtime import watchdog
 from megatron.sft.runtime.checksum_cache import check_once
@@ -56,7 +56,7 @@ def _check_and_tell(plan: RunPlan, meeting: Path | None) -> None:
     try:
         check_data(plan)
         if not plan.resume:
-            check_checkpoint(plan.start, plan.shape, plan.options.verify_checkpoint)
+            check_checkpoint(plan.start, plan.architecture, plan.options.verify_checkpoint)
         message = ""
     except UserError as error:
         message = str(error)
@@ -98,15 +98,15 @@ def check_rows(rows: TokenizedRows, save: Path) -> None:
     check_once(rows.files, REBUILD, memories)
 
 
-def check_checkpoint(checkpoint: Checkpoint, shape: Shape, checksums: bool = True) -> None:
+def check_checkpoint(checkpoint: Checkpoint, architecture: Architecture, checksums: bool = True) -> None:
     """Compare a converted checkpoint with its manifest, and that with the model's configuration in it."""
     from megatron.sft.checkpoint.verification import check_manifest
-    from megatron.sft.hf.folder import shape_record
+    from megatron.sft.hf.folder import architecture_record
 
     manifest = checkpoint.path / MANIFEST
     check_manifest(checkpoint.path, checkpoint.manifest, checkpoint.iteration)
     stated = checkpoint.manifest.get("shape", {})
-    for name, value in shape_record(shape).items():
+    for name, value in architecture_record(architecture).items():
         # The weights may have been cast while they were converted.
         if name != "torch_dtype" and name in stated and stated[name] != value:
             raise UserError(

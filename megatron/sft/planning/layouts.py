@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron.sft.families.architecture import Shape
+from megatron.sft.families.architecture import Architecture
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.planning.memory import (
     MemoryEstimate,
@@ -35,20 +35,25 @@ class Suggestion:
 
 
 def suggest_layouts(
-    shape: Shape, num_gpus: int, gpu_bytes: int, settings: MemorySettings, global_batch_size: int, count: int = 5
+    architecture: Architecture,
+    num_gpus: int,
+    gpu_bytes: int,
+    settings: MemorySettings,
+    global_batch_size: int,
+    count: int = 5,
 ) -> list[Suggestion]:
     """The parallel sizes for `num_gpus` GPUs that fit `gpu_bytes` each, the ones thought fastest first.
 
     `settings.recompute` and `.micro_batches` are chosen here. Sequence parallelism goes with TP above 1.
     """
     suggestions = []
-    for layout in _layouts(shape, num_gpus, settings):
+    for layout in _layouts(architecture, num_gpus, settings):
         copies = num_gpus // layout.model_size
         if global_batch_size % (copies * settings.micro_batch_size):
             continue
         here = replace(settings, micro_batches=global_batch_size // (copies * settings.micro_batch_size))
-        word = cheapest_recompute(shape, layout, copies, here, gpu_bytes)
-        memory = estimate(shape, layout, copies, replace(here, recompute=word))
+        word = cheapest_recompute(architecture, layout, copies, here, gpu_bytes)
+        memory = estimate(architecture, layout, copies, replace(here, recompute=word))
         if memory.fits(gpu_bytes):
             bubble = 1 + (layout.pipeline_parallel - 1) / here.micro_batches
             cost = _RECOMPUTE_COST[word] * _TENSOR_COST[layout.tensor_parallel] * bubble
@@ -58,9 +63,9 @@ def suggest_layouts(
     return suggestions[:count]
 
 
-def _layouts(shape: Shape, num_gpus: int, settings: MemorySettings) -> Iterator[Layout]:
+def _layouts(architecture: Architecture, num_gpus: int, settings: MemorySettings) -> Iterator[Layout]:
     context_sizes = (1, 2, 4, 8)
-    expert_sizes = (1, 2, 4, 8) if shape.mixture else (1,)
+    expert_sizes = (1, 2, 4, 8) if architecture.moe else (1,)
     for tensor in _TENSOR_COST:
         for pipeline in (1, 2, 4, 8, 16):
             for context in context_sizes:
@@ -69,7 +74,7 @@ def _layouts(shape: Shape, num_gpus: int, settings: MemorySettings) -> Iterator[
                     if num_gpus % layout.model_size or context * 4096 > max(4096, settings.row_length):
                         continue  # short pieces of a row are not worth the exchange
                     try:
-                        check_layout(layout, shape)
+                        check_layout(layout, architecture)
                         layout.data_parallel(num_gpus)
                     except UserError:
                         continue

@@ -1,11 +1,11 @@
-"""How many bytes a training run needs on each GPU, part by part, worked out from the model's shape before anything starts.
+"""How many bytes a training run needs on each GPU, part by part, worked out from the architecture before anything starts.
 
 docs/performance.md compares the estimates with measured peaks.
 """
 
 from dataclasses import dataclass, replace
 
-from megatron.sft.families.architecture import Shape
+from megatron.sft.families.architecture import Architecture
 from megatron.sft.model.layout import Layout
 
 GIB = 2**30
@@ -66,83 +66,86 @@ class MemoryEstimate:
         return {name: value for name, value in self.__dict__.items() if name != "stage"}
 
 
-def estimate(shape: Shape, layout: Layout, data_parallel: int, settings: MemorySettings) -> MemoryEstimate:
+def estimate(
+    architecture: Architecture, layout: Layout, data_parallel: int, settings: MemorySettings
+) -> MemoryEstimate:
     """The estimate for the pipeline stage that needs most. Rows are taken as full and every token as trained."""
     stages = [
-        _stage_estimate(shape, layout, data_parallel, settings, stage) for stage in range(layout.pipeline_parallel)
+        _stage_estimate(architecture, layout, data_parallel, settings, stage)
+        for stage in range(layout.pipeline_parallel)
     ]
     return max(stages, key=lambda each: each.total)
 
 
 def cheapest_recompute(
-    shape: Shape, layout: Layout, data_parallel: int, settings: MemorySettings, gpu_bytes: int
+    architecture: Architecture, layout: Layout, data_parallel: int, settings: MemorySettings, gpu_bytes: int
 ) -> str:
     """The word for RECOMPUTE that costs least time and fits `gpu_bytes`; `full` where none fits."""
     for word in RECOMPUTE_WORDS:
-        if estimate(shape, layout, data_parallel, replace(settings, recompute=word)).fits(gpu_bytes):
+        if estimate(architecture, layout, data_parallel, replace(settings, recompute=word)).fits(gpu_bytes):
             return word
     return RECOMPUTE_WORDS[-1]
 
 
-def num_parameters(shape: Shape) -> int:
+def num_parameters(architecture: Architecture) -> int:
     """Number of weights of the whole model, tied embeddings counted once."""
-    split, whole, expert = _layer_parameters(shape)
-    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
-    return shape.num_layers * (split + whole + expert) + embeddings + shape.hidden_size
+    split, whole, expert = _layer_parameters(architecture)
+    embeddings = architecture.vocab_size * architecture.hidden_size * (1 if architecture.tied_embeddings else 2)
+    return architecture.num_layers * (split + whole + expert) + embeddings + architecture.hidden_size
 
 
-def stage_parameters(shape: Shape, layout: Layout, stage: int) -> tuple[int, int]:
+def stage_parameters(architecture: Architecture, layout: Layout, stage: int) -> tuple[int, int]:
     """Weights on one process of a pipeline stage: those that every data-parallel copy holds, and those of its experts."""
-    split, whole, expert = _layer_parameters(shape)
-    layers = layout.stage_layers(shape)[stage]
+    split, whole, expert = _layer_parameters(architecture)
+    layers = layout.stage_layers(architecture)[stage]
     last = layout.pipeline_parallel - 1
-    embedding = layout.padded_vocab_size(shape) // layout.tensor_parallel * shape.hidden_size
+    embedding = layout.padded_vocab_size(architecture) // layout.tensor_parallel * architecture.hidden_size
     dense = layers * (split // layout.tensor_parallel + whole)
     if stage == 0:
         dense += embedding
     if stage == last:
-        dense += shape.hidden_size  # the last norm
-        if not shape.tied_embeddings or last > 0:  # tied stages hold a copy each
+        dense += architecture.hidden_size  # the last norm
+        if not architecture.tied_embeddings or last > 0:  # tied stages hold a copy each
             dense += embedding
     return dense, layers * expert // (layout.expert_parallel * layout.expert_tensor_parallel)
 
 
-def _layer_parameters(shape: Shape) -> tuple[int, int, int]:
+def _layer_parameters(architecture: Architecture) -> tuple[int, int, int]:
     """Of one layer: weights that TP splits, weights that every process holds, weights of all experts together."""
-    hidden, head_dim = shape.hidden_size, shape.head_dim
-    split = hidden * head_dim * 2 * (shape.num_heads + shape.num_kv_heads)
-    split += head_dim * (shape.num_heads + 2 * shape.num_kv_heads) if shape.qkv_bias else 0
-    whole = 2 * hidden + (2 * head_dim if shape.qk_norm else 0)
-    if shape.mixture is None:
-        return split + 3 * hidden * shape.ffn_hidden_size, whole, 0
-    experts = shape.mixture.num_experts * 3 * hidden * shape.mixture.ffn_hidden_size
-    return split, whole + shape.mixture.num_experts * hidden, experts
+    hidden, head_dim = architecture.hidden_size, architecture.head_dim
+    split = hidden * head_dim * 2 * (architecture.num_heads + architecture.num_kv_heads)
+    split += head_dim * (architecture.num_heads + 2 * architecture.num_kv_heads) if architecture.qkv_bias else 0
+    whole = 2 * hidden + (2 * head_dim if architecture.qk_norm else 0)
+    if architecture.moe is None:
+        return split + 3 * hidden * architecture.ffn_hidden_size, whole, 0
+    experts = architecture.moe.num_experts * 3 * hidden * architecture.moe.ffn_hidden_size
+    return split, whole + architecture.moe.num_experts * hidden, experts
 
 
 def _stage_estimate(
-    shape: Shape, layout: Layout, data_parallel: int, settings: MemorySettings, stage: int
+    architecture: Architecture, layout: Layout, data_parallel: int, settings: MemorySettings, stage: int
 ) -> MemoryEstimate:
-    dense, expert = stage_parameters(shape, layout, stage)
+    dense, expert = stage_parameters(architecture, layout, stage)
     copies = data_parallel * layout.context_parallel
     expert_copies = max(1, copies * layout.tensor_parallel // (layout.expert_parallel * layout.expert_tensor_parallel))
     for_weight, for_gradient, for_optimizer = _bytes_per_parameter(settings)
     tokens = settings.row_length * settings.micro_batch_size // layout.context_parallel
     in_flight = _micro_batches_in_flight(layout, settings.micro_batches, stage)
-    layers = layout.stage_layers(shape)[stage]
-    layer = layer_tensors(shape, layout, settings)
+    layers = layout.stage_layers(architecture)[stage]
+    layer = layer_tensors(architecture, layout, settings)
     one_micro_batch = layers * tokens * sum(kept_tensors(layer, settings.recompute).values())
     weights = for_weight * (dense + expert)
     if settings.precision == "fp8":
         # Two copies of the linear layers' weights in 8 bits, as rows and as columns.
-        split, _, _ = _layer_parameters(shape)
+        split, _, _ = _layer_parameters(architecture)
         weights += 2 * (layers * split // layout.tensor_parallel + expert)
     activations = in_flight * one_micro_batch
     working = _largest_layer_tensors(layer, settings.recompute) * tokens
     unit = _element_bytes(settings)
     if stage == layout.pipeline_parallel - 1:
         # The last layer's output, its norm, its trained tokens and their gradient, on all TP ranks alike.
-        activations += 4 * unit * shape.hidden_size * tokens
-        chunk = min(HEAD_CHUNK_TOKENS, tokens) * unit * layout.padded_vocab_size(shape) // layout.tensor_parallel
+        activations += 4 * unit * architecture.hidden_size * tokens
+        chunk = min(HEAD_CHUNK_TOKENS, tokens) * unit * layout.padded_vocab_size(architecture) // layout.tensor_parallel
         working = max(working, chunk)
     dimensions = (layout.tensor_parallel, layout.pipeline_parallel, layout.context_parallel, data_parallel)
     return MemoryEstimate(
@@ -183,7 +186,7 @@ def _element_bytes(settings: MemorySettings) -> int:
     return 4 if settings.precision == "fp32" else 2
 
 
-def layer_tensors(shape: Shape, layout: Layout, settings: MemorySettings) -> dict[str, float]:
+def layer_tensors(architecture: Architecture, layout: Layout, settings: MemorySettings) -> dict[str, float]:
     """Bytes a token of what one layer's forward pass keeps for its backward pass, on one process.
 
     The norms keep their input, the linear layers theirs, the attention its query, key, value, result and logarithms of sums,
@@ -192,26 +195,26 @@ def layer_tensors(shape: Shape, layout: Layout, settings: MemorySettings) -> dic
     tensor_parallel = layout.tensor_parallel
     unit = _element_bytes(settings)
     linear = 1 if settings.precision == "fp8" else unit  # inputs of linear layers are kept in 8 bits
-    hidden = shape.hidden_size / (tensor_parallel if layout.sequence_parallel else 1)
-    query = shape.num_heads * shape.head_dim / tensor_parallel
-    key_value = shape.num_kv_heads * shape.head_dim / tensor_parallel
+    hidden = architecture.hidden_size / (tensor_parallel if layout.sequence_parallel else 1)
+    query = architecture.num_heads * architecture.head_dim / tensor_parallel
+    key_value = architecture.num_kv_heads * architecture.head_dim / tensor_parallel
     tensors = {
         "layer input": unit * hidden + 4,
         "attention norm": linear * hidden,
         "query": unit * query,
         "key and value": 2 * unit * key_value,
-        "attention result": unit * query + 4 * shape.num_heads / tensor_parallel,
+        "attention result": unit * query + 4 * architecture.num_heads / tensor_parallel,
         "attention result in 8 bits": linear * query if linear != unit else 0,
         "residual": unit * hidden + 4,
         "MLP norm": linear * hidden,
     }
-    if shape.mixture is None:
-        width = shape.ffn_hidden_size / tensor_parallel
+    if architecture.moe is None:
+        width = architecture.ffn_hidden_size / tensor_parallel
         return {**tensors, "gate and up": 2 * unit * width, "activation": linear * width}
     # Each token goes to several experts, wherever they are: its row, and what they make of it, as often.
-    chosen = shape.mixture.experts_per_token
-    width = chosen * shape.mixture.ffn_hidden_size / layout.expert_tensor_parallel
-    routed = {"rows of experts": chosen * 2 * unit * hidden, "router": 12.0 * shape.mixture.num_experts}
+    chosen = architecture.moe.experts_per_token
+    width = chosen * architecture.moe.ffn_hidden_size / layout.expert_tensor_parallel
+    routed = {"rows of experts": chosen * 2 * unit * hidden, "router": 12.0 * architecture.moe.num_experts}
     return {**tensors, **routed, "gate and up": 2 * unit * width, "activation": linear * width}
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from megatron.sft.families.architecture import Shape
+from megatron.sft.families.architecture import Architecture
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning.memory import GIB, MemorySettings, cheapest_recompute, estimate
 from megatron.sft.planning.options import TrainOptions
@@ -13,11 +13,11 @@ CARDS = {"24 GB": 23.6, "40 GB": 39.4, "48 GB": 44.5, "80 GB": 79.1, "141 GB": 1
 MOST_GPUS = 64
 
 
-def describe_fits(shape: Shape, layout: Layout, settings: MemorySettings, global_batch_size: int) -> str:
+def describe_fits(architecture: Architecture, layout: Layout, settings: MemorySettings, global_batch_size: int) -> str:
     """`40 GB: 2 GPUs with RECOMPUTE=full; 80 GB: 1 GPU`: for every card the fewest GPUs, more of them as more copies."""
     found = []
     for card, gib in CARDS.items():
-        fewest = _fewest_gpus(shape, layout, settings, global_batch_size, int(gib * GIB))
+        fewest = _fewest_gpus(architecture, layout, settings, global_batch_size, int(gib * GIB))
         if fewest:
             gpus, word = fewest
             again = f" with RECOMPUTE={word}" if word != "none" else ""
@@ -26,15 +26,15 @@ def describe_fits(shape: Shape, layout: Layout, settings: MemorySettings, global
 
 
 def _fewest_gpus(
-    shape: Shape, layout: Layout, settings: MemorySettings, global_batch_size: int, gpu_bytes: int
+    architecture: Architecture, layout: Layout, settings: MemorySettings, global_batch_size: int, gpu_bytes: int
 ) -> tuple[int, str] | None:
     copies = 1
     while copies * layout.model_size <= MOST_GPUS and copies * settings.micro_batch_size <= global_batch_size:
         here = replace(settings, micro_batches=global_batch_size // (copies * settings.micro_batch_size))
         word = settings.recompute
         if word == "auto":
-            word = cheapest_recompute(shape, layout, copies, here, gpu_bytes)
-        if estimate(shape, layout, copies, replace(here, recompute=word)).fits(gpu_bytes):
+            word = cheapest_recompute(architecture, layout, copies, here, gpu_bytes)
+        if estimate(architecture, layout, copies, replace(here, recompute=word)).fits(gpu_bytes):
             return copies * layout.model_size, word
         copies *= 2
     return None

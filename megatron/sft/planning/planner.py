@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from megatron.sft.checkpoint.folder import TRACKER
 from megatron.sft.data.tokenized import TokenizedRows, file_of
-from megatron.sft.families.architecture import Shape
+from megatron.sft.families.architecture import Architecture
 from megatron.sft.hf.names import gigabytes
 from megatron.sft.hf.published_configs import unconverted
 from megatron.sft.model.layout import Layout, check_layout
@@ -16,11 +16,11 @@ from megatron.sft.planning.memory import GIB, cheapest_recompute, estimate, num_
 from megatron.sft.planning.memory_fit import describe_fits, gpu_memory, memory_settings
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.planning.run_plan import (
+    architecture_of,
     check_data,
     data_prefix,
     layout_for,
     number_problems,
-    shape_of,
     split,
     starting_point,
 )
@@ -50,7 +50,7 @@ class Planner:
     problems: list[str] = field(default_factory=list)
     to_do: list[str] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
-    shape: Shape | None = None
+    architecture: Architecture | None = None
     layout: Layout = Layout()
     data_parallel: int = 0  # 0: the processes do not divide
     source: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Planner:
         options = self.options
         if not (options.save / TRACKER).exists() and not options.load.is_dir():
             found = self.attempt(unconverted, options.load)
-            self.shape, where, command = found or (None, "", "")
+            self.architecture, where, command = found or (None, "", "")
             self.problems.append(
                 f"PRETRAIN_CHECKPOINT_PATH {options.load} does not exist: make it with scripts/2_convert.sh"
             )
@@ -92,23 +92,23 @@ class Planner:
             if begin:
                 self.resume, start = begin
                 self.source = start.manifest.get("source", {})
-                self.shape = self.attempt(shape_of, start)
+                self.architecture = self.attempt(architecture_of, start)
                 self._add("start", f"{'resume' if self.resume else 'train'} from {start.path}")
-                if self.shape and start.manifest.get("files"):
+                if self.architecture and start.manifest.get("files"):
                     files = {start.path / name: facts for name, facts in start.manifest["files"].items()}
-                    self._check_sums(files, input_checks.check_checkpoint, start, self.shape)
-        if self.shape:
-            shape = self.shape
+                    self._check_sums(files, input_checks.check_checkpoint, start, self.architecture)
+        if self.architecture:
+            architecture = self.architecture
             self._add(
                 "model",
-                f"{shape.family}, {shape.num_layers} layers x {shape.hidden_size}, vocabulary {shape.vocab_size:,}, "
-                f"{num_parameters(shape) / 1e6:,.1f} M parameters",
+                f"{architecture.family}, {architecture.num_layers} layers x {architecture.hidden_size}, "
+                f"vocabulary {architecture.vocab_size:,}, {num_parameters(architecture) / 1e6:,.1f} M parameters",
             )
 
     def _processes(self) -> None:
-        self.layout = layout_for(self.options, self.shape)
-        if self.shape:
-            self.attempt(check_layout, self.layout, self.shape)
+        self.layout = layout_for(self.options, self.architecture)
+        if self.architecture:
+            self.attempt(check_layout, self.layout, self.architecture)
         self.data_parallel = self.attempt(self.layout.data_parallel, self.num_processes) or 0
         layout = self.layout
         self._add(
@@ -133,8 +133,8 @@ class Planner:
             f"{prefix}: {len(self.rows):,} rows of up to {manifest['length']:,} tokens, {manifest['conversations']:,} "
             f"conversations, {100 * manifest['trained_tokens'] / max(manifest['tokens'], 1):.1f} % of the tokens trained",
         )
-        if self.shape:
-            self.attempt(check_data, self.rows, self.options, self.shape, self.source)
+        if self.architecture:
+            self.attempt(check_data, self.rows, self.options, self.architecture, self.source)
         self._check_sums(self.rows.files, input_checks.check_rows, self.rows, self.options.save)
 
     def _check_sums(self, files: Files, check: Callable[..., None], *arguments: Any) -> None:
@@ -173,21 +173,23 @@ class Planner:
         return int(self.rows.manifest["length"]) if self.rows is not None else self.options.seq_length
 
     def _memory(self) -> None:
-        if self.shape is None or not self.data_parallel or not self._row_length():
+        if self.architecture is None or not self.data_parallel or not self._row_length():
             return
         settings = memory_settings(self.options, self._row_length(), self.data_parallel)
         gpu_bytes, where = gpu_memory(self.options)
         word = self.options.recompute
         if word == "auto":
-            word = cheapest_recompute(self.shape, self.layout, self.data_parallel, settings, gpu_bytes or 80 * GIB)
-        each = estimate(self.shape, self.layout, self.data_parallel, replace(settings, recompute=word))
+            word = cheapest_recompute(
+                self.architecture, self.layout, self.data_parallel, settings, gpu_bytes or 80 * GIB
+            )
+        each = estimate(self.architecture, self.layout, self.data_parallel, replace(settings, recompute=word))
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in each.parts().items())
         stage = f" on pipeline stage {each.stage}" if self.layout.pipeline_parallel > 1 else ""
         chosen = (
             " (chosen for 80 GB; give GPU_MEMORY_GIB)" if self.options.recompute == "auto" and not gpu_bytes else ""
         )
         self._add("memory of a GPU", f"{each.total / GIB:.1f} GiB{stage} with RECOMPUTE={word}{chosen}: {parts}")
-        self._add("fits", describe_fits(self.shape, self.layout, settings, self.options.global_batch_size))
+        self._add("fits", describe_fits(self.architecture, self.layout, settings, self.options.global_batch_size))
         if gpu_bytes:
             self._add("GPU", f"{gpu_bytes / GIB:.1f} GiB, {where}")
         if gpu_bytes and not each.fits(gpu_bytes):
@@ -197,13 +199,13 @@ class Planner:
             )
 
     def _disk(self) -> None:
-        if self.shape is None:
+        if self.architecture is None:
             return
         folder = self.options.save
         while not folder.exists():
             folder = folder.parent
         free = shutil.disk_usage(folder).free
-        size = num_parameters(self.shape) * (16 if self.options.precision == "fp32" else 14)
+        size = num_parameters(self.architecture) * (16 if self.options.precision == "fp32" else 14)
         kept = checkpoints_kept(self.options, self.train_iters)
         self._add(
             "disk",
@@ -216,11 +218,13 @@ class Planner:
             )
 
     def _time(self) -> None:
-        if self.shape is None or not self.train_iters or not self._row_length():
+        if self.architecture is None or not self.train_iters or not self._row_length():
             return
         options = self.options
         load = measured_rows(self.rows) if self.rows is not None else full_rows(self._row_length())
-        speed, where = tokens_per_second(options.tokens_per_second, options.save, self.shape, load, self.num_processes)
+        speed, where = tokens_per_second(
+            options.tokens_per_second, options.save, self.architecture, load, self.num_processes
+        )
         tokens = self.train_iters * options.global_batch_size * load.tokens
         self._add(
             "time", f"{clock(tokens / speed)} for {tokens / 1e9:,.3f} G tokens at {speed:,.0f} tokens/s ({where})"

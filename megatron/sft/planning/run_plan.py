@@ -13,8 +13,8 @@ from megatron.sft.checkpoint import verification
 from megatron.sft.checkpoint.folder import Checkpoint, iterations, open_checkpoint
 from megatron.sft.data.row_order import split_rows
 from megatron.sft.data.tokenized import TokenizedRows
-from megatron.sft.families.architecture import Shape
-from megatron.sft.families.registry import read_shape
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.registry import read_architecture
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.planning.memory import num_parameters
 from megatron.sft.planning.options import TrainOptions
@@ -28,7 +28,7 @@ class RunPlan:
     options: TrainOptions
     layout: Layout
     data_parallel: int
-    shape: Shape
+    architecture: Architecture
     start: Checkpoint
     resume: bool
     rows: TokenizedRows
@@ -54,19 +54,19 @@ def resolve(mode: str, options: TrainOptions, num_processes: int) -> RunPlan:
     for problem in number_problems(options):
         raise UserError(problem)
     resume, start = starting_point(mode, options)
-    shape = shape_of(start)
-    layout = layout_for(options, shape)
+    architecture = architecture_of(start)
+    layout = layout_for(options, architecture)
     data_parallel = layout.data_parallel(num_processes)
-    check_layout(layout, shape)
+    check_layout(layout, architecture)
     rows = TokenizedRows(data_prefix(options.data_path))
-    check_data(rows, options, shape, start.manifest.get("source", {}))
+    check_data(rows, options, architecture, start.manifest.get("source", {}))
     training_rows, validation_rows = split(options, rows.joined)
     train_iters, warmup_iters = steps(options, len(training_rows), data_parallel)
     return RunPlan(
         options=options,
         layout=layout,
         data_parallel=data_parallel,
-        shape=shape,
+        architecture=architecture,
         start=start,
         resume=resume,
         rows=rows,
@@ -79,7 +79,7 @@ def resolve(mode: str, options: TrainOptions, num_processes: int) -> RunPlan:
     )
 
 
-def layout_for(options: TrainOptions, shape: Shape | None) -> Layout:
+def layout_for(options: TrainOptions, architecture: Architecture | None) -> Layout:
     """The parallel sizes that the settings ask for, not yet checked against the model; `shape` is None if not known."""
     layout = Layout(
         options.tensor_model_parallel_size,
@@ -89,7 +89,7 @@ def layout_for(options: TrainOptions, shape: Shape | None) -> Layout:
         options.expert_model_parallel_size,
         options.num_virtual_stages_per_pipeline_rank,
     )
-    if shape and shape.mixture and layout.tensor_parallel > 1:
+    if architecture and architecture.moe and layout.tensor_parallel > 1:
         # megatron-core trains experts under TP with sequence parallelism only.
         return replace(layout, sequence_parallel=True)
     return layout
@@ -130,10 +130,10 @@ def describe(plan: RunPlan, device_name: str) -> str:
     """The plan as lines of `name  value` for people."""
     options, manifest = plan.options, plan.rows.manifest
     rows_seen = plan.train_iters * options.global_batch_size
-    stage_layers = plan.layout.stage_layers(plan.shape)
+    stage_layers = plan.layout.stage_layers(plan.architecture)
     lines = {
-        "model": f"{plan.shape.family}, {plan.shape.num_layers} layers x {plan.shape.hidden_size}, "
-        f"vocabulary {plan.shape.vocab_size}, {num_parameters(plan.shape) / 1e6:,.1f} M parameters",
+        "model": f"{plan.architecture.family}, {plan.architecture.num_layers} layers x {plan.architecture.hidden_size}, "
+        f"vocabulary {plan.architecture.vocab_size}, {num_parameters(plan.architecture) / 1e6:,.1f} M parameters",
         "start": f"{'resume' if plan.resume else 'train'} from {plan.start.path}",
         "data": f"{plan.rows.prefix}: {len(plan.rows):,} rows of up to {plan.seq_length:,} tokens, "
         f"{manifest['conversations']:,} conversations, {100 * manifest['trained_tokens'] / manifest['tokens']:.1f} % trained",
@@ -168,15 +168,15 @@ def starting_point(mode: str, options: TrainOptions) -> tuple[bool, Checkpoint]:
     return False, open_checkpoint(options.load)
 
 
-def shape_of(checkpoint: Checkpoint) -> Shape:
-    """The model's shape, from the configuration in the checkpoint's manifest."""
+def architecture_of(checkpoint: Checkpoint) -> Architecture:
+    """The model's architecture, from the configuration in the checkpoint's manifest."""
     config = checkpoint.manifest.get("source", {}).get("config")
     if config is None:
         raise UserError(f"{checkpoint.path} has no manifest.json with the model's configuration: convert it again")
-    return read_shape(config, str(checkpoint.path / "manifest.json"))
+    return read_architecture(config, str(checkpoint.path / "manifest.json"))
 
 
-def check_data(rows: TokenizedRows, options: TrainOptions, shape: Shape, source: dict[str, Any]) -> None:
+def check_data(rows: TokenizedRows, options: TrainOptions, architecture: Architecture, source: dict[str, Any]) -> None:
     """Refuse data that is not for this model. `source`: what the checkpoint's manifest says of the Hugging Face folder."""
     length = rows.manifest["length"]
     if options.seq_length and options.seq_length != length:
@@ -184,15 +184,15 @@ def check_data(rows: TokenizedRows, options: TrainOptions, shape: Shape, source:
             f"row length {length} in {rows.prefix}.json but SEQ_LENGTH={options.seq_length}: "
             "rerun scripts/3_tokenize.sh with that length, or set SEQ_LENGTH to the data's"
         )
-    if length > shape.max_positions:
+    if length > architecture.max_positions:
         raise UserError(
-            f"rows of {length} tokens in {rows.prefix}.json, the model has {shape.max_positions} positions: "
+            f"rows of {length} tokens in {rows.prefix}.json, the model has {architecture.max_positions} positions: "
             "rerun scripts/3_tokenize.sh with a smaller length"
         )
-    if rows.manifest["max_token_id"] >= shape.vocab_size:
+    if rows.manifest["max_token_id"] >= architecture.vocab_size:
         raise UserError(
-            f"token {rows.manifest['max_token_id']} in {rows.prefix}, the model's vocabulary has {shape.vocab_size} rows: "
-            "the data was tokenised with another model's tokenizer, rerun scripts/3_tokenize.sh"
+            f"token {rows.manifest['max_token_id']} in {rows.prefix}, the model's vocabulary has {architecture.vocab_size} "
+            "rows: the data was tokenised with another model's tokenizer, rerun scripts/3_tokenize.sh"
         )
     facts = rows.manifest.get("tokenizer", {})
     used, own = rows.manifest.get("chat_template_sha256"), facts.get("chat_template_sha256")

@@ -17,7 +17,7 @@ class LossPicture:
     def __init__(self, folder: Path) -> None:
         self._command = [sys.executable, "-m", "megatron.sft.plot", str(folder), "--output", str(folder / PICTURE)]
         self._drawing: subprocess.Popen[str] | None = None
-        self._has_failed = not ranks.is_first()
+        self._has_failed = not ranks.is_rank_0()
 
     def redraw(self) -> None:
         """Start drawing, unless the picture before it is not finished."""
@@ -65,4 +65,4 @@ class LossPicture:
 
     def _give_up(self, reason: str) -> None:
         self._has_failed = True
-        ranks.say(f"warning: {PICTURE} is not drawn ({reason}); later: tools/plot_loss RUN")
+        ranks.print_rank_0(f"warning: {PICTURE} is not drawn ({reason}); later: tools/plot_loss RUN")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.families.architecture import Shape
+from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.flops import training_flops
 from megatron.sft.reporting.curves import METRICS
 from megatron.sft.reporting.trackers import Tracker
@@ -48,14 +48,14 @@ class StepRecord:
 class MetricsLog:
     """Writes lines of one run. Only the first process prints and writes.
 
-    shape: of the model, for TFLOP/s. trackers: get every figure, too; only the first process has any.
+    architecture: of the model, for TFLOP/s. trackers: get every figure, too; only the first process has any.
     """
 
     folder: Path
     train_iters: int
     rows_an_epoch: int
     start_iteration: int
-    shape: Shape
+    architecture: Architecture
     trackers: Sequence[Tracker] = ()
     _started: float = field(default_factory=time.monotonic)
 
@@ -64,7 +64,7 @@ class MetricsLog:
         tflops = self._tflops(record)
         peak = device.peak_tflops()
         mfu = tflops / peak if peak else None
-        ranks.say(self._line(record, tflops, mfu))
+        ranks.print_rank_0(self._line(record, tflops, mfu))
         rate = record.tokens / record.seconds
         values = {
             "iteration": record.iteration,
@@ -92,7 +92,9 @@ class MetricsLog:
 
     def validation(self, iteration: int, loss: float, trained_tokens: int) -> None:
         """The mean loss on the validation rows after `iteration` steps."""
-        ranks.say(f"validation after iteration {iteration} | loss {loss:.4f} | {trained_tokens:,} trained tokens")
+        ranks.print_rank_0(
+            f"validation after iteration {iteration} | loss {loss:.4f} | {trained_tokens:,} trained tokens"
+        )
         self._write({"iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens})
 
     def close(self) -> None:
@@ -105,7 +107,7 @@ class MetricsLog:
 
     def _tflops(self, record: StepRecord) -> float:
         """Of one process, mean over the step."""
-        operations = training_flops(self.shape, record.tokens, record.trained_tokens, record.sum_squared_lengths)
+        operations = training_flops(self.architecture, record.tokens, record.trained_tokens, record.sum_squared_lengths)
         return operations / record.seconds / record.num_processes / 1e12
 
     def _line(self, record: StepRecord, tflops: float, mfu: float | None) -> str:
@@ -132,7 +134,7 @@ class MetricsLog:
         return " | ".join(parts)
 
     def _write(self, values: dict[str, Any]) -> None:
-        if ranks.is_first():
+        if ranks.is_rank_0():
             # JSON has no word for a number that is not finite.
             line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             with open(self.folder / FILE, "a", encoding="utf-8") as file:
@@ -144,7 +146,7 @@ class MetricsLog:
 def forget_after(folder: Path, iteration: int) -> None:
     """Drop lines of steps after `iteration`, which a resumed run will do again, from metrics.jsonl."""
     path = folder / FILE
-    if not ranks.is_first() or not path.exists():
+    if not ranks.is_rank_0() or not path.exists():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _is_kept(line, iteration)]
     write_text(path, "".join(kept))

@@ -88,12 +88,14 @@ class WeightsAndBiases:
         try:
             self._run: Any = wandb.init(**arguments)
         except Exception as error:  # a compute node without a way out, a key that is not valid any more
-            ranks.say(f"note: Weights & Biases cannot be reached ({first_line(error)}): the run is kept offline")
+            ranks.print_rank_0(
+                f"note: Weights & Biases cannot be reached ({first_line(error)}): the run is kept offline"
+            )
             wandb.teardown()  # or the id would count as in use
             self._run = wandb.init(**arguments, mode="offline")
         offline = bool(self._run.settings._offline)
         place = f"offline; upload it with `wandb sync {folder}/wandb/offline-*`" if offline else self._run.url
-        ranks.say(f"Weights & Biases: run {self._run.id}, {place}")
+        ranks.print_rank_0(f"Weights & Biases: run {self._run.id}, {place}")
 
     def write(self, values: dict[str, Any]) -> None:
         # A resumed run does again what was not saved, with the same figures: those steps are there already.
@@ -133,10 +135,12 @@ class _Guarded:
             act()
         except ImportError as error:
             package = error.name or self._name
-            ranks.say(f"note: {self._name} is left out, the package {package} is not there: pip install {package}")
+            ranks.print_rank_0(
+                f"note: {self._name} is left out, the package {package} is not there: pip install {package}"
+            )
             self._tracker = None
         except Exception as error:
-            ranks.say(f"warning: {self._name} is given up ({type(error).__name__}: {first_line(error)})")
+            ranks.print_rank_0(f"warning: {self._name} is given up ({type(error).__name__}: {first_line(error)})")
             self._tracker = None
 
 
@@ -148,7 +152,7 @@ def wandb_wanted() -> bool:
 
 def open_trackers(folder: Path, iteration: int, settings: dict[str, Any]) -> list[Tracker]:
     """The trackers of a run that goes on after `iteration`; none on any process but the first."""
-    if not ranks.is_first():
+    if not ranks.is_rank_0():
         return []
     trackers: list[Tracker] = [_Guarded("TensorBoard", lambda: TensorBoard(folder, iteration + 1))]
     if wandb_wanted():

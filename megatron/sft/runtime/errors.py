@@ -44,15 +44,17 @@ def leave_message(message: str) -> None:
     Path(error_file).write_text(json.dumps(content))
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call an entry module's `main`. A `UserError` becomes one line and exit status 2, any other error keeps its trace.
+def run(main: Callable[[], int]) -> NoReturn:
+    """Call a command's `main` and end the process with the status that it returns.
 
-    In a multi-process run mostly every rank finds the same error; it is printed once.
+    A `UserError` becomes one line and exit status 2, any other error keeps its trace. In a multi-process run mostly every rank
+    finds the same error; it is printed once.
     """
     try:
-        main()
+        status = main()
     except UserError as error:
         leave_message(str(error))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    raise SystemExit(status)

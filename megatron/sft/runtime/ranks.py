@@ -3,12 +3,12 @@
 import os
 
 
-def is_first() -> bool:
+def is_rank_0() -> bool:
     """True on the process that prints and writes for all."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def say(message: str) -> None:
+def print_rank_0(message: str) -> None:
     """Print a line from the first process only."""
-    if is_first():
+    if is_rank_0():
         print(message, flush=True)

@@ -78,16 +78,16 @@ class Engine:
         options = plan.options
         dtype = DTYPES[options.precision]
         config = transformer_config(
-            plan.shape,
+            plan.architecture,
             plan.layout,
             dtype,
             **recompute_fields(_recompute_word(plan)),
-            **precision_fields(options.precision, options.fp8_recipe, plan.shape, has_transformer_engine()),
+            **precision_fields(options.precision, options.fp8_recipe, plan.architecture, has_transformer_engine()),
         )
         # One on each pipeline stage, or several that take turns.
         self.models = []
         for chunk in range(plan.layout.virtual_pipeline):
-            module: torch.nn.Module = build_model(plan.shape, plan.layout, config, chunk)
+            module: torch.nn.Module = build_model(plan.architecture, plan.layout, config, chunk)
             if dtype != torch.float32:
                 module = Float16Module(config, module)
             # Other chunks compute while the gradients of a later one are summed, so that it needs no buckets.
@@ -234,6 +234,6 @@ def _recompute_word(plan: RunPlan) -> str:
     if options.recompute != "auto" or not gpu_bytes:
         return "none" if options.recompute == "auto" else options.recompute
     settings = memory_settings(options, plan.seq_length, plan.data_parallel)
-    word = cheapest_recompute(plan.shape, plan.layout, plan.data_parallel, settings, gpu_bytes)
-    ranks.say(f"RECOMPUTE=auto: {word}, the cheapest that is estimated to fit {gpu_bytes / GIB:.0f} GiB")
+    word = cheapest_recompute(plan.architecture, plan.layout, plan.data_parallel, settings, gpu_bytes)
+    ranks.print_rank_0(f"RECOMPUTE=auto: {word}, the cheapest that is estimated to fit {gpu_bytes / GIB:.0f} GiB")
     return word

@@ -26,7 +26,7 @@ class Feeder:
         joined = plan.rows.joined[plan.training_rows]
         self.order = RowOrder(plan.training_rows, plan.options.seed, joined, plan.options.global_batch_size)
         if joined.any() and (torn := num_torn_units(self.order)):
-            ranks.say(f"{torn:,} groups are larger than a global batch, or do not all fit: they meet in two")
+            ranks.print_rank_0(f"{torn:,} groups are larger than a global batch, or do not all fit: they meet in two")
         self.rank = parallel_state.get_data_parallel_rank()
         self.part = ContextPart(parallel_state.get_context_parallel_rank(), plan.layout.context_parallel)
         # Sequence parallelism splits a micro-batch into equal parts; GPU kernels like multiples of 128.

@@ -30,7 +30,7 @@ _STATE_BYTES, _DISK_BYTES_A_SECOND = 14, 200e6
 def keep_settings(plan: RunPlan) -> None:
     """Keep the recipe and the resolved settings beside the checkpoints."""
     folder, recipe = plan.options.save, plan.options.recipe
-    if ranks.is_first():
+    if ranks.is_rank_0():
         folder.mkdir(parents=True, exist_ok=True)
         if recipe:
             shutil.copyfile(recipe, folder / Path(recipe).name)
@@ -49,7 +49,7 @@ class Run:
         self._group = torch.distributed.new_group(backend="gloo") if device.has_gpu() else None
         self._world = torch.distributed.get_world_size()
         self._longest_step = 0.0
-        self._longest_save = num_parameters(plan.shape) * _STATE_BYTES / _DISK_BYTES_A_SECOND
+        self._longest_save = num_parameters(plan.architecture) * _STATE_BYTES / _DISK_BYTES_A_SECOND
         self._spikes = nonfinite.SpikeWatch()
         self._source_names = source_names(plan.rows.manifest) if plan.rows.num_sources else []
 
@@ -59,13 +59,15 @@ class Run:
         plan = self.plan
         owed = self._owes_validation()
         if self.iteration >= plan.train_iters and not owed:
-            ranks.say(f"nothing to do: the run has {plan.train_iters} steps and iteration {self.iteration} is saved")
+            ranks.print_rank_0(
+                f"nothing to do: the run has {plan.train_iters} steps and iteration {self.iteration} is saved"
+            )
             return 0
         self.feeder = Feeder(plan)
         save = self.options.save
         trackers = open_trackers(save, self.iteration, options_record(self.options))
         num_rows = len(plan.training_rows)
-        self.log = metrics.MetricsLog(save, plan.train_iters, num_rows, self.iteration, plan.shape, trackers)
+        self.log = metrics.MetricsLog(save, plan.train_iters, num_rows, self.iteration, plan.architecture, trackers)
         self.picture = LossPicture(save)
         self.stop.begin(self.options.exit_after_minutes)
         code = self._asked()
@@ -90,7 +92,7 @@ class Run:
         if self.plan.resume:
             self.iteration, self.consumed = state.load(self.engine)
             self.saver.last_saved = self.iteration
-            ranks.say(f"resumed at iteration {self.iteration}, after {self.consumed:,} rows")
+            ranks.print_rank_0(f"resumed at iteration {self.iteration}, after {self.consumed:,} rows")
         else:
             state.load_start(self.engine)
         keep_settings(self.plan)
@@ -119,7 +121,7 @@ class Run:
 
     def _owes_validation(self) -> bool:
         """Whether the validation after this iteration was broken off, so that the run is saved without it."""
-        due = self.iteration > 0 and self._due(self._eval_interval) and ranks.is_first()
+        due = self.iteration > 0 and self._due(self._eval_interval) and ranks.is_rank_0()
         return bool(self._most(due and not metrics.has_validation(self.options.save, self.iteration)))
 
     def _step(self, window: Window) -> None:
@@ -153,7 +155,7 @@ class Run:
             self._give_up(
                 f"{what}; {skipped} steps were left out, MAX_SKIPPED={most} may be: lower LR or mend the data"
             )
-        ranks.say(f"warning: left out {what} ({skipped} of at most {most})")
+        ranks.print_rank_0(f"warning: left out {what} ({skipped} of at most {most})")
 
     def _give_up(self, reason: str) -> NoReturn:
         """End for a reason that all ranks have found alike; a checkpoint that is being written is finished."""
@@ -192,7 +194,7 @@ class Run:
             )
         )
         if warning := self._spikes.look(totals.loss):
-            ranks.say(f"warning: iteration {self.iteration}: {warning}")
+            ranks.print_rank_0(f"warning: iteration {self.iteration}: {warning}")
 
     def _loss_scale(self) -> float | None:
         return float(self.engine.optimizer.get_loss_scale()) if self.options.precision == "fp16" else None
@@ -212,7 +214,9 @@ class Run:
         assert sums is not None
         loss, trained = type(part)(sums).reduce()
         if not math.isfinite(loss):
-            ranks.say(f"warning: the validation loss is {loss}: look at the validation rows, or at the weights")
+            ranks.print_rank_0(
+                f"warning: the validation loss is {loss}: look at the validation rows, or at the weights"
+            )
         self.log.validation(self.iteration, loss, trained)
         return 0
 
@@ -233,8 +237,8 @@ class Run:
         self.picture.close()
         save = self.options.save
         if finished:
-            ranks.say(f"done: {self.iteration} steps, checkpoints in {save}\nnext: scripts/5_export.sh {save}")
+            ranks.print_rank_0(f"done: {self.iteration} steps, checkpoints in {save}\nnext: scripts/5_export.sh {save}")
             return 0
         kept = f"after iteration {self.iteration}, which is saved" if self.saver.last_saved else "before the first step"
-        ranks.say(f"stopped by {name_of(code)} {kept}: the same command goes on from there (status {RESUME})")
+        ranks.print_rank_0(f"stopped by {name_of(code)} {kept}: the same command goes on from there (status {RESUME})")
         return RESUME

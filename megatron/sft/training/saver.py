@@ -46,7 +46,7 @@ class Saver:
         self._polls = 0
         # Files are compared by checksums of their own; torch's would be computed beside them.
         torch.serialization.set_crc32_options(False)
-        if ranks.is_first() and self._root.is_dir():
+        if ranks.is_rank_0() and self._root.is_dir():
             clear_leftovers(self._root)
 
     def save(self, iteration: int, consumed_rows: int) -> None:
@@ -111,7 +111,7 @@ class Saver:
         torch.distributed.all_reduce(facts)
         total, lacking = (int(number) for number in facts.tolist())
         verdict: list[str | None] = [None]
-        if ranks.is_first():
+        if ranks.is_rank_0():
             try:
                 self._root.mkdir(parents=True, exist_ok=True)
                 clear_leftovers(self._root)
@@ -125,7 +125,9 @@ class Saver:
         if self.last_saved is None:
             self._foresee(iteration, total)
         if lacking and self._options.async_save and self.last_saved is None:
-            ranks.say("the state is saved while training waits: a copy of it does not fit into the CPU's memory")
+            ranks.print_rank_0(
+                "the state is saved while training waits: a copy of it does not fit into the CPU's memory"
+            )
         return not lacking
 
     def _foresee(self, iteration: int, num_bytes: int) -> None:
@@ -136,9 +138,9 @@ class Saver:
         )
         # One more than are kept is there while it is written.
         count = min(saves, options.keep_last or saves) + 1
-        free = shutil.disk_usage(self._root).free if ranks.is_first() else 0
-        if ranks.is_first() and count * num_bytes > free:
-            ranks.say(
+        free = shutil.disk_usage(self._root).free if ranks.is_rank_0() else 0
+        if ranks.is_rank_0() and count * num_bytes > free:
+            ranks.print_rank_0(
                 f"warning: {count} checkpoints of {num_bytes / 1e9:.2f} GB do not fit into the {free / 1e9:.2f} GB that "
                 f"{self._root} has free: set KEEP_LAST to a smaller number, or make room before they are written"
             )
@@ -148,7 +150,7 @@ class Saver:
         assert self._job is not None and self._exchange is not None
         self._job.report_death()
         text = self._exchange.get("outcome")
-        if text is None and ranks.is_first() and self._job.outcome is not None:
+        if text is None and ranks.is_rank_0() and self._job.outcome is not None:
             text = json.dumps({**self._job.outcome, "poll": self._polls + 1})
             self._exchange.put("outcome", text)
         return None if text is None else Outcome(**json.loads(text))
@@ -158,16 +160,16 @@ class Saver:
         assert job is not None
         job.cancel()
         if outcome.error:
-            if ranks.is_first():
+            if ranks.is_rank_0():
                 shutil.rmtree(unfinished_path(self._root, job.iteration), ignore_errors=True)
             raise UserError(
                 f"the checkpoint of iteration {job.iteration} was not written: {outcome.error}{self._what_is_left()}"
             )
         self.last_saved = job.iteration
         still = f", training stood still for {job.stood_still:.1f} s" if job.stood_still < 0.9 * outcome.seconds else ""
-        ranks.say(f"saved {iteration_path(self._root, job.iteration)} in {outcome.seconds:.1f} s{still}")
+        ranks.print_rank_0(f"saved {iteration_path(self._root, job.iteration)} in {outcome.seconds:.1f} s{still}")
         for note in outcome.notes:
-            ranks.say(note)
+            ranks.print_rank_0(note)
 
     def _what_is_left(self) -> str:
         kept = f"; iteration {self.last_saved} is kept" if self.last_saved else ""

@@ -60,7 +60,7 @@ def load(engine: Engine) -> tuple[int, int]:
     if checkpoint.format != TORCH_DIST or training is None:
         raise UserError(f"{checkpoint.path} has no training state to resume from: start a new run with it (train)")
     for change in check_same_run(checkpoint, engine.plan):
-        ranks.say(change)
+        ranks.print_rank_0(change)
     reader = PieceReader(checkpoint.path)
     tensors = model_tensors(engine.chunks)
     reader.fill([piece_of(tensor) for tensor in tensors])
