@@ -12,7 +12,7 @@
 # MAP_COLUMNS     new names of its columns, as "problem=instruction solution=output" (--map-column problem=instruction)
 # DATA_NAME       a name for a data set instead of its id's, for a second split of one (--name)
 # HF_TOKEN        for private and gated repositories  HF_ENDPOINT  the address of a mirror
-for lib in "$(dirname "$(readlink -f "$0")")"{,/..}/lib "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
 # shellcheck source=scripts/lib/common.sh
 source "$lib/common.sh" || exit 2
 

@@ -15,7 +15,7 @@
 # HF_DIR=FOLDER       the original model, for a checkpoint that another project wrote
 # ITERATION=N         of a checkpoint; the latest unless given
 # WITH_OPTIMIZER=1    keep a training checkpoint's optimizer state (torch_dist to torch_dist)
-for lib in "$(dirname "$(readlink -f "$0")")"{,/..}/lib "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
 # shellcheck source=scripts/lib/common.sh
 source "$lib/common.sh" || exit 2
 

@@ -24,9 +24,9 @@
 #   OUTPUT_PREFIX=     name of the result, without .bin
 #
 # Writes Tokenized-<data>-<tokenizer>-<LENGTH>_text_document.bin, .idx and .json beside (the first of) DATA.
-for up in "$(dirname "$(readlink -f "$0")")" "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts; do [[ -f $up/lib/common.sh ]] && break; done
+for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
 # shellcheck source=scripts/lib/common.sh
-source "$up/lib/common.sh" || exit 2
+source "$lib/common.sh" || exit 2
 
 help_or_arguments 3 3 "$@"
 : "${OVERLONG:=drop}"

@@ -9,7 +9,7 @@
 # ITERATION  the latest unless given
 #
 # DTYPE=bf16  of the weights: bf16, fp16 or fp32; the original's unless given. Values that change are counted
-for lib in "$(dirname "$(readlink -f "$0")")"{,/..}/lib "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
 # shellcheck source=scripts/lib/common.sh
 source "$lib/common.sh" || exit 2
 

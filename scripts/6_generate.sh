@@ -13,7 +13,7 @@
 # DTYPE=auto          auto (as the folder says), float32, bfloat16 or float16
 # OUTPUT              of a FILE; <FILE without its ending>.answers.jsonl unless given
 # BACKEND=transformers  or vllm, where it is installed, on NUM_GPUS=1 GPUs
-for lib in "$(dirname "$(readlink -f "$0")")"{,/..}/lib "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
 # shellcheck source=scripts/lib/common.sh
 source "$lib/common.sh" || exit 2
 

@@ -17,7 +17,7 @@
 # OUTPUT                     outputs/evaluations/<model>-<task>.json unless given: figures and every answer. What is there for
 #                            the same model, data and settings is not asked again.
 # TABLE                      outputs/evaluations/scores unless given
-for lib in "$(dirname "$(readlink -f "$0")")"{,/..}/lib "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
 # shellcheck source=scripts/lib/common.sh
 source "$lib/common.sh" || exit 2
 

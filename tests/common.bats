@@ -75,3 +75,16 @@ launched() {
   NNODES=2 run -2 bash -c 'source "$0/scripts/lib/common.sh"; launch 8 train' "$REPOSITORY"
   [[ $output == "error: NNODES=2 needs MASTER_ADDR"* ]]
 }
+
+@test "MAX_RESTARTS is refused before anything starts, 0 and empty are not" {
+  for mode in train resume plan ''; do
+    MAX_RESTARTS=3 run -2 bash "$REPOSITORY/scripts/4_train.sh" ${mode:+"$mode"}
+    [[ ${#lines[@]} == 1 && $output == "error: MAX_RESTARTS is '3': "*docs/reliability.md* ]]
+  done
+  # Python's table of settings is empty here.
+  sed -i '2i [[ $2 != megatron.sft.options ]] || exit 0' "$MEGATRON_SFT_PYTHON"
+  for value in '' 0; do
+    MAX_RESTARTS=$value run -0 bash "$REPOSITORY/scripts/4_train.sh" train
+    [[ $output == *"[-m][megatron.sft.launch]"* && $output != *restarts* ]]
+  done
+}

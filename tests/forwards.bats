@@ -72,3 +72,51 @@ setup() {
   run -0 bash scripts/checkpoints/merge_and_export.sh ckpt hf "o ut"
   [[ ${lines[1]} == "[-m][megatron.sft.export][--load][ckpt][--hf-dir][hf][--output][o ut]" ]]
 }
+
+# settings_of RECIPE: what `RECIPE settings` prints of four settings; Python's table of settings is a stand-in.
+settings_of() {
+  cat >"$MEGATRON_SFT_PYTHON" <<'STUB'
+#!/usr/bin/env bash
+printf '%s --flag\n' PRETRAIN_CHECKPOINT_PATH OUTPUT_PATH TENSOR_PARALLEL_SIZE SEQUENCE_PARALLEL
+STUB
+  bash "$1" settings
+}
+
+@test "the Hybrid recipe of each size is the 1.5B file with MODEL_SIZE, whatever the environment says" {
+  unset MODEL_SIZE MODEL
+  recipe=scripts/sft/SFT_Hybrid_R1_1.5B_OpenThoughts_1M.sh
+  for row in "1.5B Qwen_1.5B 1 0" "7B Qwen_7B 2 1" "14B Qwen_14B 4 1" "32B Qwen_32B 8 1" "Llama_8B Llama_8B 2 1"; do
+    read -r size model tp sp <<<"$row"
+    MODEL_SIZE=$size run -0 settings_of "$recipe"
+    checkpoint="$ASSETS_DIR/checkpoints/deepseek_ai_DeepSeek_R1_Distill_${model}_Megatron_TP${tp}PP1"
+    [[ ${lines[0]} == "PRETRAIN_CHECKPOINT_PATH=$checkpoint" ]]
+    [[ ${lines[1]} == "OUTPUT_PATH=$REPOSITORY/outputs/checkpoints/SFT_Hybrid_R1_${size}_OpenThoughts_1M/train_iters_17000" ]]
+    [[ ${lines[2]} == "TENSOR_PARALLEL_SIZE=$tp" && ${lines[3]} == "SEQUENCE_PARALLEL=$sp" ]]
+    expected=$output
+    [[ $size == 1.5B ]] || export MODEL_SIZE=1.5B # a recipe's name decides
+    run -0 settings_of "${recipe/1.5B/$size}"
+    [[ $output == "$expected" ]]
+    unset MODEL_SIZE
+  done
+  MODEL_SIZE=3B run -2 settings_of "$recipe"
+  [[ $output == "error: MODEL_SIZE is '3B': choose 1.5B, 7B, 14B, 32B or Llama_8B" ]]
+}
+
+@test "a recipe's variables come from the environment, any folder, through a link and in sbatch's copy" {
+  unset MODEL_SIZE MODEL
+  recipe=$REPOSITORY/scripts/sft/SFT_Hybrid_R1_32B_OpenThoughts_1M.sh
+  ln -s "$recipe" "$BATS_TEST_TMPDIR/a link.sh"
+  cp "$recipe" "$BATS_TEST_TMPDIR/slurm_script"
+  cd "$BATS_TEST_TMPDIR"
+  export TENSOR_PARALLEL_SIZE=4 SEQUENCE_PARALLEL=0 TRAIN_ITERS=5
+  run -0 settings_of "$recipe"
+  expected=$output
+  [[ $output == *"Qwen_32B_Megatron_TP4PP1"*"/SFT_Hybrid_R1_32B_OpenThoughts_1M/train_iters_5"*"SEQUENCE_PARALLEL=0"* ]]
+  run -0 settings_of "a link.sh"
+  [[ $output == "$expected" ]]
+  for submitted_from in "$REPOSITORY" "$REPOSITORY/scripts" "$REPOSITORY/scripts/sft"; do
+    SLURM_SUBMIT_DIR=$submitted_from run -0 settings_of slurm_script
+    [[ $output == "$expected" ]]
+  done
+  run ! settings_of slurm_script
+}
