@@ -1,5 +1,5 @@
 #!/usr/bin/env bats
-# scripts/lib/common.sh: finding the repository, messages, and what is handed to Python.
+# scripts/lib/common.sh: finding the repository, messages, and the arguments of Python.
 # shellcheck disable=SC2016,SC2164 # bash -c expands its own; bats ends a test at the first failure
 bats_require_minimum_version 1.5.0
 
@@ -25,7 +25,7 @@ setup() {
   done
 }
 
-@test "outside of a repository a copied script ends" {
+@test "outside a repository a copied script fails" {
   cp "$REPOSITORY/scripts/2_convert.sh" "$BATS_TEST_TMPDIR/slurm_script"
   cd "$BATS_TEST_TMPDIR"
   run -2 bash slurm_script model

@@ -1,5 +1,5 @@
 #!/usr/bin/env bats
-# The numbered scripts' arguments, and the command names that users of Reasoning-SFT know.
+# The arguments of the numbered scripts, the commands that users of Reasoning-SFT know, and recipes.
 # shellcheck disable=SC2016,SC2164 # bash -c expands its own; bats ends a test at the first failure
 bats_require_minimum_version 1.5.0
 
@@ -19,12 +19,12 @@ setup() {
   [[ ${lines[1]} == "${expected}[--map-column][problem=instruction][--map-column][solution=output][org/name]" ]]
 }
 
-@test "1_download: an unknown word is named" {
+@test "1_download: anything else is refused" {
   run -2 bash scripts/1_download.sh weights org/name
-  [[ $output == "error: 1_download.sh fetches a model or a dataset, not weights: "* ]]
+  [[ $output == "error: 1_download.sh downloads a model or a dataset, not 'weights': "* ]]
 }
 
-@test "2_convert: torch_dist and 1 x 1 unless told otherwise" {
+@test "2_convert: torch_dist and 1 x 1 by default" {
   run -0 bash scripts/2_convert.sh model/
   expected="[-m][megatron.sft.convert][--source][model][--tensor-model-parallel-size][1][--pipeline-model-parallel-size][1]"
   expected+="[--output][model_Megatron_TP1PP1][--ckpt-format][torch_dist]"
@@ -66,7 +66,7 @@ setup() {
   [[ $output == *"SIZE [TP] [PP]"* ]]
 }
 
-@test "tokenize_dataset.sh and merge_and_export.sh pass their arguments on" {
+@test "tokenize_dataset.sh and merge_and_export.sh forward their arguments" {
   run -0 bash scripts/data/tokenize_dataset.sh "tok enizer" data.json 4096
   [[ ${lines[1]} == "[-m][megatron.sft.tokenize][--tokenizer][tok enizer][--input][data.json][--seq-length][4096]"* ]]
   run -0 bash scripts/checkpoints/merge_and_export.sh ckpt hf "o ut"

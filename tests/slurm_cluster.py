@@ -55,7 +55,7 @@ def missing_programs() -> list[str]:
 
 
 class Cluster:
-    """The daemons, and what a user of the cluster does. `environment` is the user's shell."""
+    """The daemons, and the commands of its user. `environment` is the user's shell."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder = folder
