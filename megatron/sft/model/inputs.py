@@ -12,7 +12,7 @@ from megatron.sft.model.cross_entropy import Targets
 class AttentionRuns:
     """`QueryChunks` as attention kernels take them. Lengths are host numbers, so that no layer waits for the device.
 
-    cu_seqlens, key_cu_seqlens: int32 [runs + 1], 0 and the running sum of lengths, of key_lengths. key_order: as in `QueryChunks`.
+    cu_seqlens, key_cu_seqlens: int32 [runs + 1], 0 and the running sum of lengths, key_lengths. key_order: see `QueryChunks`.
     """
 
     lengths: list[int]
