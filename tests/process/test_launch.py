@@ -46,6 +46,7 @@ def main():
         os.kill(os.getpid(), signal.SIGSTOP)
     if case != "fine":
         time.sleep(30)
+    return 0
 
 run(main)
 """
@@ -57,7 +58,7 @@ import sys
 from megatron.sft import launch
 from megatron.sft.runtime import elastic_agent
 elastic_agent.STOPPED_SECONDS = float(sys.argv.pop(1))
-launch.main()
+sys.exit(launch.main())
 """
 
 
