@@ -149,7 +149,7 @@ class Cluster:
         return found
 
     def lose_node(self, node: str, job: str) -> None:
-        """What a power cut does: slurmd, the job's slurmstepd on that node and its processes end at once."""
+        """What a power cut does: slurmd, the job's slurmstepd on that node and its processes end immediately."""
         self.daemons[node].kill()
         self.daemons[node].wait()
         processes = _processes_of(node, job)
