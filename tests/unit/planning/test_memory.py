@@ -15,7 +15,7 @@ from tests.support import tiny
 
 ONE = Layout()
 # A row of 16,384 tokens of the 1.5B model on one GPU, 4 micro-batches a step.
-R1_1_5B, ROW = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", MemorySettings(16384, micro_batches=4)
+R1_1_5B, ROW = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", MemorySettings(16384, num_micro_batches=4)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def test_each_process_has_as_many_weights_as_estimated(
         (ONE, 1, {"optimizer_offload": True}, 42.4),
         (ONE, 1, {"precision": "fp8"}, 59.5),
         (ONE, 1, {"precision": "fp8", "recompute": "selective"}, 58.2),
-        (ONE, 1, {"row_length": 8192}, 46.5),
-        (ONE, 1, {"row_length": 32768, "recompute": "selective"}, 73.7),
+        (ONE, 1, {"seq_length": 8192}, 46.5),
+        (ONE, 1, {"seq_length": 32768, "recompute": "selective"}, 73.7),
         (ONE, 2, {}, 52.3),
         (Layout(2, sequence_parallel=True), 1, {}, 31.3),
         (Layout(1, 2), 1, {}, 47.1),
@@ -94,7 +94,7 @@ def test_more_recomputation_takes_less_memory_and_the_cheapest_that_fits_is_take
 def test_the_first_stage_of_a_pipeline_keeps_a_micro_batch_for_every_stage() -> None:
     architecture, _ = find_architecture("Qwen/Qwen2.5-7B-Instruct")
     few, many = (
-        estimate(architecture, Layout(1, 4), 1, replace(ROW, micro_batches=count)).activations for count in (1, 8)
+        estimate(architecture, Layout(1, 4), 1, replace(ROW, num_micro_batches=count)).activations for count in (1, 8)
     )
     assert 3.5 < many / few <= 4.0
 
