@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron.sft.hf.published_configs import find_architecture, published_configs
-from megatron.sft.model import cross_entropy
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning import memory
-from megatron.sft.planning.layouts import suggest_layouts
 from megatron.sft.planning.memory import GIB, MemorySettings, cheapest_recompute, estimate, num_parameters
 from tests.support import tiny
 
@@ -105,24 +103,3 @@ def test_data_parallel_copies_share_the_optimizer_and_offloading_empties_it() ->
     assert one.optimizer == 12 * num_parameters(architecture) and four.optimizer == one.optimizer // 4
     assert (one.weights, one.gradients) == (four.weights, four.gradients)
     assert estimate(architecture, Layout(), 1, replace(ROW, optimizer_offload=True)).optimizer == 0
-
-
-def test_the_chunk_of_the_loss_head_is_the_one_it_uses() -> None:
-    assert memory.HEAD_CHUNK_TOKENS == cross_entropy.CHUNK_TOKENS
-
-
-def test_suggested_layouts_fit_divide_the_gpus_and_the_fastest_comes_first() -> None:
-    architecture, _ = find_architecture("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
-    found = suggest_layouts(architecture, 8, 80 * GIB, MemorySettings(16384), 128)
-    assert found and all(each.memory.total <= 80 * GIB for each in found)
-    assert all(each.layout.model_size * each.data_parallel == 8 for each in found)
-    assert all(architecture.num_kv_heads % each.layout.tensor_parallel == 0 for each in found)
-    assert [each.cost for each in found] == sorted(each.cost for each in found)
-
-
-def test_the_plan_tool_reads_a_folder_and_says_what_it_does_not_know(tiny_qwen2: Path) -> None:
-    assert "RECOMPUTE=none  (DP 2)" in tiny.run_module("suggest", tiny_qwen2, "--gpus", 2, "--row-length", 512)
-    unknown = tiny.run_module("suggest", "someone/else", status=2)
-    assert unknown.startswith("error: someone/else is neither a folder with a config.json nor one of ")
-    small = tiny.run_module("suggest", R1_1_5B, "--gpus", 1, "--gpu-memory", 24, status=2)
-    assert "nothing fits 1 GPU of 23.6 GiB: take more GPUs" in small
