@@ -30,7 +30,7 @@ def described(walk: str) -> set[str]:
     """The files that CONTRIBUTING names in the paragraph that begins with `**A record**` and so on."""
     text = (Path(tiny.ROOT) / "CONTRIBUTING.md").read_text()
     (paragraph,) = re.findall(rf"^\* \*\*A (?:chat )?{walk}\*\*.*?(?=\n\* |\n\n)", text, re.DOTALL | re.MULTILINE)
-    return {name for name in re.findall(r"`([\w/]+\.py)`", paragraph)}
+    return set(re.findall(r"`([\w/]+\.py)`", paragraph))
 
 
 @pytest.mark.parametrize("walk", LIMITS)

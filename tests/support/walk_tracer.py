@@ -2,8 +2,8 @@
 
 python -m tests.support.walk_tracer FOLDER     prints {"record": [...], "weight": [...], "setting": [...]} as JSON
 
-A file touches the record or the weight if a function of it has it among its arguments or variables when it returns: the text, the
-token ids, or the values, by which the record and the weight are recognised. It touches the setting if it reads it by its name.
+A file touches the record or the weight if a function of it has it among its arguments or variables when it returns: the text,
+the token ids, or the values by which record and weight are recognized. It touches the setting if it reads it by its name.
 Kernels, `__init__` and the room `runtime` (whose functions take whatever they are given) are not counted.
 """
 
