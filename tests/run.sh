@@ -4,7 +4,7 @@
 #   bash tests/run.sh [check|shell|python|all] [PYTEST ARGUMENT...]
 #
 # check   ruff, mypy on the package, the order of its rooms, words, shellcheck, shfmt and hadolint
-# shell   the scripts themselves: tests/*.bats
+# shell   the scripts themselves: tests/shell/*.bats
 # python  pytest with the arguments given
 # all     these three in this order; the default
 # shellcheck source=scripts/lib/common.sh
@@ -30,13 +30,13 @@ if [[ $part == check || $part == all ]]; then
   step "ruff format" "$PYTHON" -m ruff format --check .
   step mypy "$PYTHON" -m mypy megatron/sft
   step imports lint-imports --no-logo --no-cache
-  step words "$PYTHON" tests/words.py
+  step words "$PYTHON" tests/support/words.py
   step shellcheck shellcheck -x "${shell_files[@]}"
   step shfmt shfmt -d -i 2 -ci "${shell_files[@]}"
   step hadolint hadolint Dockerfile
 fi
 if [[ $part == shell || $part == all ]]; then
-  step bats bats --timing tests
+  step bats bats --timing tests/shell
 fi
 if ((${#failed[@]})); then echo "failed before pytest:$(printf ' %s;' "${failed[@]}")"; fi
 if [[ $part == python || $part == all ]]; then

@@ -24,12 +24,11 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 def main(argv: Sequence[str] | None = None) -> int:
     stop = StopRequest()
-    mode, options = parse(argv)
-    if mode == "train" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        mode = ""  # torchrun starts a run again after a failure; by now it may have checkpoints
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    mode, options = parse(arguments)
     watchdog.start(options.watchdog_minutes)
     try:
-        status = _train(mode, options, stop)
+        status = _train(mode, options, arguments, stop)
     except BaseException as error:
         if not _LOST_PEER.search(str(error)):
             watchdog.report_failure(f"rank {os.environ.get('RANK', '0')}: {_reason(error)}")
@@ -48,17 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _train(mode: str, options: TrainOptions, stop: StopRequest) -> int:
+def _train(mode: str, options: TrainOptions, arguments: Sequence[str], stop: StopRequest) -> int:
     """Run in this process until the end, or until `stop` is asked for; returns the exit status."""
     # Imported here: torch takes seconds, and signals are listened to from the first moment.
     from megatron.sft.model import process_groups
     from megatron.sft.planning import input_checks
-    from megatron.sft.planning.run_plan import describe, resolve
+    from megatron.sft.planning.resolution import resolve, setting_lines, table
     from megatron.sft.runtime import device, ranks
 
     device.prepare()
-    plan = resolve(mode, options, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
-    ranks.print_rank_0(describe(plan, device.describe()))
+    found = resolve(mode, options, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
+    plan = found.plan()
+    ranks.print_rank_0(table([*found.lines, ("output", str(options.save)), *setting_lines(options, arguments)]))
     input_checks.check(plan)
     from megatron.sft.model.config import describe_kernels
 

@@ -14,13 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron.sft.model.config import (
-    DTYPES,
-    has_transformer_engine,
-    precision_fields,
-    recompute_fields,
-    transformer_config,
-)
+from megatron.sft.model.config import DTYPES, transformer_config
 from megatron.sft.model.gpt import SFTModel, build_model
 from megatron.sft.model.inputs import MicroBatch
 from megatron.sft.model.pipeline import run_schedule
@@ -77,13 +71,8 @@ class Engine:
         self.counters = {"skipped_steps": 0, "overflows": 0}
         options = plan.options
         dtype = DTYPES[options.precision]
-        config = transformer_config(
-            plan.architecture,
-            plan.layout,
-            dtype,
-            **recompute_fields(_recompute_word(plan)),
-            **precision_fields(options.precision, options.fp8_recipe, plan.architecture, has_transformer_engine()),
-        )
+        recompute = _recompute_word(plan)
+        config = transformer_config(plan.architecture, plan.layout, options.precision, options.fp8_recipe, recompute)
         # One on each pipeline stage, or several that take turns.
         self.models = []
         for chunk in range(plan.layout.virtual_pipeline):

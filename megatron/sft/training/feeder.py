@@ -59,7 +59,7 @@ class Feeder:
     def _shared(self, numbers: Numbers) -> list[Numbers]:
         """This process's part of a global batch, micro-batch by micro-batch."""
         size, copies = self.plan.options.micro_batch_size, self.plan.data_parallel
-        firsts = ((index * copies + self.rank) * size for index in range(self.plan.micro_batches))
+        firsts = ((index * copies + self.rank) * size for index in range(self.plan.num_micro_batches))
         return [numbers[first : first + size] for first in firsts]
 
     def micro_batch(self, numbers: Numbers) -> "MicroBatch":

@@ -9,7 +9,9 @@ from typing import NoReturn
 import torch
 
 from megatron.sft.data.source_names import source_names
-from megatron.sft.planning.run_plan import RunPlan, num_parameters, options_record
+from megatron.sft.planning.memory import num_parameters
+from megatron.sft.planning.options import options_record
+from megatron.sft.planning.run_plan import RunPlan
 from megatron.sft.reporting import metrics
 from megatron.sft.reporting.live_plot import LossPicture
 from megatron.sft.reporting.trackers import open_trackers
