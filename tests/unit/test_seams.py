@@ -73,7 +73,6 @@ SEAMS: dict[str, list[str]] = {
     "torch.distributed.elastic.agent.server.local_elastic_agent.LocalElasticAgent._monitor_workers": ["worker_group"],
     "torch.distributed.elastic.agent.server.local_elastic_agent.LocalElasticAgent._pcontext": [],
     "torch.distributed.elastic.agent.server.local_elastic_agent.LocalElasticAgent._worker_group": [],
-    "torch.distributed.elastic.agent.server.local_elastic_agent.LocalElasticAgent._remaining_restarts": [],
     "torch.distributed.elastic.multiprocessing.api.PContext.error_files": [],
     "torch.distributed.elastic.multiprocessing.api.SubprocessContext.subprocess_handlers": [],
     "torch.distributed.run.parse_args": ["args"],
@@ -266,13 +265,14 @@ def test_the_page_and_this_test_list_the_same_names_in_the_same_order() -> None:
 
 
 def test_the_page_gives_the_file_that_uses_each_name_a_reason_and_a_replacement() -> None:
+    stale = []
     for name, (where, why, replacement) in listed().items():
-        file = next(path for path in (PACKAGE / where, ROOT / where) if path.is_file())
+        file = next((path for path in (PACKAGE / where, ROOT / where) if path.is_file()), None)
         last = name.rpartition(".")[2]
-        used = USED_AS.get(last, last)
-        assert re.search(rf"\b{used}\b", file.read_text(encoding="utf-8")), f"{where} does not use {name}"
-        assert why, name
-        assert replacement, name
+        used = file is not None and re.search(rf"\b{USED_AS.get(last, last)}\b", file.read_text(encoding="utf-8"))
+        if not (used and why and replacement):
+            stale.append(f"{name} in {where}")
+    assert not stale, "no such file, a file that does not use the name, or an empty cell"
 
 
 @pytest.mark.parametrize(
