@@ -78,7 +78,6 @@ SEAMS: dict[str, list[str]] = {
     "torch.distributed.run.parse_args": ["args"],
     "torch.distributed.run.run": ["args"],
     "torch.distributed.launcher.api.LaunchConfig.signals_to_handle": [],
-    "torch.distributed.rendezvous.TORCHELASTIC_USE_AGENT_STORE": [],
     # megatron-core: names replaced or set
     "megatron.core.tensor_parallel.random._lazy_call": [],
     "megatron.core.tensor_parallel.random._set_cuda_rng_state": [],
