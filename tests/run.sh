@@ -28,7 +28,7 @@ if [[ $part == check || $part == all ]]; then
   mapfile -t shell_files < <(find scripts tests tools .ci -type f \( -name '*.sh' -o -name '*.bash' -o -name '*.bats' -o -name '*.sbatch' -o -name '*.env' -o -path .ci/run -o -path 'tools/*' \) | sort)
   step "ruff check" "$PYTHON" -m ruff check .
   step "ruff format" "$PYTHON" -m ruff format --check .
-  step mypy "$PYTHON" -m mypy megatron/sft
+  step mypy "$PYTHON" -m mypy megatron/sft benchmarks
   step imports lint-imports --no-logo --no-cache
   step words "$PYTHON" tests/support/words.py
   step shellcheck shellcheck -x "${shell_files[@]}"

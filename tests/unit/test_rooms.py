@@ -1,6 +1,7 @@
 """Rooms of megatron/sft import only from those below them, and stay small; [tool.importlinter] has their order."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,16 @@ def test_rooms_hold_a_rule_and_re_export_nothing() -> None:
         body = TREES[PACKAGE / room / "__init__.py"].body
         assert len(body) == 1, f"{room}/__init__.py holds more than its docstring"
         assert isinstance(body[0], ast.Expr), room
+
+
+def test_contributing_shows_the_rooms_in_their_order_and_files_that_exist() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = page.split("## The rooms")[1].split("|---|---|---|\n")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
+    assert [room for room, *_ in rows] == ["commands", *ROOMS]
+    files = [(room, name) for room, *cells in rows for name in re.findall(r"`(\w+\.py)`", " ".join(cells))]
+    folders = {"commands": PACKAGE, **{room: PACKAGE / room for room in ROOMS}}
+    assert [name for room, name in files if not (folders[room] / name).is_file()] == []
 
 
 @pytest.mark.parametrize(
