@@ -107,7 +107,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         use_cpu_initialization=not device.has_gpu(),
         perform_initialization=False,
-        # Transformer Engine's layers do it by a switch of their own (build_model).
+        # Transformer Engine's layers have another switch for it (see build_model).
         gradient_accumulation_fusion=accumulate,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,

@@ -52,7 +52,7 @@ class Launch:
 
 
 class Agent(LocalElasticAgent):
-    """torchrun's agent of one machine, told by `Launch` what to do with signals and failures."""
+    """torchrun's agent of one machine; `Launch` has what it shares with the launcher."""
 
     def __init__(self, launch: Launch, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -131,7 +131,7 @@ class Agent(LocalElasticAgent):
             process.wait()
 
     def _end_if_a_process_is_stopped(self) -> None:
-        """A process stopped by SIGSTOP cannot report it, and in a run of one process there is no other to notice."""
+        """A process stopped by SIGSTOP cannot report it, and in a run of one process no other process notices."""
         now = time.monotonic()
         if now - self._looked < 1.0:
             return
@@ -170,7 +170,7 @@ class Agent(LocalElasticAgent):
 
 
 def _state_of(pid: int) -> str:
-    """The kernel's letter for a process's state, empty if there is no such process."""
+    """The kernel's letter for a process's state, empty if the process does not exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
