@@ -89,7 +89,6 @@ SEAMS: dict[str, list[str]] = {
     "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBuffer.numel_unpadded": [],
     "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucket.numel_unpadded": [],
     "megatron.core.models.gpt.GPTModel.output_layer": [],
-    "megatron.core.tensor_parallel.layers.VocabParallelEmbedding.reduce_scatter_embeddings": [],
     # megatron-core: methods overridden
     "megatron.core.models.gpt.GPTModel._preprocess": ["input_ids", "position_ids", "packed_seq_params"],
     "megatron.core.models.gpt.GPTModel._postprocess": ["hidden_states"],
