@@ -6,6 +6,7 @@
 #                        nvcr container, so that a container and its host can share one repository)
 #   TORCH_INDEX_URL      an extra package index for torch (pip's --extra-index-url): PyTorch's index of CPU builds, to avoid a CUDA
 #                        build of gigabytes on a machine without a GPU, or the index of an older CUDA version
+#   MEGATRON_SFT_CONSTRAINTS  a file of versions (pip's --constraint), such as constraints/3.11.txt: the versions that CI tests
 
 VENV=${MEGATRON_SFT_VENV:-$ROOT/.venv${NVIDIA_PYTORCH_VERSION:+-nvidia-$NVIDIA_PYTORCH_VERSION}}
 SETUP_STATE=$VENV.setup # next to it: the lock, the log and the marker of an unfinished install
