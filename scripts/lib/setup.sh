@@ -1,12 +1,12 @@
 # shellcheck shell=bash
 # The Python environment of all scripts. The first script that runs creates .venv; later runs only compare a stamp.
 #
-#   MEGATRON_SFT_PYTHON  a Python that already has the requirements: used as is, nothing is installed
-#   MEGATRON_SFT_VENV    the environment's folder (default: .venv in the repository, with the image's version in its name in an
-#                        nvcr container, so that a container and its host can share one repository)
-#   TORCH_INDEX_URL      an extra package index for torch (pip's --extra-index-url): PyTorch's index of CPU builds, to avoid a CUDA
-#                        build of gigabytes on a machine without a GPU, or the index of an older CUDA version
-#   MEGATRON_SFT_CONSTRAINTS  a file of versions (pip's --constraint), such as constraints/3.11.txt: the versions that CI tests
+#   MEGATRON_SFT_PYTHON       a Python that already has the requirements: used as is, nothing is installed
+#   MEGATRON_SFT_VENV         the environment's folder (default: .venv in the repository; in an nvcr container the name includes the
+#                             image's version, so that a container and its host can share one repository)
+#   MEGATRON_SFT_CONSTRAINTS  a file of versions (pip's --constraint): constraints/3.11.txt has those tested by CI
+#   TORCH_INDEX_URL           an extra package index for torch (pip's --extra-index-url): PyTorch's index of CPU builds, to avoid a
+#                             CUDA build of gigabytes on a machine without a GPU, or the index of an older CUDA version
 
 VENV=${MEGATRON_SFT_VENV:-$ROOT/.venv${NVIDIA_PYTORCH_VERSION:+-nvidia-$NVIDIA_PYTORCH_VERSION}}
 SETUP_STATE=$VENV.setup # next to it: the lock, the log and the marker of an unfinished install
