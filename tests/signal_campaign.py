@@ -122,7 +122,7 @@ def killed_rank(case: Case) -> Outcome:
 def stopped_rank(case: Case) -> Outcome:
     outcome = case.strike(lambda seen: os.kill(seen.pid, signal.SIGSTOP))
     assert outcome.status == HUNG, case.run.output
-    assert re.search(rf"rank {case.last_rank} .*(was stopped|no sign of life)", outcome.line), case.run.output
+    assert re.search(rf"rank {case.last_rank} .*(was stopped|has been silent)", outcome.line), case.run.output
     return outcome
 
 
@@ -131,7 +131,7 @@ def stalled_thread(case: Case) -> Outcome:
     endless: dict[str, object] = {"hold": [case.part, case.iteration, case.last_rank, 600]}
     outcome = case.strike(lambda _: None, endless)
     assert outcome.status == HUNG, case.run.output
-    assert f"rank {case.last_rank} stands still" in outcome.line and case.part in outcome.line, case.run.output
+    assert f"rank {case.last_rank} hung" in outcome.line and case.part in outcome.line, case.run.output
     return outcome
 
 

@@ -94,8 +94,8 @@ def check_data(plan: RunPlan) -> None:
 def check_rows(rows: TokenizedRows, save: Path) -> None:
     """`check_data` of these rows, for a run in the folder `save`."""
     prefix = rows.prefix
-    memories = (prefix.with_name(f".{prefix.name}.checked.json"), save / ".data.checked.json")
-    check_once(rows.files, REBUILD, memories)
+    caches = (prefix.with_name(f".{prefix.name}.checked.json"), save / ".data.checked.json")
+    check_once(rows.files, REBUILD, caches)
 
 
 def check_checkpoint(checkpoint: Checkpoint, architecture: Architecture, checksums: bool = True) -> None:
