@@ -182,12 +182,12 @@ def test_weights_and_biases_is_not_imported_unless_asked_for(tmp_path: Path) -> 
 def test_missing_package_and_broken_tracker_are_said_once_and_stop_nothing(tmp_path: Path) -> None:
     (tmp_path / "wandb.py").write_text("raise ModuleNotFoundError('No module', name='wandb')")
     said, _ = track(tmp_path, 0, PYTHONPATH=f"{tiny.ROOT}:{tmp_path}", WANDB_MODE="offline")
-    assert said == "note: Weights & Biases is left out, the package wandb is not there: pip install wandb\n"
+    assert said == "note: Weights & Biases is skipped, the package wandb is missing: pip install wandb\n"
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "tensorboard").write_text("a file where the folder should be")
     said, _ = track(folder, 0)
-    assert said.startswith("warning: TensorBoard is given up (") and len(said.splitlines()) == 1
+    assert said.startswith("warning: TensorBoard is disabled (") and len(said.splitlines()) == 1
 
 
 def test_picture_is_drawn_beside_the_run_and_its_failure_is_said_once(

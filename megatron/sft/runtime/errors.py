@@ -53,8 +53,8 @@ def leave_message(message: str) -> None:
 def run(main: Callable[[], int]) -> NoReturn:
     """Call a command's `main` and exit with the status that it returns.
 
-    A `UserError` becomes one line and status 2, Ctrl-C status 130; any other error keeps its trace. In a multi-process run every
-    rank usually finds the same error, which is printed once.
+    A `UserError` becomes one line and status 2, Ctrl-C status 130; any other error keeps its trace. In a multi-process run
+    every rank usually finds the same error, which is printed once.
     """
     try:
         status = main()
