@@ -74,7 +74,7 @@ def test_models_are_named(tmp_path: Path):
     a, b, c = tmp_path / "a/run", tmp_path / "b/run", tmp_path / "c=d"
     assert named_models([f"before={a}", f"after={b}"]) == (["before", "after"], [a, b])
     assert named_models([str(a), str(b), str(c)])[0] == ["a/run", "b/run", f"{tmp_path.name}/c=d"]
-    with pytest.raises(UserError, match="models are named x, x.* before="):
+    with pytest.raises(UserError, match=r"models are named x, x.* before="):
         named_models([f"x={a}", f"x={b}"])
 
 
