@@ -15,6 +15,8 @@ from typing import Any
 
 # The exit status of a process that the watchdog ended: the one that timeout(1) uses.
 HUNG = 124
+# Key of the first failure's reason in the store that torchrun's processes share.
+FAILED = "megatron-sft/failed"
 # A process whose watchdog is silent for this long is stopped, dead, or out of reach. Only checked while this process waits.
 SILENT_SECONDS = 30.0
 _WAITING_SECONDS = 5.0  # in one part, after which this process counts as waiting; most parts take less than a second
@@ -128,16 +130,16 @@ class Watchdog(threading.Thread):
     def report_failure(self, reason: str) -> None:
         with contextlib.suppress(RuntimeError):
             if self._store is not None:
-                self._store.compare_set(_key("failed"), "", reason)
+                self._store.compare_set(FAILED, "", reason)
 
     def _beat(self) -> None:
         self._count += 1
         seconds = time.monotonic() - _now.since
         place = self._place() if seconds > min(_WAITING_SECONDS, self.limit / 2) else ("", False)
         self._write(Beat(self._count, _now.part, _now.iteration, seconds, *place))
-        if self._store is not None and self._store.check([_key("failed")]):
+        if self._store is not None and self._store.check([FAILED]):
             # From another machine; on this one the launcher has the reason from the process itself.
-            self._end(self._store.get(_key("failed")).decode(), status=1)
+            self._end(self._store.get(FAILED).decode(), status=1)
 
     def _write(self, beat: Beat) -> None:
         if self._store is not None:
@@ -225,4 +227,4 @@ def open_store(address: str | None = None, port: int | None = None, seconds: flo
 
 
 def _key(name: str) -> str:
-    return f"megatron-sft/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+    return f"megatron-sft/{name}"
