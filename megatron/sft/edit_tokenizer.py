@@ -1,4 +1,4 @@
-"""Edits a tokenizer and its chat template in all files of a model folder at once. `bash tools/edit_tokenizer HF_DIR …` runs
+"""Edits a tokenizer and its chat template in all files of a model folder together. `bash tools/edit_tokenizer HF_DIR …` runs
 
 python -m megatron.sft.edit_tokenizer HF_DIR --rename '<|quad_start|>=<short>' --keep-thinking
 """
@@ -200,10 +200,8 @@ class TokenizerFiles:
         with tempfile.TemporaryDirectory() as name:
             copy = Path(name)
             for path in self.folder.iterdir():
-                # All that a tokenizer may read, but no weights.
-                is_small = path.is_file() and path.stat().st_size < 1e8
-                if is_small and path.suffix in (".json", ".jinja", ".model", ".txt"):
-                    shutil.copyfile(path, copy / path.name)
+                if path.name not in after:
+                    (copy / path.name).symlink_to(path.resolve())
             for file, text in after.items():
                 (copy / file).write_text(text, encoding="utf-8")
             try:
