@@ -225,7 +225,7 @@ FAULTS: dict[str, Callable[[Case], Outcome]] = {
     "SIGUSR1 to one rank": catchable(signal.SIGUSR1, to_launcher=False),
     "SIGKILL of one rank": killed_rank,
     "SIGSTOP of one rank": stopped_rank,
-    "a thread that stands still": stalled_thread,
+    "a thread that hangs": stalled_thread,
     "ENOSPC": failing_disk(errno.ENOSPC),
     "EIO on write": failing_disk(errno.EIO),
     "dead data worker": dead_thread("data worker", harmless=("exit",)),
