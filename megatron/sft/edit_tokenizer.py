@@ -56,9 +56,7 @@ class TokenizerFiles:
         try:
             self.content: dict[str, Any] = {n: json.loads(text) for n, text in self.before.items() if n != TEMPLATE}
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"a tokenizer file of {folder} is not valid JSON ({error}): download the model again"
-            ) from None
+            raise UserError(f"a tokenizer file in {folder} is not JSON ({error}): download the model again") from None
         self.template = self.before.get(TEMPLATE)
         self.messages: list[str] = []
 
@@ -207,9 +205,7 @@ class TokenizerFiles:
             try:
                 tokenizer = AutoTokenizer.from_pretrained(copy, trust_remote_code=False)
             except Exception as error:
-                raise UserError(
-                    f"transformers cannot load the edited tokenizer ({error}): nothing was changed"
-                ) from None
+                raise UserError(f"transformers cannot load the new tokenizer ({error}): nothing was changed") from None
             for token in self.added:
                 content, token_id = token["content"], token["id"]
                 if tokenizer.encode(content, add_special_tokens=False) != [token_id]:

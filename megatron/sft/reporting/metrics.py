@@ -79,9 +79,8 @@ class MetricsLog:
 
     def validation(self, iteration: int, loss: float, trained_tokens: int) -> None:
         """Write the mean loss per trained token on the validation rows after `iteration` steps."""
-        ranks.print_rank_0(
-            f"validation after iteration {iteration} | loss {loss:.4f} | {trained_tokens:,} trained tokens"
-        )
+        line = f"validation after iteration {iteration} | loss {loss:.4f} | {trained_tokens:,} trained tokens"
+        ranks.print_rank_0(line)
         self._write({"iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens})
 
     def close(self) -> None:
