@@ -143,7 +143,7 @@ def test_the_watchdog_names_the_process_that_holds_up_the_others_and_its_part(tm
     )
     assert result.returncode == 124
     assert re.match(
-        r"error: rank 1 stands still for \d+ s in iteration 7, data; waiting: rank 0 in iteration 7, ", result.stderr
+        r"error: rank 1 hung for \d+ s in iteration 7, data; waiting: rank 0 in iteration 7, ", result.stderr
     )
 
 

@@ -35,8 +35,8 @@ def check_rows(rows: TokenizedRows, save: Path) -> None:
     save: the folder of the run, where checksums are remembered if the data's own folder cannot be written to.
     """
     prefix = rows.prefix
-    memories = (prefix.with_name(f".{prefix.name}.checked.json"), save / ".data.checked.json")
-    check_once(rows.files, REBUILD, memories)
+    caches = (prefix.with_name(f".{prefix.name}.checked.json"), save / ".data.checked.json")
+    check_once(rows.files, REBUILD, caches)
 
 
 def check_checkpoint(checkpoint: Checkpoint, architecture: Architecture, checksums: bool = True) -> None:

@@ -149,7 +149,7 @@ def _resolve_processes(found: Resolution) -> None:
     found.add(
         "processes",
         f"{found.num_processes} = TP {layout.tensor_parallel} x PP {layout.pipeline_parallel} x CP "
-        f"{layout.context_parallel} x DP {found.data_parallel or '?'} on {device.describe()}",
+        f"{layout.context_parallel} x DP {found.data_parallel or '?'} on {device.device_name()}",
     )
     if found.architecture and len(found.problems) == num_problems and layout.pipeline_parallel > 1:
         found.add("layers a stage", ", ".join(map(str, layout.stage_layers(found.architecture))))

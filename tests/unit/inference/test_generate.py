@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron.sft.inference.answer_file import answer_file
+from megatron.sft.generate import chat
+from megatron.sft.inference.answer_file import answer_file, read_questions
+from megatron.sft.inference.backends import Decoding
 from megatron.sft.inference.chat_model import Answer, ChatModel, load_chat_model
-from megatron.sft.inference.decoding import Decoding
-from megatron.sft.inference.questions import read_questions
 from megatron.sft.runtime.errors import UserError
 from tests.support.taught import PROMPT, TAUGHT, taught_folder, untrained_folder
 
@@ -120,6 +120,29 @@ def test_chat_switches_the_mode_and_starts_again():
     assert done.returncode == 0, done.stderr
     refusal = "control token '<thnk>' is not in the model's vocabulary: it has <short> <think> </think>"
     assert done.stdout.splitlines() == [TAUGHT[0][1], TAUGHT[1][2], refusal]
+
+
+def test_chat_survives_an_answer_that_is_stopped_cut_or_impossible(taught, monkeypatch, capsys):
+    lines = iter(["stop me", " Ada" * 600, TAUGHT[3][0]])
+    backend_generate = taught.backend.generate
+
+    def stopped_once(prompts, decoding, on_token):
+        if "stop me" in taught.tokenizer.decode(prompts[0]):
+            raise KeyboardInterrupt
+        return backend_generate(prompts, decoding, on_token)
+
+    def next_line(prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", next_line)
+    backend = SimpleNamespace(longest_prompt=taught.backend.longest_prompt, generate=stopped_once)
+    chat(ChatModel(taught.tokenizer, backend, taught.stop_ids), "<think>", Decoding(4))
+    stopped, too_long, cut = capsys.readouterr().out.splitlines()
+    assert "stopped" in stopped and "the model reads at most 512" in too_long
+    assert TAUGHT[3][2].startswith(cut.removesuffix(" [cut at MAX_NEW_TOKENS]")) and cut.endswith("MAX_NEW_TOKENS]")
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def age(folder: Path) -> None:
 def test_checksums_are_computed_once_and_again_after_a_change(
     converted: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checksum_cache, "_SETTLED_NS", 0)
+    monkeypatch.setattr(checksum_cache, "MTIME_GRANULARITY_NS", 0)
     read: list[str] = []
     check_sums = checksum_cache.check_sums
     monkeypatch.setattr(
@@ -165,7 +165,9 @@ def test_a_forged_memory_leaves_out_the_checksum_and_nothing_else(converted: Pat
     rewritten(data, STRUCTURE["a trained first token"][0])
     facts = TokenizedRows.__new__(TokenizedRows)
     facts.prefix, facts.manifest = data, json.loads(file_of(data, "json").read_text())
-    memory = {checksum_cache._name(path): checksum_cache._identity(path, entry) for path, entry in facts.files.items()}
+    memory = {
+        checksum_cache.cache_key(path): checksum_cache.file_stamp(path, entry) for path, entry in facts.files.items()
+    }
     (data.parent / ".packed.v1.checked.json").write_text(json.dumps({"files": memory}))
     with pytest.raises(UserError, match="marks the first token"):
         plan_of(converted, data, tmp_path / "out")
@@ -174,7 +176,7 @@ def test_a_forged_memory_leaves_out_the_checksum_and_nothing_else(converted: Pat
 def test_where_the_data_folder_cannot_be_written_the_memory_is_in_the_output_folder(
     converted: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checksum_cache, "_SETTLED_NS", 0)
+    monkeypatch.setattr(checksum_cache, "MTIME_GRANULARITY_NS", 0)
     write_json = checksum_cache.write_json
 
     def read_only(path: Path, content: Any) -> None:  # as root, whom no permission stops

@@ -83,8 +83,8 @@ def test_tool_writes_beside_the_metrics(tmp_path):
     [
         (None, "does not exist: give a run's folder"),
         ("", "has no training step yet"),
-        ("hello\n", "line 1 is no line of metrics"),
-        ('{"iteration": 1}\n', "line 1 is no line of metrics"),
+        ("hello\n", "line 1 is not metrics"),
+        ('{"iteration": 1}\n', "line 1 is not metrics"),
     ],
 )
 def test_file_that_is_no_record_is_refused(tmp_path, content, message):
