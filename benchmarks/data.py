@@ -20,7 +20,7 @@ from megatron.sft.chat.conversations import RowReader
 from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus
-from megatron.sft.data.mixture import Source, examined, parse_inputs
+from megatron.sft.data.mixture import Source, parse_inputs, validated_source
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import FORMAT, token_dtype
 from megatron.sft.runtime.errors import OneLineParser, run
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["RAYON_NUM_THREADS"] = str(given.num_workers)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = load_tokenizer(given.tokenizer)
-    (source,) = [examined(one) for one in parse_inputs([given.file])]
+    (source,) = [validated_source(one) for one in parse_inputs([given.file])]
     template = ChatTemplate(tokenizer)
     reader = RowReader()
     examples = [reader.example(row.fields) for row in source.rows(0, 0)]

@@ -17,7 +17,7 @@ from megatron.sft.chat.conversations import RowReader
 from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus
-from megatron.sft.data.mixture import examined, parse_inputs
+from megatron.sft.data.mixture import parse_inputs, validated_source
 from megatron.sft.data.rejected import RejectedRows
 from megatron.sft.data.tokenized import TokenizedRows
 from megatron.sft.runtime.errors import UserError, run
@@ -128,7 +128,7 @@ def template() -> ChatTemplate:
 
 def corpus_of(path: Path, template: ChatTemplate, rejected: RejectedRows | None = None) -> Corpus:
     (given,) = parse_inputs([str(path)])
-    return Corpus(examined(given), template, RowReader(), 512, "drop", rejected=rejected)
+    return Corpus(validated_source(given), template, RowReader(), 512, "drop", rejected=rejected)
 
 
 def test_each_of_300_bad_rows_ends_the_run_with_its_file_and_line(tmp_path: Path, template: ChatTemplate) -> None:

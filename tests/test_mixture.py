@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron.sft import tokenize
-from megatron.sft.data.mixture import Input, examined, parse_inputs
+from megatron.sft.data.mixture import Input, parse_inputs, validated_source
 from megatron.sft.data.tokenized import TokenizedRows
 from megatron.sft.runtime.errors import UserError
 from tests.hub_server import Hub, HubRepository
@@ -29,7 +29,7 @@ def write(path: Path, num_rows: int, name: str = "row") -> Path:
 
 def taken(text: str, seed: int = 1, number: int = 0) -> list[str]:
     (given,) = parse_inputs([text])
-    return [row.fields["instruction"] for row in examined(given).rows(seed, number)]
+    return [row.fields["instruction"] for row in validated_source(given).rows(seed, number)]
 
 
 def test_a_count_or_a_share_is_sampled_without_replacement_by_the_seed(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_an_input_that_means_nothing_is_refused(
 def test_a_share_of_less_than_a_row_is_refused(tmp_path: Path) -> None:
     (given,) = parse_inputs([f"{write(tmp_path / 'a.jsonl', 10)}#1%"])
     with pytest.raises(UserError, match="1% of 10 rows is not one row"):
-        examined(given)
+        validated_source(given)
 
 
 def test_a_hub_id_without_a_network_gets_one_clear_message() -> None:

@@ -10,7 +10,7 @@ from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus
 from megatron.sft.data.mixture import Input, Source
-from megatron.sft.data.sources import SourceRow
+from megatron.sft.data.sources import SourceRecord
 from megatron.sft.runtime.errors import UserError
 from tests.material import npm_tokenizer, smollm2_folder
 
@@ -26,7 +26,7 @@ class Rows(Source):
     """Rows in memory."""
 
     def rows(self, seed: int, number: int) -> Any:
-        return (SourceRow(line, row, line, self.input.path) for line, row in enumerate(ROWS[self.sha256], start=1))
+        return (SourceRecord(line, row, line, self.input.path) for line, row in enumerate(ROWS[self.sha256], start=1))
 
 
 ROWS: dict[str, list[dict[str, Any]]] = {}

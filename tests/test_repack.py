@@ -12,7 +12,7 @@ import pytest
 from megatron.sft import repack
 from megatron.sft.chat.encoding import Encoded
 from megatron.sft.data.store import ConversationStore
-from megatron.sft.data.tokenized import TokenizedRows, file_of, token_dtype
+from megatron.sft.data.tokenized import TokenizedRows, data_file, token_dtype
 from megatron.sft.runtime.errors import run
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +94,7 @@ def test_the_same_again_does_nothing_and_the_same_seed_gives_the_same_bytes(
     for name in ("one", "two"):
         assert here(monkeypatch, source, "--seq-length", 256, "--output-prefix", tmp_path / name) == 0
     for ending in ("bin", "idx"):
-        assert file_of(tmp_path / "one", ending).read_bytes() == file_of(tmp_path / "two", ending).read_bytes()
+        assert data_file(tmp_path / "one", ending).read_bytes() == data_file(tmp_path / "two", ending).read_bytes()
     capsys.readouterr()
     assert here(monkeypatch, source, "--seq-length", 256, "--output-prefix", tmp_path / "one") == 0
     assert capsys.readouterr().out.startswith("already packed so")
@@ -138,7 +138,7 @@ def test_groups_stay_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, l
     rows = TokenizedRows(tmp_path / NAME.format(length))
     assert rows.manifest["groups"] == 150
     assert rows.groups is not None
-    unit_of_row = np.cumsum(~rows.joined)
+    unit_of_row = np.cumsum(~rows.continues_group)
     units = np.repeat(unit_of_row, [len(row.conversation_lengths) for row in rows])
     lengths = np.concatenate([row.conversation_lengths for row in rows])
     numbers = np.repeat(np.arange(len(rows)), [len(row.conversation_lengths) for row in rows])

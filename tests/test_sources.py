@@ -12,8 +12,8 @@ import pytest
 import zstandard
 
 from megatron.sft.chat.conversations import Conversation, RowReader
-from megatron.sft.data import json_rows
-from megatron.sft.data.sources import count_rows, data_files, file_format, read_rows
+from megatron.sft.data import json_records
+from megatron.sft.data.sources import count_records, data_files, file_format, read_records
 from megatron.sft.runtime.errors import UserError
 
 
@@ -31,7 +31,7 @@ def random_value(draw: random.Random, depth: int = 0) -> Any:
 def test_lines_and_arrays_of_any_shape_are_read_in_pieces_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
 ) -> None:
-    monkeypatch.setattr(json_rows, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(json_records, "PIECE_BYTES", piece_bytes)
     draw = random.Random(piece_bytes)
     path = tmp_path / "data.json"
     for _ in range(40):
@@ -43,17 +43,17 @@ def test_lines_and_arrays_of_any_shape_are_read_in_pieces_of_any_size(
             "\r\n\n".join(map(json.dumps, rows)) + "\n",
         ):
             path.write_bytes(draw.choice([b"", b"\xef\xbb\xbf"]) + text.encode())
-            assert [row.fields for row in read_rows(path)] == rows
+            assert [row.fields for row in read_records(path)] == rows
 
 
 def test_an_array_is_recognised_by_content_and_rows_know_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('\n [\n {"a": 1},\n\n {"a":\n 2}, {"a": 3}]\n')
     assert file_format(path) == "json array"
-    assert [(row.line, row.fields["a"]) for row in read_rows(path)] == [(3, 1), (5, 2), (6, 3)]
+    assert [(row.line, row.fields["a"]) for row in read_records(path)] == [(3, 1), (5, 2), (6, 3)]
     path.write_text('{"a": 1}\n\n{"a": 2}')
     assert file_format(path) == "json lines"
-    assert [(row.line, row.end) for row in read_rows(path)] == [(1, 9), (3, 18)]
+    assert [(row.line, row.end) for row in read_records(path)] == [(1, 9), (3, 18)]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_file_that_is_no_data_is_refused_with_its_line(tmp_path: Path, content
     path = tmp_path / "data.json"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        [row.fields for row in read_rows(path)]
+        [row.fields for row in read_records(path)]
     assert message in str(error.value)
     assert str(path) in str(error.value)
 
@@ -96,7 +96,7 @@ def test_memory_is_bounded_by_rows_and_not_by_the_file(tmp_path: Path) -> None:
     row = json.dumps({"instruction": "q" * 1000, "output": "a" * 1000})
     path.write_text("[" + ",\n".join([row] * 10_000) + "]")
     tracemalloc.start()
-    assert sum(1 for _ in read_rows(path)) == 10_000
+    assert sum(1 for _ in read_records(path)) == 10_000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 << 20  # of 20 MB
@@ -121,15 +121,15 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "g.parquet", row_group_size=70)
     for file in sorted(tmp_path.iterdir()):
-        assert [row.fields for row in read_rows(file)] == ROWS, file.name
-        assert count_rows(file) == 300
-        assert 0 < list(read_rows(file))[-1].end <= max(file.stat().st_size, len(array))
+        assert [row.fields for row in read_records(file)] == ROWS, file.name
+        assert count_records(file) == 300
+        assert 0 < list(read_records(file))[-1].end <= max(file.stat().st_size, len(array))
 
 
 def test_a_table_has_text_in_every_cell(tmp_path: Path) -> None:
     path = tmp_path / "data.tsv"
     path.write_text('\ufeffa\tb\n"x\ny"\t\n\n"say ""hi"""\t2\n', encoding="utf-8")
-    assert [(row.line, row.fields) for row in read_rows(path)] == [
+    assert [(row.line, row.fields) for row in read_records(path)] == [
         (2, {"a": "x\ny", "b": ""}),
         (5, {"a": 'say "hi"', "b": "2"}),
     ]
@@ -142,7 +142,7 @@ def test_a_folder_is_its_data_files_in_order(tmp_path: Path) -> None:
     (tmp_path / "Tokenized-x-model-64_text_document.json").write_text("{}")
     (tmp_path / "b" / "x.rejected.jsonl").write_text("{}")
     assert [str(file.relative_to(tmp_path)) for file in data_files(tmp_path)] == ["a.csv", "b/1.json", "b/2.jsonl"]
-    assert [row.place for row in read_rows(tmp_path)] == [f"{tmp_path}/a.csv, line 2"] + [
+    assert [row.place for row in read_records(tmp_path)] == [f"{tmp_path}/a.csv, line 2"] + [
         f"{tmp_path}/b/{name}, line 1" for name in ("1.json", "2.jsonl")
     ]
     (tmp_path / "empty").mkdir()
@@ -158,7 +158,7 @@ def test_a_packed_file_that_is_cut_short_or_damaged_is_refused(tmp_path: Path, n
     for content in (packed[:-5], packed[: len(packed) // 2], packed[:100] + b"\0" * 50 + packed[150:]):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"cut short|damaged"):
-            list(read_rows(path))
+            list(read_records(path))
 
 
 def test_memory_of_packed_and_columnar_files_is_bounded_too(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_memory_of_packed_and_columnar_files_is_bounded_too(tmp_path: Path) -> N
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
     for file in sorted(tmp_path.iterdir()):
         tracemalloc.start()
-        assert sum(1 for _ in read_rows(file)) == 10_000
+        assert sum(1 for _ in read_records(file)) == 10_000
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 8 << 20, file.name
@@ -182,11 +182,11 @@ def test_a_field_that_is_there_twice_is_refused_and_what_looks_like_one_is_not(t
     path = tmp_path / "data.jsonl"
     fine = [{"a": 'he said ": \\": x'}, {"a": ":", "b": {"a": ": "}}, {"a": [{"b": 1}, {"b": 2}]}, {'k":': '"'}]
     path.write_text("\n".join(map(json.dumps, fine)) + '\n{"a" : 1, "b":[{ "c":1,"d" :2}]}')
-    assert [row.fields for row in read_rows(path)][:4] == fine
+    assert [row.fields for row in read_records(path)][:4] == fine
     for text in ('{"a": 1, "a": 2}', '{"b": {"a": 1, "a": 1}}', '{"b": [{"a" : "x\\":", "a" : 1}]}'):
         path.write_text(text)
         with pytest.raises(UserError, match="line 1: field 'a' is there twice"):
-            [row.fields for row in read_rows(path)]
+            [row.fields for row in read_records(path)]
 
 
 ASKED = {"role": "user", "content": "Q"}

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from filelock import FileLock
 
-from megatron.sft.data.hub_rows import Selection, open_rows, write_rows
+from megatron.sft.data.hub_records import Selection, open_rows, write_rows
 from megatron.sft.hf import hub
 from megatron.sft.hf.download_record import RECORD, check_arrived, facts_of
 from megatron.sft.hf.names import ASSETS, data_folder_name, gigabytes, model_folder_name, shown

@@ -19,7 +19,7 @@ import numpy as np
 from megatron.sft.chat.encoding import Encoded
 from megatron.sft.data.packing import ALGORITHM
 from megatron.sft.data.store import ConversationStore
-from megatron.sft.data.tokenized import Row, TokenizedRows, file_of, prefix_of
+from megatron.sft.data.tokenized import Row, TokenizedRows, data_file, data_prefix
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import sha256_of_text
 
@@ -47,7 +47,7 @@ class Counts:
 def main(argv: Sequence[str] | None = None) -> int:
     given = _parse(argv)
     signal.signal(signal.SIGTERM, _stop)
-    source = TokenizedRows(prefix_of(given.prefix))
+    source = TokenizedRows(data_prefix(given.prefix))
     old = source.manifest
     options = Options(
         length=given.seq_length or old["length"],
@@ -101,7 +101,7 @@ def new_prefix(source: TokenizedRows, length: int) -> Path:
 
 def _is_finished(prefix: Path, fingerprint: str) -> bool:
     """Whether the result is in place."""
-    if not file_of(prefix, "json").is_file():
+    if not data_file(prefix, "json").is_file():
         return False
     try:
         return TokenizedRows(prefix).manifest.get("fingerprint") == fingerprint
@@ -134,7 +134,7 @@ def repack(source: TokenizedRows, options: Options, prefix: Path, fingerprint: s
                 "repacked": [*old.get("repacked", []), _step(source, options, counts)],
             }
         )
-        if not packing.joined.any():
+        if not packing.continues_group.any():
             manifest.pop("row_units", None)
         store.write(packing, manifest)
     fill = f"{100 * manifest['fill']:.1f} % full"

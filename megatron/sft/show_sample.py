@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.data.page import page
 from megatron.sft.data.preview import colour_wanted, legend, row_text
-from megatron.sft.data.tokenized import TokenizedRows, prefix_of
+from megatron.sft.data.tokenized import TokenizedRows, data_prefix
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import write_text
 
@@ -19,7 +19,7 @@ from megatron.sft.runtime.manifest import write_text
 def main(argv: Sequence[str] | None = None) -> int:
     given = _parse(argv)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly in front of `head`
-    rows = TokenizedRows(prefix_of(given.prefix))
+    rows = TokenizedRows(data_prefix(given.prefix))
     if not 0 <= given.row < len(rows):
         raise UserError(f"row {given.row} does not exist: {rows.prefix} has rows 0 to {len(rows) - 1}")
     folder = given.tokenizer or Path(rows.manifest["tokenizer"]["path"])

@@ -21,12 +21,12 @@ from megatron.sft.chat.encoding import TOKENIZER_FILES, check_tokenizer_folder, 
 from megatron.sft.chat.named_templates import NAMES, chosen_template
 from megatron.sft.chat.template import TRAIN_ON, ChatTemplate, CorrectionNeeded, template_of
 from megatron.sft.data.corpus import OVERLONG, Corpus
-from megatron.sft.data.mixture import Input, Source, examined, parse_inputs
+from megatron.sft.data.mixture import Input, Source, parse_inputs, validated_source
 from megatron.sft.data.packing import ALGORITHM, Packing
 from megatron.sft.data.rejected import RejectedRows
 from megatron.sft.data.report import print_counts, print_notes, print_sample, source_facts
 from megatron.sft.data.store import ConversationStore
-from megatron.sft.data.tokenized import FORMAT, TokenizedRows, file_of, token_dtype
+from megatron.sft.data.tokenized import FORMAT, TokenizedRows, data_file, token_dtype
 from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
 from megatron.sft.runtime.errors import UserError, run
 from megatron.sft.runtime.manifest import sha256_of_file, sha256_of_text
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, stop)
     check_tokenizer_folder(options.tokenizer)
     template = chosen_template(options.chat_template) if options.chat_template else ""
-    sources = [examined(given) for given in options.inputs]
+    sources = [validated_source(given) for given in options.inputs]
     fingerprint = fingerprint_of(options, sources, template)
     if is_finished(options.prefix, fingerprint):
         print(f"already tokenised, from the same data, tokenizer and options: {options.prefix}.bin, .idx, .json")
@@ -170,7 +170,7 @@ def fingerprint_of(options: Options, sources: list[Source], template: str) -> st
 
 def is_finished(prefix: Path, fingerprint: str) -> bool:
     """Whether a whole result with this fingerprint is in place."""
-    if not file_of(prefix, "json").is_file():
+    if not data_file(prefix, "json").is_file():
         return False
     try:
         finished: bool = TokenizedRows(prefix).manifest.get("fingerprint") == fingerprint

@@ -13,7 +13,7 @@ from megatron.sft.chat.template import ChatTemplate, CorrectionNeeded, Rendered
 from megatron.sft.data.mixture import Source
 from megatron.sft.data.progress import Progress
 from megatron.sft.data.rejected import RejectedRows
-from megatron.sft.data.sources import SourceRow
+from megatron.sft.data.sources import SourceRecord
 from megatron.sft.data.workers import in_order
 from megatron.sft.runtime.errors import UserError
 
@@ -53,7 +53,7 @@ class Chunk:
     """Rows that are worked on together; `first` is the number of the first among all of the source."""
 
     first: int
-    rows: list[SourceRow]
+    rows: list[SourceRecord]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Outcome:
 class Batched:
     """A conversation that waits for its batch to be tokenised."""
 
-    row: SourceRow
+    row: SourceRecord
     index: int  # in its chunk
     example: Example
     rendered: Rendered
@@ -119,7 +119,7 @@ class Corpus:
     def _chunks(self, chunks: "deque[Chunk]") -> Iterator["Chunk"]:
         """The rows in pieces, for one worker each; they are appended to `chunks`, too."""
         first = num_bytes = 0
-        rows: list[SourceRow] = []
+        rows: list[SourceRecord] = []
         for row in self.source.rows(self.seed, self.number):
             rows.append(row)
             num_bytes += len(row.content) if isinstance(row.content, bytes) else BYTES_OF_OTHER_ROWS
@@ -178,7 +178,7 @@ class Corpus:
             for part in fitting:
                 yield replace(part, group=one.group) if one.group is not None else part
 
-    def _batch(self, rows: Sequence[SourceRow], rejected: list[tuple[int, str]] | None) -> list[Batched]:
+    def _batch(self, rows: Sequence[SourceRecord], rejected: list[tuple[int, str]] | None) -> list[Batched]:
         batch: list[Batched] = []
         for index, row in enumerate(rows):
             self.counts.num_read += 1
@@ -188,7 +188,7 @@ class Corpus:
                 self._refuse(row, index, error, rejected)
         return batch
 
-    def _rendered(self, row: SourceRow, index: int) -> Batched:
+    def _rendered(self, row: SourceRecord, index: int) -> Batched:
         fields = row.fields
         example = self.reader.example(fields)
         if example.messages:
@@ -198,7 +198,7 @@ class Corpus:
         group = group_of(fields, self.group_key, self.reader.renamed_columns) if self.group_key else None
         return Batched(row, index, example, rendered, group)
 
-    def _refuse(self, row: SourceRow, index: int, error: UserError, rejected: list[tuple[int, str]] | None) -> None:
+    def _refuse(self, row: SourceRecord, index: int, error: UserError, rejected: list[tuple[int, str]] | None) -> None:
         """A bad row: put it aside, or stop with its file and line."""
         reason = str(error).removeprefix(f"{row.place}: ")
         if isinstance(error, CorrectionNeeded):

@@ -7,12 +7,14 @@ than there are, all are taken as often as they go in, and the rest is sampled.
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
-from megatron.sft.data.sources import DATA_ENDINGS, SourceRow, count_rows, data_files, file_format, read_rows
+from megatron.sft.data.sources import DATA_ENDINGS, SourceRecord, count_records, data_files, file_format, read_records
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import sha256_of_file, sha256_of_text
 
@@ -66,7 +68,7 @@ class Source:
     num_rows: int | None = None
     wanted: int | None = None
 
-    def rows(self, seed: int, number: int) -> Iterator[SourceRow]:
+    def rows(self, seed: int, number: int) -> Iterator[SourceRecord]:
         """The wanted rows in the order of the files; a row that is wanted several times comes so often in a row.
         `number` is the source's place among all, so that one that is named twice is sampled anew."""
         rows = all_rows(self.input)
@@ -124,7 +126,7 @@ def parsed_input(text: str, several: bool) -> Input:
     return given
 
 
-def examined(given: Input) -> Source:
+def validated_source(given: Input) -> Source:
     """Look at an input: refuse what cannot be read, hash its content, count its rows if only some are wanted."""
     if given.is_on_hub:
         commit = hub_commit(given)
@@ -137,7 +139,7 @@ def examined(given: Input) -> Source:
     names = [str(file.relative_to(given.path)) for file in files] if given.path.is_dir() else []
     digest = sha256_of_text(repr((names, hashes))) if names else hashes[0]
     num_bytes = sum(file.stat().st_size for file in files)
-    num_rows = count_rows(given.path) if given.amount else None
+    num_rows = count_records(given.path) if given.amount else None
     wanted = wanted_of(given, num_rows) if num_rows is not None else None
     return Source(given, digest, " and ".join(formats), num_bytes, num_rows, wanted)
 
@@ -156,23 +158,23 @@ def wanted_of(given: Input, num_rows: int) -> int | None:
     return share
 
 
-def all_rows(given: Input) -> Iterator[SourceRow]:
+def all_rows(given: Input) -> Iterator[SourceRecord]:
     if not given.is_on_hub:
         files = data_files(given.path)
         before = 0
         for file in files:
-            for row in read_rows(file):
-                yield row if not before else SourceRow(row.line, row.content, before + row.end, row.path, row.unit)
+            for row in read_records(file):
+                yield row if not before else SourceRecord(row.line, row.content, before + row.end, row.path, row.unit)
             before += file.stat().st_size
         return
-    from megatron.sft.data import hub_rows
+    from megatron.sft.data import hub_records
 
     id, _, config = given.name.partition(":")
     cache = assets_folder() / "cache"
     for number, fields in enumerate(
-        hub_rows.open_rows(id, hub_rows.Selection(config=config or None), "main", cache), start=1
+        hub_records.open_rows(id, hub_records.Selection(config=config or None), "main", cache), start=1
     ):
-        yield SourceRow(number, fields, number, Path(given.name), "row")
+        yield SourceRecord(number, fields, number, Path(given.name), "row")
 
 
 def hub_commit(given: Input) -> str:
@@ -182,3 +184,21 @@ def hub_commit(given: Input) -> str:
         return str(hub.find_repository("dataset", given.name.partition(":")[0], "main").commit)
     except UserError as error:
         raise UserError(f"{given.name} is no file or folder here, and as a hub id: {error}") from None
+
+
+def source_names(manifest: dict[str, Any]) -> list[str]:
+    """The name of each input in the manifest's order: of its file or folder, numbered where several have the same."""
+    names = [_short(Path(source["path"])) for source in manifest.get("sources", [])]
+    counts, seen = Counter(names), Counter[str]()
+    result = []
+    for name in names:
+        seen[name] += 1
+        result.append(f"{name} ({seen[name]})" if counts[name] > 1 else name)
+    return result
+
+
+def _short(path: Path) -> str:
+    name = path.name
+    while name.endswith((*DATA_ENDINGS, ".gz", ".zst")) and Path(name).stem:
+        name = Path(name).stem
+    return name

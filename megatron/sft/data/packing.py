@@ -18,7 +18,7 @@ class Packing:
 
     conversations: np.ndarray  # [number of conversations] int64, each index once
     starts: np.ndarray  # [number of rows + 1] int64
-    joined: np.ndarray  # [number of rows] bool, True: the row is of one unit with the row before it
+    continues_group: np.ndarray  # [number of rows] bool, True: the row is of one unit with the row before it
 
     @property
     def num_rows(self) -> int:
@@ -96,9 +96,9 @@ def _ordered(row_of: np.ndarray, unit_of_row: np.ndarray, keys: np.ndarray, seed
     starts = np.zeros(num_rows + 1, dtype=np.int64)
     np.cumsum(np.bincount(shuffled_row_of, minlength=num_rows), out=starts[1:])
     units = unit_of_row[order]
-    joined = np.zeros(num_rows, dtype=bool)
-    joined[1:] = units[1:] == units[:-1]
-    return Packing(np.lexsort((keys, shuffled_row_of)).astype(np.int64), starts, joined)
+    continues_group = np.zeros(num_rows, dtype=bool)
+    continues_group[1:] = units[1:] == units[:-1]
+    return Packing(np.lexsort((keys, shuffled_row_of)).astype(np.int64), starts, continues_group)
 
 
 def _best_fit(lengths: np.ndarray, keys: np.ndarray, row_length: int, rooms: list[int]) -> tuple[np.ndarray, int]:

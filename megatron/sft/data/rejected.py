@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from megatron.sft.data.sources import SourceRow
+from megatron.sft.data.sources import SourceRecord
 
 
 class RejectedRows:
@@ -26,7 +26,7 @@ class RejectedRows:
     ) -> None:
         self._temporary.unlink(missing_ok=True)
 
-    def add(self, row: SourceRow, reason: str) -> None:
+    def add(self, row: SourceRecord, reason: str) -> None:
         content: Any = row.content
         if isinstance(content, bytes):
             content = content.decode("utf-8", errors="backslashreplace")

@@ -16,17 +16,17 @@ class RowOrder:
 
     rows: [n] int64, the numbers to shuffle. The order depends on the seed, the epoch and n only, and where there are units
     of several rows on these and the batch size, too.
-    joined: [n] bool, True: the row is of one unit with the one before it in `rows`. None: every row is a unit.
+    continues_group: [n] bool, True: the row is of one unit with the one before it in `rows`. None: every row is a unit.
     batch_size: rows of a global batch; the borders of batches are at the positions that it divides.
     """
 
     rows: np.ndarray
     seed: int
-    joined: np.ndarray | None = None
+    continues_group: np.ndarray | None = None
     batch_size: int = 1
     _epochs: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
-    def at(self, position: int) -> int:
+    def row_at(self, position: int) -> int:
         """The row number at `position`, the count of rows consumed before it."""
         epoch, place = divmod(position, len(self.rows))
         if epoch not in self._epochs:
@@ -39,9 +39,9 @@ class RowOrder:
         """The order of one epoch: [n] int64, indices into `rows`."""
         generator = np.random.default_rng([self.seed, _EPOCH, epoch])
         num_rows = len(self.rows)
-        if self.joined is None or not self.joined.any():
+        if self.continues_group is None or not self.continues_group.any():
             return generator.permutation(num_rows)
-        units = np.cumsum(~self.joined) - 1
+        units = np.cumsum(~self.continues_group) - 1
         sizes = np.bincount(units)
         first_border = -epoch * num_rows % self.batch_size
         batch_sizes = np.diff(np.unique([0, *range(first_border, num_rows, self.batch_size), num_rows]))
@@ -49,28 +49,28 @@ class RowOrder:
         return np.lexsort((np.arange(num_rows), rank[units], _batch_of_rows(units, sizes, rank, batch_sizes)))
 
 
-def num_torn_units(order: RowOrder) -> int:
+def num_split_groups(order: RowOrder) -> int:
     """The units of the first epoch whose rows are not all in one global batch."""
-    if order.joined is None:
+    if order.continues_group is None:
         return 0
     places = np.empty(len(order.rows), dtype=np.int64)
     places[order._shuffled(0)] = np.arange(len(order.rows))
     batches = places // order.batch_size
-    units = np.cumsum(~order.joined) - 1
+    units = np.cumsum(~order.continues_group) - 1
     torn = units[1:][(units[1:] == units[:-1]) & (batches[1:] != batches[:-1])]
     return len(np.unique(torn))
 
 
 def split_rows(
-    num_rows: int, training: float, validation: float, seed: int, joined: np.ndarray | None = None
+    num_rows: int, training: float, validation: float, seed: int, continues_group: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers for training and for validation: [n] and [m] int64, disjoint, chosen by the seed.
 
     training and validation are shares of 1. A share above 0 gets a row at least. What neither takes is left out.
-    Where `joined` ([num_rows] bool) makes units of several rows, units are shared out, and none is torn apart.
+    Where `continues_group` ([num_rows] bool) makes units of several rows, units are shared out, and none is torn apart.
     """
-    if joined is not None and joined.any():
-        units = np.cumsum(~joined) - 1
+    if continues_group is not None and continues_group.any():
+        units = np.cumsum(~continues_group) - 1
         chosen = split_rows(int(units[-1]) + 1, training, validation, seed)
         return np.flatnonzero(np.isin(units, chosen[0])), np.flatnonzero(np.isin(units, chosen[1]))
     order = np.random.default_rng([seed, _VALIDATION]).permutation(num_rows)

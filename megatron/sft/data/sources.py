@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from megatron.sft.chat.fields import json_type
-from megatron.sft.data import json_rows
-from megatron.sft.data.json_rows import BYTE_ORDER_MARK, WHITESPACE, array_elements, decoded_row, lines
+from megatron.sft.data import json_records
+from megatron.sft.data.json_records import BYTE_ORDER_MARK, WHITESPACE, array_elements, decoded_row, lines
 from megatron.sft.runtime.errors import UserError
 
-__all__ = ["SourceRow", "count_rows", "data_files", "file_format", "json_type", "read_rows"]
+__all__ = ["SourceRecord", "count_records", "data_files", "file_format", "json_type", "read_records"]
 
 GZIP, ZSTANDARD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 OTHER_FORMATS = {
@@ -48,7 +48,7 @@ NO_DATA = (
 
 
 @dataclass(frozen=True, slots=True)
-class SourceRow:
+class SourceRecord:
     """One row, decoded when asked for. `line` counts from 1; `end` is the byte offset just after it, for progress."""
 
     line: int
@@ -108,7 +108,7 @@ def file_format(path: Path) -> str:
 def text_format(path: Path, content: BinaryIO) -> str:
     """What the text of a file is, by its name and its first character."""
     start = b""
-    while piece := content.read(json_rows.PIECE_BYTES if not start else 1 << 20):
+    while piece := content.read(json_records.PIECE_BYTES if not start else 1 << 20):
         start += piece
         if start.removeprefix(BYTE_ORDER_MARK).lstrip(WHITESPACE):
             break
@@ -123,7 +123,7 @@ def text_format(path: Path, content: BinaryIO) -> str:
     return "json array" if first == b"[" else "json lines"
 
 
-def read_rows(path: Path) -> Iterator[SourceRow]:
+def read_records(path: Path) -> Iterator[SourceRecord]:
     """The rows of a file, or of all data files of a folder, in order."""
     for file in data_files(path):
         kind = file_format(file)
@@ -136,11 +136,11 @@ def read_rows(path: Path) -> Iterator[SourceRow]:
             with opened(file) as (content, raw):
                 is_compressed = content is not raw
                 for line, row, end in elements(content, file):
-                    yield SourceRow(line, row, raw.tell() if is_compressed else end, file)
+                    yield SourceRecord(line, row, raw.tell() if is_compressed else end, file)
 
 
-def count_rows(path: Path) -> int:
-    """How many rows `read_rows` gives; nothing is decoded."""
+def count_records(path: Path) -> int:
+    """How many rows `read_records` gives; nothing is decoded."""
     num_rows = 0
     for file in data_files(path):
         if file_format(file) == "parquet":
@@ -149,7 +149,7 @@ def count_rows(path: Path) -> int:
 
                 num_rows += int(pyarrow.parquet.ParquetFile(file).metadata.num_rows)
         else:
-            num_rows += sum(1 for _ in read_rows(file))
+            num_rows += sum(1 for _ in read_records(file))
     return num_rows
 
 
@@ -163,7 +163,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             if start.startswith(GZIP):
                 yield cast(BinaryIO, gzip.GzipFile(fileobj=raw)), raw
             elif start.startswith(ZSTANDARD):
-                yield cast(BinaryIO, io.BufferedReader(_ZstandardStream(raw), json_rows.PIECE_BYTES)), raw
+                yield cast(BinaryIO, io.BufferedReader(_ZstandardStream(raw), json_records.PIECE_BYTES)), raw
             else:
                 yield raw, raw
         except EOFError:
@@ -214,7 +214,7 @@ def separator_of(path: Path) -> str | None:
     return next((separator for ending, separator in SEPARATORS.items() if name.endswith(ending)), None)
 
 
-def _csv_rows(path: Path) -> Iterator[SourceRow]:
+def _csv_rows(path: Path) -> Iterator[SourceRecord]:
     """Rows of a file with a header line; every value stays text."""
     csv.field_size_limit(sys.maxsize)
     with opened(path) as (content, raw):
@@ -226,7 +226,7 @@ def _csv_rows(path: Path) -> Iterator[SourceRow]:
         try:
             for values in reader:
                 if values:
-                    yield SourceRow(line, _csv_fields(names, values), raw.tell(), path)
+                    yield SourceRecord(line, _csv_fields(names, values), raw.tell(), path)
                 line = reader.line_num + 1
         except csv.Error as error:
             raise UserError(f"{path}, line {line}: not valid CSV ({error}): correct its quotes") from None
@@ -265,7 +265,7 @@ def _parquet_errors(path: Path) -> Iterator[None]:
         raise UserError(f"data file {path} is no readable parquet file ({reason}): get it again") from None
 
 
-def _parquet_rows(path: Path) -> Iterator[SourceRow]:
+def _parquet_rows(path: Path) -> Iterator[SourceRecord]:
     """Rows are numbered from 1, as a parquet file has no lines. Fields that are null are left out."""
     import pyarrow.parquet
 
@@ -276,7 +276,7 @@ def _parquet_rows(path: Path) -> Iterator[SourceRow]:
         for batch in file.iter_batches(PARQUET_ROWS_AT_ONCE):
             for row in batch.to_pylist():
                 number += 1
-                yield SourceRow(number, without_nulls(row), size * number // total, path, "row")
+                yield SourceRecord(number, without_nulls(row), size * number // total, path, "row")
 
 
 def without_nulls(value: Any) -> Any:

@@ -15,8 +15,7 @@ import numpy as np
 
 from megatron.sft.chat.encoding import Encoded
 from megatron.sft.data.packing import Packing, pack_groups, pack_rows, single_rows, single_rows_of_groups
-from megatron.sft.data.tokenized import MODE_FIRST, MODE_JOINED, MODE_TRAINED, file_of, write_index
-from megatron.sft.data.totals import totals_of
+from megatron.sft.data.tokenized import MODE_CONTINUES_GROUP, MODE_FIRST, MODE_TRAINED, data_file, write_index
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import sealed, sha256_of_file, write_json
 
@@ -133,16 +132,16 @@ class ConversationStore:
 
     def _put_in_place(self) -> None:
         """Rename the finished files, the manifest last: without it, .bin and .idx count as unfinished."""
-        file_of(self.prefix, "json").unlink(missing_ok=True)
+        data_file(self.prefix, "json").unlink(missing_ok=True)
         for name in ("groups", "sources"):
-            file_of(self.prefix, name).unlink(missing_ok=True)
+            data_file(self.prefix, name).unlink(missing_ok=True)
         endings = ("bin", "idx", *self._numbers(), "json")
         try:
             for name in endings:
-                os.replace(self._temporary(name), file_of(self.prefix, name))
+                os.replace(self._temporary(name), data_file(self.prefix, name))
         except BaseException:
             for name in endings[:-1]:
-                file_of(self.prefix, name).unlink(missing_ok=True)
+                data_file(self.prefix, name).unlink(missing_ok=True)
             raise
 
     def _write_rows(self, packing: Packing) -> tuple[int, str]:
@@ -175,8 +174,44 @@ class ConversationStore:
         lengths = runs[np.repeat(first_runs, counts) + place]
         modes = np.where(place % 2 == 1, MODE_TRAINED, 0) + np.where(place == 0, MODE_FIRST, 0)
         first_segments = ends[packing.starts]
-        modes[first_segments[:-1][packing.joined]] |= MODE_JOINED
+        modes[first_segments[:-1][packing.continues_group]] |= MODE_CONTINUES_GROUP
         return lengths, first_segments, modes.astype(np.int8)
 
     def _temporary(self, name: str) -> Path:
         return self.prefix.with_name(f".{self.prefix.name}.{name}.tmp")
+
+
+def totals_of(
+    lengths: np.ndarray, num_trained: int, max_token_id: int, packing: Packing, row_length: int
+) -> dict[str, Any]:
+    """lengths: [conversations], in tokens. `row_units` counts the units of rows by their number of rows."""
+    num_tokens = int(lengths.sum())
+    facts = {
+        "length": row_length,
+        "rows": packing.num_rows,
+        "conversations": len(lengths),
+        "tokens": num_tokens,
+        "trained_tokens": num_trained,
+        "fill": num_tokens / (packing.num_rows * row_length),
+        "max_token_id": max_token_id,
+        "conversation_lengths": length_statistics(lengths) | {"histogram": length_histogram(lengths)},
+    }
+    if packing.continues_group.any():
+        sizes, counts = np.unique(np.bincount(np.cumsum(~packing.continues_group) - 1), return_counts=True)
+        facts["row_units"] = {str(size): count for size, count in zip(sizes.tolist(), counts.tolist(), strict=True)}
+    return facts
+
+
+def length_statistics(lengths: np.ndarray) -> dict[str, Any]:
+    """Of at least one length; the percentiles are lengths that occur."""
+    shortest, median, p90, p99, longest = np.percentile(lengths, [0, 50, 90, 99, 100], method="lower").tolist()
+    mean = float(lengths.mean())
+    return {"mean": mean, "shortest": shortest, "median": median, "p90": p90, "p99": p99, "longest": longest}
+
+
+def length_histogram(lengths: np.ndarray) -> list[list[int]]:
+    """[[up_to, count], …]: how many lengths are up to `up_to` and above the one before; four steps a doubling."""
+    steps = np.unique(np.round(2 ** (np.arange(1, 4 * 40) / 4)).astype(np.int64))
+    counts = np.bincount(np.searchsorted(steps, lengths))
+    first = int(np.flatnonzero(counts)[0])
+    return [[int(steps[index]), int(count)] for index, count in enumerate(counts.tolist()) if index >= first]

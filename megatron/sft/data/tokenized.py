@@ -1,7 +1,7 @@
 """Reads tokenised data: the .bin and .idx files of Megatron's IndexedDataset, and the .json manifest beside them.
 
 A document of the two files is a packed row, a sequence is a segment (a run of tokens with one role in training), and a
-sequence's mode byte says MODE_TRAINED, MODE_FIRST and MODE_JOINED. Needs numpy alone, so that training can import it.
+sequence's mode byte says MODE_TRAINED, MODE_FIRST and MODE_CONTINUES_GROUP. Needs numpy alone, so that training can import it.
 Where conversations are in groups, a .groups file has each one's group number, int64, in the order of the .bin file; where
 there are several sources, a .sources file has the number of each one's source in the manifest's list, int16.
 """
@@ -22,7 +22,7 @@ FORMAT = 1
 REBUILD = "run scripts/3_tokenize.sh again"
 MODE_TRAINED = 1  # the loss is taken on predicting the tokens of this segment
 MODE_FIRST = 2  # the first segment of a conversation
-MODE_JOINED = 4  # the first segment of a row that training must keep together with the row before it
+MODE_CONTINUES_GROUP = 4  # the first segment of a row that training must keep together with the row before it
 # Of the manifest: what it must say, as whole numbers.
 COUNTS = ("rows", "tokens", "length", "conversations", "trained_tokens", "max_token_id")
 # Files beside the manifest, and the bytes that each has a conversation, where that is known.
@@ -61,12 +61,12 @@ def token_dtype(vocabulary_size: int) -> "np.dtype[Any]":
     return np.dtype(np.uint16 if vocabulary_size < 65500 else np.int32)
 
 
-def file_of(prefix: Path, ending: str) -> Path:
+def data_file(prefix: Path, ending: str) -> Path:
     """`prefix` + `.bin`, `.idx` or `.json`; a prefix may have dots of its own."""
     return prefix.with_name(f"{prefix.name}.{ending}")
 
 
-def prefix_of(path: Path) -> Path:
+def data_prefix(path: Path) -> Path:
     """The prefix, given it or one of its files."""
     endings = (".bin", ".idx", ".json")
     return path.with_name(path.stem) if path.suffix in endings else path
@@ -77,17 +77,17 @@ class TokenizedRows:
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
-        self.manifest: dict[str, Any] = read_json(file_of(prefix, "json"), "manifest of tokenised data", REBUILD)
-        check_manifest(file_of(prefix, "json"), self.manifest, FORMAT)
+        self.manifest: dict[str, Any] = read_json(data_file(prefix, "json"), "manifest of tokenised data", REBUILD)
+        check_manifest(data_file(prefix, "json"), self.manifest, FORMAT)
         check_sizes(self.files, REBUILD)
-        self._index = read_index(file_of(prefix, "idx"))
+        self._index = read_index(data_file(prefix, "idx"))
         num_tokens = int(self._index.lengths.sum(dtype=np.int64))
         found = {"rows": len(self._index.documents) - 1, "tokens": num_tokens, "dtype": self._index.dtype.name}
         for name, value in found.items():
             if value != self.manifest.get(name):
                 raise UserError(f"{prefix}.idx has {name} {value}, its manifest {self.manifest.get(name)}: {REBUILD}")
-        check_structure(file_of(prefix, "idx"), self._index, self.manifest)
-        self._tokens = np.memmap(file_of(prefix, "bin"), dtype=self._index.dtype, mode="r")
+        check_structure(data_file(prefix, "idx"), self._index, self.manifest)
+        self._tokens = np.memmap(data_file(prefix, "bin"), dtype=self._index.dtype, mode="r")
         if len(self._tokens) != num_tokens:
             raise UserError(f"{prefix}.bin has {len(self._tokens)} tokens, its .idx {num_tokens}: {REBUILD}")
 
@@ -98,23 +98,23 @@ class TokenizedRows:
         return map(self.__getitem__, range(len(self)))
 
     @property
-    def joined(self) -> np.ndarray:
+    def continues_group(self) -> np.ndarray:
         """[rows] bool, True: the row is of one unit with the row before it, so training shuffles them as one."""
-        return (self._index.modes[self._index.documents[:-1]] & MODE_JOINED) != 0
+        return (self._index.modes[self._index.documents[:-1]] & MODE_CONTINUES_GROUP) != 0
 
     @property
     def groups(self) -> np.ndarray | None:
         """[conversations] int64, the group of each in the order of the rows; None if they were not grouped."""
         if "groups" not in self.manifest["files"]:
             return None
-        return np.fromfile(file_of(self.prefix, "groups"), dtype=np.int64)
+        return np.fromfile(data_file(self.prefix, "groups"), dtype=np.int64)
 
     @cached_property
     def sources(self) -> np.ndarray | None:
         """[conversations] int16, each one's place in the manifest's list of sources; None if there is one source only."""
         if "sources" not in self.manifest["files"]:
             return None
-        path = file_of(self.prefix, "sources")
+        path = data_file(self.prefix, "sources")
         sources = np.fromfile(path, dtype=np.int16)
         if len(sources) != self.manifest["conversations"] or not np.all((sources >= 0) & (sources < self.num_sources)):
             raise UserError(f"{path} does not fit its manifest: {REBUILD}")
@@ -149,7 +149,7 @@ class TokenizedRows:
     @property
     def files(self) -> Files:
         """The files beside the manifest, and what it says of each."""
-        return {file_of(self.prefix, ending): facts for ending, facts in self.manifest["files"].items()}
+        return {data_file(self.prefix, ending): facts for ending, facts in self.manifest["files"].items()}
 
 
 def read_index(path: Path) -> Index:
@@ -233,9 +233,9 @@ def check_structure(path: Path, index: Index, manifest: dict[str, Any]) -> None:
         raise UserError(f"{path} has segments that do not lie one after another in the .bin file: {REBUILD}")
     row_starts = documents[:-1]
     trained, first = (modes & MODE_TRAINED) != 0, (modes & MODE_FIRST) != 0
-    known = MODE_TRAINED | MODE_FIRST | MODE_JOINED
-    joined = np.flatnonzero(modes & MODE_JOINED)
-    if (modes & ~known).any() or not np.isin(joined, row_starts[1:]).all():
+    known = MODE_TRAINED | MODE_FIRST | MODE_CONTINUES_GROUP
+    continues_group = np.flatnonzero(modes & MODE_CONTINUES_GROUP)
+    if (modes & ~known).any() or not np.isin(continues_group, row_starts[1:]).all():
         raise UserError(f"{path} has a segment of an unknown kind: {REBUILD}")
     if not first[row_starts].all():
         raise UserError(f"{path} has a row that does not begin with a conversation: {REBUILD}")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.data.sources import read_rows
+from megatron.sft.data.sources import read_records
 from megatron.sft.inference.chat_model import Answer, ChatModel
 from megatron.sft.inference.decoding import Decoding
 from megatron.sft.inference.questions import read_questions
@@ -72,7 +72,7 @@ def answer_file(chat_model: ChatModel, data: Path, output: Path, decoding: Decod
         chat_model.answers(conversations, str(settings["control"]), decoding, progress)
     rows = [
         {**row.fields, "answer": answers[number].text, "finished": answers[number].finished}
-        for number, row in enumerate(read_rows(data))
+        for number, row in enumerate(read_records(data))
     ]
     write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     kept.path.unlink()

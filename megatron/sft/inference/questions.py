@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.sft.chat.conversations import FORMAT_FIELDS, Conversation, RowReader
-from megatron.sft.data.sources import read_rows
+from megatron.sft.data.sources import read_records
 from megatron.sft.runtime.errors import UserError
 
 _PLACEHOLDER = "-"  # an answer for the row's reader, which asks for one
@@ -23,7 +23,7 @@ def read_questions(path: Path, with_reference: bool) -> list[Question]:
     """The rows of a data file. A final assistant turn (or `output`) is the reference; `with_reference` asks for one."""
     reader = RowReader()
     questions = []
-    for row in read_rows(path):
+    for row in read_records(path):
         try:
             questions.append(_question(reader, row.fields, with_reference))
         except UserError as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from megatron.sft.checkpoint.folder import TRACKER
-from megatron.sft.data.tokenized import TokenizedRows, file_of
+from megatron.sft.data.tokenized import TokenizedRows, data_file
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.hf.names import gigabytes
 from megatron.sft.hf.published_configs import unconverted
@@ -119,7 +119,7 @@ class Planner:
 
     def _data(self) -> None:
         prefix = data_prefix(self.options.data_path)
-        if not file_of(prefix, "json").exists():
+        if not data_file(prefix, "json").exists():
             self.problems.append(f"DATA_PATH {prefix} does not exist: make it with scripts/3_tokenize.sh")
             self.to_do.append(f"bash scripts/3_tokenize.sh TOKENIZER DATA {self.options.seq_length or 'LENGTH'}")
             self._add("data", "not there yet")
@@ -149,7 +149,7 @@ class Planner:
     def _steps(self) -> None:
         options, num_rows = self.options, 0
         if self.rows is not None:
-            parts = self.attempt(split, options, self.rows.joined)
+            parts = self.attempt(split, options, self.rows.continues_group)
             if parts:
                 num_rows = len(parts[0])
                 self._add("rows", f"{num_rows:,} for training, {len(parts[1]):,} for validation")

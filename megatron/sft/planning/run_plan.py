@@ -60,7 +60,7 @@ def resolve(mode: str, options: TrainOptions, num_processes: int) -> RunPlan:
     check_layout(layout, architecture)
     rows = TokenizedRows(data_prefix(options.data_path))
     check_data(rows, options, architecture, start.manifest.get("source", {}))
-    training_rows, validation_rows = split(options, rows.joined)
+    training_rows, validation_rows = split(options, rows.continues_group)
     train_iters, warmup_iters = steps(options, len(training_rows), data_parallel)
     return RunPlan(
         options=options,
@@ -218,7 +218,7 @@ def number_problems(options: TrainOptions) -> Iterator[str]:
         yield f"MIN_LR={options.min_lr} must lie between 0 and LR={options.lr}"
 
 
-def split(options: TrainOptions, joined: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def split(options: TrainOptions, continues_group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the training rows and of the validation rows."""
     if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?){0,2}", options.split):
         raise UserError(f"SPLIT={options.split!r} is not up to three shares like 999,1,0")
@@ -226,7 +226,7 @@ def split(options: TrainOptions, joined: np.ndarray) -> tuple[np.ndarray, np.nda
     if shares[0] <= 0:
         raise UserError(f"SPLIT={options.split!r} leaves no rows for training")
     total = sum(shares)
-    return split_rows(len(joined), shares[0] / total, shares[1] / total, options.seed, joined)
+    return split_rows(len(continues_group), shares[0] / total, shares[1] / total, options.seed, continues_group)
 
 
 def _eval_iters(options: TrainOptions, num_validation_rows: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 import pyarrow.parquet
 
-from megatron.sft.data.sources import read_rows
+from megatron.sft.data.sources import read_records
 from megatron.sft.hf import hub
 from megatron.sft.runtime.errors import UserError
 
@@ -107,7 +107,7 @@ def _rows_of_file(path: Path) -> Iterator[Row]:
         return _rows_of_parquet(path)
     if path.suffix in SEPARATORS:
         return _rows_of_table(path, SEPARATORS[path.suffix])
-    return (row.fields for row in read_rows(path))
+    return (row.fields for row in read_records(path))
 
 
 def _rows_of_parquet(path: Path) -> Iterator[Row]:
