@@ -18,7 +18,7 @@ from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus
 from megatron.sft.data.mixture import parse_inputs, validated_source
-from megatron.sft.data.rejected import RejectedRows
+from megatron.sft.data.report import RejectedRecords
 from megatron.sft.data.tokenized import TokenizedRows
 from megatron.sft.runtime.errors import UserError, run
 from tests.material import smollm2_folder
@@ -126,7 +126,7 @@ def template() -> ChatTemplate:
     return ChatTemplate(load_tokenizer(smollm2_folder()))
 
 
-def corpus_of(path: Path, template: ChatTemplate, rejected: RejectedRows | None = None) -> Corpus:
+def corpus_of(path: Path, template: ChatTemplate, rejected: RejectedRecords | None = None) -> Corpus:
     (given,) = parse_inputs([str(path)])
     return Corpus(validated_source(given), template, RowReader(), 512, "drop", rejected=rejected)
 
@@ -162,7 +162,7 @@ def test_all_of_them_are_put_aside_and_all_good_ones_kept(tmp_path: Path, templa
     path = tmp_path / ("all.jsonl.gz" if packed else "all.jsonl")
     content = b"\n" + b"\n".join(lines)
     path.write_bytes(gzip.compress(content) if packed else content)
-    with RejectedRows(tmp_path / "all.rejected.jsonl") as rejected:
+    with RejectedRecords(tmp_path / "all.rejected.jsonl") as rejected:
         corpus = corpus_of(path, template, rejected)
         kept = list(corpus)
         rejected.keep()
@@ -233,7 +233,7 @@ def test_a_file_that_breaks_off_ends_the_run_even_where_bad_rows_are_skipped(
 def test_bad_rows_of_tables_have_their_line_or_number(tmp_path: Path, template: ChatTemplate) -> None:
     table = tmp_path / "data.csv"
     table.write_bytes(b'instruction,output\nq,a\n"q\n2",a\nq,\nq,a,more\nq,\xff\n')
-    with RejectedRows(tmp_path / "r.jsonl") as rejected:
+    with RejectedRecords(tmp_path / "r.jsonl") as rejected:
         assert len(list(corpus_of(table, template, rejected))) == 2
         rejected.keep()
     found = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]

@@ -29,7 +29,7 @@ def write(path: Path, num_rows: int, name: str = "row") -> Path:
 
 def taken(text: str, seed: int = 1, number: int = 0) -> list[str]:
     (given,) = parse_inputs([text])
-    return [row.fields["instruction"] for row in validated_source(given).rows(seed, number)]
+    return [row.fields["instruction"] for row in validated_source(given).records(seed, number)]
 
 
 def test_a_count_or_a_share_is_sampled_without_replacement_by_the_seed(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def tokenizer_of(name: str) -> Any:
 class Rows(Source):
     """Rows in memory."""
 
-    def rows(self, seed: int, number: int) -> Any:
+    def records(self, seed: int, index: int) -> Any:
         return (SourceRecord(line, row, line, self.input.path) for line, row in enumerate(ROWS[self.sha256], start=1))
 
 

@@ -1,9 +1,10 @@
-"""Cuts JSON lines, or the elements of one JSON array, out of a stream a piece at a time, and decodes single rows.
+"""Cuts JSON lines, or the elements of one JSON array, out of a stream, and decodes single records.
 
-Memory is bounded by the longest row, never by the file. A row that is no valid JSON is found when it is decoded, so that
-the rows after it can still be read; only damage between the rows ends the reading.
+Memory is bounded by the longest record, never by the file. Records are cut out first and decoded in full later, so that a bad
+one is refused by itself and those after it can still be read; only damage that hides where a record ends stops the reading.
 """
 
+import io
 import json
 import re
 from collections import Counter
@@ -16,167 +17,153 @@ import orjson
 from megatron.sft.chat.fields import json_type
 from megatron.sft.runtime.errors import UserError
 
-PIECE_BYTES = 1 << 20
+PIECE_SIZE = 1 << 20  # characters or bytes that are read at a time
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 WHITESPACE = b" \t\r\n"
-# One JSON string (group 1 is its closing quote, absent when the piece or the line ends inside it) or one bracket.
-STRING_OR_BRACKET = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+(")?|[{}\[\]]', re.DOTALL)
-END_OF_BARE_VALUE = re.compile(rb"[,\]]")
-CLOSING = {b"{": b"}", b"[": b"]"}
+_SPACES = re.compile(r"[ \t\r\n]*")
+# An error this close to the end of the text may come from a token that continues in the next piece, such as \ud83d\ude00.
+_LONGEST_TOKEN = 16
+_DECODER = json.JSONDecoder()
 
 
-def decoded_row(content: bytes, where: str) -> dict[str, Any]:
-    """One JSON object. orjson refuses bad UTF-8, lone surrogates, NaN, too deep nesting and trailing text, so none can
-    slip through; keys that are there twice are looked for here, as it would take the last of them."""
+def decoded_record(content: bytes, place: str) -> dict[str, Any]:
+    """One JSON object; anything else is a `UserError` that starts with `place`.
+
+    orjson refuses bad UTF-8, lone surrogates, NaN, nesting that is too deep and trailing text, but it takes the last of two
+    equal keys, so repeated keys are looked for here.
+    """
     try:
-        row = orjson.loads(content)
+        record = orjson.loads(content)
     except orjson.JSONDecodeError as error:
         try:
             content.decode("utf-8")
         except UnicodeDecodeError as bad:
-            raise UserError(f"{where}: byte {bad.start + 1} of the row is not UTF-8: save the file as UTF-8") from None
+            raise UserError(
+                f"{place}: byte {bad.start + 1} of the record is not UTF-8: save the file as UTF-8"
+            ) from None
         reason = str(error).split(":")[0]
-        raise UserError(f"{where}: not valid JSON ({reason}): write one JSON object a row") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: the row is {json_type(row)}: write one JSON object a row")
+        raise UserError(f"{place}: not valid JSON ({reason}): write one JSON object per record") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: the record is {json_type(record)}: write one JSON object per record")
     try:
-        # Every key ends with `":`; a text may hold the same, so another count asks for a closer look.
+        # Every key ends with `":`. A text may contain that too, so only a different count asks for a closer look.
         num_colons = content.count(b'":') - content.count(b'\\":')
-        if num_colons != num_keys(row):
-            refuse_repeated_keys(content, where)
+        if num_colons != _num_keys(record):
+            _refuse_repeated_keys(content, place)
     except RecursionError:
-        raise UserError(f"{where}: not valid JSON for a row (nested hundreds of levels deep): correct it") from None
-    return row
+        raise UserError(f"{place}: not valid JSON for a record (nested hundreds of levels deep): correct it") from None
+    return record
 
 
-def num_keys(value: Any) -> int:
+def _num_keys(value: Any) -> int:
     if isinstance(value, dict):
-        return len(value) + sum(num_keys(one) for one in value.values() if isinstance(one, dict | list))
-    return sum(num_keys(one) for one in value if isinstance(one, dict | list))
+        return len(value) + sum(_num_keys(item) for item in value.values() if isinstance(item, dict | list))
+    return sum(_num_keys(item) for item in value if isinstance(item, dict | list))
 
 
-def refuse_repeated_keys(content: bytes, where: str) -> None:
-    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        unique = dict(found)
-        if len(unique) != len(found):
-            (key, _), *_ = (Counter(key for key, _ in found) - Counter(unique.keys())).items()
-            raise UserError(f"{where}: field {key!r} is there twice: keep one of them")
-        return unique
+def _refuse_repeated_keys(content: bytes, place: str) -> None:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
+            (key, _), *_ = (Counter(key for key, _ in pairs) - Counter(fields.keys())).items()
+            raise UserError(f"{place}: field {key!r} is repeated: keep one of them")
+        return fields
 
-    json.loads(content, object_pairs_hook=pairs)
+    json.loads(content, object_pairs_hook=unique)
 
 
-def lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes, int]]:
-    """(line, content, end) of every line that is not blank."""
-    end = 0
+def text_of(file: BinaryIO) -> io.TextIOWrapper:
+    """The file as UTF-8 text with its line ends as they are. Bytes that are not UTF-8 become lone surrogates, which no UTF-8
+    text has, so that only their own record is refused."""
+    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line, content) of every line that is not blank, counted from 1."""
     for line, content in enumerate(file, start=1):
-        end += len(content)
         if line == 1:
             content = content.removeprefix(BYTE_ORDER_MARK)
         if content.strip(WHITESPACE):
-            yield line, content, end
+            yield line, content
 
 
-class _ArrayScanner:
-    """The unread part of a JSON array: `piece[position:]`, which starts at byte `offset` and on line `line`."""
+def array_elements(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line it starts on, content) of every element of the array that is the whole file.
+
+    A `UserError` where the array is not closed, continues after its end, or has an element whose end cannot be found.
+    """
+    array = _ArrayText(file, path)
+    array.next_character()
+    array.take(1)  # the opening bracket, which `sources.file_format` has seen
+    while (first := array.next_character()) != "]":
+        if not first:
+            raise array.error("the JSON array is not closed with `]`: the file is cut short")
+        line = array.line
+        yield line, array.element().encode("utf-8", "surrogateescape")
+        separator = array.next_character()
+        if separator == ",":
+            array.take(1)
+            if array.next_character() == "]":
+                raise array.error("`,` before the end of the JSON array: remove it")
+        elif separator not in ("]", ""):
+            raise array.error(f"expected `,` or `]` after a record, found {separator!r}")
+    array.take(1)
+    if rest := array.next_character():
+        raise array.error(f"{rest!r} after the end of the JSON array: remove it")
+
+
+class _ArrayText:
+    """The unread text of a file: `text[position:]`, which starts on line `line`."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
-        self.file = file
+        self.file = text_of(file)
         self.path = path
-        self.piece = b""
+        self.text = ""
         self.position = 0
-        self.offset = 0
         self.line = 1
 
+    def error(self, message: str) -> UserError:
+        return UserError(f"{self.path}, line {self.line}: {message}")
+
     def read_more(self) -> bool:
-        """Append to the piece as much as is left of it, at least PIECE_BYTES: long rows are copied seldom."""
-        more = self.file.read(max(PIECE_BYTES, len(self.piece) - self.position))
-        self.piece = self.piece[self.position :] + more
-        self.position = 0
+        """Append at least as much as is unread, so that a long element is decoded only a few times. False at the end."""
+        unread = self.text[self.position :]
+        more = self.file.read(max(PIECE_SIZE, len(unread)))
+        self.text, self.position = unread + more, 0
         return bool(more)
 
-    def advance(self, position: int) -> None:
-        self.line += self.piece.count(b"\n", self.position, position)
-        self.offset += position - self.position
-        self.position = position
-
-    def next_character(self) -> bytes:
-        """The next character that is not white space, not consumed; empty at the end of the file."""
-        while True:
-            position = self.position
-            while position < len(self.piece) and self.piece[position] in WHITESPACE:
-                position += 1
-            self.advance(position)
-            if position < len(self.piece):
-                return self.piece[position : position + 1]
-            if not self.read_more():
-                return b""
-
-    def element(self) -> bytes:
-        """The array element that starts here, to its closing bracket, or for a bare value to `,` or `]`."""
-        if self.piece[self.position : self.position + 1] not in b"{[":
-            return self._bare_value()
-        open_brackets: list[bytes] = []  # the closing brackets that are still to come
-        scanned = self.position
-        while True:
-            match = STRING_OR_BRACKET.search(self.piece, scanned)
-            if match is None or self._is_cut(match):
-                # Continue at the open string; before it nothing is left to find.
-                scanned = (match.start() if match else len(self.piece)) - self.position
-                if not self.read_more():
-                    raise UserError(f"{self.path}, line {self.line}: the file ends inside this row: it is cut short")
-                continue
-            found, scanned = match.group(), match.end()
-            if found in CLOSING:
-                open_brackets.append(CLOSING[found])
-            elif found in (b"}", b"]"):
-                matches = found == open_brackets.pop()
-                if not open_brackets or not matches:  # a mismatch goes to the decoder, which refuses it
-                    return self._consumed(scanned)
-            elif match.group(1) is None:  # so does a string that is not closed on its line
-                return self._consumed(scanned)
-
-    def _is_cut(self, match: "re.Match[bytes]") -> bool:
-        """Whether the piece ends inside the string that `match` opens; a backslash may be its last byte."""
-        return match.group().startswith(b'"') and match.group(1) is None and match.end() >= len(self.piece) - 1
-
-    def _bare_value(self) -> bytes:
-        while not (match := END_OF_BARE_VALUE.search(self.piece, self.position + 1)):
-            if not self.read_more():
-                return self._consumed(len(self.piece))
-        return self._consumed(match.start())
-
-    def _consumed(self, position: int) -> bytes:
-        content = self.piece[self.position : position]
-        self.advance(position)
+    def take(self, size: int) -> str:
+        content = self.text[self.position : self.position + size]
+        self.line += content.count("\n")
+        self.position += size
         return content
 
+    def next_character(self) -> str:
+        """The next character that is not white space, which stays unread; empty at the end of the file."""
+        while True:
+            spaces = _SPACES.match(self.text, self.position)
+            assert spaces is not None
+            self.take(len(spaces.group()))
+            if self.position < len(self.text) or not self.read_more():
+                return self.text[self.position : self.position + 1]
 
-def array_elements(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes, int]]:
-    """(line, content, end) of every element of the array that is the whole file."""
-    scanner = _ArrayScanner(file, path)
-    scanner.read_more()
-    if scanner.piece.startswith(BYTE_ORDER_MARK):
-        scanner.advance(len(BYTE_ORDER_MARK))
-    scanner.next_character()
-    scanner.advance(scanner.position + 1)  # the opening bracket that file_format saw
-    closed = scanner.next_character() == b"]"
-    while not closed:
-        if not scanner.next_character():
-            raise UserError(
-                f"{path}, line {scanner.line}: the JSON array is not closed with `]`: the file is cut short"
-            )
-        line = scanner.line
-        content = scanner.element()
-        yield line, content, scanner.offset
-        separator = scanner.next_character()
-        if separator not in (b",", b"]", b""):
-            raise UserError(f"{path}, line {scanner.line}: expected `,` or `]` after a row, found {separator!r}")
-        closed = separator == b"]"
-        if separator == b",":
-            scanner.advance(scanner.position + 1)
-            if scanner.next_character() == b"]":
-                raise UserError(f"{path}, line {scanner.line}: `,` before the end of the JSON array: remove it")
-    scanner.advance(scanner.position + 1)
-    if left := scanner.next_character():
-        raise UserError(f"{path}, line {scanner.line}: {left!r} after the end of the JSON array: remove it")
+    def element(self) -> str:
+        """The text of the JSON value that starts here."""
+        while True:
+            try:
+                _, end = _DECODER.raw_decode(self.text, self.position)
+            except json.JSONDecodeError as error:
+                is_cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text)
+                if (is_cut or error.pos > len(self.text) - _LONGEST_TOKEN) and self.read_more():
+                    continue
+                if is_cut:
+                    raise self.error("the file ends inside this record: it is cut short") from None
+                raise self.error(
+                    f"not valid JSON ({error.msg}), so the next record cannot be found: correct it"
+                ) from None
+            except RecursionError:
+                raise self.error("not valid JSON for a record (nested hundreds of levels deep): correct it") from None
+            size = end - self.position
+            # A number at the end of the text may continue.
+            if end < len(self.text) or not self.read_more():
+                return self.take(size)

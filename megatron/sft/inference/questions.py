@@ -27,7 +27,7 @@ def read_questions(path: Path, with_reference: bool) -> list[Question]:
         try:
             questions.append(_question(reader, row.fields, with_reference))
         except UserError as error:
-            raise UserError(f"{path}, line {row.line}: {error}") from None
+            raise UserError(f"{path}, line {row.number}: {error}") from None
     return questions
 
 
