@@ -164,8 +164,8 @@ def _fingerprint(options: Options, sources: list[Source], template: str) -> str:
 
 
 def tokenize_with_corrections(options: Options, sources: list[Source], text: str, fingerprint: str) -> None:
-    """Tokenise with the chosen template (`text`, empty for the tokenizer's own). Where it does not print what is in the data but
-    a known correction of it does, start again with that."""
+    """Tokenise with the chosen template (`text`, empty for the tokenizer's own). Where it does not print what is in the data
+    but a known correction of it does, start again with that."""
     tokenizer = load_tokenizer(options.tokenizer, template_needed=False)
     own = template_of(tokenizer)
     while True:

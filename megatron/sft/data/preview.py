@@ -124,9 +124,8 @@ def _sources(manifest: dict[str, Any]) -> list[list[str]]:
         lines.append((source.get("path", ""), counts, source.get("dropped", {})))
     for step in manifest.get("repacked", []):
         before, dropped = step["from_conversations"], step["dropped"]
-        lines.append(
-            (f"packed again from {step['from']}", [before, before - sum(dropped.values()), step["truncated"]], dropped)
-        )
+        counts = [before, before - sum(dropped.values()), step["truncated"]]
+        lines.append((f"packed again from {step['from']}", counts, dropped))
     return [
         [path, *map("{:,}".format, counts), "; ".join(f"{count:,} {why}" for why, count in dropped.items()) or "none"]
         for path, counts, dropped in lines

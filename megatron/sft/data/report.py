@@ -1,4 +1,4 @@
-"""What step 3 says of its sources, on the screen, in the manifest and in a file of bad records: every record is accounted for."""
+"""What step 3 reports of its sources: on the screen, in the manifest, and in a file of bad records."""
 
 import os
 from pathlib import Path
