@@ -113,7 +113,8 @@ def _fetch_model(id: str, revision: str, target: Path) -> None:
         raise UserError(
             f"model {id} has no config.json at {revision}: it is not a transformers model; choose another id"
         )
-    num_bytes = sum(repository.files[name] for name in names)
+    files = {name: repository.files[name] for name in names}
+    num_bytes = sum(files.values())
     # The commit is in the name, so that an interrupted download never continues with the files of another revision.
     partial = target.with_name(f".{target.name}.{repository.commit[:12]}.incomplete")
     num_bytes_there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
@@ -130,8 +131,8 @@ def _fetch_model(id: str, revision: str, target: Path) -> None:
         "source": id,
         "revision": revision,
         "commit": repository.commit,
-        "files": {name: repository.files[name] for name in names},
-        "checksums": facts_of({name: repository.files[name] for name in names}, repository.checksums),
+        "files": files,
+        "checksums": facts_of(files, repository.checksums),
     }
     write_json(partial / RECORD, record)
     check_arrived(partial)

@@ -8,6 +8,7 @@ Conversations, masks and groups come from the existing files; what tokenising dr
 import argparse
 import re
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,8 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = _parse(argv)
-    signal.signal(signal.SIGTERM, _stop)
+    # End as an error would, so that temporary files are removed.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     source = TokenizedRows(data_prefix(given.prefix))
     old = source.manifest
     options = Options(
@@ -49,9 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         overlong=given.overlong,
     )
     prefix = given.output_prefix or new_prefix(source, options.seq_length)
-    fingerprint = sha256_of_text(
-        repr(("repack", ALGORITHM, old["files"]["bin"]["sha256"], old["files"]["idx"], options))
-    )
+    files = (old["files"]["bin"]["sha256"], old["files"]["idx"])
+    fingerprint = sha256_of_text(repr(("repack", ALGORITHM, *files, options)))
     if is_finished(prefix, fingerprint):
         print(f"already packed from the same files with the same options: {prefix}.bin, .idx, .json")
         return 0
@@ -79,10 +80,6 @@ def _at_least(least: int) -> Any:
     return number
 
 
-def _stop(signal_number: int, frame: object) -> None:
-    raise SystemExit(128 + signal_number)
-
-
 def new_prefix(source: TokenizedRows, seq_length: int) -> Path:
     """The source's name with the new length in place of the old one, or at the end if the old one is not in it."""
     old, name = source.manifest["length"], source.prefix.name
@@ -96,8 +93,8 @@ def repack(source: TokenizedRows, options: Options, prefix: Path, fingerprint: s
     """Read all conversations, pack them, write them, and print what was done."""
     counts = Counts()
     old = source.manifest
-    dtype = np.dtype(old["dtype"])
-    with ConversationStore(prefix, dtype, source.groups is not None, source.num_sources) as store:
+    is_grouped = source.groups is not None
+    with ConversationStore(prefix, np.dtype(old["dtype"]), is_grouped, source.num_sources) as store:
         for conversation in _fitting(conversations(source), options, counts):
             store.add(conversation)
         print_dropped(counts, options.seq_length)
@@ -106,19 +103,15 @@ def repack(source: TokenizedRows, options: Options, prefix: Path, fingerprint: s
                 f"no conversation of {source.prefix} fits into {options.seq_length} tokens: give a greater --seq-length"
             )
         packing = store.pack(options.seq_length, options.seed, options.packing)
-        manifest = (
-            old
-            | store.totals(packing, options.seq_length)
-            | {
-                "algorithm": ALGORITHM if options.packing else "none",
-                "seed": options.seed,
-                "options": old.get("options", {}) | {"packing": options.packing},
-                "fingerprint": fingerprint,
-                "repacked": [*old.get("repacked", []), _step(source, options, counts)],
-            }
-        )
-        if not packing.continues_group.any():
-            manifest.pop("row_units", None)
+        manifest = {name: value for name, value in old.items() if name != "row_units"}
+        manifest |= store.totals(packing, options.seq_length)
+        manifest |= {
+            "algorithm": ALGORITHM if options.packing else "none",
+            "seed": options.seed,
+            "options": old.get("options", {}) | {"packing": options.packing},
+            "fingerprint": fingerprint,
+            "repacked": [*old.get("repacked", []), _step(source, options, counts)],
+        }
         store.write(packing, manifest)
     fill = f"{100 * manifest['fill']:.1f} % full"
     print(

@@ -8,11 +8,11 @@ Writes Tokenized-<data>-<tokenizer>-<length>_text_document.bin, .idx and .json n
 import errno
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron.sft.chat.conversations import NOT_A_COLUMN, RowReader
 from megatron.sft.chat.corrections import difference
@@ -22,7 +22,7 @@ from megatron.sft.chat.template import TRAIN_ON, ChatTemplate, CorrectionNeeded,
 from megatron.sft.data.corpus import OVERLONG, Corpus
 from megatron.sft.data.mixture import Input, Source, parse_inputs, validated_source
 from megatron.sft.data.packing import ALGORITHM
-from megatron.sft.data.report import RejectedRecords, print_corpus, print_notes, print_sample, source_facts
+from megatron.sft.data.report import RejectedRecords, print_corpus, print_sample, source_facts
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import FORMAT, is_finished, token_dtype
 from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(argv)
     # Read by the tokenizers library: records are distributed to processes, so threads would only compete.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGTERM, _stop)
+    # End as an error would, so that temporary files are removed.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     check_tokenizer_folder(options.tokenizer)
     template = chosen_template(options.chat_template) if options.chat_template else ""
     sources = [validated_source(input) for input in options.inputs]
@@ -76,11 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             ) from None
     print("next: scripts/4_train.sh")
     return 0
-
-
-def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:
-    """End as an error would, so that temporary files are removed."""
-    raise SystemExit(128 + signal_number)
 
 
 def parse_options(argv: Sequence[str] | None) -> Options:
@@ -196,7 +192,8 @@ def tokenize(options: Options, sources: list[Source], template: ChatTemplate, ow
                     print_sample(len(store.lengths) + 1, tokenizer, conversation)
                 store.add(replace(conversation, source=corpus.index) if corpus.index else conversation)
             print_corpus(corpus)
-        print_notes(template)
+        for note in sorted(template.notes):
+            print(f"note: {note}")
         if options.skip_bad_records:
             rejected.keep()
         if not any(corpus.counts.num_kept for corpus in corpora):

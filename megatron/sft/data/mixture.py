@@ -99,7 +99,8 @@ def parse_inputs(texts: list[str]) -> list[Input]:
     """
     inputs = []
     for text in texts:
-        if _exists(text):
+        found = WITH_AMOUNT.fullmatch(text)
+        if Path(text).exists() or (found and Path(found.group(1)).exists()):
             pieces = [text]
         else:
             pieces = [line.strip() for line in text.splitlines()] if "\n" in text.strip() else text.split()
@@ -107,11 +108,6 @@ def parse_inputs(texts: list[str]) -> list[Input]:
     if not inputs:
         raise UserError("no data is named: give a file, a folder or a hub id")
     return inputs
-
-
-def _exists(text: str) -> bool:
-    found = WITH_AMOUNT.fullmatch(text)
-    return Path(text).exists() or bool(found and Path(found.group(1)).exists())
 
 
 def _parsed_input(text: str, is_one_of_several: bool) -> Input:

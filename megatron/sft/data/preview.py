@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -94,7 +95,10 @@ def page(tokenizer: Any, rows: TokenizedRows, indices: Iterable[int]) -> str:
         sources=_sources(manifest),
         notes=manifest.get("notes", []),
         histogram=manifest.get("conversation_lengths", {}).get("histogram", []),
-        rows=[_page_row(tokenizer, rows[index], index, len(rows)) for index in indices],
+        num_rows=len(rows),
+        rows=[(index, rows[index]) for index in indices],
+        conversations_of=conversations_of,
+        pieces=partial(_page_pieces, tokenizer),
     )
 
 
@@ -130,17 +134,6 @@ def _sources(manifest: dict[str, Any]) -> list[list[str]]:
         [path, *map("{:,}".format, counts), "; ".join(f"{count:,} {why}" for why, count in dropped.items()) or "none"]
         for path, counts, dropped in lines
     ]
-
-
-def _page_row(tokenizer: Any, row: Row, index: int, num_rows: int) -> dict[str, Any]:
-    share = 100 * row.trained.mean()
-    return {
-        "heading": f"row {index:,} of {num_rows:,}: {len(row.tokens):,} tokens, {share:.1f} % trained",
-        "conversations": [
-            (heading, list(_page_pieces(tokenizer, tokens, trained)))
-            for heading, tokens, trained in conversations_of(row)
-        ],
-    }
 
 
 def _page_pieces(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray) -> Iterator[tuple[str, str]]:

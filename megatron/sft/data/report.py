@@ -2,14 +2,12 @@
 
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import orjson
 
 from megatron.sft.chat.encoding import Encoded
-from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus, Counts
 from megatron.sft.data.preview import color_wanted, legend, sample_text
 from megatron.sft.data.sources import SourceRecord
@@ -29,9 +27,7 @@ class RejectedRecords:
     def __enter__(self) -> "RejectedRecords":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._temporary.unlink(missing_ok=True)
 
     def add(self, record: SourceRecord, reason: str) -> None:
@@ -108,8 +104,3 @@ def print_dropped(counts: Counts, seq_length: int) -> None:
         print(f"dropped {count} conversations: {reason}")
     if counts.num_truncated:
         print(f"cut {counts.num_truncated} conversations at {seq_length} tokens: their last answer has no end")
-
-
-def print_notes(template: ChatTemplate) -> None:
-    for note in sorted(template.notes):
-        print(f"note: {note}")

@@ -29,7 +29,6 @@ OTHER_FORMATS = {
     b"\xfe\xff": "UTF-16 text: save it as UTF-8",
 }
 DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-COMPRESSED_ENDINGS = (".gz", ".zst")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 PARQUET_BATCH = 128  # records that are in memory at a time
 ZSTANDARD_BYTES = 1 << 14  # packed bytes read at a time: they may unpack to a thousand times as many
@@ -97,37 +96,26 @@ def data_files(path: Path) -> list[Path]:
 
 
 def file_format(path: Path) -> str:
-    """`json array`, `json lines`, `csv` or `parquet`. Refuses missing and empty files and other formats."""
+    """`json array`, `json lines`, `csv` or `parquet`. Another format, or a missing, empty or damaged file is a `UserError`."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(16)
-        if not start:
-            raise UserError(f"data file {path} is empty: it needs at least one record")
-        if start.startswith(PARQUET):
-            return "parquet"
         with opened(path) as (content, _):
-            return text_format(path, content)
+            start = content.read(json_records.PIECE_SIZE)
+            first = start.removeprefix(BYTE_ORDER_MARK).lstrip(WHITESPACE)[:1]
+            while not first and (piece := content.read(1 << 20)):
+                first = piece.lstrip(WHITESPACE)[:1]
     except FileNotFoundError:
         raise UserError(
             f"data file {path} does not exist: check the path, or get it with scripts/1_download.sh"
         ) from None
     except OSError as error:
         raise UserError(f"data file {path} cannot be read: {error.strerror or error}") from None
-
-
-def text_format(path: Path, content: BinaryIO) -> str:
-    """The format of a text file, by its name and its first character."""
-    start = b""
-    while piece := content.read(json_records.PIECE_SIZE if not start else 1 << 20):
-        start += piece
-        if start.removeprefix(BYTE_ORDER_MARK).lstrip(WHITESPACE):
-            break
     for magic, what in OTHER_FORMATS.items():
         if start.startswith(magic):
             raise UserError(f"data file {path} is {what}")
-    first = start.removeprefix(BYTE_ORDER_MARK).lstrip(WHITESPACE)[:1]
     if not first:
         raise UserError(f"data file {path} is empty: it needs at least one record")
+    if start.startswith(PARQUET):
+        return "parquet"
     if _separator(path):
         return "csv"
     return "json array" if first == b"[" else "json lines"

@@ -8,7 +8,6 @@ import hashlib
 import os
 from array import array
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -64,9 +63,7 @@ class ConversationStore:
         self._file.truncate()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for name in ("bin", "idx", "groups", "sources", "json", "tokens"):
             self._temporary(name).unlink(missing_ok=True)
         self._file.close()

@@ -182,12 +182,8 @@ def read_index(path: Path) -> Index:
     if len(content) != INDEX_HEADER.size + 13 * num_segments + 8 * num_documents:
         raise UserError(f"{path} has {len(content)} bytes, not what its header says: {REBUILD}")
     parts, offset = [], INDEX_HEADER.size
-    for kind, count in (
-        (np.int32, num_segments),
-        (np.int64, num_segments),
-        (np.int64, num_documents),
-        (np.int8, num_segments),
-    ):
+    counts = (num_segments, num_segments, num_documents, num_segments)
+    for kind, count in zip((np.int32, np.int64, np.int64, np.int8), counts, strict=True):
         parts.append(np.frombuffer(content, dtype=kind, count=count, offset=offset))
         offset += parts[-1].nbytes
     return Index(np.dtype(names[code]), *parts)

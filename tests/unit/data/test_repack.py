@@ -97,7 +97,7 @@ def test_the_same_again_does_nothing_and_the_same_seed_gives_the_same_bytes(
         assert data_file(tmp_path / "one", ending).read_bytes() == data_file(tmp_path / "two", ending).read_bytes()
     capsys.readouterr()
     assert here(monkeypatch, source, "--seq-length", 256, "--output-prefix", tmp_path / "one") == 0
-    assert capsys.readouterr().out.startswith("already packed so")
+    assert capsys.readouterr().out.startswith("already packed")
 
 
 def test_longer_conversations_are_dropped_cut_or_refused_and_counted(
@@ -125,7 +125,7 @@ def test_longer_conversations_are_dropped_cut_or_refused_and_counted(
         content = contents(prefix)
         assert here(monkeypatch, source, "--seq-length", 40, "--overlong", "error", "--seed", 3) == 2
         assert contents(prefix) == content
-    assert "tokens, more than 40: give a greater length" in capsys.readouterr().err
+    assert "tokens, more than 40: " in capsys.readouterr().err
     assert here(monkeypatch, source, "--seq-length", 3) == 2
     assert "no conversation of" in capsys.readouterr().err
     assert len(list(tmp_path.iterdir())) == 6
@@ -152,8 +152,8 @@ def test_groups_stay_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, l
     "arguments, reason",
     [
         (["nowhere"], "manifest of tokenised data nowhere.json is missing"),
-        (["--seq-length", "0", "x"], "argument --seq-length: '0' is not a whole number from 1 on"),
-        (["--seed", "x", "x"], "argument --seed: 'x' is not a whole number from 0 on"),
+        (["--seq-length", "0", "x"], "argument --seq-length: '0' is not a whole number, at least 1"),
+        (["--seed", "x", "x"], "argument --seed: 'x' is not a whole number, at least 0"),
     ],
 )
 def test_bad_arguments_are_named(
