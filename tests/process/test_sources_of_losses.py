@@ -1,4 +1,4 @@
-"""Data mixed from several sources: every conversation keeps its source, and training tells the losses apart by it."""
+"""Data mixed from several sources: every conversation keeps its source, and training reports the losses by source."""
 
 import json
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def test_names_are_short_and_told_apart() -> None:
 
 @pytest.fixture(scope="module")
 def mixed_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[tiny.Conversation]], np.ndarray]:
-    """8 packed rows whose conversations are of two sources in turn, at random; the rows and the sources beside."""
+    """8 packed rows whose conversations are of two sources in turn, at random; with the rows and the sources."""
     rows = tiny.random_rows(8, 128)
     prefix = tiny.write_rows(tmp_path_factory.mktemp("mixed") / "data", rows, length=128)
     sources = np.random.default_rng(3).integers(0, 2, sum(map(len, rows))).astype(np.int16)

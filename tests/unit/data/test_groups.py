@@ -16,7 +16,7 @@ from megatron.sft.data.tokenized import TokenizedRows, token_dtype
 
 
 def row_of_each(packing: Packing) -> np.ndarray:
-    """[conversations]: the row that each conversation stands in."""
+    """[conversations]: the row of each conversation."""
     rows = np.empty(len(packing.conversations), dtype=np.int64)
     rows[packing.conversations] = np.repeat(np.arange(packing.num_rows), np.diff(packing.starts))
     return rows

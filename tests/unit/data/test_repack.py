@@ -1,4 +1,4 @@
-"""Packing anew: other lengths, seeds and packings from the files alone, every conversation as it was."""
+"""Packing again: other lengths, seeds and packings from the files alone, every conversation as it was."""
 
 import os
 import subprocess

@@ -13,6 +13,7 @@ import zstandard
 
 from megatron.sft.chat.conversations import Conversation, RowReader
 from megatron.sft.data import json_records
+from megatron.sft.data.hub_records import Selection, open_records, write_records
 from megatron.sft.data.sources import count_records, data_files, file_format, read_records
 from megatron.sft.runtime.errors import UserError
 
@@ -156,6 +157,24 @@ def test_in_a_typed_table_null_is_a_value_of_a_column_and_nothing_within_a_cell(
         {"a": "NA", "b": [{"c": 1}]},
         {"a": None, "b": [{"d": {"f": "x"}}, None]},
     ]
+
+
+def test_a_file_gives_the_same_records_directly_and_through_a_download(tmp_path: Path) -> None:
+    rows = [{"a": "NA", "b": [{"c": "1"}], "e": None}, {"a": None, "b": [{"d": "2"}], "e": "x"}]
+    data = tmp_path / "data"
+    for name in ("parquet", "json", "csv", "csv.gz"):
+        (data / name).mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data / "parquet" / "train.parquet")
+    (data / "json" / "train.json").write_text(json.dumps(rows))
+    (data / "csv" / "train.csv").write_text('a,b\nNA,"x, y"\n"",null\n')
+    (data / "csv.gz" / "train.csv.gz").write_bytes(gzip.compress((data / "csv" / "train.csv").read_bytes()))
+    for file in sorted(data.rglob("train.*")):
+        expected = [record.fields for record in read_records(file)]
+        assert expected[0]["a"] == "NA"
+        for source in (file, file.parent):  # alone, and as `datasets` finds it in a folder
+            target = tmp_path / "out" / file.parent.name / "data.json"
+            write_records(open_records(source, Selection(), "main", tmp_path / "cache"), {}, target)
+            assert [record.fields for record in read_records(target)] == expected, source
 
 
 def test_a_table_has_text_in_every_cell(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def command(data: Path, length: object = 512, *options: str) -> list[str]:
 
 
 def process(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """The entry module in a process of its own."""
+    """The entry module in a separate process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-m", "megatron.sft.tokenize", *arguments]
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)

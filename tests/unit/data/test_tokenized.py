@@ -136,7 +136,7 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_finished_files_stay_when_writing_them_anew_fails(tmp_path: Path) -> None:
+def test_finished_files_stay_when_writing_them_again_fails(tmp_path: Path) -> None:
     prefix = write(tmp_path / "data")
     with pytest.raises(IndexError):
         fail_to_write(prefix)
