@@ -27,7 +27,7 @@ class BenchmarkRows:
 
     def __init__(self, rows: list[Row], counts: list[RowCounts], length: int) -> None:
         self.rows, self.counts, self.manifest = rows, counts, {"length": length}
-        self.joined = np.zeros(len(rows), dtype=bool)
+        self.continues_group = np.zeros(len(rows), dtype=bool)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -37,8 +37,8 @@ class BenchmarkRows:
 
     def used(self, first_step: int, num_steps: int, rows_a_step: int) -> list[int]:
         """Indices of the rows that these steps take, in the feeder's order."""
-        order = RowOrder(np.arange(len(self)), TrainOptions.seed, self.joined, rows_a_step)
-        return [order.at(i) for i in range(first_step * rows_a_step, (first_step + num_steps) * rows_a_step)]
+        order = RowOrder(np.arange(len(self)), TrainOptions.seed, self.continues_group, rows_a_step)
+        return [order.row_at(i) for i in range(first_step * rows_a_step, (first_step + num_steps) * rows_a_step)]
 
 
 def make_rows(

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.sft.hf import names
 from megatron.sft.reporting.curves import read_curve
 from megatron.sft.runtime.errors import OneLineParser, run
 from megatron.sft.runtime.manifest import read_json, sha256_of_file, write_json, write_text
@@ -36,7 +37,7 @@ NUM_TRAINING_QUESTIONS = 3000
 NUM_HELD_OUT_QUESTIONS = 240
 SEED = 2024
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets" / "quickstart"
+ASSETS = names.ASSETS / "quickstart"
 MODEL_FILES = (
     "config.json",
     "generation_config.json",

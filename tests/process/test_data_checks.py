@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron.sft.data.tokenized import file_of
+from megatron.sft.data.tokenized import data_file
 from megatron.sft.hf.tokenizer_files import chat_template_of, chat_template_sha256, tokenizer_sha256
 from megatron.sft.planning.options import parse
 from megatron.sft.planning.resolution import plan_run
@@ -34,8 +34,8 @@ def model(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 def tokenised(prefix: Path, **changed: Any) -> Path:
     """Tiny data whose manifest has the facts of step 3, with some of them changed."""
     tiny.write_rows(prefix, tiny.random_rows(8, 128), 128)
-    manifest = json.loads(file_of(prefix, "json").read_text())
-    file_of(prefix, "json").write_text(json.dumps(sealed(manifest | changed)))
+    manifest = json.loads(data_file(prefix, "json").read_text())
+    data_file(prefix, "json").write_text(json.dumps(sealed(manifest | changed)))
     return prefix
 
 
