@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron.sft.checkpoint.assembling import write_index
-from megatron.sft.checkpoint.folder import iteration_path, put_in_place, remove_superfluous, unfinished_path
+from megatron.sft.checkpoint.folder import iteration_path, put_in_place, remove_old_checkpoints, unfinished_path
 from megatron.sft.checkpoint.pieces import Piece
 from megatron.sft.checkpoint.staging import Staging
 from megatron.sft.checkpoint.writing import num_files, write_pieces
@@ -81,7 +81,7 @@ def _save(folder: Path, iteration: int, pieces: Sequence[Piece], checksum: Any) 
     put_in_place(folder, iteration, beside, {"files": write_index(beside, [written])})
     seconds = time.monotonic() - started
     writing.hashlib.sha256 = _SHA256
-    remove_superfluous(folder, iteration, 1, 0)
+    remove_old_checkpoints(folder, iteration, 1, 0)
     assert iteration_path(folder, iteration).is_dir()
     return seconds
 

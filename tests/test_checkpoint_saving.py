@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.sft.checkpoint.folder import TRACKER, check_room, superfluous
+from megatron.sft.checkpoint.folder import TRACKER, check_room, checkpoints_to_delete
 from megatron.sft.runtime.errors import UserError
 from tests import tiny
 from tests.layout_worker import stored_tensors
@@ -46,10 +46,10 @@ def test_boxes_make_up_every_range_of_a_tensor_once() -> None:
 
 def test_the_last_checkpoints_and_every_so_manieth_are_kept() -> None:
     there = [100, 200, 300, 400, 500, 600]
-    assert superfluous(there, 500, 0, 200) == []
-    assert superfluous(there, 500, 1, 0) == [400, 300, 200, 100]
-    assert superfluous(there, 500, 2, 200) == [300, 100]
-    assert superfluous(there, 500, 9, 0) == []
+    assert checkpoints_to_delete(there, 500, 0, 200) == []
+    assert checkpoints_to_delete(there, 500, 1, 0) == [400, 300, 200, 100]
+    assert checkpoints_to_delete(there, 500, 2, 200) == [300, 100]
+    assert checkpoints_to_delete(there, 500, 9, 0) == []
 
 
 def test_a_run_removes_checkpoints_and_saves_the_same_state_in_both_ways(

@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from megatron.sft.data.hub_rows import Selection, open_rows, write_rows
 from megatron.sft.hf import hub
-from megatron.sft.hf.download_record import RECORD, check_arrived, facts_of
+from megatron.sft.hf.download_record import RECORD, check_arrived, download_facts
 from megatron.sft.hf.names import ASSETS, data_folder_name, gigabytes, model_folder_name, shown
 from megatron.sft.runtime.errors import UserError, run
 from megatron.sft.runtime.manifest import read_json, write_json
@@ -139,7 +139,7 @@ def _fetch_model(id: str, revision: str, target: Path) -> None:
         "revision": revision,
         "commit": repository.commit,
         "files": {n: repository.files[n] for n in names},
-        "checksums": facts_of({n: repository.files[n] for n in names}, repository.checksums),
+        "checksums": download_facts({n: repository.files[n] for n in names}, repository.checksums),
     }
     write_json(partial / RECORD, record)
     check_arrived(partial)

@@ -12,7 +12,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron.sft.checkpoint.assembling import write_index
-from megatron.sft.checkpoint.folder import iteration_path, put_in_place, remove_superfluous, unfinished_path
+from megatron.sft.checkpoint.folder import iteration_path, put_in_place, remove_old_checkpoints, unfinished_path
 from megatron.sft.checkpoint.pieces import Piece
 from megatron.sft.checkpoint.writing import CancelledError, Written, stored_piece, write_pieces
 
@@ -142,7 +142,7 @@ class Job:
         put_in_place(self._root, self.iteration, folder, {**self._manifest, "files": files})
         notes = []
         try:
-            gone = remove_superfluous(self._root, self.iteration, self._keep_last, self._keep_every)
+            gone = remove_old_checkpoints(self._root, self.iteration, self._keep_last, self._keep_every)
             if gone:
                 notes = [f"removed {', '.join(iteration_path(self._root, i).name for i in gone)} (KEEP_LAST)"]
         except OSError as error:

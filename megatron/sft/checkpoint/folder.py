@@ -19,7 +19,7 @@ from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import (
     check_sizes,
     check_sums,
-    files_of,
+    listed_files,
     read_json,
     seal_holds,
     sealed,
@@ -106,7 +106,7 @@ def verify_files(checkpoint: Checkpoint) -> None:
         # Another program's, or one of this project's that lost it.
         print(f"warning: {manifest} is missing: the files are used without comparing them with checksums", flush=True)
         return
-    files = files_of(checkpoint.path, manifest, checkpoint.manifest.get("files"))
+    files = listed_files(checkpoint.path, manifest, checkpoint.manifest.get("files"))
     check_sizes(files, advice)
     check_sums(files, advice)
 
@@ -199,7 +199,7 @@ def sync_folder(folder: Path) -> None:
 _OVERHEAD = 1.01
 
 
-def superfluous(iterations_there: list[int], newest: int, keep_last: int, keep_every: int) -> list[int]:
+def checkpoints_to_delete(iterations_there: list[int], newest: int, keep_last: int, keep_every: int) -> list[int]:
     """Iterations that may go now that `newest` is whole. 0 keeps all, or none for good."""
     if keep_last <= 0:
         return []
@@ -207,11 +207,11 @@ def superfluous(iterations_there: list[int], newest: int, keep_last: int, keep_e
     return [i for i in older[keep_last - 1 :] if not (keep_every > 0 and i % keep_every == 0)]
 
 
-def remove_superfluous(root: Path, newest: int, keep_last: int, keep_every: int) -> list[int]:
+def remove_old_checkpoints(root: Path, newest: int, keep_last: int, keep_every: int) -> list[int]:
     """Remove the checkpoints that are not kept. Call it when `newest` is whole and the tracker names it."""
     # One without a manifest is not this run's, or is damaged: it neither counts nor is touched.
     whole = [i for i in iterations(root) if (iteration_path(root, i) / MANIFEST).is_file()]
-    gone = superfluous(whole, newest, keep_last, keep_every)
+    gone = checkpoints_to_delete(whole, newest, keep_last, keep_every)
     for iteration in gone:
         # Under another name first: a removal that is broken off leaves nothing that looks like a checkpoint.
         path = iteration_path(root, iteration)

@@ -11,7 +11,15 @@ from typing import Any
 from megatron.sft.checkpoint.folder import MANIFEST, TORCH, TORCH_DIST, TRACKER, Checkpoint, iteration_path, iterations
 from megatron.sft.runtime import ranks, watchdog
 from megatron.sft.runtime.errors import UserError
-from megatron.sft.runtime.manifest import Files, check_sizes, check_sums, files_of, read_json, seal_holds, write_text
+from megatron.sft.runtime.manifest import (
+    Files,
+    check_sizes,
+    check_sums,
+    listed_files,
+    read_json,
+    seal_holds,
+    write_text,
+)
 
 _ADVICE = "the checkpoint is not used"
 
@@ -50,8 +58,8 @@ def _whole(root: Path, iteration: int, problems: list[str]) -> Checkpoint | None
         if not path.is_dir():
             raise UserError(f"{root} has a folder of iteration {iteration} under another name than {path.name}")
         manifest = read_json(path / MANIFEST, "checkpoint manifest", "it is not whole")
-        check_manifest(path, manifest, iteration)
-        files = files_of(path, path / MANIFEST, manifest["files"])
+        check_checkpoint_manifest(path, manifest, iteration)
+        files = listed_files(path, path / MANIFEST, manifest["files"])
         check_sizes(files, _ADVICE)
         _check_names(path, files)
     except (UserError, OSError) as error:
@@ -60,7 +68,7 @@ def _whole(root: Path, iteration: int, problems: list[str]) -> Checkpoint | None
     return Checkpoint(path, iteration, manifest["checkpoint_format"], manifest)
 
 
-def check_manifest(path: Path, manifest: Any, iteration: int) -> None:
+def check_checkpoint_manifest(path: Path, manifest: Any, iteration: int) -> None:
     """Refuse a manifest that is not as it was written, or that belongs to another checkpoint."""
     where = path / MANIFEST
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or not seal_holds(manifest):
@@ -89,7 +97,7 @@ def _compare_tracker(root: Path, iteration: int, warned: bool) -> None:
     ranks.print_rank_0(f"warning: {tracker} {says}: taking iteration {iteration}, the newest that is whole")
 
 
-def mend_tracker(root: Path, iteration: int) -> None:
+def repair_tracker(root: Path, iteration: int) -> None:
     """Name the checkpoint that the run goes on from in the tracker, if another one is named."""
     tracker = root / TRACKER
     if not tracker.is_file() or tracker.read_text(errors="replace").strip() != str(iteration):
@@ -115,7 +123,7 @@ def checked_run(checkpoint: Checkpoint) -> Checkpoint:
         f"verified {checkpoint.path} in {seconds:.1f} s ({num_bytes / 1e9:.2f} GB; VERIFY_CHECKPOINT=0 leaves that out)"
     )
     if ranks.is_rank_0():
-        mend_tracker(checkpoint.path.parent, checkpoint.iteration)
+        repair_tracker(checkpoint.path.parent, checkpoint.iteration)
     return checkpoint
 
 
@@ -127,7 +135,7 @@ def _agreed_problem(checkpoint: Checkpoint) -> str | None:
     watchdog.enter("verification")
     problem = ""
     try:
-        files = files_of(checkpoint.path, checkpoint.path / MANIFEST, checkpoint.manifest["files"])
+        files = listed_files(checkpoint.path, checkpoint.path / MANIFEST, checkpoint.manifest["files"])
         check_sums(_share(files, rank, world), _ADVICE, lambda num_bytes: watchdog.touch())
     except UserError as error:
         problem = str(error)

@@ -78,7 +78,7 @@ class TokenizedRows:
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
         self.manifest: dict[str, Any] = read_json(file_of(prefix, "json"), "manifest of tokenised data", REBUILD)
-        check_manifest(file_of(prefix, "json"), self.manifest, FORMAT)
+        check_data_manifest(file_of(prefix, "json"), self.manifest, FORMAT)
         check_sizes(self.files, REBUILD)
         self._index = read_index(file_of(prefix, "idx"))
         num_tokens = int(self._index.lengths.sum(dtype=np.int64))
@@ -192,7 +192,7 @@ def write_index(
             file.write(np.ascontiguousarray(part, dtype=kind).tobytes())
 
 
-def check_manifest(path: Path, manifest: Any, version: int) -> None:
+def check_data_manifest(path: Path, manifest: Any, version: int) -> None:
     """Refuse a manifest that is not of tokenised data, or that lacks what training takes from it."""
     if not isinstance(manifest, dict) or manifest.get("format") != version:
         raise UserError(f"{path} is not a manifest of tokenised data, format {version}: {REBUILD}")

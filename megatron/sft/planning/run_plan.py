@@ -59,7 +59,7 @@ def resolve(mode: str, options: TrainOptions, num_processes: int) -> RunPlan:
     data_parallel = layout.data_parallel(num_processes)
     check_layout(layout, architecture)
     rows = TokenizedRows(data_prefix(options.data_path))
-    check_data(rows, options, architecture, start.manifest.get("source", {}))
+    check_data_fits_model(rows, options, architecture, start.manifest.get("source", {}))
     training_rows, validation_rows = split(options, rows.joined)
     train_iters, warmup_iters = steps(options, len(training_rows), data_parallel)
     return RunPlan(
@@ -176,7 +176,9 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     return read_architecture(config, str(checkpoint.path / "manifest.json"))
 
 
-def check_data(rows: TokenizedRows, options: TrainOptions, architecture: Architecture, source: dict[str, Any]) -> None:
+def check_data_fits_model(
+    rows: TokenizedRows, options: TrainOptions, architecture: Architecture, source: dict[str, Any]
+) -> None:
     """Refuse data that is not for this model. `source`: what the checkpoint's manifest says of the Hugging Face folder."""
     length = rows.manifest["length"]
     if options.seq_length and options.seq_length != length:

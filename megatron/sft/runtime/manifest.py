@@ -43,7 +43,7 @@ def _content_sum(manifest: Mapping[str, Any]) -> str:
     return sha256_of_text(json.dumps(content, sort_keys=True, separators=(",", ":")))
 
 
-def files_of(folder: Path, manifest: Path, files: Any) -> Files:
+def listed_files(folder: Path, manifest: Path, files: Any) -> Files:
     """The files that a manifest names, none of which may lie outside `folder`; `files` is what it says of them."""
     known = isinstance(files, dict) and all(
         isinstance(facts, dict) and type(facts.get("bytes")) is int and isinstance(facts.get("sha256"), str)
