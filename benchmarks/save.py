@@ -53,7 +53,7 @@ def _constant(values: torch.Tensor) -> Any:
 
 def _measure(folder: Path, pieces: list[Piece], repeats: int) -> None:
     size = sum(piece.num_bytes for piece in pieces)
-    print(f"{size / 1e9:.2f} GB in {len(pieces)} tensors on {device.describe()}, {num_files(size)} files at once")
+    print(f"{size / 1e9:.2f} GB in {len(pieces)} tensors on {device.device_name()}, {num_files(size)} files at once")
     staging = Staging()
     first = _seconds(lambda: staging.copy(pieces))
     copies, with_sums, without = [], [], []

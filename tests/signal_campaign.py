@@ -33,7 +33,7 @@ MOMENTS = {
 }
 HELD_SECONDS = 1.5
 POISON: dict[str, object] = {"poison": tiny.VOCAB_SIZE - 1}
-RESUME, STOOD_STILL = 75, 124
+RESUME, HUNG = 75, 124
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def killed_rank(case: Case) -> Outcome:
 
 def stopped_rank(case: Case) -> Outcome:
     outcome = case.strike(lambda seen: os.kill(seen.pid, signal.SIGSTOP))
-    assert outcome.status == STOOD_STILL, case.run.output
+    assert outcome.status == HUNG, case.run.output
     assert re.search(rf"rank {case.last_rank} .*(was stopped|no sign of life)", outcome.line), case.run.output
     return outcome
 
@@ -130,7 +130,7 @@ def stalled_thread(case: Case) -> Outcome:
     """The main thread of one rank waits for ever; the watchdog is set to 12 s, 36 s in a start, a save and the first step."""
     endless: dict[str, object] = {"hold": [case.part, case.iteration, case.last_rank, 600]}
     outcome = case.strike(lambda _: None, endless)
-    assert outcome.status == STOOD_STILL, case.run.output
+    assert outcome.status == HUNG, case.run.output
     assert f"rank {case.last_rank} stands still" in outcome.line and case.part in outcome.line, case.run.output
     return outcome
 

@@ -136,7 +136,7 @@ def _convert(source: HFFolder, layout: Layout, arguments: argparse.Namespace, ou
         exceptions = {name: dtype_name(dtype) for name, dtype in dtypes.items() if dtype != common}
         config = converted_config(source.config, source.architecture, arguments.dtype)
         return {
-            "source": {**source.describe(), "config": config, "weights_fingerprint": parameters.fingerprint()},
+            "source": {**source.manifest_entry(), "config": config, "weights_fingerprint": parameters.fingerprint()},
             "hf_dtype": dtype_name(common),
             "hf_dtype_exceptions": exceptions,
             "tensor_crc32": parameters.crc32,

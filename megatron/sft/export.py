@@ -30,9 +30,8 @@ from megatron.sft.hf.folder import HFFolder, num_tokens, write_weights
 from megatron.sft.hf.parameters import HFParameters
 from megatron.sft.hf.safetensors_file import tensor_bytes
 from megatron.sft.inference.serving import serve_hint
-from megatron.sft.runtime.disk_space import check_free_space
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
-from megatron.sft.runtime.manifest import read_json
+from megatron.sft.runtime.manifest import check_free_space, read_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from megatron.sft.planning.options import TrainOptions, parse
 from megatron.sft.runtime import watchdog
-from megatron.sft.runtime.errors import UserError, run
+from megatron.sft.runtime.errors import UserError, cause_of, run
 from megatron.sft.runtime.signals import LOST_PEER, StopRequest
 
 # What gloo and the store say when a process at the other end has died: an effect, whose cause is told elsewhere.
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _train(mode, options, stop)
     except BaseException as error:
         if not _LOST_PEER.search(str(error)):
-            watchdog.report_failure(f"rank {os.environ.get('RANK', '0')}: {_reason(error)}")
+            watchdog.report_failure(f"rank {os.environ.get('RANK', '0')}: {cause_of(error)}")
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             place = error.filename or f"OUTPUT_PATH {options.save}"
             raise UserError(
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ) from error
         if type(error).__name__ == "OutOfMemoryError":
             raise UserError(
-                f"the GPU's memory is full ({_reason(error)}): take RECOMPUTE=auto or full, more GPUs, or a larger "
+                f"the GPU's memory is full ({cause_of(error)}): take RECOMPUTE=auto or full, more GPUs, or a larger "
                 "TENSOR_PARALLEL_SIZE; tools/plan suggests sizes that fit"
             ) from error
         raise
@@ -53,12 +53,12 @@ def _train(mode: str, options: TrainOptions, stop: StopRequest) -> int:
     # Imported here: torch takes seconds, and signals are listened to from the first moment.
     from megatron.sft.model import process_groups
     from megatron.sft.planning import input_checks
-    from megatron.sft.planning.run_plan import describe, resolve
+    from megatron.sft.planning.run_plan import plan_text, resolve
     from megatron.sft.runtime import device, ranks
 
     device.prepare()
     plan = resolve(mode, options, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
-    ranks.print_rank_0(describe(plan, device.describe()))
+    ranks.print_rank_0(plan_text(plan, device.device_name()))
     input_checks.check(plan)
     from megatron.sft.model.config import describe_kernels
 
@@ -70,11 +70,6 @@ def _train(mode: str, options: TrainOptions, stop: StopRequest) -> int:
         if plan.resume and options.verify_checkpoint:
             plan = replace(plan, start=checked_run(plan.start))
         return Run(plan, stop).go()
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).strip().partition("\n")[0]
-    return text if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {text}"
 
 
 def _end() -> None:

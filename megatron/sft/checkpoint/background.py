@@ -15,6 +15,7 @@ from megatron.sft.checkpoint.assembling import write_index
 from megatron.sft.checkpoint.folder import iteration_path, put_in_place, remove_old_checkpoints, unfinished_path
 from megatron.sft.checkpoint.pieces import Piece
 from megatron.sft.checkpoint.writing import CancelledError, Written, stored_piece, write_pieces
+from megatron.sft.runtime.errors import cause_of
 
 _PAUSE_SECONDS = 0.02
 
@@ -122,7 +123,7 @@ class Job:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        reason = "it was given up" if isinstance(error, CancelledError) else describe(error)
+        reason = "it was given up" if isinstance(error, CancelledError) else cause_of(error)
         if not self._reported:
             self._report({"error": reason})
         if self._rank == 0:
@@ -146,7 +147,7 @@ class Job:
             if gone:
                 notes = [f"removed {', '.join(iteration_path(self._root, i).name for i in gone)} (KEEP_LAST)"]
         except OSError as error:
-            notes = [f"warning: an old checkpoint could not be removed: {describe(error)}"]
+            notes = [f"warning: an old checkpoint could not be removed: {cause_of(error)}"]
         self._end(notes=notes)
 
     def _part(self, rank: int) -> Written:
@@ -165,11 +166,3 @@ class Job:
         if "error" in content:
             raise RuntimeError(f"rank {rank}: {content['error']}")
         return Written(content["files"], [stored_piece(piece) for piece in content["pieces"]])
-
-
-def describe(error: BaseException) -> str:
-    """One line that names the cause."""
-    text = str(error).strip().partition("\n")[0]
-    if isinstance(error, OSError) or type(error) is RuntimeError:
-        return text
-    return f"{type(error).__name__}: {text}"

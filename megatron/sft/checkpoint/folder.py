@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from megatron.sft.runtime.disk_space import check_free_space
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import (
+    check_free_space,
     check_sizes,
     check_sums,
     listed_files,

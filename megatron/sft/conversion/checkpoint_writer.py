@@ -13,7 +13,7 @@ from megatron.sft.families.weight_names import weight_entries
 from megatron.sft.hf.folder import architecture_record, dtype_name
 from megatron.sft.model import process_groups
 from megatron.sft.model.layout import Layout
-from megatron.sft.runtime.disk_space import check_free_space
+from megatron.sft.runtime.manifest import check_free_space
 
 
 def layout_of(arguments: argparse.Namespace) -> Layout:

@@ -18,9 +18,8 @@ from megatron.sft.families.weight_names import check_hf_names
 from megatron.sft.hf.folder import HFFolder, dtype_name
 from megatron.sft.hf.parameters import HFParameters
 from megatron.sft.model.layout import check_layout
-from megatron.sft.runtime.disk_space import check_free_space
 from megatron.sft.runtime.errors import UserError
-from megatron.sft.runtime.manifest import write_text
+from megatron.sft.runtime.manifest import check_free_space, write_text
 
 
 def reshard(source: Path, output: Path, arguments: argparse.Namespace) -> None:
@@ -77,7 +76,7 @@ def _manifest(
 ) -> dict[str, Any]:
     """What is known of the weights' source; of a training run also what it was."""
     own = checkpoint.manifest
-    source = own.get("source") or (original.describe() if original else {})
+    source = own.get("source") or (original.manifest_entry() if original else {})
     common, exceptions = hf_dtypes(checkpoint, original)
     if dtype is not None:
         common, exceptions = dtype_name(NAMES[dtype]), {}

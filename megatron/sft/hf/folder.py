@@ -93,7 +93,7 @@ class HFFolder:
         """One tensor in its dtype on disk, mapped from the file."""
         return self._files[name].tensor(name)
 
-    def describe(self) -> dict[str, Any]:
+    def manifest_entry(self) -> dict[str, Any]:
         """What a manifest says of the source: the configuration, and checksums of tokenizer and chat template."""
         return {
             "path": str(self.path),

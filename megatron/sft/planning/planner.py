@@ -114,7 +114,7 @@ class Planner:
         self._add(
             "processes",
             f"{self.num_processes} = TP {layout.tensor_parallel} x PP {layout.pipeline_parallel} x CP "
-            f"{layout.context_parallel} x DP {self.data_parallel or '?'} on {device.describe()}",
+            f"{layout.context_parallel} x DP {self.data_parallel or '?'} on {device.device_name()}",
         )
 
     def _data(self) -> None:

@@ -126,7 +126,7 @@ def data_prefix(path: Path) -> Path:
     return path.with_suffix("") if path.suffix in (".bin", ".idx", ".json") else path
 
 
-def describe(plan: RunPlan, device_name: str) -> str:
+def plan_text(plan: RunPlan, device_name: str) -> str:
     """The plan as lines of `name  value` for people."""
     options, manifest = plan.options, plan.rows.manifest
     rows_seen = plan.train_iters * options.global_batch_size

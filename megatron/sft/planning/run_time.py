@@ -10,7 +10,7 @@ import numpy as np
 from megatron.sft.data.tokenized import MODE_FIRST, Index, TokenizedRows, file_of, read_index
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.flops import training_flops
-from megatron.sft.reporting import metrics
+from megatron.sft.reporting.curves import METRICS
 from megatron.sft.runtime import device
 
 ASSUMED_MFU = 0.40
@@ -52,8 +52,8 @@ def tokens_per_second(
     """Tokens a second of all processes together, and in words where the figure comes from."""
     if given:
         return given, "TOKENS_PER_SECOND"
-    if measured := _logged_speed(run_folder / metrics.FILE):
-        return measured, f"the median of {run_folder / metrics.FILE}"
+    if measured := _logged_speed(run_folder / METRICS):
+        return measured, f"the median of {run_folder / METRICS}"
     peak = device.peak_tflops()
     tokens, trained, squares = map(round, (load.tokens, load.trained_tokens, load.sum_squared_lengths))
     operations = training_flops(architecture, tokens, trained, squares) / max(tokens, 1)

@@ -11,7 +11,7 @@ PICTURE = "loss.png"
 LAST_SECONDS = 60.0  # that the end of a run waits for its last picture
 
 
-class LossPicture:
+class LivePlot:
     """Draws the picture of a run's folder; on the first process only. A failure is said once, and that is all of it."""
 
     def __init__(self, folder: Path) -> None:

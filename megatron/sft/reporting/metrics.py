@@ -15,11 +15,9 @@ from megatron.sft.reporting.trackers import Tracker
 from megatron.sft.runtime import device, ranks
 from megatron.sft.runtime.manifest import write_text
 
-FILE = METRICS
-
 
 @dataclass(frozen=True)
-class StepRecord:
+class StepMetrics:
     """What one training step came to, or the mean of several: `seconds` and all counts of tokens are of one step.
 
     tokens: without padding. trained_tokens: those with a loss. sum_squared_lengths: over the step's conversations, for the
@@ -59,7 +57,7 @@ class MetricsLog:
     trackers: Sequence[Tracker] = ()
     _started: float = field(default_factory=time.monotonic)
 
-    def step(self, record: StepRecord) -> None:
+    def step(self, record: StepMetrics) -> None:
         """One line on the screen, one in the file, and the same figures for every tracker."""
         tflops = self._tflops(record)
         peak = device.peak_tflops()
@@ -102,15 +100,15 @@ class MetricsLog:
         for tracker in self.trackers:
             tracker.close()
 
-    def _epoch(self, record: StepRecord) -> float:
+    def _epoch(self, record: StepMetrics) -> float:
         return record.consumed_rows / self.rows_an_epoch
 
-    def _tflops(self, record: StepRecord) -> float:
+    def _tflops(self, record: StepMetrics) -> float:
         """Of one process, mean over the step."""
         operations = training_flops(self.architecture, record.tokens, record.trained_tokens, record.sum_squared_lengths)
         return operations / record.seconds / record.num_processes / 1e12
 
-    def _line(self, record: StepRecord, tflops: float, mfu: float | None) -> str:
+    def _line(self, record: StepMetrics, tflops: float, mfu: float | None) -> str:
         rate = record.tokens / record.seconds
         done = record.iteration - self.start_iteration
         eta = (time.monotonic() - self._started) / max(done, 1) * (self.train_iters - record.iteration)
@@ -137,7 +135,7 @@ class MetricsLog:
         if ranks.is_rank_0():
             # JSON has no word for a number that is not finite.
             line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            with open(self.folder / FILE, "a", encoding="utf-8") as file:
+            with open(self.folder / METRICS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             for tracker in self.trackers:
                 tracker.write(values)
@@ -145,7 +143,7 @@ class MetricsLog:
 
 def forget_after(folder: Path, iteration: int) -> None:
     """Drop lines of steps after `iteration`, which a resumed run will do again, from metrics.jsonl."""
-    path = folder / FILE
+    path = folder / METRICS
     if not ranks.is_rank_0() or not path.exists():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _is_kept(line, iteration)]
@@ -154,7 +152,7 @@ def forget_after(folder: Path, iteration: int) -> None:
 
 def has_validation(folder: Path, iteration: int) -> bool:
     """Whether metrics.jsonl has the validation after `iteration` steps."""
-    path = folder / FILE
+    path = folder / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return any("validation_loss" in line and json.loads(line)["iteration"] == iteration for line in lines)
 

@@ -36,7 +36,7 @@ def backend() -> str:
     return "nccl" if has_gpu() else "gloo"
 
 
-def describe() -> str:
+def device_name() -> str:
     """One phrase for the log: `NVIDIA H200, 139 GiB` or `CPU`."""
     if not has_gpu():
         return f"CPU, {torch.get_num_threads()} thread(s) a process"

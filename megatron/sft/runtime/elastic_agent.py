@@ -150,11 +150,11 @@ class Agent(LocalElasticAgent):
         store = watchdog.open_store(group.master_addr, group.master_port, seconds=5.0)
         if store is not None:
             attempt = group.spec.max_restarts - self._remaining_restarts
-            reason = Agent.note or describe({failure.local_rank: failure for failure in self._failures()})[1]
+            reason = Agent.note or status_and_cause({failure.local_rank: failure for failure in self._failures()})[1]
             store.compare_set(f"megatron-sft/{attempt}/failed", "", reason)
 
     def _announce_restart(self) -> None:
-        reason = describe({failure.local_rank: failure for failure in self._failures()})[1]
+        reason = status_and_cause({failure.local_rank: failure for failure in self._failures()})[1]
         print(f"{reason}; starting again from the last checkpoint ({self._remaining_restarts - 1} more)", flush=True)
         Agent.note = ""
 
@@ -167,7 +167,7 @@ def _state_of(pid: int) -> str:
         return ""
 
 
-def describe(failures: dict[int, ProcessFailure]) -> tuple[int, str]:
+def status_and_cause(failures: dict[int, ProcessFailure]) -> tuple[int, str]:
     """The exit status of the process that is the cause, and one line on it; "" where it has said everything itself.
 
     A process that ends with an exception has printed its trace; one with a `UserError` has left its line in torchrun's error
@@ -176,7 +176,7 @@ def describe(failures: dict[int, ProcessFailure]) -> tuple[int, str]:
     causes = {rank: each for rank, each in failures.items() if each.pid not in Agent.ended_here} or failures
     rank, failure = min(causes.items(), key=lambda item: (_order(item[1]), item[1].timestamp))
     if Agent.note:
-        return watchdog.STOOD_STILL, Agent.note
+        return watchdog.HUNG, Agent.note
     if failure.exitcode in _STOPPED:
         return RESUME, ""
     if failure.exitcode - 128 in STOP_SIGNALS:
@@ -220,7 +220,7 @@ def launch(arguments: Sequence[str], relay: "SignalRelay") -> int:
         if len(Agent.signals) > 1:
             print("ended at once by a second signal; the last checkpoint is good", file=sys.stderr)
             return 128 + Agent.signals[1]
-        status, line = describe(error.failures)
+        status, line = status_and_cause(error.failures)
         if line:
             print(f"error: {line}", file=sys.stderr)
         return status

@@ -26,6 +26,12 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+def cause_of(error: BaseException) -> str:
+    """One line that names the cause: `first_line`, after the error's type where the text alone may say too little."""
+    says_enough = isinstance(error, UserError | OSError) or type(error) is RuntimeError
+    return first_line(error) if says_enough else f"{type(error).__name__}: {first_line(error)}"
+
+
 def fail(message: str) -> NoReturn:
     """Print `error: message` on stderr and end the process with status 2."""
     print(f"error: {message}", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -121,3 +122,15 @@ def read_json(path: Path, what: str, next_step: str) -> Any:
         raise UserError(f"{what} {path} cannot be read ({error.strerror}): {next_step}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} {path} is not valid JSON ({error}): {next_step}") from None
+
+
+def check_free_space(folder: Path, num_bytes: int, what: str) -> None:
+    """A `UserError` with both numbers if the disk of `folder` (or of the nearest parent that exists) is too small."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise UserError(
+            f"{what} needs {num_bytes / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free: "
+            "make room there, or give an output folder on another disk"
+        )

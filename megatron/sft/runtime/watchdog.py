@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 # The exit status of a process that the watchdog ended: timeout(1)'s.
-STOOD_STILL = 124
+HUNG = 124
 # A process whose watchdog is silent for so long is stopped, dead, or out of reach. Only looked at while this one waits.
 SILENT_SECONDS = 30.0
 _WAITING_SECONDS = 5.0
@@ -186,7 +186,7 @@ class Watchdog(threading.Thread):
             frame = frame.f_back
         return "", waits
 
-    def _end(self, verdict: str, status: int = STOOD_STILL) -> None:
+    def _end(self, verdict: str, status: int = HUNG) -> None:
         from megatron.sft.runtime.errors import leave_message
 
         if self._store is not None:

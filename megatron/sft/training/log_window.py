@@ -13,7 +13,7 @@ from megatron.sft.training.engine import StepResult
 
 @dataclass(frozen=True)
 class Totals:
-    """What a window came to over all processes, all its steps together. source_losses: as in `StepRecord`."""
+    """What a window came to over all processes, all its steps together. source_losses: as in `StepMetrics`."""
 
     loss: float
     tokens: int

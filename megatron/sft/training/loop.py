@@ -11,7 +11,7 @@ import torch
 from megatron.sft.data.source_names import source_names
 from megatron.sft.planning.run_plan import RunPlan, num_parameters, options_record
 from megatron.sft.reporting import metrics
-from megatron.sft.reporting.live_plot import LossPicture
+from megatron.sft.reporting.live_plot import LivePlot
 from megatron.sft.reporting.trackers import open_trackers
 from megatron.sft.runtime import device, ranks, watchdog
 from megatron.sft.runtime.errors import UserError
@@ -68,7 +68,7 @@ class Run:
         trackers = open_trackers(save, self.iteration, options_record(self.options))
         num_rows = len(plan.training_rows)
         self.log = metrics.MetricsLog(save, plan.train_iters, num_rows, self.iteration, plan.architecture, trackers)
-        self.picture = LossPicture(save)
+        self.picture = LivePlot(save)
         self.stop.begin(self.options.exit_after_minutes)
         code = self._asked()
         if owed and not code:
@@ -146,7 +146,7 @@ class Run:
             return
         watchdog.enter("search for numbers that are not finite")
         what = f"iteration {number}: the gradient is not finite (norm {result.grad_norm})"
-        what += f": {nonfinite.describe(self.engine, self.feeder, self.consumed)}"
+        what += f": {nonfinite.rows_to_blame(self.engine, self.feeder, self.consumed)}"
         counters["skipped_steps"] += 1
         skipped, most = counters["skipped_steps"], self.options.max_skipped
         if self.options.on_nan == "stop":
@@ -176,7 +176,7 @@ class Run:
                 "tools/show_sample"
             )
         self.log.step(
-            metrics.StepRecord(
+            metrics.StepMetrics(
                 iteration=self.iteration,
                 consumed_rows=self.consumed,
                 loss=totals.loss,

@@ -28,7 +28,7 @@ class Found:
         return f"row {self.row}{part}"
 
 
-def describe(engine: "Engine", feeder: Feeder, consumed: int) -> str:
+def rows_to_blame(engine: "Engine", feeder: Feeder, consumed: int) -> str:
     """Which rows of the step after `consumed` rows are to blame, in words. All ranks must call it; all get the same.
 
     The micro-batches of the step are computed again, first whole, then conversation by conversation.
