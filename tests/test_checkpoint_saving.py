@@ -29,15 +29,15 @@ def half(train: Callable[..., Path]) -> Path:
     return folder
 
 
-def test_boxes_make_up_every_range_of_a_tensor_once() -> None:
-    from megatron.sft.checkpoint.pieces import boxes
+def test_blocks_make_up_every_range_of_a_tensor_once() -> None:
+    from megatron.sft.checkpoint.shard_slice import contiguous_blocks
 
     for shape in ((7,), (3, 4), (2, 3, 4), (5, 1, 3)):
         numbers = np.arange(np.prod(shape)).reshape(shape)
         for start in range(numbers.size):
             for stop in range(start + 1, numbers.size + 1):
                 found = []
-                for offsets, sizes, first in boxes(shape, start, stop):
+                for offsets, sizes, first in contiguous_blocks(shape, start, stop):
                     box = numbers[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))].ravel()
                     assert box[0] == first and np.all(np.diff(box) == 1)  # contiguous in memory
                     found += box.tolist()
@@ -128,7 +128,7 @@ def test_a_change_of_the_run_is_refused_with_both_values_or_taken_on_an_explicit
     output = tiny.run_module("train", *common, *same, "--seed", "7", "--resume-with", "data", status=2)
     assert "SEED was 1234 in" in output
     output = tiny.run_module("train", *common, *same, "--resume-with", "everything", status=2)
-    assert "RESUME_WITH='everything': 'everything' is none of data, tokenizer" in output
+    assert "RESUME_WITH='everything': 'everything' is not one of data, tokenizer" in output
     output = tiny.run_module("train", *common, "--data-path", other, "--global-batch-size", "8", status=2)
     assert "DATA_PATH's content was checksum" in output
     changed = ["--data-path", other, "--global-batch-size", "4", "--micro-batch-size", "2"]

@@ -76,7 +76,7 @@ def test_converting_again_says_that_it_is_done_and_refuses_another_source(
     output = tiny.run_module("convert", "--hf-dir", tiny_qwen2, "--output", converted)
     assert "is already the conversion of" in output
     output = tiny.run_module("convert", "--hf-dir", tiny_qwen2_tied, "--output", converted, status=2)
-    assert output.startswith(f"error: {converted} holds another checkpoint") and output.count("\n") == 1
+    assert output.startswith(f"error: {converted} holds a checkpoint of another source") and output.count("\n") == 1
 
 
 def test_shards_keep_to_their_size_and_the_index_finds_every_tensor(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from megatron.sft import export
 from megatron.sft.checkpoint import torch_file
 from megatron.sft.checkpoint.folder import open_checkpoint
 from megatron.sft.checkpoint.metadata_file import read_metadata
-from megatron.sft.checkpoint.piece_reader import PieceReader
-from megatron.sft.checkpoint.pieces import Piece
+from megatron.sft.checkpoint.reading import SliceReader
+from megatron.sft.checkpoint.shard_slice import ShardSlice
 from megatron.sft.runtime.errors import UserError
 from tests import malicious, tiny
 
@@ -96,9 +96,9 @@ def test_a_tensor_that_is_called_an_object_is_not_unpickled(
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     malicious.forge_manifest(folder, {})
     (folder.parent / "latest_checkpointed_iteration.txt").write_text("1")
-    piece = Piece(key, (0,), (64,), (64,), torch.float32, lambda: torch.zeros(64))
+    wanted = ShardSlice(key, (0,), (64,), (64,), torch.float32, lambda: torch.zeros(64))
     with pytest.raises(UserError, match=key):
-        PieceReader(folder).fill([piece])
+        SliceReader(folder).fill([wanted])
     with pytest.raises(UserError, match=key):
         malicious.call_main(
             monkeypatch, export.main, "--load", folder.parent, "--hf-dir", tiny_qwen2, "--output", tmp_path / "out"

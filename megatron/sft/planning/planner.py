@@ -17,7 +17,7 @@ from megatron.sft.planning.memory_fit import describe_fits, gpu_memory, memory_s
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.planning.run_plan import (
     architecture_of,
-    check_data,
+    check_data_fits_model,
     data_prefix,
     layout_for,
     number_problems,
@@ -134,7 +134,7 @@ class Planner:
             f"conversations, {100 * manifest['trained_tokens'] / max(manifest['tokens'], 1):.1f} % of the tokens trained",
         )
         if self.architecture:
-            self.attempt(check_data, self.rows, self.options, self.architecture, self.source)
+            self.attempt(check_data_fits_model, self.rows, self.options, self.architecture, self.source)
         self._check_sums(self.rows.files, input_checks.check_rows, self.rows, self.options.save)
 
     def _check_sums(self, files: Files, check: Callable[..., None], *arguments: Any) -> None:
