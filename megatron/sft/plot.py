@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output", type=Path, help="default loss.png in the first run's folder, comparison.png of several"
     )
     parser.add_argument("--title")
-    parser.add_argument("--x", choices=list(AXES), default="iteration", help="what goes to the right")
+    parser.add_argument("--x", choices=list(AXES), default="iteration", help="the horizontal axis")
     parser.add_argument("--by-source", action="store_true", help="with the loss of every source of the data")
     arguments = parser.parse_args(argv)
     names = run_names(arguments.runs)

@@ -77,7 +77,7 @@ def _write_torch_dist(folder: Path, architecture: Architecture, parameters: Para
     from megatron.sft.model.gpt import build_model
 
     with process_groups.parallel(Layout()), torch.device("meta"):
-        config = transformer_config(architecture, Layout(), architecture.torch_dtype)
+        config = transformer_config(architecture, Layout())
         live = whole_parameters(build_model(architecture, Layout(), config), architecture)
     entries = list(weight_entries(architecture))
     # Layers and experts are leading dimensions of the stored tensor; the last entry of a key is the last of them.

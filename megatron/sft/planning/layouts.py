@@ -25,7 +25,7 @@ _CONTEXT_COST = {1: 1.0, 2: 1.08, 4: 1.15, 8: 1.25}
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Parallel sizes that fit, how much memory they take and how slow they are thought to be beside each other."""
+    """Parallel sizes that fit, the memory they take, and their estimated step time relative to the other suggestions."""
 
     layout: Layout
     data_parallel: int

@@ -17,7 +17,7 @@ RECOMPUTE_WORDS = ("none", "selective", "full")
 # for every dimension of parallelism.
 _CONTEXT_BYTES = int(1.0 * GIB)
 _NCCL_BYTES = int(0.4 * GIB)
-# Blocks that torch's allocator keeps beside the tensors, as a share of the activations.
+# Blocks that torch's allocator keeps in addition to the tensors, as a share of the activations.
 _FRAGMENTS = 0.02
 # Share of a GPU's memory that an estimate may fill: it is not exact.
 _USABLE = 0.96
@@ -58,7 +58,7 @@ class MemoryEstimate:
         return sum(self.parts().values())
 
     def fits(self, gpu_bytes: int) -> bool:
-        """True if a GPU of so many bytes holds it, with a margin."""
+        """True if a GPU of `gpu_bytes` bytes holds it, with a margin of 4 %."""
         return self.total <= _USABLE * gpu_bytes
 
     def parts(self) -> dict[str, int]:
@@ -171,7 +171,7 @@ def _bytes_per_parameter(settings: MemorySettings) -> tuple[int, int, int]:
 
 
 def _micro_batches_in_flight(layout: Layout, micro_batches: int, stage: int) -> float:
-    """Micro-batches whose activations a stage holds at once: the first stage fills the pipeline, the last holds one.
+    """Micro-batches whose activations a stage holds at the same time: the first stage fills the pipeline, the last holds one.
 
     Interleaved stages count in chunks of the model, of which they begin more before the first backward pass.
     """
@@ -229,7 +229,7 @@ def kept_tensors(layer: dict[str, float], recompute: str) -> dict[str, float]:
 
 
 def _largest_layer_tensors(layer: dict[str, float], recompute: str) -> float:
-    """Bytes a token that one layer's backward pass takes beside what is kept: gradients, and what is computed again."""
+    """Bytes a token that one layer's backward pass takes in addition to what is kept: gradients, and recomputed tensors."""
     gradients = layer["gate and up"] + layer["activation"] + layer["MLP norm"]
     again = sum(layer.values()) - sum(kept_tensors(layer, recompute).values())
     # Norms and activation are computed again one at a time.

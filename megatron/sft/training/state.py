@@ -12,7 +12,8 @@ from megatron.sft.checkpoint.model_shards import load_weights, model_tensors, te
 from megatron.sft.checkpoint.optimizer_state import load_optimizer, optimizer_record, optimizer_slices
 from megatron.sft.checkpoint.reading import SliceReader
 from megatron.sft.checkpoint.shard_slice import ShardSlice
-from megatron.sft.planning.run_plan import RunPlan, options_record
+from megatron.sft.planning.options import options_record
+from megatron.sft.planning.run_plan import RunPlan
 from megatron.sft.runtime import device, ranks
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.training.engine import Engine

@@ -1,0 +1,179 @@
+"""Compares converted models with transformers in one parallel layout: logits, and the gradients of one training step.
+
+torchrun … conversion_worker.py TP PP EP SP FOLDER [CHECKPOINTS]: for every model of FOLDER, whose checkpoint has its name.
+"""
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron.sft.checkpoint.folder import open_checkpoint
+from megatron.sft.compare_logits import megatron_logits, transformers_logits
+from megatron.sft.data.tokenized import Row
+from megatron.sft.families.rules import tensor_parallel_part
+from megatron.sft.families.weight_names import checkpoint_name, weight_entries
+from megatron.sft.hf.folder import HFFolder
+from megatron.sft.model import process_groups
+from megatron.sft.model.layout import Layout, check_layout
+from megatron.sft.runtime import device
+
+LENGTHS = (40, 3, 61)
+
+
+def main() -> None:
+    tp, pp, ep, sp = map(int, sys.argv[1:5])
+    layout = Layout(tp, pp, sequence_parallel=bool(sp), expert_parallel=ep)
+    folders = sorted(path for path in Path(sys.argv[5]).iterdir() if path.is_dir())
+    with process_groups.parallel(layout):
+        for folder in folders:
+            checkpoint = Path(sys.argv[6]) / folder.name
+            if not checkpoint.exists():
+                continue
+            source = HFFolder(folder)
+            if ep > 1 and source.architecture.moe is None:
+                continue
+            check_layout(layout, source.architecture)
+            difference = logits_difference(checkpoint, source, layout)
+            worst, name = gradient_difference(checkpoint, source, layout)
+            if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+                print(f"result {folder.name} {difference:.3g} {worst:.3g} {name}", flush=True)
+
+
+def conversations(source: HFFolder) -> list[np.ndarray]:
+    generator = np.random.default_rng(7)
+    return [generator.integers(0, source.architecture.vocab_size, size=length) for length in LENGTHS]
+
+
+def logits_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> float:
+    """The largest of all processes."""
+    ours = megatron_logits(open_checkpoint(checkpoint), source, layout, conversations(source))
+    difference = 0.0
+    if ours is not None:
+        difference = float((ours - transformers_logits(source.path, conversations(source))).abs().max())
+    return largest(difference)
+
+
+def largest(value: float) -> float:
+    result = torch.tensor(value if value == value else float("inf"))
+    torch.distributed.all_reduce(result, torch.distributed.ReduceOp.MAX)
+    return float(result)
+
+
+def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> tuple[float, str]:
+    """The largest relative difference of a parameter's gradient over all processes, and this process's worst parameter."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron.sft.checkpoint.model_shards import load_weights
+    from megatron.sft.model.config import transformer_config
+    from megatron.sft.model.gpt import build_model
+    from megatron.sft.training.batches import make_micro_batch
+
+    architecture = source.architecture
+    config = transformer_config(architecture, layout)
+    model = build_model(architecture, layout, config)
+    load_weights(open_checkpoint(checkpoint), [model], layout)
+    wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    config.finalize_model_grads_func = finalize_model_grads
+    row = packed_row(source)
+    batch = make_micro_batch([row], layout.tensor_parallel, "token", device.current())
+
+    def loss(output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        summed, _ = output
+        return summed, batch.loss_count.to(torch.int), {"loss": summed.detach()}
+
+    def step(batches: Iterator[Any], stage: Any) -> tuple[torch.Tensor, Any]:
+        return stage(batch=next(batches)), partial(loss)
+
+    wrapped.zero_grad_buffer()
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter([batch]),
+        model=[wrapped],
+        num_microbatches=1,
+        seq_length=batch.tokens.shape[1],
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    expected = transformers_gradients(source, row)
+    entries = {entry.megatron: entry for entry in weight_entries(architecture)}
+    experts = architecture.moe.num_experts // layout.expert_parallel if architecture.moe else 0
+    first = (
+        model.decoder.layers[0].layer_number - 1,
+        experts * parallel_state.get_expert_model_parallel_rank(),
+    )
+    worst, worst_name = 0.0, "-"
+    for live_name, parameter in model.named_parameters():
+        name = checkpoint_name(live_name, *first, architecture.moe is not None)
+        if name == "output_layer.weight" and architecture.tied_embeddings:
+            name = "embedding.word_embeddings.weight"
+        entry = entries[name]
+        whole = entry.rule.to_megatron(architecture, *(expected[hf] for hf in entry.hf))
+        if "embedding" in name or "output_layer" in name:
+            whole = torch.cat(
+                [whole, whole.new_zeros(layout.padded_vocab_size(architecture) - len(whole), whole.shape[1])]
+            )
+        rank, size = parallel_state.get_tensor_model_parallel_rank(), layout.tensor_parallel
+        if entry.expert is not None:
+            rank, size = parallel_state.get_expert_tensor_parallel_rank(), layout.expert_tensor_parallel
+        theirs = tensor_parallel_part(entry.rule, whole, rank, size)
+        ours = parameter.main_grad
+        difference = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-6))
+        if difference > worst:
+            worst, worst_name = difference, name
+    return largest(worst), worst_name
+
+
+def packed_row(source: HFFolder) -> Row:
+    parts = conversations(source)
+    trained = np.concatenate([np.arange(len(part)) > len(part) // 3 for part in parts])
+    return Row(np.concatenate(parts), trained, np.array([len(part) for part in parts]))
+
+
+def transformers_gradients(source: HFFolder, row: Row) -> dict[str, torch.Tensor]:
+    """Gradients of the mean loss over the trained tokens, by the names of the tensors on disk."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    start, total = 0, torch.zeros(())
+    for length in row.conversation_lengths:
+        ids = torch.from_numpy(row.tokens[start : start + length])
+        trained = torch.from_numpy(row.trained[start : start + length])
+        logits = model(ids[None], use_cache=False).logits[0]
+        losses = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
+        total = total + losses[trained[1:]].sum()
+        start += int(length)
+    (total / int(row.trained.sum())).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return on_disk_names(gradients, source)
+
+
+def on_disk_names(gradients: dict[str, torch.Tensor], source: HFFolder) -> dict[str, torch.Tensor]:
+    """transformers 5 keeps all experts of a layer in one parameter; on disk they are apart."""
+    result = {}
+    mixtral = source.architecture.family == "mixtral"
+    for name, gradient in gradients.items():
+        if name.endswith("experts.gate_up_proj"):
+            for expert, both in enumerate(gradient):
+                for part, half in zip(
+                    ("w1", "w3") if mixtral else ("gate_proj", "up_proj"), both.chunk(2), strict=True
+                ):
+                    result[name.replace("gate_up_proj", f"{expert}.{part}.weight")] = half
+        elif name.endswith("experts.down_proj"):
+            for expert, down in enumerate(gradient):
+                result[name.replace("down_proj", f"{expert}.{'w2' if mixtral else 'down_proj'}.weight")] = down
+        else:
+            result[name] = gradient
+    if mixtral:
+        result = {name.replace(".mlp.", ".block_sparse_moe."): gradient for name, gradient in result.items()}
+    return result
+
+
+if __name__ == "__main__":
+    main()
