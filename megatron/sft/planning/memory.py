@@ -6,14 +6,12 @@ docs/performance.md compares the estimates with measured peaks.
 from dataclasses import dataclass, replace
 
 from megatron.sft.families.architecture import Architecture
-from megatron.sft.model.layout import Layout
+from megatron.sft.model.layout import HEAD_CHUNK_TOKENS, Layout
 
 GIB = 2**30
-# loss_head.CHUNK_TOKENS, without megatron-core: plan has to answer in seconds. A test holds them equal.
-HEAD_CHUNK_TOKENS = 2816
 # In the order of their cost in time.
 RECOMPUTE_WORDS = ("none", "selective", "full")
-# What torch does not count in its peak: the CUDA context with cuBLAS' and Transformer Engine's workspaces, and NCCL's buffers
+# Not part of torch's own peak: the CUDA context with cuBLAS' and Transformer Engine's workspaces, and NCCL's buffers
 # for every dimension of parallelism.
 _CONTEXT_BYTES = int(1.0 * GIB)
 _NCCL_BYTES = int(0.4 * GIB)
@@ -27,9 +25,9 @@ _USABLE = 0.96
 class MemorySettings:
     """What the memory depends on besides the model and the layout."""
 
-    row_length: int
+    seq_length: int
     micro_batch_size: int = 1
-    micro_batches: int = 1  # of a step on each data-parallel copy
+    num_micro_batches: int = 1  # of a step on each data-parallel copy
     precision: str = "bf16"
     recompute: str = "none"
     optimizer_precision: str = "fp32"
@@ -129,8 +127,8 @@ def _stage_estimate(
     copies = data_parallel * layout.context_parallel
     expert_copies = max(1, copies * layout.tensor_parallel // (layout.expert_parallel * layout.expert_tensor_parallel))
     for_weight, for_gradient, for_optimizer = _bytes_per_parameter(settings)
-    tokens = settings.row_length * settings.micro_batch_size // layout.context_parallel
-    in_flight = _micro_batches_in_flight(layout, settings.micro_batches, stage)
+    tokens = settings.seq_length * settings.micro_batch_size // layout.context_parallel
+    in_flight = _micro_batches_in_flight(layout, settings.num_micro_batches, stage)
     layers = layout.stage_layers(architecture)[stage]
     layer = layer_tensors(architecture, layout, settings)
     one_micro_batch = layers * tokens * sum(kept_tensors(layer, settings.recompute).values())
@@ -170,16 +168,16 @@ def _bytes_per_parameter(settings: MemorySettings) -> tuple[int, int, int]:
     return 2, 4, 12 * on_gpu
 
 
-def _micro_batches_in_flight(layout: Layout, micro_batches: int, stage: int) -> float:
+def _micro_batches_in_flight(layout: Layout, num_micro_batches: int, stage: int) -> float:
     """Micro-batches whose activations a stage holds at the same time: the first stage fills the pipeline, the last holds one.
 
     Interleaved stages count in chunks of the model, of which they begin more before the first backward pass.
     """
     stages, chunks = layout.pipeline_parallel, layout.virtual_pipeline
     if chunks == 1:
-        return min(stages - stage, micro_batches)
+        return min(stages - stage, num_micro_batches)
     begun = 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
-    return min(begun, micro_batches * chunks) / chunks
+    return min(begun, num_micro_batches * chunks) / chunks
 
 
 def _element_bytes(settings: MemorySettings) -> int:
