@@ -44,7 +44,7 @@ def test_blocks_make_up_every_range_of_a_tensor_once() -> None:
                 assert found == list(range(start, stop))
 
 
-def test_the_last_checkpoints_and_every_so_manieth_are_kept() -> None:
+def test_the_last_checkpoints_and_every_nth_are_kept() -> None:
     there = [100, 200, 300, 400, 500, 600]
     assert checkpoints_to_delete(there, 500, 0, 200) == []
     assert checkpoints_to_delete(there, 500, 1, 0) == [400, 300, 200, 100]

@@ -20,10 +20,10 @@ _PAUSE_SECONDS = 0.02
 
 
 class StoreMailbox:
-    """Texts by name, seen by all processes, about the save with this `number`. Each thread needs its own mailbox."""
+    """Texts by name, seen by all processes, about the save `save_number`. Each thread needs its own mailbox."""
 
-    def __init__(self, number: int) -> None:
-        self._store: Store = PrefixStore(f"checkpoint/{number}", _own_connection(_get_default_store()))
+    def __init__(self, save_number: int) -> None:
+        self._store: Store = PrefixStore(f"checkpoint/{save_number}", _own_connection(_get_default_store()))
 
     def put(self, name: str, text: str) -> None:
         """Store a text; on return every process can read it."""

@@ -86,7 +86,7 @@ class HashedFile:
     def __init__(self, path: Path, cancelled: Event | None = None) -> None:
         self.path = path
         self.num_bytes = 0
-        # torch.save raises an error of its own for a failed write, without the reason.
+        # For a failed write torch.save raises another error, without the reason.
         self.error: BaseException | None = None
         self._sha256 = hashlib.sha256()
         self._cancelled = cancelled
