@@ -84,13 +84,16 @@ class SliceReader:
                 yield _within(low, high, wanted.offsets), stored[_within(low, high, chunk.offsets)]
 
     def _copy(self, wanted: ShardSlice, parts: Iterable[tuple[tuple[slice, ...], Tensor]], target: Tensor) -> None:
+        """Copy the parts of a slice to `target`, of shape `sizes`; a `UserError` if they are not all of it."""
         copied = 0
         for place, part in parts:
             target[place].copy_(part)
             copied += part.numel()
-        # A padded slice may reach beyond the stored tensor.
-        there = zip(wanted.offsets, wanted.sizes, self.tensors[wanted.key].size, strict=True)
-        if copied != prod(max(0, min(start + size, whole) - start) for start, size, whole in there):
+        expected = prod(wanted.sizes)
+        if wanted.padded:  # it may reach beyond the stored tensor
+            ends = zip(wanted.offsets, wanted.sizes, self.tensors[wanted.key].size, strict=True)
+            expected = prod(max(0, min(start + size, whole) - start) for start, size, whole in ends)
+        if copied != expected:
             raise UserError(f"{self.folder} holds {wanted.key} only in part: take another checkpoint")
 
 

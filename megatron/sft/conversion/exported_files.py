@@ -10,7 +10,7 @@ from megatron.sft.checkpoint.folder import Checkpoint
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.parameters import DTYPE_OPTIONS
 from megatron.sft.hf.folder import copy_companions, dtype_name
-from megatron.sft.hf.tokenizer_files import chat_template_of
+from megatron.sft.hf.tokenizer_files import read_chat_template
 from megatron.sft.runtime.manifest import read_json, write_json, write_text
 
 CURVE = "loss.png"
@@ -34,7 +34,7 @@ def write_companions(
     if not training:
         return
     template = training.get("chat_template")
-    if template and template != chat_template_of(folder):
+    if template and template != read_chat_template(folder):
         write_chat_template(folder, template)
         print("chat template: that of the training data, which differs from the original model's")
     _edit_end_tokens(training, folder)

@@ -18,11 +18,11 @@ def tokenizer_sha256(folder: Path) -> str | None:
 
 def chat_template_sha256(folder: Path) -> str | None:
     """SHA-256 of the text of the folder's chat template, None without one."""
-    text = chat_template_of(folder)
+    text = read_chat_template(folder)
     return None if text is None else sha256_of_text(text)
 
 
-def chat_template_of(folder: Path) -> str | None:
+def read_chat_template(folder: Path) -> str | None:
     """The template that transformers uses: chat_template.jinja, else the (default) one of tokenizer_config.json, else None."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")

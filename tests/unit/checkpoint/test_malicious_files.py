@@ -229,3 +229,14 @@ def test_a_tracker_names_an_iteration_and_nothing_else(said: str, converted: Pat
     (root / "latest_checkpointed_iteration.txt").write_text(said)
     with pytest.raises(UserError, match=str(root)):
         open_checkpoint(root)
+
+
+def test_a_checkpoint_with_fewer_layers_than_the_model_is_refused(converted: Path) -> None:
+    """A slice beyond the stored tensor is never returned unfilled."""
+    reader = SliceReader(converted / "iter_0000001")
+    key = "decoder.layers.mlp.linear_fc2.weight"
+    layers, *shape = reader.tensors[key].size
+    offsets, sizes, whole = (layers, 0, 0), (1, *shape), (layers + 1, *shape)
+    for use in (reader.read, lambda wanted: reader.fill([wanted])):
+        with pytest.raises(UserError, match=key):
+            use(ShardSlice(key, offsets, sizes, whole, torch.float32, lambda: torch.zeros(sizes)))
