@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from megatron.sft.data.hub_records import Selection, open_records, write_records
 from megatron.sft.hf import hub
-from megatron.sft.hf.download_record import RECORD, check_arrived, facts_of
+from megatron.sft.hf.download_record import RECORD, check_arrived, download_facts
 from megatron.sft.hf.names import ASSETS, data_folder_name, gigabytes, model_folder_name, shown
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import check_free_space, read_json, write_json
@@ -131,7 +131,7 @@ def _fetch_model(id: str, revision: str, target: Path) -> None:
         "revision": revision,
         "commit": repository.commit,
         "files": files,
-        "checksums": facts_of(files, repository.checksums),
+        "checksums": download_facts(files, repository.checksums),
     }
     write_json(partial / RECORD, record)
     check_arrived(partial)

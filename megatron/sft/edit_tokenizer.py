@@ -15,7 +15,7 @@ from typing import Any
 from megatron.sft.chat.named_templates import chosen_template
 from megatron.sft.chat.thinking_template import check_keeps_thinking, keep_thinking
 from megatron.sft.hf.folder import num_tokens
-from megatron.sft.hf.tokenizer_files import chat_template_of
+from megatron.sft.hf.tokenizer_files import read_chat_template
 from megatron.sft.runtime.errors import UserError, run
 from megatron.sft.runtime.manifest import write_text
 
@@ -211,7 +211,7 @@ class TokenizerFiles:
                 if tokenizer.encode(content, add_special_tokens=False) != [token_id]:
                     raise UserError(f"{content!r} would not be one token with id {token_id}: nothing was changed")
             if keeps_thinking:
-                check_keeps_thinking(tokenizer, chat_template_of(copy) or "", str(self.folder))
+                check_keeps_thinking(tokenizer, read_chat_template(copy) or "", str(self.folder))
 
 
 def _drop_from_special(config: dict[str, Any], token: str) -> None:

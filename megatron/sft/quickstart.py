@@ -7,10 +7,8 @@ python -m megatron.sft.quickstart report --before B.json --after A.json --metric
 
 import argparse
 import json
-import os
 import random
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +19,7 @@ from megatron.sft.hf import names
 from megatron.sft.reporting.curves import read_curve
 from megatron.sft.runtime.errors import OneLineParser, run
 from megatron.sft.runtime.manifest import read_json, sha256_of_file, write_json, write_text
+from megatron.sft.runtime.whole_folder import whole_folder
 
 NAMES = (
     *("Ada", "Ben", "Cal", "Dan", "Eva", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Leo", "Mia"),
@@ -124,29 +123,17 @@ def make_tokenizer(seed: int = SEED) -> Any:
 
 
 def make_model_folder(output: Path, seed: int = SEED) -> bool:
-    """Write the untrained model, beside its place and renamed; False if it is there already from the same sources."""
+    """Write the untrained model whole or not at all; False if it is there already from the same sources."""
     sources = {"seed": seed, **{name: sha256_of_file(ASSETS / name) for name in MODEL_FILES}}
     if output.exists():
         made = read_json(output / SOURCE_MANIFEST, f"{output} is no quickstart model:", "give another folder")
         weights = output / "model.safetensors"
         if made["sources"] == sources and weights.exists() and sha256_of_file(weights) == made["weights"]:
             return False
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        _write_model(beside, seed)
-        weights_sha256 = sha256_of_file(beside / "model.safetensors")
-        write_json(beside / SOURCE_MANIFEST, {"sources": sources, "weights": weights_sha256})
-        beside.chmod(0o755)
-        if output.exists():
-            output.rename(old := output.with_name(f".{output.name}.old.{os.getpid()}"))
-            beside.rename(output)
-            shutil.rmtree(old)
-        else:
-            beside.rename(output)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    with whole_folder(output, replace=True) as staged:
+        _write_model(staged, seed)
+        weights_sha256 = sha256_of_file(staged / "model.safetensors")
+        write_json(staged / SOURCE_MANIFEST, {"sources": sources, "weights": weights_sha256})
     return True
 
 

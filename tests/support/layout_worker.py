@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron.sft.checkpoint.metadata_file import read_metadata
-from megatron.sft.checkpoint.stored_tensors import read_chunk
+from megatron.sft.checkpoint.reading import read_chunk
 from megatron.sft.model import process_groups
 from megatron.sft.planning.options import parse
 from megatron.sft.planning.resolution import plan_run
@@ -85,7 +85,7 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
             tensors[key] = torch.full(facts.size, float("nan"), dtype=facts.properties.dtype)
             for chunk in facts.chunks:
                 place = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-                tensors[key][place] = read_chunk(folder, metadata, MetadataIndex(key, chunk.offsets))
+                tensors[key][place] = read_chunk(folder, metadata, key, chunk)
     return tensors
 
 

@@ -78,7 +78,7 @@ class TokenizedRows:
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
         self.manifest: dict[str, Any] = read_json(data_file(prefix, "json"), "manifest of tokenised data", REBUILD)
-        check_manifest(data_file(prefix, "json"), self.manifest, FORMAT)
+        check_data_manifest(data_file(prefix, "json"), self.manifest, FORMAT)
         check_sizes(self.files, REBUILD)
         self._index = read_index(data_file(prefix, "idx"))
         num_tokens = int(self._index.lengths.sum(dtype=np.int64))
@@ -208,7 +208,7 @@ def _pointers(lengths: np.ndarray, dtype: "np.dtype[Any]") -> np.ndarray:
     return pointers * dtype.itemsize
 
 
-def check_manifest(path: Path, manifest: Any, version: int) -> None:
+def check_data_manifest(path: Path, manifest: Any, version: int) -> None:
     """Refuse a manifest that is not of tokenised data, or lacks what training takes from it."""
     if not isinstance(manifest, dict) or manifest.get("format") != version:
         raise UserError(f"{path} is not a manifest of tokenised data, format {version}: {REBUILD}")

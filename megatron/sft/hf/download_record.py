@@ -5,13 +5,13 @@ from pathlib import Path
 
 from megatron.sft.runtime.checksum_cache import check_once
 from megatron.sft.runtime.errors import UserError
-from megatron.sft.runtime.manifest import Files, check_sizes, check_sums, files_of, read_json
+from megatron.sft.runtime.manifest import Files, check_sizes, check_sums, listed_files, read_json
 
 RECORD = ".download.json"
 _ADVICE = "download the model again; if you changed it on purpose, remove " + RECORD
 
 
-def facts_of(sizes: Mapping[str, int], checksums: Mapping[str, str]) -> dict[str, dict[str, object]]:
+def download_facts(sizes: Mapping[str, int], checksums: Mapping[str, str]) -> dict[str, dict[str, object]]:
     """Size in bytes and SHA-256 of the files whose checksum the hub has, by name."""
     return {name: {"bytes": sizes[name], "sha256": checksum} for name, checksum in checksums.items() if name in sizes}
 
@@ -24,7 +24,7 @@ def _recorded(folder: Path) -> Files:
     content = read_json(record, "download record", _ADVICE)
     if not isinstance(content, dict) or not content.get("checksums"):
         return {}
-    return files_of(folder, record, content["checksums"])
+    return listed_files(folder, record, content["checksums"])
 
 
 def check_arrived(folder: Path) -> None:

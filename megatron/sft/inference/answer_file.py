@@ -38,7 +38,7 @@ def read_questions(path: Path, with_reference: bool) -> list[Question]:
             fields, has_answer = (record.fields, True) if with_reference else _with_answer(record.fields)
             conversation = reader.conversation(fields)
         except UserError as error:
-            raise UserError(f"{path}, line {record.line}: {error}") from None
+            raise UserError(f"{record.place}: {error}") from None
         questions.append(Question(conversation[:-1], conversation[-1]["content"] if has_answer else None))
     return questions
 

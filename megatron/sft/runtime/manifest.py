@@ -47,7 +47,7 @@ def _content_sum(manifest: Mapping[str, Any]) -> str:
     return sha256_of_text(json.dumps(content, sort_keys=True, separators=(",", ":")))
 
 
-def files_of(folder: Path, manifest: Path, files: Any) -> Files:
+def listed_files(folder: Path, manifest: Path, files: Any) -> Files:
     """The files that a manifest names; `files` is its field with them, not yet checked.
 
     `UserError` if it is not of that form, or a file lies outside `folder` (a manifest may come from someone else).
