@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.support.fork_server import MEGATRON, PLAIN, SERVER
+
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 131
 TIMEOUT_SECONDS = 240
@@ -136,38 +138,67 @@ def write_rows(prefix: Path, rows: list[list[Conversation]], length: int, joined
 
 def run_module(module: str, *arguments: object, status: int = 0) -> str:
     """Run `python -m megatron.sft.<module>` and return its output; `status` is the exit status it must have."""
-    return _run([sys.executable, "-m", f"megatron.sft.{module}", *map(str, arguments)], status)
+    return _run(0, f"megatron.sft.{module}", arguments, status)
 
 
 def launch(processes: int, module: str, *arguments: object, status: int = 0) -> str:
     """The same in several processes over gloo."""
-    command = [sys.executable, "-m", "megatron.sft.launch", "--standalone", "--local-addr", "localhost"]
-    command += ["--nproc-per-node", str(processes), "-m", f"megatron.sft.{module}", *map(str, arguments)]
-    return _run(command, status)
+    return _run(processes, f"megatron.sft.{module}", arguments, status)
 
 
 def launch_test_worker(processes: int, script: Path, *arguments: object) -> str:
     """Run a test's own script in several processes."""
-    command = [sys.executable, "-m", "megatron.sft.launch", "--standalone", "--local-addr", "localhost"]
-    return _run([*command, "--nproc-per-node", str(processes), str(script), *map(str, arguments)], 0)
+    return _run(processes, str(script), arguments, 0)
 
 
 def run_script(script: Path, *arguments: object) -> str:
     """Run a test's own script in one process."""
-    return _run([sys.executable, str(script), *map(str, arguments)], 0)
+    return _run(0, str(script), arguments, 0)
 
 
-def _python_path() -> str:
-    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+# These commands know nothing of megatron-core.
+_WITHOUT_MEGATRON = (
+    "tokenize",
+    "generate",
+    "edit_tokenizer",
+    "quickstart",
+    "evaluate",
+    "suggest",
+    "show_sample",
+    "repack",
+)
 
 
-def _run(command: list[str], status: int) -> str:
-    environment = {**os.environ, "PYTHONPATH": _python_path(), "OMP_NUM_THREADS": "1", "MEGATRON_SFT_DEVICE": "cpu"}
+def _run(processes: int, program: str, arguments: tuple[object, ...], status: int) -> str:
+    """In forked processes; where the environment asks for it, or a launched run must fail, in ones that are started."""
+    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1", "MEGATRON_SFT_DEVICE": "cpu"}
+    texts = list(map(str, arguments))
+    if SERVER.suits(environment) and not (processes and status):
+        kind = PLAIN if program.rpartition(".")[2] in _WITHOUT_MEGATRON else MEGATRON
+        returned, output = SERVER.run(kind, program, texts, environment, processes=processes, seconds=TIMEOUT_SECONDS)
+    else:
+        returned, output = start(processes, program, texts, environment)
+    assert returned == status, f"status {returned} instead of {status}:\n{output[-6000:]}"
+    return output
+
+
+def start(processes: int, program: str, arguments: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Exit status and output of a module or script in a process that is started, or in several by the launcher."""
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "megatron.sft.launch", "--standalone", "--local-addr", "localhost"]
+        command += ["--nproc-per-node", str(processes)]
+    command += [program] if program.endswith(".py") else ["-m", program]
     result = subprocess.run(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT_SECONDS
+        [*command, *arguments],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=TIMEOUT_SECONDS,
     )
-    assert result.returncode == status, f"status {result.returncode} instead of {status}:\n{result.stdout[-6000:]}"
-    return result.stdout
+    return result.returncode, result.stdout
 
 
 def losses(folder: Path) -> list[float]:
