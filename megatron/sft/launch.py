@@ -10,20 +10,40 @@ import tempfile
 import time
 from collections.abc import Sequence
 
+from megatron.sft.runtime.errors import run
 from megatron.sft.runtime.signals import LAUNCHER_PID, STARTED, SignalRelay
+
+TRAIN = "megatron.sft.train"
+
+
+def check_inputs(arguments: Sequence[str], num_processes: int) -> None:
+    """Resolve a training run and compare its inputs with their checksums, once for all processes of this node.
+
+    arguments: of the launcher. Anything but training has nothing to check. What is wrong is a `UserError`.
+    """
+    if TRAIN not in arguments:
+        return
+    from megatron.sft.planning import input_checks
+    from megatron.sft.planning.options import parse
+    from megatron.sft.planning.resolution import plan_run
+
+    mode, options = parse(arguments[arguments.index(TRAIN) + 1 :])
+    input_checks.check(plan_run(mode, options, num_processes))
+    os.environ[input_checks.CHECKED] = "1"  # the processes inherit it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
     relay = SignalRelay()
     os.environ[LAUNCHER_PID] = str(os.getpid())
     os.environ.setdefault(STARTED, str(time.time()))
     # Imported here: torch takes seconds, and signals are listened to from the first moment.
     from megatron.sft.runtime.elastic_agent import launch
 
-    # Without a folder of its own torchrun leaves one in /tmp for every run.
+    # Without its own folder torchrun leaves one in /tmp for every run.
     with tempfile.TemporaryDirectory(prefix="megatron-sft-") as logs:
-        return launch(["--log-dir", logs, *(sys.argv[1:] if argv is None else argv)], relay)
+        return launch(["--log-dir", logs, *arguments], relay, lambda count: check_inputs(arguments, count))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -5,30 +5,13 @@ bash scripts/sft/RECIPE.sh plan     (or scripts/4_train.sh plan with the setting
 
 import os
 import sys
-import textwrap
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
-from megatron.sft.planning.options import TrainOptions, flag_of, parse, shell_value, variable_of
-from megatron.sft.planning.planner import Line, Planner
+from megatron.sft.planning.options import parse
+from megatron.sft.planning.planner import add_needs
+from megatron.sft.planning.resolution import Line, Resolution, resolve, setting_lines, table
 from megatron.sft.runtime.errors import run
-
-
-def setting_lines(options: TrainOptions, arguments: Sequence[str], exported: Sequence[str]) -> list[Line]:
-    """Every setting with its value, grouped by where the value comes from: `exported` variables, the recipe, the default."""
-    groups: dict[str, list[str]] = {"environment": [], "recipe" if options.recipe else "command": [], "defaults": []}
-    from_environment, from_recipe, by_default = groups.values()
-    for setting in fields(TrainOptions):
-        name = variable_of(setting)
-        text = f"{name}={shell_value(getattr(options, setting.name))}"
-        if flag_of(setting) not in arguments:
-            by_default.append(text)
-        elif name in exported and name != "RECIPE":
-            from_environment.append(text)
-        else:
-            from_recipe.append(text)
-    return [(where, " ".join(group)) for where, group in groups.items() if group]
 
 
 def header_commands(recipe: Path, model: str) -> list[str]:
@@ -38,38 +21,29 @@ def header_commands(recipe: Path, model: str) -> list[str]:
     return [line.removeprefix("#").strip() for line in block.splitlines()] if model in block else []
 
 
-def report(planner: Planner, settings: list[Line]) -> str:
+def report(found: Resolution, settings: Sequence[Line]) -> str:
     """The plan for people: what follows, where the settings come from, what is wrong and what is to be done first."""
-    recipe = planner.options.recipe
-    lines = [*planner.lines, ("output", str(planner.options.save)), *settings]
-    width = max(len(name) for name, _ in lines)
+    recipe = found.options.recipe
     text = [f"plan of {recipe or 'the settings given'}"]
-    for name, value in lines:
-        text += textwrap.wrap(
-            f"{name:<{width}}  {value}",
-            132,
-            initial_indent="  ",
-            subsequent_indent=" " * (width + 4),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    if planner.problems:
+    text.append(table([*found.lines, ("output", str(found.options.save)), *settings]))
+    if found.problems:
         text.append("this run cannot start:")
-        text += [f"  {number}. {problem}" for number, problem in enumerate(planner.problems, 1)]
-    if planner.to_do:
-        model = planner.options.load.name.partition("_Megatron_")[0]
+        text += [f"  {number}. {problem}" for number, problem in enumerate(found.problems, 1)]
+    if found.to_do:
+        model = found.options.load.name.partition("_Megatron_")[0]
         commands = header_commands(Path(recipe), model) if recipe else []
-        text += ["do first:", *(f"  {command}" for command in commands or planner.to_do)]
+        text += ["do first:", *(f"  {command}" for command in commands or found.to_do)]
     return "\n".join(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    _, options = parse(argv)
-    planner = Planner(options, int(os.environ.get("WORLD_SIZE", "1")))
-    planner.work_out()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _, options = parse(arguments)
+    found = resolve("", options, int(os.environ.get("WORLD_SIZE", "1")))
+    add_needs(found)
     exported = os.environ.get("SETTINGS_FROM_ENVIRONMENT", "").split()  # by scripts/4_train.sh
-    print(report(planner, setting_lines(options, sys.argv, exported)))
-    return 2 if planner.problems else 0
+    print(report(found, setting_lines(options, arguments, exported)))
+    return 2 if found.problems else 0
 
 
 if __name__ == "__main__":

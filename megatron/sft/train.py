@@ -1,4 +1,4 @@
-"""Training. `bash scripts/4_train.sh [train|resume]` with settings in shell variables, which runs in every process
+"""Training: one process of a run. `bash scripts/4_train.sh [train|resume]`, with settings in shell variables, starts
 
 torchrun --nproc-per-node N -m megatron.sft.train [train|resume] --load CKPT --data-path PREFIX --save OUT …
 """
@@ -14,29 +14,28 @@ from dataclasses import replace
 
 from megatron.sft.planning.options import TrainOptions, parse
 from megatron.sft.runtime import watchdog
-from megatron.sft.runtime.errors import UserError, run
+from megatron.sft.runtime.errors import UserError, first_line, run
 from megatron.sft.runtime.signals import LOST_PEER, StopRequest
 
-# What gloo and the store say when a process at the other end has died: an effect, whose cause is told elsewhere.
+# What gloo and the store say when the process at the other end has died: an effect; the cause is reported by that process.
 _LOST_PEER = re.compile(r"Connection (closed|reset) by|Broken pipe|Connection refused|recvValue failed")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     stop = StopRequest()
-    mode, options = parse(argv)
-    if mode == "train" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        mode = ""  # torchrun starts a run again after a failure; by now it may have checkpoints
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    mode, options = parse(arguments)
     watchdog.start(options.watchdog_minutes)
     try:
-        status = _train(mode, options, stop)
+        status = _train(mode, options, arguments, stop)
     except BaseException as error:
         if not _LOST_PEER.search(str(error)):
             watchdog.report_failure(f"rank {os.environ.get('RANK', '0')}: {_reason(error)}")
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             place = error.filename or f"OUTPUT_PATH {options.save}"
             raise UserError(
-                f"{error.strerror}: {place}: mend the disk or free space, then run the same command"
+                f"{error.strerror}: {place}: check the disk or free space, then run the same command"
             ) from error
         if type(error).__name__ == "OutOfMemoryError":
             raise UserError(
@@ -48,17 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _train(mode: str, options: TrainOptions, stop: StopRequest) -> int:
+def _train(mode: str, options: TrainOptions, arguments: Sequence[str], stop: StopRequest) -> int:
     """Run in this process until the end, or until `stop` is asked for; returns the exit status."""
     # Imported here: torch takes seconds, and signals are listened to from the first moment.
     from megatron.sft.model import process_groups
     from megatron.sft.planning import input_checks
-    from megatron.sft.planning.run_plan import describe, resolve
+    from megatron.sft.planning.resolution import resolve, setting_lines, table
     from megatron.sft.runtime import device, ranks
 
     device.prepare()
-    plan = resolve(mode, options, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
-    ranks.print_rank_0(describe(plan, device.describe()))
+    found = resolve(mode, options, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
+    plan = found.plan()
+    ranks.print_rank_0(table([*found.lines, ("output", str(options.save)), *setting_lines(options, arguments)]))
     input_checks.check(plan)
     from megatron.sft.model.config import describe_kernels
 
@@ -69,16 +69,16 @@ def _train(mode: str, options: TrainOptions, stop: StopRequest) -> int:
 
         if plan.resume and options.verify_checkpoint:
             plan = replace(plan, start=checked_run(plan.start))
-        return Run(plan, stop).go()
+        return Run(plan, stop).train()
 
 
 def _reason(error: BaseException) -> str:
-    text = str(error).strip().partition("\n")[0]
+    text = first_line(error)
     return text if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {text}"
 
 
 def _end() -> None:
-    """Run, and end without waiting for threads and connections that an error has left hanging."""
+    """Run `main`, and after an error exit without waiting for threads and connections that it has left hanging."""
     try:
         run(main)
     except SystemExit as error:
@@ -88,7 +88,7 @@ def _end() -> None:
         if status == 1:
             traceback.print_exc()
         else:
-            # On this machine the launcher knows the cause, and ends this process; from another the watchdog hears it.
+            # On this machine the launcher knows the cause and ends this process; on another one the watchdog hears it.
             time.sleep(5)
     sys.stdout.flush()
     sys.stderr.flush()

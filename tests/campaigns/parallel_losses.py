@@ -162,7 +162,7 @@ def rows(length: int, longest: int, num_pairs: int) -> list[list[tiny.Conversati
 def plan_of(run: Run, steps: int, folder: Path) -> "RunPlan":
     """What the user's settings would give."""
     from megatron.sft.planning.options import parse
-    from megatron.sft.planning.run_plan import resolve
+    from megatron.sft.planning.resolution import plan_run
 
     variant = run.variant
     arguments = ["train", "--load", str(folder / variant.model), "--data-path", str(folder / "rows")]
@@ -170,7 +170,7 @@ def plan_of(run: Run, steps: int, folder: Path) -> "RunPlan":
     arguments += ["--lr", "1e-3", "--min-lr", "1e-4", "--train-iters", str(steps), "--split", "80,20,0"]
     arguments += ["--global-batch-size", str(GLOBAL_BATCH), "--micro-batch-size", str(MICRO_BATCH)]
     mode, options = parse([*arguments, *run.layout.options])
-    return resolve(mode, options, run.layout.processes)
+    return plan_run(mode, options, run.layout.processes)
 
 
 def train(run: Run, plan: "RunPlan") -> None:

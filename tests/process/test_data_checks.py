@@ -10,7 +10,7 @@ import pytest
 from megatron.sft.data.tokenized import file_of
 from megatron.sft.hf.tokenizer_files import chat_template_of, chat_template_sha256, tokenizer_sha256
 from megatron.sft.planning.options import parse
-from megatron.sft.planning.run_plan import resolve
+from megatron.sft.planning.resolution import plan_run
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import sealed, sha256_of_file, sha256_of_text
 from tests.support import tiny
@@ -52,7 +52,7 @@ def facts(
 
 def start(checkpoint: Path, data: Path, save: Path, *options: str) -> None:
     common = ["--load", checkpoint, "--data-path", data, "--save", save, "--global-batch-size", "8"]
-    resolve(*parse([*map(str, common), "--train-iters", "1", *options]), num_processes=1)
+    plan_run(*parse([*map(str, common), "--train-iters", "1", *options]), num_processes=1)
 
 
 def test_the_models_own_tokenizer_and_template_are_taken(model: tuple[Path, Path], tmp_path: Path) -> None:

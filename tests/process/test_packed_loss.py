@@ -51,14 +51,14 @@ def check_rows() -> None:
 
     from megatron.sft.model.process_groups import parallel
     from megatron.sft.planning.options import parse
-    from megatron.sft.planning.run_plan import resolve
+    from megatron.sft.planning.resolution import plan_run
     from megatron.sft.runtime import device
     from megatron.sft.training import state
     from megatron.sft.training.engine import Engine
 
     device.prepare()
     mode, options = parse(["train", *sys.argv[1:]])
-    plan = resolve(mode, options, int(os.environ["WORLD_SIZE"]))
+    plan = plan_run(mode, options, int(os.environ["WORLD_SIZE"]))
     with parallel(plan.layout, options.seed):
         part = ContextPart(parallel_state.get_context_parallel_rank(), plan.layout.context_parallel)
         engine = Engine(plan)

@@ -104,7 +104,7 @@ def test_every_problem_is_listed_not_only_the_first(recipe: Path, packed_rows: P
     problems = output.partition("this run cannot start:")[2]
     assert status == 2
     for expected in (
-        "log-interval is 0",
+        "LOG_INTERVAL is 0",
         "MIN_LR=0.0001 must lie between 0 and LR=1e-05",
         "TP=3 does not divide the model's 4 attention heads and 2 KV heads: choose TP from 1, 2",
         "cut.bin has 100 bytes, its manifest says ",

@@ -11,7 +11,7 @@ import torch
 
 from megatron.sft.data.row_order import RowOrder, split_rows
 from megatron.sft.planning.options import parse
-from megatron.sft.planning.run_plan import resolve
+from megatron.sft.planning.resolution import plan_run
 from megatron.sft.runtime.errors import UserError
 from tests.support import tiny
 
@@ -183,7 +183,7 @@ def test_a_wrong_setting_is_refused_by_name(converted: Path, packed_rows: Path, 
     common = ["--load", converted, "--data-path", packed_rows, "--save", tmp_path / "run"]
     arguments = [*map(str, common), "--train-iters", "10", "--global-batch-size", "8", *options]
     with pytest.raises(UserError, match=re.escape(reason)):
-        resolve(*parse(arguments), num_processes=1)
+        plan_run(*parse(arguments), num_processes=1)
 
 
 def test_a_wrong_setting_gives_one_line_whatever_the_processes(

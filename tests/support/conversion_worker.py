@@ -76,7 +76,7 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
     from megatron.sft.training.batches import make_micro_batch
 
     architecture = source.architecture
-    config = transformer_config(architecture, layout, torch.float32)
+    config = transformer_config(architecture, layout)
     model = build_model(architecture, layout, config)
     load_weights(open_checkpoint(checkpoint), [model], layout)
     wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)

@@ -96,10 +96,10 @@ def names_below(folder: Path) -> list[str]:
 
 def plan_of(mode: str, load: Path, data: Path, save: Path) -> Any:
     from megatron.sft.planning.options import TrainOptions
-    from megatron.sft.planning.run_plan import resolve
+    from megatron.sft.planning.resolution import plan_run
 
     options = TrainOptions(load=load, data_path=data, save=save, train_iters=4, global_batch_size=8, precision="fp32")
-    return resolve(mode, options, num_processes=1)
+    return plan_run(mode, options, num_processes=1)
 
 
 def train_script(mode: str, load: Path, data: Path, save: Path) -> tuple[dict[str, str], list[str]]:

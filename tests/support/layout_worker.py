@@ -16,7 +16,7 @@ from megatron.sft.checkpoint.metadata_file import read_metadata
 from megatron.sft.checkpoint.stored_tensors import read_chunk
 from megatron.sft.model import process_groups
 from megatron.sft.planning.options import parse
-from megatron.sft.planning.run_plan import resolve
+from megatron.sft.planning.resolution import plan_run
 from megatron.sft.runtime import device, ranks
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
@@ -62,7 +62,7 @@ def go_on(arguments: list[str], run: Path) -> list[float]:
     from megatron.sft.training.feeder import Feeder
     from megatron.sft.training.saver import Saver
 
-    plan = resolve(*parse(["resume", *arguments]), num_processes=torch.distributed.get_world_size())
+    plan = plan_run(*parse(["resume", *arguments]), num_processes=torch.distributed.get_world_size())
     with process_groups.model_parallel(plan.layout, plan.options.seed):
         engine = Engine(plan)
         iteration, consumed = state.load(engine)

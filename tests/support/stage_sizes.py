@@ -23,7 +23,7 @@ def main() -> None:
         architecture = read_architecture(json.load(file), sys.argv[1])
     layout = Layout(tensor, pipeline, 1, bool(architecture.moe) and tensor > 1, expert)
     with process_groups.parallel(layout, 0):
-        model = build_model(architecture, layout, transformer_config(architecture, layout, torch.float32))
+        model = build_model(architecture, layout, transformer_config(architecture, layout))
         built = sum(parameter.numel() for parameter in model.parameters())
         estimated = sum(stage_parameters(architecture, layout, parallel_state.get_pipeline_model_parallel_rank()))
         assert built == estimated, f"rank {torch.distributed.get_rank()}: built {built}, estimated {estimated}"

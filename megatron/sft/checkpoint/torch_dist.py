@@ -134,7 +134,7 @@ def save_parameters(folder: Path, architecture: Architecture, source: Parameters
 
     whole = Layout()
     with torch.device("meta"):
-        model = build_model(architecture, whole, transformer_config(architecture, whole, architecture.torch_dtype))
+        model = build_model(architecture, whole, transformer_config(architecture, whole))
     parameters = whole_parameters(model, architecture)
     entries = {}
     for entry in weight_entries(architecture):

@@ -101,7 +101,7 @@ def megatron_logits(
     from megatron.sft.model.inputs import MicroBatch
     from megatron.sft.training.batches import make_micro_batch
 
-    model = build_model(source.architecture, layout, transformer_config(source.architecture, layout, torch.float32))
+    model = build_model(source.architecture, layout, transformer_config(source.architecture, layout))
     load_weights(checkpoint, [model], layout)
     model.eval()
     if hidden is not None:

@@ -15,36 +15,8 @@ from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16, "fp32": torch.float32}
-
-
+# 8-bit matrix products of Hopper need sizes that are multiples of this.
 _FP8_BLOCK = 16
-
-
-def precision_fields(
-    precision: str, fp8_recipe: str, architecture: Architecture, has_transformer_engine: bool
-) -> dict[str, Any]:
-    """TransformerConfig's fields of a precision. With `fp8` the layers' matrix products run in 8 bits on bf16 weights.
-
-    `tensorwise` scales every tensor by its present largest value; `delayed` by the largest of the last 16 steps.
-    """
-    if precision != "fp8":
-        return {}
-    if not has_transformer_engine:
-        raise UserError(
-            "PRECISION=fp8 needs a GPU and Transformer Engine (an nvcr PyTorch container has it): take bf16"
-        )
-    sizes = {
-        "hidden size": architecture.hidden_size,
-        "MLP width": architecture.ffn_hidden_size,
-        "query width": architecture.num_heads * architecture.head_dim,
-    }
-    for name, size in sizes.items():
-        if size % _FP8_BLOCK:
-            raise UserError(
-                f"PRECISION=fp8 needs sizes that are multiples of {_FP8_BLOCK}, the model's {name} is {size}: take bf16"
-            )
-    history = {"fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"} if fp8_recipe == "delayed" else {}
-    return {"fp8": "hybrid", "fp8_recipe": fp8_recipe, **history}
 
 
 def has_transformer_engine() -> bool:
@@ -77,10 +49,19 @@ def describe_kernels(precision: str) -> str:
 
 
 def transformer_config(
-    architecture: Architecture, layout: Layout, params_dtype: torch.dtype, **overrides: Any
+    architecture: Architecture,
+    layout: Layout,
+    precision: str = "fp32",
+    fp8_recipe: str = "tensorwise",
+    recompute: str = "none",
 ) -> TransformerConfig:
-    """megatron-core's configuration of this architecture in this layout. `overrides` are TransformerConfig's own fields."""
+    """megatron-core's configuration of this architecture in this layout.
+
+    precision, fp8_recipe, recompute: words of PRECISION, FP8_RECIPE, RECOMPUTE (`auto` decided). A layout or a precision that
+    the model or the machine does not allow is a `UserError`.
+    """
     check_layout(layout, architecture)
+    params_dtype = DTYPES[precision]
     stage_layers = layout.stage_layers(architecture)
     uneven = len(set(stage_layers)) > 1
     accumulate = device.has_gpu() and not has_transformer_engine()
@@ -126,13 +107,14 @@ def transformer_config(
         calculate_per_token_loss=True,
         use_cpu_initialization=not device.has_gpu(),
         perform_initialization=False,
-        # Transformer Engine's layers do it by a switch of their own (build_model).
+        # Transformer Engine's layers have another switch for it (see build_model).
         gradient_accumulation_fusion=accumulate,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         persist_layer_norm=False,
-        **overrides,
+        **_recompute_fields(recompute),
+        **(_fp8_fields(fp8_recipe, architecture) if precision == "fp8" else {}),
     )
 
 
@@ -157,10 +139,33 @@ def _moe_fields(architecture: Architecture, layout: Layout) -> dict[str, Any]:
     }
 
 
-def recompute_fields(word: str) -> dict[str, Any]:
-    """TransformerConfig's fields of RECOMPUTE: `selective` is norms and activations, `full` whole layers."""
+def _recompute_fields(word: str) -> dict[str, Any]:
+    """`selective` recomputes norms and activation functions (DecoderLayer does it), `full` whole layers."""
     if word == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if word == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
     return {}
+
+
+def _fp8_fields(recipe: str, architecture: Architecture) -> dict[str, Any]:
+    """The layers' matrix products in 8 bits, on bf16 weights.
+
+    `tensorwise` scales every tensor by its current largest value; `delayed` by the largest of the last 16 steps.
+    """
+    if not has_transformer_engine():
+        raise UserError(
+            "PRECISION=fp8 needs a GPU and Transformer Engine (an nvcr PyTorch container has it): take bf16"
+        )
+    sizes = {
+        "hidden size": architecture.hidden_size,
+        "MLP width": architecture.ffn_hidden_size,
+        "query width": architecture.num_heads * architecture.head_dim,
+    }
+    for name, size in sizes.items():
+        if size % _FP8_BLOCK:
+            raise UserError(
+                f"PRECISION=fp8 needs sizes that are multiples of {_FP8_BLOCK}, the model's {name} is {size}: take bf16"
+            )
+    history = {"fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"} if recipe == "delayed" else {}
+    return {"fp8": "hybrid", "fp8_recipe": recipe, **history}

@@ -11,8 +11,10 @@ from megatron.sft.runtime.errors import UserError
 MODES = ("train", "resume")
 
 
-def _setting(variable: str, meaning: str, default: Any = MISSING, choices: tuple[str, ...] = ()) -> Any:
-    metadata = {"variable": variable, "meaning": meaning, "choices": choices}
+def _setting(
+    variable: str, meaning: str, default: Any = MISSING, choices: tuple[str, ...] = (), option: str = ""
+) -> Any:
+    metadata = {"variable": variable, "meaning": meaning, "choices": choices, "option": option}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
@@ -24,19 +26,31 @@ class TrainOptions:
     data_path: Path = _setting("DATA_PATH", "tokenised data: prefix of the .bin/.idx/.json (scripts/3_tokenize.sh)")
     save: Path = _setting("OUTPUT_PATH", "folder of this run: checkpoints, metrics, a copy of the recipe")
     seq_length: int = _setting(
-        "SEQ_LENGTH", "row length that the data must have been tokenised with; 0 takes the data's", 0
+        "SEQ_LENGTH", "row length that the data must have been tokenised with; 0 takes the data's own", 0
     )
 
-    tensor_model_parallel_size: int = _setting("TENSOR_PARALLEL_SIZE", "processes that share each layer", 1)
-    pipeline_model_parallel_size: int = _setting("PIPELINE_PARALLEL_SIZE", "pipeline stages of layers", 1)
-    num_virtual_stages_per_pipeline_rank: int = _setting(
-        "VIRTUAL_PIPELINE_SIZE", "parts of the model on each pipeline stage, interleaved so that stages wait less", 1
+    tensor_parallel: int = _setting(
+        "TENSOR_PARALLEL_SIZE", "processes that share each layer", 1, option="tensor-model-parallel-size"
     )
-    context_parallel_size: int = _setting("CONTEXT_PARALLEL_SIZE", "processes that share each row", 1)
-    expert_model_parallel_size: int = _setting(
-        "EXPERT_PARALLEL_SIZE", "processes over which a mixture's experts are spread", 1
+    pipeline_parallel: int = _setting(
+        "PIPELINE_PARALLEL_SIZE", "pipeline stages of layers", 1, option="pipeline-model-parallel-size"
     )
-    sequence_parallel: bool = _setting("SEQUENCE_PARALLEL", "split norms over TP as well (1 or 0)", False)
+    virtual_pipeline: int = _setting(
+        "VIRTUAL_PIPELINE_SIZE",
+        "parts of the model on each pipeline stage, interleaved so that stages wait less",
+        1,
+        option="num-virtual-stages-per-pipeline-rank",
+    )
+    context_parallel: int = _setting(
+        "CONTEXT_PARALLEL_SIZE", "processes that share each row", 1, option="context-parallel-size"
+    )
+    expert_parallel: int = _setting(
+        "EXPERT_PARALLEL_SIZE",
+        "processes over which the experts of a layer are spread",
+        1,
+        option="expert-model-parallel-size",
+    )
+    sequence_parallel: bool = _setting("SEQUENCE_PARALLEL", "split the norms over TP too (1 or 0)", False)
 
     micro_batch_size: int = _setting("MICRO_BATCH_SIZE", "rows a forward pass", 1)
     global_batch_size: int = _setting("GLOBAL_BATCH_SIZE", "rows an optimizer step, over all processes", 128)
@@ -45,7 +59,10 @@ class TrainOptions:
     split: str = _setting("SPLIT", "shares of the rows for training, validation and none, e.g. 999,1,0", "100,0,0")
     seed: int = _setting("SEED", "order of the rows, choice of validation rows", 1234)
     loss_average: str = _setting(
-        "LOSS_AVERAGE", "every trained token weighs the same, or every conversation", "token", ("token", "conversation")
+        "LOSS_AVERAGE",
+        "what weighs the same in the loss: every trained token, or every conversation",
+        "token",
+        ("token", "conversation"),
     )
 
     precision: str = _setting(
@@ -53,7 +70,7 @@ class TrainOptions:
     )
     fp8_recipe: str = _setting(
         "FP8_RECIPE",
-        "scale of fp8 tensors: by their present values, or by those of the last steps",
+        "scale of fp8 tensors: from their current values, or from those of the last 16 steps",
         "tensorwise",
         ("tensorwise", "delayed"),
     )
@@ -67,9 +84,7 @@ class TrainOptions:
         "fp32",
         ("fp32", "bf16"),
     )
-    optimizer_offload: bool = _setting(
-        "OPTIMIZER_OFFLOAD", "keep the optimizer's state in the CPU's memory (1 or 0)", False
-    )
+    optimizer_offload: bool = _setting("OPTIMIZER_OFFLOAD", "keep the optimizer's state in CPU memory (1 or 0)", False)
     lr: float = _setting("LR", "largest learning rate", 1e-5)
     min_lr: float = _setting("MIN_LR", "learning rate at the end", 1e-6)
     lr_decay_style: str = _setting(
@@ -96,57 +111,57 @@ class TrainOptions:
     clip_grad: float = _setting("CLIP_GRAD", "largest gradient norm; 0 clips nothing", 1.0)
     recompute: str = _setting(
         "RECOMPUTE",
-        "what is computed again in the backward pass to save memory: nothing, norms and activation functions, whole layers, or "
-        "the cheapest that fits",
+        "what is recomputed in the backward pass to save memory: nothing, norms and activation functions, whole layers, or "
+        "the cheapest of these that fits",
         "none",
         ("none", "selective", "full", "auto"),
     )
 
     gpu_memory_gib: float = _setting(
-        "GPU_MEMORY_GIB", "memory of a GPU in GiB, for plan and RECOMPUTE=auto; 0 is that of the GPU found", 0.0
+        "GPU_MEMORY_GIB", "memory of a GPU in GiB, for plan and RECOMPUTE=auto; 0 takes the GPU found", 0.0
     )
     tokens_per_second: float = _setting(
-        "TOKENS_PER_SECOND", "speed of all processes together, for plan's estimate of the time; 0 estimates it", 0.0
+        "TOKENS_PER_SECOND", "speed of all processes together, for plan's estimate of the run time; 0 estimates it", 0.0
     )
 
-    recipe: str = _setting("RECIPE", "file with these settings, copied beside the checkpoints; set by a recipe", "")
+    recipe: str = _setting("RECIPE", "file with these settings, copied next to the checkpoints; set by a recipe", "")
     log_interval: int = _setting("LOG_INTERVAL", "steps a log line", 1)
     save_interval: int = _setting("SAVE_INTERVALS", "steps a checkpoint; the last step is always saved", 1000)
     async_save: bool = _setting(
-        "ASYNC_SAVE", "write checkpoints while training goes on, from a copy in the CPU's memory (1 or 0)", True
+        "ASYNC_SAVE", "write checkpoints while training continues, from a copy in CPU memory (1 or 0)", True
     )
     keep_last: int = _setting("KEEP_LAST", "newest checkpoints to keep; 0 keeps all", 0)
     keep_every: int = _setting(
-        "KEEP_EVERY", "where KEEP_LAST removes some: iterations that are multiples of this one are kept", 0
+        "KEEP_EVERY", "where KEEP_LAST removes checkpoints: iterations that are multiples of this are kept", 0
     )
     verify_checkpoint: bool = _setting(
-        "VERIFY_CHECKPOINT", "compare every file of a checkpoint with its checksum before it is loaded (1 or 0)", True
+        "VERIFY_CHECKPOINT", "compare every file of a checkpoint with its checksum before loading it (1 or 0)", True
     )
     resume_with: str = _setting(
         "RESUME_WITH",
         "what may differ from the saved run, at the same position: data, tokenizer, seq_length, global_batch_size, seed, "
-        "split, loss_average, separated by commas",
+        "split, loss_average; separate several with commas",
         "",
     )
     eval_interval: int = _setting("EVAL_INTERVAL", "steps between validations, where SPLIT has validation rows", 100)
     eval_iters: int = _setting("EVAL_ITERS", "global batches a validation; 0 takes all validation rows once", 0)
     on_nan: str = _setting(
         "ON_NAN",
-        "what to do with a step whose loss or gradient is not finite: end, or leave it out",
+        "what to do with a step whose loss or gradient is not finite: stop the run, or skip the step",
         "stop",
         ("stop", "skip"),
     )
-    max_skipped: int = _setting("MAX_SKIPPED", "steps of the whole run that ON_NAN=skip may leave out", 10)
+    max_skipped: int = _setting("MAX_SKIPPED", "steps of the whole run that ON_NAN=skip may skip", 10)
     exit_after_minutes: float = _setting(
         "EXIT_AFTER_MINUTES",
-        "save and end with status 75 before so many minutes since the script's start; 0 is no limit",
+        "save and end with status 75 before this many minutes have passed since the script started; 0: unlimited",
         0.0,
     )
     watchdog_minutes: float = _setting(
-        "WATCHDOG_MINUTES", "end a run that stands still in one part of a step for so long; 0 waits for ever", 10.0
+        "WATCHDOG_MINUTES", "end a run that hangs in one part of a step for this long; 0 waits forever", 10.0
     )
     distributed_timeout_minutes: float = _setting(
-        "DISTRIBUTED_TIMEOUT_MINUTES", "how long a process waits for others; more than WATCHDOG_MINUTES", 15.0
+        "DISTRIBUTED_TIMEOUT_MINUTES", "how long a process waits for the others; more than WATCHDOG_MINUTES", 15.0
     )
 
 
@@ -162,11 +177,21 @@ def variable_named(name: str) -> str:
 
 def flag_of(setting: "Field[Any]") -> str:
     """The command-line option of a setting."""
-    return "--" + setting.name.replace("_", "-")
+    return "--" + (setting.metadata["option"] or setting.name.replace("_", "-"))
+
+
+def options_record(options: "TrainOptions") -> dict[str, Any]:
+    """The settings as JSON values, by their options' names: settings.json, checkpoint manifests, trackers."""
+    names = {setting.name: flag_of(setting)[2:].replace("-", "_") for setting in fields(TrainOptions)}
+    values = {name: getattr(options, field) for field, name in names.items()}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[str, TrainOptions]:
-    """The mode (`train`, `resume`, or `` for the right one of the two) and the settings."""
+    """The mode (`train`, `resume`, or an empty string: resume if there is a checkpoint, else train) and the settings.
+
+    A `UserError` names the variable, not the option, since variables are what users type.
+    """
     parser = _Parser(prog="train", description="Supervised fine-tuning with megatron-core.", allow_abbrev=False)
     parser.add_argument("mode", nargs="?", default="", choices=("", *MODES), metavar="train|resume")
     for setting in fields(TrainOptions):

@@ -1,10 +1,9 @@
-"""Resolving a run before anything starts: every number that follows from the settings, the data and the checkpoint."""
+"""A run with everything decided before it starts, and the rules by which the numbers follow from the settings."""
 
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,15 +14,14 @@ from megatron.sft.data.row_order import split_rows
 from megatron.sft.data.tokenized import TokenizedRows
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.registry import read_architecture
-from megatron.sft.model.layout import Layout, check_layout
-from megatron.sft.planning.memory import num_parameters
-from megatron.sft.planning.options import TrainOptions
+from megatron.sft.model.layout import Layout
+from megatron.sft.planning.options import TrainOptions, variable_named
 from megatron.sft.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run with everything decided. Row numbers are indices into `rows`."""
+    """A run with everything decided. Numbers of rows are indices into `rows`."""
 
     options: TrainOptions
     layout: Layout
@@ -32,62 +30,33 @@ class RunPlan:
     start: Checkpoint
     resume: bool
     rows: TokenizedRows
-    training_rows: np.ndarray
-    validation_rows: np.ndarray
+    training_rows: np.ndarray  # [n] int64
+    validation_rows: np.ndarray  # [m] int64
     train_iters: int
     warmup_iters: int
     wsd_decay_iters: int
     eval_iters: int
 
     @property
-    def micro_batches(self) -> int:
+    def num_micro_batches(self) -> int:
         """Micro-batches of an optimizer step on each data-parallel rank."""
         return self.options.global_batch_size // (self.options.micro_batch_size * self.data_parallel)
 
     @property
     def seq_length(self) -> int:
+        """The most tokens a row holds."""
         return int(self.rows.manifest["length"])
 
 
-def resolve(mode: str, options: TrainOptions, num_processes: int) -> RunPlan:
-    """Check the settings against each other, the data and the checkpoint. The first thing that is wrong is a `UserError`."""
-    for problem in number_problems(options):
-        raise UserError(problem)
-    resume, start = starting_point(mode, options)
-    architecture = architecture_of(start)
-    layout = layout_for(options, architecture)
-    data_parallel = layout.data_parallel(num_processes)
-    check_layout(layout, architecture)
-    rows = TokenizedRows(data_prefix(options.data_path))
-    check_data(rows, options, architecture, start.manifest.get("source", {}))
-    training_rows, validation_rows = split(options, rows.joined)
-    train_iters, warmup_iters = steps(options, len(training_rows), data_parallel)
-    return RunPlan(
-        options=options,
-        layout=layout,
-        data_parallel=data_parallel,
-        architecture=architecture,
-        start=start,
-        resume=resume,
-        rows=rows,
-        training_rows=training_rows,
-        validation_rows=validation_rows,
-        train_iters=train_iters,
-        warmup_iters=warmup_iters,
-        wsd_decay_iters=options.lr_wsd_decay_iters or max(1, train_iters // 10),
-        eval_iters=_eval_iters(options, len(validation_rows)),
-    )
-
-
 def layout_for(options: TrainOptions, architecture: Architecture | None) -> Layout:
-    """The parallel sizes that the settings ask for, not yet checked against the model; `shape` is None if not known."""
+    """The parallel sizes that the settings ask for, not yet checked against the model; `architecture` is None if not known."""
     layout = Layout(
-        options.tensor_model_parallel_size,
-        options.pipeline_model_parallel_size,
-        options.context_parallel_size,
+        options.tensor_parallel,
+        options.pipeline_parallel,
+        options.context_parallel,
         options.sequence_parallel,
-        options.expert_model_parallel_size,
-        options.num_virtual_stages_per_pipeline_rank,
+        options.expert_parallel,
+        options.virtual_pipeline,
     )
     if architecture and architecture.moe and layout.tensor_parallel > 1:
         # megatron-core trains experts under TP with sequence parallelism only.
@@ -103,13 +72,13 @@ def steps(options: TrainOptions, num_training_rows: int, data_parallel: int) -> 
             f"GLOBAL_BATCH_SIZE={options.global_batch_size} is not a multiple of MICRO_BATCH_SIZE={options.micro_batch_size} "
             f"x {data_parallel} data-parallel copies: take {-(-options.global_batch_size // per_pass) * per_pass}"
         )
-    stages = options.pipeline_model_parallel_size
-    if options.num_virtual_stages_per_pipeline_rank > 1 and options.global_batch_size // per_pass % stages:
+    stages = options.pipeline_parallel
+    if options.virtual_pipeline > 1 and options.global_batch_size // per_pass % stages:
         # megatron-core interleaves the micro-batches in groups of as many as there are stages.
         whole = per_pass * stages
         raise UserError(
             f"GLOBAL_BATCH_SIZE={options.global_batch_size} makes {options.global_batch_size // per_pass} micro-batches a "
-            f"copy, with VIRTUAL_PIPELINE_SIZE={options.num_virtual_stages_per_pipeline_rank} they must be a multiple of "
+            f"copy, with VIRTUAL_PIPELINE_SIZE={options.virtual_pipeline} they must be a multiple of "
             f"PP={stages}: take {-(-options.global_batch_size // whole) * whole}"
         )
     train_iters = options.train_iters or math.ceil(num_training_rows * options.epochs / options.global_batch_size)
@@ -121,37 +90,6 @@ def steps(options: TrainOptions, num_training_rows: int, data_parallel: int) -> 
     return train_iters, warmup_iters
 
 
-def data_prefix(path: Path) -> Path:
-    """The prefix of tokenised data, given it or one of its three files."""
-    return path.with_suffix("") if path.suffix in (".bin", ".idx", ".json") else path
-
-
-def describe(plan: RunPlan, device_name: str) -> str:
-    """The plan as lines of `name  value` for people."""
-    options, manifest = plan.options, plan.rows.manifest
-    rows_seen = plan.train_iters * options.global_batch_size
-    stage_layers = plan.layout.stage_layers(plan.architecture)
-    lines = {
-        "model": f"{plan.architecture.family}, {plan.architecture.num_layers} layers x {plan.architecture.hidden_size}, "
-        f"vocabulary {plan.architecture.vocab_size}, {num_parameters(plan.architecture) / 1e6:,.1f} M parameters",
-        "start": f"{'resume' if plan.resume else 'train'} from {plan.start.path}",
-        "data": f"{plan.rows.prefix}: {len(plan.rows):,} rows of up to {plan.seq_length:,} tokens, "
-        f"{manifest['conversations']:,} conversations, {100 * manifest['trained_tokens'] / manifest['tokens']:.1f} % trained",
-        "split": f"{len(plan.training_rows):,} training rows, {len(plan.validation_rows):,} validation rows",
-        "processes": f"TP {plan.layout.tensor_parallel} x PP {plan.layout.pipeline_parallel} x CP "
-        f"{plan.layout.context_parallel} x DP {plan.data_parallel} on {device_name}",
-        "layers a stage": ", ".join(map(str, stage_layers)),
-        "batch": f"{options.global_batch_size} rows a step = {plan.micro_batches} micro-batches of "
-        f"{options.micro_batch_size} on each of {plan.data_parallel} copies",
-        "steps": f"{plan.train_iters:,} ({rows_seen / len(plan.training_rows):.2f} epochs), warm-up {plan.warmup_iters:,}",
-        "output": str(options.save),
-    }
-    names = {"load", "data_path", "save"}
-    rest = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in asdict(options).items() if k not in names)
-    width = max(map(len, lines))
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in {**lines, "settings": rest}.items())
-
-
 def starting_point(mode: str, options: TrainOptions) -> tuple[bool, Checkpoint]:
     """Whether the run continues one in OUTPUT_PATH, and the checkpoint that it begins from."""
     there = verification.has_checkpoints(options.save)
@@ -159,7 +97,7 @@ def starting_point(mode: str, options: TrainOptions) -> tuple[bool, Checkpoint]:
         newest = next(iter(iterations(options.save)), "unknown")
         raise UserError(
             f"OUTPUT_PATH {options.save} already has checkpoints (iteration {newest}): "
-            "say resume to continue that run, or set another OUTPUT_PATH"
+            "resume continues that run (resume instead of train), or set another OUTPUT_PATH"
         )
     if mode == "resume" and not there:
         raise UserError(f"OUTPUT_PATH {options.save} has no checkpoint to resume from: say train to start the run")
@@ -176,7 +114,9 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     return read_architecture(config, str(checkpoint.path / "manifest.json"))
 
 
-def check_data(rows: TokenizedRows, options: TrainOptions, architecture: Architecture, source: dict[str, Any]) -> None:
+def check_data_fits(
+    rows: TokenizedRows, options: TrainOptions, architecture: Architecture, source: dict[str, Any]
+) -> None:
     """Refuse data that is not for this model. `source`: what the checkpoint's manifest says of the Hugging Face folder."""
     length = rows.manifest["length"]
     if options.seq_length and options.seq_length != length:
@@ -211,7 +151,7 @@ def number_problems(options: TrainOptions) -> Iterator[str]:
     """What is wrong with the numbers by themselves."""
     for name in ("micro_batch_size", "global_batch_size", "log_interval", "save_interval", "eval_interval"):
         if getattr(options, name) < 1:
-            yield f"{name.replace('_', '-')} is {getattr(options, name)}: it must be at least 1"
+            yield f"{variable_named(name)} is {getattr(options, name)}: it must be at least 1"
     if options.train_iters < 0 or (options.train_iters == 0 and not options.epochs > 0):
         yield f"TRAIN_ITERS={options.train_iters} and EPOCHS={options.epochs} give no steps: set one above 0"
     if not 0 <= options.min_lr <= options.lr:
@@ -229,11 +169,7 @@ def split(options: TrainOptions, joined: np.ndarray) -> tuple[np.ndarray, np.nda
     return split_rows(len(joined), shares[0] / total, shares[1] / total, options.seed, joined)
 
 
-def _eval_iters(options: TrainOptions, num_validation_rows: int) -> int:
+def eval_iters(options: TrainOptions, num_validation_rows: int) -> int:
+    """Global batches of a validation: EVAL_ITERS, at most once through the validation rows."""
     whole = math.ceil(num_validation_rows / options.global_batch_size)
     return min(options.eval_iters, whole) if options.eval_iters else whole
-
-
-def options_record(options: TrainOptions) -> dict[str, Any]:
-    """The settings as JSON values."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}

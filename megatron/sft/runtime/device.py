@@ -195,7 +195,7 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[None]:
     else:
         device_id = current() if has_gpu() else None
         timeout = timedelta(minutes=timeout_minutes)
-        torch.distributed.init_process_group(backend(), timeout=timeout, device_id=device_id, **_meeting_point(timeout))
+        torch.distributed.init_process_group(backend(), timeout=timeout, device_id=device_id)
     failed = True
     try:
         yield
@@ -204,21 +204,6 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[None]:
         # After an error the others may be waiting for this process, and it for them: it just ends, which they notice.
         if not failed or torch.distributed.get_world_size() == 1:
             torch.distributed.destroy_process_group()
-
-
-def _meeting_point(timeout: timedelta) -> dict[str, Any]:
-    """Where torchrun starts processes again, a place of their own in its store, which still has the old addresses."""
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return {}
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = torch.distributed.TCPStore(*address, world_size, is_master=False, timeout=timeout)
-    return {
-        "store": torch.distributed.PrefixStore(f"attempt {attempt}", store),
-        "rank": rank,
-        "world_size": world_size,
-    }
 
 
 def seed_everything(seed: int) -> None:

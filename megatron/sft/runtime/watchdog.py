@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 # The exit status of a process that the watchdog ended: timeout(1)'s.
-STOOD_STILL = 124
+HUNG = 124
+# Where the first failure's reason is kept in the store that torchrun's processes share.
+FAILED = "megatron-sft/failed"
 # A process whose watchdog is silent for so long is stopped, dead, or out of reach. Only looked at while this one waits.
 SILENT_SECONDS = 30.0
 _WAITING_SECONDS = 5.0
@@ -128,16 +130,16 @@ class Watchdog(threading.Thread):
     def tell(self, reason: str) -> None:
         with contextlib.suppress(RuntimeError):
             if self._store is not None:
-                self._store.compare_set(_key("failed"), "", reason)
+                self._store.compare_set(FAILED, "", reason)
 
     def _beat(self) -> None:
         self._count += 1
         seconds = time.monotonic() - _now.since
         place = self._place() if seconds > min(_WAITING_SECONDS, self.limit / 2) else ("", False)
         self._say(Beat(self._count, _now.part, _now.iteration, seconds, *place))
-        if self._store is not None and self._store.check([_key("failed")]):
+        if self._store is not None and self._store.check([FAILED]):
             # On one machine the launcher has the reason from the process itself.
-            self._end(self._store.get(_key("failed")).decode(), status=1)
+            self._end(self._store.get(FAILED).decode(), status=1)
 
     def _say(self, beat: Beat) -> None:
         if self._store is not None:
@@ -186,7 +188,7 @@ class Watchdog(threading.Thread):
             frame = frame.f_back
         return "", waits
 
-    def _end(self, verdict: str, status: int = STOOD_STILL) -> None:
+    def _end(self, verdict: str, status: int = HUNG) -> None:
         from megatron.sft.runtime.errors import leave_message
 
         if self._store is not None:
@@ -222,4 +224,4 @@ def open_store(address: str | None = None, port: int | None = None, seconds: flo
 
 
 def _key(name: str) -> str:
-    return f"megatron-sft/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+    return f"megatron-sft/{name}"

@@ -3,8 +3,8 @@
 from typing import Any
 
 from megatron.sft.checkpoint.folder import Checkpoint
-from megatron.sft.planning.options import variable_named
-from megatron.sft.planning.run_plan import RunPlan, options_record
+from megatron.sft.planning.options import options_record, variable_named
+from megatron.sft.planning.run_plan import RunPlan
 from megatron.sft.runtime.errors import UserError
 
 # What RESUME_WITH may name.

@@ -12,7 +12,8 @@ from megatron.sft.checkpoint.optimizer_state import load_optimizer, optimizer_pi
 from megatron.sft.checkpoint.piece_reader import PieceReader
 from megatron.sft.checkpoint.pieces import Piece, model_tensors, piece_of, shared_out
 from megatron.sft.checkpoint.weights_io import load_weights
-from megatron.sft.planning.run_plan import RunPlan, options_record
+from megatron.sft.planning.options import options_record
+from megatron.sft.planning.run_plan import RunPlan
 from megatron.sft.runtime import device, ranks
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.training.engine import Engine

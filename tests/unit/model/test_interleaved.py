@@ -10,7 +10,7 @@ import pytest
 from megatron.sft.families.registry import read_architecture
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.planning.options import parse
-from megatron.sft.planning.run_plan import resolve
+from megatron.sft.planning.resolution import plan_run
 from megatron.sft.runtime.errors import UserError
 from tests.campaigns import parallel_losses
 from tests.support import tiny
@@ -50,9 +50,9 @@ def test_a_step_must_have_a_multiple_of_the_stages_in_micro_batches(
 ) -> None:
     common = ["--load", four_layers, "--data-path", packed_rows, "--save", tmp_path / "run", "--train-iters", "10"]
     arguments = [*map(str, common), *INTERLEAVED, "--micro-batch-size", "2", "--global-batch-size"]
-    assert resolve(*parse([*arguments, "12"]), num_processes=2).micro_batches == 6
+    assert plan_run(*parse([*arguments, "12"]), num_processes=2).num_micro_batches == 6
     with pytest.raises(UserError, match=re.escape("GLOBAL_BATCH_SIZE=10 makes 5 micro-batches")) as refused:
-        resolve(*parse([*arguments, "10"]), num_processes=2)
+        plan_run(*parse([*arguments, "10"]), num_processes=2)
     assert str(refused.value).endswith("multiple of PP=2: take 12")
 
 

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,7 @@ from megatron.sft.checkpoint.folder import open_checkpoint
 from megatron.sft.data.tokenized import TokenizedRows, file_of, read_index, write_index
 from megatron.sft.planning import input_checks
 from megatron.sft.planning.options import TrainOptions
-from megatron.sft.planning.run_plan import resolve
+from megatron.sft.planning.resolution import plan_run
 from megatron.sft.runtime import checksum_cache
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import sealed, sha256_of_file
@@ -41,7 +39,7 @@ def copy_of_data(prefix: Path, folder: Path) -> Path:
 
 def plan_of(converted: Path, data: Path, save: Path) -> Any:
     options = TrainOptions(load=converted, data_path=data, save=save, train_iters=1, global_batch_size=8)
-    return resolve("train", options, num_processes=1)
+    return plan_run("train", options, num_processes=1)
 
 
 def rewritten(prefix: Path, edit: Edit) -> Path:
@@ -134,22 +132,22 @@ def test_checksums_are_computed_once_and_again_after_a_change(
         lambda files, *rest: (read.extend(path.suffix for path in files), check_sums(files, *rest)),
     )
     plan = plan_of(converted, data, tmp_path / "out")
-    input_checks.check_data(plan)
+    input_checks.check_rows(plan.rows, plan.options.save)
     assert sorted(read) == [".bin", ".idx"]
-    input_checks.check_data(plan)
+    input_checks.check_rows(plan.rows, plan.options.save)
     assert sorted(read) == [".bin", ".idx"]
     os.utime(file_of(data, "idx"))
-    input_checks.check_data(plan)
+    input_checks.check_rows(plan.rows, plan.options.save)
     assert sorted(read) == [".bin", ".idx", ".idx"]
     content = bytearray(file_of(data, "bin").read_bytes())
     content[1000] ^= 1
     file_of(data, "bin").write_bytes(content)
     with pytest.raises(UserError, match=r"packed\.v1\.bin is damaged \(its checksum differs"):
-        input_checks.check_data(plan)
+        input_checks.check_rows(plan.rows, plan.options.save)
 
 
 def test_a_file_that_changed_just_now_is_not_remembered(converted: Path, data: Path, tmp_path: Path) -> None:
-    input_checks.check_data(plan_of(converted, data, tmp_path / "out"))
+    input_checks.check(plan_of(converted, data, tmp_path / "out"))
     memory = data.parent / ".packed.v1.checked.json"
     assert not memory.exists()
 
@@ -159,7 +157,7 @@ def test_a_damaged_memory_means_hashing_again(converted: Path, data: Path, tmp_p
     (data.parent / ".packed.v1.checked.json").write_text(content)
     file_of(data, "bin").write_bytes(file_of(data, "bin").read_bytes()[::-1])
     with pytest.raises(UserError, match="is damaged"):
-        input_checks.check_data(plan_of(converted, data, tmp_path / "out"))
+        input_checks.check(plan_of(converted, data, tmp_path / "out"))
 
 
 def test_a_forged_memory_leaves_out_the_checksum_and_nothing_else(converted: Path, data: Path, tmp_path: Path) -> None:
@@ -186,7 +184,7 @@ def test_where_the_data_folder_cannot_be_written_the_memory_is_in_the_output_fol
 
     monkeypatch.setattr(checksum_cache, "write_json", read_only)
     (tmp_path / "out").mkdir()
-    input_checks.check_data(plan_of(converted, data, tmp_path / "out"))
+    input_checks.check(plan_of(converted, data, tmp_path / "out"))
     assert (tmp_path / "out" / ".data.checked.json").exists()
 
 
@@ -228,15 +226,3 @@ def test_all_processes_of_a_node_end_with_one_line_and_one_of_them_reads(
     errors = [line for line in output.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "packed.v1.bin is damaged" in errors[0], output
     assert "iteration 1" not in output
-
-
-def test_the_others_end_when_the_one_that_reads_is_silent(tmp_path: Path) -> None:
-    code = (
-        "from pathlib import Path; from megatron.sft.planning import input_checks; "
-        "from megatron.sft.runtime.errors import run; "
-        f"input_checks.SILENT_SECONDS = 1.0; run(lambda: input_checks._wait(Path({str(tmp_path / 'inputs.json')!r})))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(tiny.ROOT)}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2
-    assert "was silent for 1 s" in result.stderr

@@ -1,0 +1,233 @@
+"""Working a run out before anything starts, and collecting everything that would stop it.
+
+`plan` and the start of a run print the same lines.
+"""
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+import numpy as np
+
+from megatron.sft.checkpoint.folder import TRACKER, Checkpoint
+from megatron.sft.data.tokenized import TokenizedRows, file_of, prefix_of
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.hf.published_configs import unconverted
+from megatron.sft.model.layout import Layout, check_layout
+from megatron.sft.planning.memory import num_parameters
+from megatron.sft.planning.options import TrainOptions, flag_of, shell_value, variable_of
+from megatron.sft.planning.run_plan import (
+    RunPlan,
+    architecture_of,
+    check_data_fits,
+    eval_iters,
+    layout_for,
+    number_problems,
+    split,
+    starting_point,
+    steps,
+)
+from megatron.sft.runtime import device
+from megatron.sft.runtime.errors import UserError
+
+Result = TypeVar("Result")
+Line = tuple[str, str]  # a name and its value, for people
+
+
+@dataclass
+class Resolution:
+    """A run as far as it could be worked out.
+
+    problems: what would stop it, in the order of a run's start. to_do: commands to run first. lines: what follows from the
+    settings, for people. The other fields keep their defaults where a problem kept them from being known.
+    """
+
+    options: TrainOptions
+    num_processes: int
+    problems: list[str] = field(default_factory=list)
+    to_do: list[str] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
+    start: Checkpoint | None = None
+    resume: bool = False
+    architecture: Architecture | None = None
+    layout: Layout = Layout()
+    data_parallel: int = 0
+    rows: TokenizedRows | None = None
+    training_rows: np.ndarray | None = None
+    validation_rows: np.ndarray | None = None
+    train_iters: int = 0
+    warmup_iters: int = 0
+
+    @property
+    def seq_length(self) -> int:
+        """The most tokens a row holds, 0 if neither the data nor SEQ_LENGTH says it."""
+        return int(self.rows.manifest["length"]) if self.rows is not None else self.options.seq_length
+
+    def attempt(self, call: Callable[..., Result], *arguments: Any) -> Result | None:
+        """The call's result, or None after a `UserError`, which becomes a problem."""
+        try:
+            return call(*arguments)
+        except UserError as error:
+            self.problems.append(str(error))
+            return None
+
+    def add(self, name: str, value: str) -> None:
+        """Add a line."""
+        self.lines.append((name, value))
+
+    def plan(self) -> RunPlan:
+        """The run, ready to start. The first problem, if there is one, is a `UserError`."""
+        if self.problems:
+            raise UserError(self.problems[0])
+        assert self.architecture is not None and self.start is not None and self.rows is not None
+        assert self.training_rows is not None and self.validation_rows is not None
+        return RunPlan(
+            options=self.options,
+            layout=self.layout,
+            data_parallel=self.data_parallel,
+            architecture=self.architecture,
+            start=self.start,
+            resume=self.resume,
+            rows=self.rows,
+            training_rows=self.training_rows,
+            validation_rows=self.validation_rows,
+            train_iters=self.train_iters,
+            warmup_iters=self.warmup_iters,
+            wsd_decay_iters=self.options.lr_wsd_decay_iters or max(1, self.train_iters // 10),
+            eval_iters=eval_iters(self.options, len(self.validation_rows)),
+        )
+
+
+def resolve(mode: str, options: TrainOptions, num_processes: int) -> Resolution:
+    """Check the settings against each other, the checkpoint and the data, in the order of a run's start.
+
+    mode: `train`, `resume`, or an empty string for whichever of the two OUTPUT_PATH calls for.
+    """
+    found = Resolution(options, num_processes, problems=list(number_problems(options)))
+    _resolve_model(found, mode)
+    _resolve_processes(found)
+    _resolve_data(found)
+    _resolve_steps(found)
+    return found
+
+
+def plan_run(mode: str, options: TrainOptions, num_processes: int) -> RunPlan:
+    """`resolve` where nothing may be wrong: the first problem is a `UserError`."""
+    return resolve(mode, options, num_processes).plan()
+
+
+def _resolve_model(found: Resolution, mode: str) -> None:
+    options = found.options
+    if not (options.save / TRACKER).exists() and not options.load.is_dir() and mode != "resume":
+        known = found.attempt(unconverted, options.load)
+        found.architecture, where, command = known or (None, "", "")
+        found.problems.append(
+            f"PRETRAIN_CHECKPOINT_PATH {options.load} does not exist: make it with scripts/2_convert.sh"
+        )
+        found.to_do.append(command)
+        found.add("start", f"not there yet{f', sizes from {where}' if where else ''}")
+    elif begin := found.attempt(starting_point, mode, options):
+        found.resume, found.start = begin
+        found.architecture = found.attempt(architecture_of, found.start)
+        found.add("start", f"{'resume' if found.resume else 'train'} from {found.start.path}")
+    if found.architecture:
+        sizes = found.architecture
+        found.add(
+            "model",
+            f"{sizes.family}, {sizes.num_layers} layers x {sizes.hidden_size}, vocabulary {sizes.vocab_size:,}, "
+            f"{num_parameters(sizes) / 1e6:,.1f} M parameters",
+        )
+
+
+def _resolve_processes(found: Resolution) -> None:
+    found.layout = layout = layout_for(found.options, found.architecture)
+    found.data_parallel = found.attempt(layout.data_parallel, found.num_processes) or 0
+    num_problems = len(found.problems)
+    if found.architecture:
+        found.attempt(check_layout, layout, found.architecture)
+    found.add(
+        "processes",
+        f"{found.num_processes} = TP {layout.tensor_parallel} x PP {layout.pipeline_parallel} x CP "
+        f"{layout.context_parallel} x DP {found.data_parallel or '?'} on {device.describe()}",
+    )
+    if found.architecture and len(found.problems) == num_problems and layout.pipeline_parallel > 1:
+        found.add("layers a stage", ", ".join(map(str, layout.stage_layers(found.architecture))))
+
+
+def _resolve_data(found: Resolution) -> None:
+    prefix = prefix_of(found.options.data_path)
+    if not file_of(prefix, "json").exists():
+        found.problems.append(f"DATA_PATH {prefix} does not exist: make it with scripts/3_tokenize.sh")
+        found.to_do.append(f"bash scripts/3_tokenize.sh TOKENIZER DATA {found.options.seq_length or 'LENGTH'}")
+        found.add("data", "not there yet")
+        return
+    found.rows = found.attempt(TokenizedRows, prefix)
+    if found.rows is None:
+        return
+    manifest = found.rows.manifest
+    found.add(
+        "data",
+        f"{prefix}: {len(found.rows):,} rows of up to {manifest['length']:,} tokens, {manifest['conversations']:,} "
+        f"conversations, {100 * manifest['trained_tokens'] / max(manifest['tokens'], 1):.1f} % of the tokens trained",
+    )
+    if found.architecture:
+        source = found.start.manifest.get("source", {}) if found.start else {}
+        found.attempt(check_data_fits, found.rows, found.options, found.architecture, source)
+
+
+def _resolve_steps(found: Resolution) -> None:
+    options, num_rows = found.options, 0
+    if found.rows is not None and (parts := found.attempt(split, options, found.rows.joined)):
+        found.training_rows, found.validation_rows = parts
+        num_rows = len(parts[0])
+        found.add("rows", f"{num_rows:,} for training, {len(parts[1]):,} for validation")
+    no_batch = min(options.micro_batch_size, options.global_batch_size) < 1
+    if no_batch or not found.data_parallel or not (num_rows or options.train_iters):
+        return
+    counted = found.attempt(steps, options, num_rows, found.data_parallel)
+    if counted is None:
+        return
+    found.train_iters, found.warmup_iters = counted
+    source = "TRAIN_ITERS" if options.train_iters else f"EPOCHS={options.epochs:g}"
+    epochs = f", {found.train_iters * options.global_batch_size / num_rows:.2f} epochs" if num_rows else ""
+    found.add("steps", f"{found.train_iters:,} ({source}{epochs}), of them {found.warmup_iters:,} of warm-up")
+    micro_batches = options.global_batch_size // (options.micro_batch_size * found.data_parallel)
+    found.add(
+        "a step",
+        f"{options.global_batch_size} rows = {micro_batches} micro-batches of {options.micro_batch_size} on each of "
+        f"{found.data_parallel} data-parallel copies",
+    )
+
+
+def setting_lines(options: TrainOptions, arguments: Sequence[str], exported: Sequence[str] = ()) -> list[Line]:
+    """Every setting with its value, grouped by its origin: `exported` variables, the recipe or command, the default."""
+    groups: dict[str, list[str]] = {"environment": [], "recipe" if options.recipe else "command": [], "defaults": []}
+    from_environment, from_recipe, by_default = groups.values()
+    for setting in fields(TrainOptions):
+        name = variable_of(setting)
+        text = f"{name}={shell_value(getattr(options, setting.name))}"
+        if flag_of(setting) not in arguments:
+            by_default.append(text)
+        elif name in exported and name != "RECIPE":
+            from_environment.append(text)
+        else:
+            from_recipe.append(text)
+    return [(where, " ".join(group)) for where, group in groups.items() if group]
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Names and values in two columns, at most 132 characters wide."""
+    width = max(len(name) for name, _ in lines)
+    wrapped = [
+        textwrap.fill(
+            f"{name:<{width}}  {value}",
+            132,
+            initial_indent="  ",
+            subsequent_indent=" " * (width + 4),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for name, value in lines
+    ]
+    return "\n".join(wrapped)
