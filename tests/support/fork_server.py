@@ -166,6 +166,8 @@ def main() -> None:
 
         device.prepare()
         _import_rooms()
+        from tests.support import no_picture  # noqa: F401
+
         _serve(sockets[MEGATRON])
     sockets.pop(MEGATRON).close()
     _serve(sockets[PLAIN], needed=other)

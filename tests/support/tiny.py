@@ -34,7 +34,7 @@ def save_qwen2(folder: Path, tied: bool) -> Path:
         tie_word_embeddings=tied,
         use_sliding_window=False,
     )
-    return _save(Qwen2ForCausalLM(config), folder)
+    return save_random(Qwen2ForCausalLM(config), folder)
 
 
 def save_llama(folder: Path) -> Path:
@@ -53,10 +53,11 @@ def save_llama(folder: Path) -> Path:
         max_position_embeddings=512,
         tie_word_embeddings=False,
     )
-    return _save(LlamaForCausalLM(config), folder, torch.bfloat16)
+    return save_random(LlamaForCausalLM(config), folder, torch.bfloat16)
 
 
-def _save(model: "object", folder: Path, dtype: "object" = None) -> Path:
+def save_random(model: "object", folder: Path, dtype: "object" = None) -> Path:
+    """Save a model of transformers with random weights, the same for the same shapes."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -146,9 +147,9 @@ def launch(processes: int, module: str, *arguments: object, status: int = 0) -> 
     return _run(processes, f"megatron.sft.{module}", arguments, status)
 
 
-def launch_test_worker(processes: int, script: Path, *arguments: object) -> str:
+def launch_test_worker(processes: int, script: Path, *arguments: object, status: int = 0) -> str:
     """Run a test's own script in several processes."""
-    return _run(processes, str(script), arguments, 0)
+    return _run(processes, str(script), arguments, status)
 
 
 def run_script(script: Path, *arguments: object) -> str:
@@ -247,7 +248,7 @@ def save_family(folder: Path, family: str) -> Path:
     sizes |= {"num_hidden_layers": 5, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 512}
     config = getattr(transformers, f"{name}Config")(**{**sizes, "tie_word_embeddings": False, **changes})
     model = getattr(transformers, f"{name}ForCausalLM")(config)
-    return _save(model, folder, torch.bfloat16 if family.endswith("_bf16") else None)
+    return save_random(model, folder, torch.bfloat16 if family.endswith("_bf16") else None)
 
 
 _LLAMA3_ROPE = {
