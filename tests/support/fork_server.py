@@ -15,6 +15,7 @@ import json
 import os
 import runpy
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -28,9 +29,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tests.support.forked_python import MEGATRON, PLAIN, ask
+
 ROOT = Path(__file__).resolve().parents[2]
-# What the server has imported: torch and transformers, or also megatron-core, made ready for the CPU.
-PLAIN, MEGATRON = "plain", "megatron"
 # Variables that libraries read when they are imported: with other values than the server's, a process is started.
 READ_AT_IMPORT = (
     "HF_",
@@ -69,34 +70,16 @@ class ForkServer:
         return self._process is None or _import_time(environment) == _import_time(self._environment)
 
     def run(
-        self,
-        kind: str,
-        program: str,
-        arguments: list[str],
-        environment: dict[str, str],
-        *,
-        processes: int = 0,
-        seconds: float,
+        self, program: str, arguments: list[str], environment: dict[str, str], processes: int, seconds: float
     ) -> tuple[int, str]:
         """Exit status and output of a module (a dotted name) or script (a path), with the standard output and error in one.
 
         processes: 0 for one process as typed, or the number that the launcher would start.
         """
-        if self._process is None:
-            self._start(environment)
-        request = {
-            "program": program,
-            "arguments": arguments,
-            "environment": environment,
-            "processes": processes,
-            "seconds": seconds,
-            "folder": os.getcwd(),
-        }
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(self._folder / kind))
-            connection.sendall(json.dumps(request).encode())
-            connection.shutdown(socket.SHUT_WR)
-            answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        self.start()
+        request = {"program": program, "arguments": arguments, "environment": environment}
+        request |= {"processes": processes, "seconds": seconds, "folder": os.getcwd()}
+        answer = ask(self._folder, request, [])
         if not answer:
             raise RuntimeError(f"the fork server gave no answer:\n{self._log()}")
         status, output = json.loads(answer)
@@ -104,14 +87,28 @@ class ForkServer:
             raise subprocess.TimeoutExpired([program, *arguments], seconds, output)
         return status, output
 
-    def _start(self, environment: dict[str, str]) -> None:
+    def python(self) -> dict[str, str]:
+        """Variables with which the scripts' Python is `forked_python`."""
+        if os.environ.get("TESTS_START_PROCESSES") == "1":
+            return {"MEGATRON_SFT_PYTHON": sys.executable}
+        self.start()
+        return {"MEGATRON_SFT_PYTHON": str(self._folder / "python"), "FORK_SERVER_PYTHON": sys.executable}
+
+    def start(self) -> None:
+        if self._process is not None:
+            return
         self._folder = Path(tempfile.mkdtemp(prefix="fork-server."))
-        self._environment = environment
+        client = self._folder / "python"
+        command = [sys.executable, "-SE", str(ROOT / "tests" / "support" / "forked_python.py"), str(self._folder)]
+        client.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        client.chmod(0o755)
+        self._environment = environment_of_runs()
         with open(self._folder / "log", "wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.support.fork_server", str(self._folder)],
                 cwd=ROOT,
-                env=environment,
+                # What is forked talks to no hub.
+                env=self._environment | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"},
                 stdin=subprocess.PIPE,  # ends when this process does
                 stdout=log,
                 stderr=log,
@@ -136,6 +133,12 @@ class ForkServer:
 
 
 SERVER = ForkServer()
+
+
+def environment_of_runs() -> dict[str, str]:
+    """This process's environment with what a test's run on the CPU needs."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MEGATRON_SFT_DEVICE": "cpu"}
 
 
 def _import_time(environment: dict[str, str]) -> dict[str, str]:
@@ -236,13 +239,19 @@ def _as_process(body: Callable[[], object]) -> NoReturn:
 
 
 def _answer(connection: socket.socket) -> None:
-    request = json.loads(b"".join(iter(lambda: connection.recv(1 << 16), b"")))
+    size, descriptors, _, _ = socket.recv_fds(connection, 8, 3)
+    content = connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
+    request = json.loads(content)
     folder = Path(tempfile.mkdtemp(prefix="forked."))  # a TemporaryDirectory would end with the first child
-    (folder / "output").touch()
+    if not descriptors:
+        output = os.open(folder / "output", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        descriptors = [os.open(os.devnull, os.O_RDONLY), output, output]
     with _ranks(request) as ranks:
-        children = {_fork(request, rank, folder): int(rank["RANK"]) for rank in ranks}
-    status = _wait(children, request, folder)
-    output = (folder / "output").read_text(errors="replace")
+        children = {_fork(request, rank, folder, descriptors): int(rank["RANK"]) for rank in ranks}
+    status = _wait(children, request, folder, connection)
+    message = _message(folder) if status and request["processes"] else ""
+    os.write(descriptors[2], message.encode())
+    output = (folder / "output").read_text(errors="replace") if (folder / "output").exists() else ""
     shutil.rmtree(folder, ignore_errors=True)
     connection.sendall(json.dumps([status, output]).encode())
     connection.close()
@@ -280,16 +289,16 @@ def _ranks(request: dict[str, Any]) -> Iterator[list[dict[str, str]]]:
     )
 
 
-def _fork(request: dict[str, Any], rank: dict[str, str], folder: Path) -> int:
+def _fork(request: dict[str, Any], rank: dict[str, str], folder: Path, descriptors: list[int]) -> int:
     pid = os.fork()
     if pid:
         return pid
     os.setsid()
     _end_with_parent()
-    null, output = os.open(os.devnull, os.O_RDONLY), os.open(folder / "output", os.O_WRONLY | os.O_APPEND)
-    for source, target in ((null, 0), (output, 1), (output, 2)):
+    for target, source in enumerate(descriptors):
         os.dup2(source, target)
     os.closerange(3, 256)
+    sys.stdin = open(0)  # noqa: SIM115 - for the life of this process
     os.environ.clear()
     os.environ.update(request["environment"])
     if request["processes"]:
@@ -304,8 +313,8 @@ def _fork(request: dict[str, Any], rank: dict[str, str], folder: Path) -> int:
     _as_process(lambda: runpy.run_module(program, run_name="__main__", alter_sys=True))
 
 
-def _wait(running: dict[int, int], request: dict[str, Any], folder: Path) -> int | None:
-    """The exit status: of the first process that failed, whose message is printed as the launcher does; None after the time."""
+def _wait(running: dict[int, int], request: dict[str, Any], folder: Path, connection: socket.socket) -> int | None:
+    """The exit status, of several processes that of the first to fail, as the launcher's; None after the time."""
     deadline = time.monotonic() + request["seconds"]
     status: int | None = 0
     while running:
@@ -315,10 +324,9 @@ def _wait(running: dict[int, int], request: dict[str, Any], folder: Path) -> int
             if ended and not status:
                 status = 128 - ended if ended < 0 and request["processes"] else ended
                 deadline = time.monotonic() + 2
-                with contextlib.suppress(OSError), open(folder / "output", "a") as output:
-                    message = json.loads((folder / f"error{rank}.json").read_text())["message"]["message"]
-                    output.write(f"error: {message}\n")
-        elif time.monotonic() > deadline:
+                with contextlib.suppress(OSError):
+                    (folder / f"error{rank}.json").rename(folder / "error.json")
+        elif time.monotonic() > deadline or not _is_there(connection):
             status = status or None
             for pid in running:
                 with contextlib.suppress(ProcessLookupError):
@@ -327,6 +335,21 @@ def _wait(running: dict[int, int], request: dict[str, Any], folder: Path) -> int
         else:
             time.sleep(0.005)
     return status
+
+
+def _is_there(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) != b""
+    except BlockingIOError:
+        return True
+
+
+def _message(folder: Path) -> str:
+    """What the first process to fail has left, as the launcher prints it."""
+    try:
+        return f"error: {json.loads((folder / 'error.json').read_text())['message']['message']}\n"
+    except OSError:
+        return ""
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Tiny models and tiny tokenised data, and running the project's modules in real processes."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Collection
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.support.fork_server import MEGATRON, PLAIN, SERVER
+from tests.support.fork_server import SERVER, environment_of_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 131
@@ -157,27 +156,12 @@ def run_script(script: Path, *arguments: object) -> str:
     return _run(0, str(script), arguments, 0)
 
 
-# These commands know nothing of megatron-core.
-_WITHOUT_MEGATRON = (
-    "tokenize",
-    "generate",
-    "edit_tokenizer",
-    "quickstart",
-    "evaluate",
-    "suggest",
-    "show_sample",
-    "repack",
-)
-
-
 def _run(processes: int, program: str, arguments: tuple[object, ...], status: int) -> str:
     """In forked processes; where the environment asks for it, or a launched run must fail, in ones that are started."""
-    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1", "MEGATRON_SFT_DEVICE": "cpu"}
+    environment = environment_of_runs()
     texts = list(map(str, arguments))
     if SERVER.suits(environment) and not (processes and status):
-        kind = PLAIN if program.rpartition(".")[2] in _WITHOUT_MEGATRON else MEGATRON
-        returned, output = SERVER.run(kind, program, texts, environment, processes=processes, seconds=TIMEOUT_SECONDS)
+        returned, output = SERVER.run(program, texts, environment, processes, TIMEOUT_SECONDS)
     else:
         returned, output = start(processes, program, texts, environment)
     assert returned == status, f"status {returned} instead of {status}:\n{output[-6000:]}"
