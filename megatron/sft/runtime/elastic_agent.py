@@ -162,7 +162,7 @@ class Agent(LocalElasticAgent):
         group: Any = self._worker_group
         if group.group_world_size in (None, 1):
             return
-        # The machine of the store may be the one that is gone.
+        # The machine of the store may be gone itself.
         store = watchdog.open_store(group.master_addr, group.master_port, seconds=5.0)
         if store is not None:
             reason = self._launch.note or root_cause(self._failures(), self._launch)[1]

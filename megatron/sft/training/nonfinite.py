@@ -33,19 +33,17 @@ def blame(engine: "Engine", feeder: Feeder, consumed: int) -> str:
 
     The micro-batches of the step are recomputed, first whole, then conversation by conversation.
     """
-    numbers = feeder.training_numbers(consumed)
+    numbers = feeder.training_numbers(consumed)  # of rows, micro-batch by micro-batch
     bad = _bad(engine, feeder.rank, [feeder.micro_batch(part) for part in numbers])
-    rows = [(n, feeder.row(n)) for index in bad[:_MICRO_BATCHES] for n in numbers[index] if n is not None]
-    tried = [(n, i, len(row.conversation_lengths)) for n, row in rows for i in range(len(row.conversation_lengths))]
-    tried = tried[:_CONVERSATIONS]
-    parts = dict(rows)
-    rounds = max(_gathered(len(tried)))
-    singles = [feeder.batch_of([_conversation(parts[n], i)]) for n, i, _ in tried]
-    singles += [feeder.micro_batch([None])] * (rounds - len(tried))
-    guilty = [index for index in _bad(engine, feeder.rank, singles) if index < len(tried)]
-    found = [Found(n, i + 1, count) for n, i, count in (tried[index] for index in guilty)]
-    named = {each.row for each in found}
-    found += [Found(n) for index in bad for n in numbers[index] if n is not None and n not in named and not guilty]
+    rows = {n: feeder.row(n) for index in bad[:_MICRO_BATCHES] for n in numbers[index] if n is not None}
+    tried = [(n, i) for n, row in rows.items() for i in range(len(row.conversation_lengths))][:_CONVERSATIONS]
+    singles = [feeder.batch_of([_conversation(rows[n], i)]) for n, i in tried]
+    # Every rank must compute as many micro-batches as the others.
+    singles += [feeder.micro_batch([None])] * (max(_gathered(len(tried))) - len(tried))
+    guilty = [tried[index] for index in _bad(engine, feeder.rank, singles) if index < len(tried)]
+    found = [Found(n, i + 1, len(rows[n].conversation_lengths)) for n, i in guilty]
+    if not found:
+        found = [Found(n) for index in bad for n in numbers[index] if n is not None]
     everywhere = len(bad) == len(numbers)
     return _words(feeder, _gathered((found, everywhere)))
 
