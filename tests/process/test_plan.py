@@ -5,12 +5,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support import tiny
+from tests.support.fork_server import SERVER
 
 RECIPES = tiny.ROOT / "scripts" / "sft"
 SIZES = ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
@@ -21,7 +21,7 @@ CASES += [("SFT_Qwen2.5", size) for size in SIZES]
 def plan(recipe: Path, **variables: object) -> tuple[int, str]:
     """(status, output with every line whole) of `bash RECIPE plan`."""
     ours = {name: value for name, value in os.environ.items() if name.isupper()}
-    environment = {**ours, "MEGATRON_SFT_PYTHON": sys.executable, "MEGATRON_SFT_DEVICE": "cpu"}
+    environment = {**ours, **SERVER.python(), "MEGATRON_SFT_DEVICE": "cpu"}
     result = subprocess.run(
         ["bash", str(recipe), "plan"],
         env={**environment, **{name: str(value) for name, value in variables.items()}},

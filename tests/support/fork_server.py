@@ -67,7 +67,8 @@ class ForkServer:
         """Whether forked processes are as good as started ones with this environment."""
         if os.environ.get("TESTS_START_PROCESSES") == "1":
             return False
-        return self._process is None or _import_time(environment) == _import_time(self._environment)
+        self.start()
+        return _import_time(environment) == _import_time(self._environment)
 
     def run(
         self, program: str, arguments: list[str], environment: dict[str, str], processes: int, seconds: float
@@ -89,10 +90,11 @@ class ForkServer:
 
     def python(self) -> dict[str, str]:
         """Variables with which the scripts' Python is `forked_python`."""
+        ours = {name: environment_of_runs()[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS", "MEGATRON_SFT_DEVICE")}
         if os.environ.get("TESTS_START_PROCESSES") == "1":
-            return {"MEGATRON_SFT_PYTHON": sys.executable}
+            return {**ours, "MEGATRON_SFT_PYTHON": sys.executable}
         self.start()
-        return {"MEGATRON_SFT_PYTHON": str(self._folder / "python"), "FORK_SERVER_PYTHON": sys.executable}
+        return {**ours, "MEGATRON_SFT_PYTHON": str(self._folder / "python"), "FORK_SERVER_PYTHON": sys.executable}
 
     def start(self) -> None:
         if self._process is not None:

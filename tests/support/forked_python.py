@@ -1,7 +1,7 @@
 """A Python for scripts under test: forks `-m megatron.sft.COMMAND` where a real one would start; for the rest it is a real one.
 
-`fork_server.python()` gives the program for MEGATRON_SFT_PYTHON. Runs of several processes on one machine are forked too, without
-`megatron.sft.launch`. A command that talks to a hub is started, as its libraries read where that is when imported.
+`fork_server.python()` gives the program for MEGATRON_SFT_PYTHON. Runs of several processes on one machine are forked too,
+without `megatron.sft.launch`. A command that talks to a hub is started, as its libraries read where that is when imported.
 """
 
 import json
