@@ -48,11 +48,19 @@ def forked(arguments: list[str]) -> tuple[int, str, list[str]] | None:
             return None
         processes = int(own[own.index("--nproc-per-node") + 1])
     name = program.rpartition(".")[2]
-    return (
-        None
-        if name == "download" or (name == "tokenize" and "HF_ENDPOINT" in environment)
-        else (processes, program, rest)
-    )
+    if name == "download" or (name == "tokenize" and not all(map(_is_here, _inputs(rest)))):
+        return None
+    return processes, program, rest
+
+
+def _inputs(arguments: list[str]) -> list[str]:
+    """What follows each --input; several may stand in one, on lines or between spaces."""
+    values = [value for option, value in zip(arguments, arguments[1:], strict=False) if option == "--input"]
+    return [word for value in values for word in value.split()]
+
+
+def _is_here(data: str) -> bool:
+    return Path(data.partition("#")[0]).exists()
 
 
 def main() -> int:
