@@ -107,10 +107,9 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_last_on
 
 def test_a_writer_that_ends_without_a_word_ends_the_run(converted: Path, packed_rows: Path, tmp_path: Path) -> None:
     options = ["--load", converted, "--data-path", packed_rows, "--save", tmp_path / "run", "--train-iters", "4"]
-    launcher = [sys.executable, "-m", "megatron.sft.launch", "--standalone", "--local-addr", "localhost"]
     script = tiny.ROOT / "tests" / "support" / "silent_writer.py"
     options += ["--precision", "fp32", "--global-batch-size", "8", "--save-interval", "2"]
-    output = tiny._run([*launcher, "--nproc-per-node", "2", str(script), *map(str, options)], 2)
+    output = tiny.launch_test_worker(2, script, *options, status=2)
     assert "the checkpoint of iteration 2 was not written: rank 1: the thread that wrote it ended" in output
     assert not list((tmp_path / "run").glob("*iter_*"))
 

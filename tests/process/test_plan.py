@@ -5,12 +5,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support import tiny
+from tests.support.fork_server import SERVER
 
 RECIPES = tiny.ROOT / "scripts" / "sft"
 HYBRID = "SFT_Hybrid_R1_{}_OpenThoughts_1M"
@@ -29,7 +29,7 @@ CASES += [
 def plan(recipe: Path, **variables: object) -> tuple[int, str]:
     """(status, output with every line whole) of `bash RECIPE plan`."""
     ours = {name: value for name, value in os.environ.items() if name.isupper()}
-    environment = {**ours, "MEGATRON_SFT_PYTHON": sys.executable, "MEGATRON_SFT_DEVICE": "cpu"}
+    environment = {**ours, **SERVER.python(), "MEGATRON_SFT_DEVICE": "cpu"}
     result = subprocess.run(
         ["bash", str(recipe), "plan"],
         env={**environment, **{name: str(value) for name, value in variables.items()}},

@@ -7,12 +7,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support import tiny
+from tests.support.fork_server import SERVER
 from tests.support.hub_server import Hub, HubRepository
 
 PAGE = tiny.ROOT / "docs" / "from-other-systems.md"
@@ -74,7 +74,7 @@ def run_all(section: str, hub: Hub, folder: Path, replaced: dict[str, str], **va
         "ASSETS_DIR": str(folder / "assets"),
         "HF_ENDPOINT": hub.address,
         "HF_HOME": str(folder / "hf"),
-        "MEGATRON_SFT_PYTHON": sys.executable,
+        **SERVER.python(),
         "MEGATRON_SFT_DEVICE": "cpu",
         "OMP_NUM_THREADS": "1",
         **variables,

@@ -14,6 +14,7 @@ from megatron.sft import tokenize
 from megatron.sft.data.mixture import Input, parse_inputs, validated_source
 from megatron.sft.data.tokenized import TokenizedRows
 from megatron.sft.runtime.errors import UserError
+from tests.support.fork_server import SERVER
 from tests.support.hub_server import Hub, HubRepository
 from tests.support.material import smollm2_folder
 
@@ -122,7 +123,7 @@ def test_the_manifest_counts_every_source_and_a_folder_is_one(tmp_path: Path) ->
     write(tmp_path / "many" / "deep" / "c.json", 30, "third")
     (tmp_path / "many" / "README.md").write_text("no data")
     line = ["bash", str(ROOT / "scripts/3_tokenize.sh"), str(smollm2_folder()), "a.jsonl#20 many#50%", "128"]
-    environment = os.environ | {"MEGATRON_SFT_PYTHON": sys.executable, "OUTPUT_PREFIX": "out/mixed"}
+    environment = os.environ | {**SERVER.python(), "OUTPUT_PREFIX": "out/mixed"}
     result = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     manifest = TokenizedRows(tmp_path / "out/mixed").manifest

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from megatron.sft.chat.encoding import Encoded
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import TokenizedRows, data_file, token_dtype
 from megatron.sft.runtime.errors import run
+from tests.support.fork_server import SERVER
 
 ROOT = Path(__file__).parents[3]
 NAME = "Tokenized-data-model-{}_text_document"
@@ -166,7 +166,7 @@ def test_bad_arguments_are_named(
 def test_the_command(tmp_path: Path) -> None:
     write(tmp_path)
     line = ["bash", str(ROOT / "tools/repack"), NAME.format(128), "--seq-length", "300"]
-    environment = os.environ | {"MEGATRON_SFT_PYTHON": sys.executable}
+    environment = os.environ | {**SERVER.python()}
     result = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "wrote " + NAME.format(300) + ".bin, .idx, .json"

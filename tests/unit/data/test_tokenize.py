@@ -15,6 +15,7 @@ from megatron.sft import tokenize
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import TokenizedRows
 from megatron.sft.runtime.errors import run
+from tests.support.fork_server import SERVER
 from tests.support.material import npm_tokenizer, reasoning_gym_rows, smollm2_folder
 
 ROOT = Path(__file__).parents[3]
@@ -33,8 +34,8 @@ def command(data: Path, length: object = 512, *options: str) -> list[str]:
 
 def process(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """The entry module in a separate process."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-m", "megatron.sft.tokenize", *arguments]
+    environment = os.environ | SERVER.python()
+    line = [SERVER.python()["MEGATRON_SFT_PYTHON"], "-m", "megatron.sft.tokenize", *arguments]
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -118,7 +119,7 @@ def test_same_seed_same_bytes_whatever_the_number_of_threads(tmp_path: Path) -> 
 def test_the_shell_script_takes_relative_paths_and_variables(tmp_path: Path) -> None:
     write_lines(tmp_path / "data.json", [{"problem": "1+1?", "solution": "2"}] * 3)
     variables = {
-        "MEGATRON_SFT_PYTHON": sys.executable,
+        **SERVER.python(),
         "PACKING": "0",
         "OVERLONG": "error",
         "SEED": "5",
@@ -171,7 +172,7 @@ def test_show_sample_prints_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     data = write_lines(tmp_path / "data.jsonl", [GOOD, GOOD])
     assert here(monkeypatch, command(data, 256)) == 0
     line = ["bash", str(ROOT / "tools/show_sample"), str(tmp_path / PREFIX.format(256)) + ".bin"]
-    environment = os.environ | {"MEGATRON_SFT_PYTHON": sys.executable}
+    environment = os.environ | {**SERVER.python()}
     plain = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60)
     assert plain.stdout.count("[[Blue.<|im_end|>]]") == 2
     assert "---- conversation 2 of 2: " in plain.stdout

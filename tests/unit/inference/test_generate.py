@@ -16,6 +16,7 @@ from megatron.sft.inference.answer_file import answer_file, read_questions
 from megatron.sft.inference.backends import Decoding
 from megatron.sft.inference.chat_model import Answer, ChatModel, load_chat_model
 from megatron.sft.runtime.errors import UserError
+from tests.support.fork_server import SERVER
 from tests.support.taught import PROMPT, TAUGHT, taught_folder, untrained_folder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -27,8 +28,8 @@ def taught() -> ChatModel:
 
 
 def generate(*arguments: object, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "megatron.sft.generate", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [SERVER.python()["MEGATRON_SFT_PYTHON"], "-m", "megatron.sft.generate", *map(str, arguments)]
+    environment = os.environ | SERVER.python()
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120, input=text)
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from megatron.sft.reporting.curves import read_curve, run_names
 from megatron.sft.reporting.loss_plot import draw, smoothed, title_of
 from megatron.sft.runtime.errors import UserError
+from tests.support.fork_server import SERVER
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -68,7 +68,7 @@ def test_tool_writes_beside_the_metrics(tmp_path):
     line = ["bash", str(ROOT / "tools/plot_loss"), str(folder)]
     done = subprocess.run(
         line,
-        env=os.environ | {"MEGATRON_SFT_PYTHON": sys.executable},
+        env=os.environ | {**SERVER.python()},
         capture_output=True,
         text=True,
         timeout=120,
@@ -115,8 +115,17 @@ def test_runs_side_by_side_are_a_table_and_a_picture_by_tokens(tmp_path):
     curve = read_curve(tmp_path / "one", "one")
     assert (curve.x("tokens"), curve.x("epoch"), curve.validation_x("tokens")) == ([2.0, 4.0], [0.2, 0.4], [2.0])
     assert curve.sources == {"a": [(4, 1.5)]}
-    line = [sys.executable, "-m", "megatron.sft.plot", "one", "two", "--x", "tokens", "--by-source"]
-    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [
+        SERVER.python()["MEGATRON_SFT_PYTHON"],
+        "-m",
+        "megatron.sft.plot",
+        "one",
+        "two",
+        "--x",
+        "tokens",
+        "--by-source",
+    ]
+    variables = os.environ | SERVER.python()
     done = subprocess.run(line, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.splitlines() == [
         "| run | steps | million tokens | loss at the end | best validation | tokens/s |",
