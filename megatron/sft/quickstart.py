@@ -126,7 +126,7 @@ def make_model_folder(output: Path, seed: int = SEED) -> bool:
     """Write the untrained model whole or not at all; False if it is there already from the same sources."""
     sources = {"seed": seed, **{name: sha256_of_file(ASSETS / name) for name in MODEL_FILES}}
     if output.exists():
-        made = read_json(output / SOURCE_MANIFEST, f"{output} is no quickstart model:", "give another folder")
+        made = read_json(output / SOURCE_MANIFEST, f"{output} is not a quickstart model:", "give another folder")
         weights = output / "model.safetensors"
         if made["sources"] == sources and weights.exists() and sha256_of_file(weights) == made["weights"]:
             return False

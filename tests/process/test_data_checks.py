@@ -91,7 +91,7 @@ def test_another_length_or_vocabulary_is_refused_with_both_values(model: tuple[P
         start(model[1], tokenised(tmp_path / "large", max_token_id=131), tmp_path / "run")
 
 
-def test_a_folders_chat_template_is_the_one_that_transformers_takes() -> None:
+def test_a_folders_chat_template_is_what_transformers_takes() -> None:
     from transformers import AutoTokenizer
 
     for folder in (smollm2_folder(), npm_tokenizer("qwen3"), npm_tokenizer("llama3_1")):

@@ -27,7 +27,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     return make_material(tmp_path_factory.mktemp("faults"))
 
 
-def test_killed_runs_end_as_if_nobody_had_killed_them(material: Material) -> None:
+def test_killed_runs_end_as_if_no_one_had_killed_them(material: Material) -> None:
     campaign = Campaign(material, "1x1", seed=1)
     campaign.run(2)
     assert campaign.kills.total() >= 2

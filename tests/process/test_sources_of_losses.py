@@ -67,7 +67,7 @@ def test_one_source_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not data_file(tmp_path / "a", "sources").exists()
 
 
-def test_names_are_short_and_told_apart() -> None:
+def test_names_are_short_and_distinguished() -> None:
     paths = ["/a/x.jsonl", "/b/x.json.gz", "/c/folder", "org/set:part"]
     assert source_names({"sources": [{"path": path} for path in paths]}) == ["x (1)", "x (2)", "folder", "set:part"]
 

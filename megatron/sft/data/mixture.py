@@ -1,6 +1,6 @@
 """The inputs of a run: files, folders or hub ids, each whole or a sampled number or share of its records.
 
-`a.jsonl#500` is 500 records, `a.jsonl#20%` a fifth of its own records. Records are sampled without replacement; where more are
+`a.jsonl#500` is 500 records, `a.jsonl#20%` a fifth of its records. Records are sampled without replacement; where more are
 wanted than there are, all are taken as often as they fit in whole, and the rest is sampled.
 """
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron.sft.runtime.errors import leave_message
 
-# The exit status of a process that the watchdog ended: the one that timeout(1) uses.
+# The exit status of a process that the watchdog ended: what timeout(1) uses.
 HUNG = 124
 # Key of the first failure's reason in the store that torchrun's processes share.
 FAILED = "megatron-sft/failed"
@@ -201,7 +201,7 @@ class Watchdog(threading.Thread):
 
 def describe_stall(beats: dict[int, Beat]) -> str:
     """One line on processes of which none makes progress, by rank. Blamed is the one in the earliest iteration; of several
-    there one that does not wait for another process, and of those the one that has been there longest."""
+    there one that does not wait for another process, and of those the process that has been there longest."""
     behind = min(beats, key=lambda rank: (beats[rank].iteration, beats[rank].waits, -beats[rank].seconds))
     line = f"rank {behind} hung for {beats[behind].seconds:.0f} s in {beats[behind]}"
     waiting = [f"rank {rank} in {beat}" for rank, beat in sorted(beats.items()) if rank != behind]

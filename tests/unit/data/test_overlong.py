@@ -91,7 +91,7 @@ def test_a_split_repeats_the_functions() -> None:
     assert all(text.count('"name": "look_up"') == 1 for text in texts)
 
 
-def test_a_round_that_is_too_long_by_itself_is_left_out_and_counted() -> None:
+def test_a_round_that_is_too_long_by_itself_is_skipped_and_counted() -> None:
     row = conversation(3)
     row["messages"][4]["content"] = "long " * 200
     texts, corpus = kept([row], 80, "split")

@@ -101,7 +101,7 @@ def test_prompt_is_answered_on_standard_output():
     assert (done.returncode, done.stdout) == (0, TAUGHT[3][2] + "\n"), done.stderr
 
 
-def test_file_is_answered_beside_it(tmp_path):
+def test_file_is_answered_next_to_it(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text(
         "".join(json.dumps({"instruction": row[0], "id": place}) + "\n" for place, row in enumerate(TAUGHT))
@@ -163,7 +163,7 @@ def test_mistake_gets_one_line(arguments, message):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_file_that_was_cut_off_goes_on_where_it_was(tmp_path):
+def test_file_that_was_cut_off_continues_where_it_was(tmp_path):
     """The first answers are kept in a hidden file beside the output; one of them is changed, to see that it is used."""
     data, output = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
     data.write_text("".join(json.dumps({"prompt": row[0]}) + "\n" for row in TAUGHT))

@@ -160,7 +160,7 @@ def test_a_damaged_memory_means_hashing_again(converted: Path, data: Path, tmp_p
         input_checks.check(plan_of(converted, data, tmp_path / "out"))
 
 
-def test_a_forged_memory_leaves_out_the_checksum_and_nothing_else(converted: Path, data: Path, tmp_path: Path) -> None:
+def test_a_forged_memory_skips_the_checksum_and_nothing_else(converted: Path, data: Path, tmp_path: Path) -> None:
     """Who can write it can write the data; sizes and structure are still looked at."""
     rewritten(data, STRUCTURE["a trained first token"][0])
     facts = TokenizedRows.__new__(TokenizedRows)
