@@ -63,7 +63,7 @@ def latest_iteration(root: Path) -> int | None:
 
 
 def open_checkpoint(root: Path, iteration: int | None = None) -> Checkpoint:
-    """The checkpoint of `iteration`, or the iteration that the tracker names. `root`: a folder with a tracker, or an iter_ folder.
+    """The checkpoint of `iteration`, or of the iteration in the tracker. `root`: a folder with a tracker, or an iter_ folder.
 
     Only the manifest is read. A missing checkpoint and a damaged manifest are a `UserError`.
     """
