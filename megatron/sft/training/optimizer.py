@@ -99,7 +99,10 @@ def _in_place_adamw(config: OptimizerConfig) -> Iterator[None]:
     config.store_param_remainders = True
     config.main_grads_dtype = config.exp_avg_dtype = config.exp_avg_sq_dtype = torch.bfloat16
     package: Any = megatron.core.optimizer
-    replaced = [(package, "Adam", InPlaceAdamW), (package.distrib_optimizer, "Adam", InPlaceAdamW)]
+    replaced: list[tuple[Any, str, Any]] = [
+        (package, "Adam", InPlaceAdamW),
+        (package.distrib_optimizer, "Adam", InPlaceAdamW),
+    ]
     replaced += [(package, "USING_PYTORCH_OPTIMIZER", False), (package, "is_te_min_version", lambda version: False)]
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, value in replaced:
