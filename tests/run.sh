@@ -1,28 +1,36 @@
 #!/usr/bin/env bash
 # Run the checks and tests; the first run sets itself up. Every part runs even where one before it failed.
 #
-#   bash tests/run.sh [check|shell|python|all] [PYTEST ARGUMENT...]
+#   bash tests/run.sh [check|fast|shell|python|all|campaigns] [PYTEST ARGUMENT...]
 #
-# check   ruff, mypy on the package, the order of its rooms, words, shellcheck, shfmt and hadolint
-# shell   the scripts themselves: tests/shell/*.bats
-# python  pytest with the arguments given
-# all     these three in this order; the default
+# check      ruff, mypy on the package, import-linter, shellcheck, shfmt and hadolint
+# fast       tests/unit: minutes; no npm, no apt, no group of processes. A tokenizer that only npm has is skipped without it
+# shell      the scripts themselves: tests/shell
+# python     pytest with the arguments given, for example a file
+# all        check, shell, tests/unit and tests/process; the default
+# campaigns  every case of what `all` samples: layouts, families, and tests/faults.sh. Hours on two cores
 # shellcheck source=scripts/lib/common.sh
 source "$(dirname "$(readlink -f "$0")")/../scripts/lib/common.sh" || exit 2
 
 case ${1-} in -h | --help) usage && exit 0 ;; esac
 part=${1:-all}
-[[ $part == check || $part == shell || $part == python || $part == all ]] || die "$part is no part of the tests: write check, shell, python or all"
+[[ $part =~ ^(check|fast|shell|python|all|campaigns)$ ]] || die "$part is not a part of the tests: write check, fast, shell, python, all or campaigns"
 ensure_requirements requirements-dev.txt
 cd "$ROOT"
 PATH=$(dirname "$PYTHON"):$PATH
 failed=()
 
-# step NAME COMMAND...: remembers a failure and goes on.
+# step NAME COMMAND...: remembers a failure and continues.
 step() {
   echo "== $1"
   "${@:2}" || failed+=("$1")
 }
+
+# One thread a process, or each of several would take all cores.
+tests() { OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$PYTHON" -m pytest --durations=25 "$@"; }
+
+# Files side by side. What measures time or needs the machine to itself is marked `alone`.
+side_by_side=(-n 2 --dist loadfile)
 
 if [[ $part == check || $part == all ]]; then
   mapfile -t shell_files < <(find scripts tests tools .ci -type f \( -name '*.sh' -o -name '*.bash' -o -name '*.bats' -o -name '*.sbatch' -o -name '*.env' -o -path .ci/run -o -path 'tools/*' \) | sort)
@@ -38,8 +46,18 @@ fi
 if [[ $part == shell || $part == all ]]; then
   step bats bats --timing tests/shell
 fi
-if ((${#failed[@]})); then echo "failed before pytest:$(printf ' %s;' "${failed[@]}")"; fi
-if [[ $part == python || $part == all ]]; then
-  step pytest "$PYTHON" -m pytest "${@:2}"
-fi
+case $part in
+  fast) SKIP_WITHOUT_NPM=1 step "unit tests" tests "${side_by_side[@]}" tests/unit "${@:2}" ;;
+  python) step pytest tests "${@:2}" ;;
+  all)
+    step "unit and process tests" tests "${side_by_side[@]}" -m 'not campaign and not alone' "${@:2}"
+    step "process tests that run alone" tests -m 'alone and not campaign' "${@:2}"
+    ;;
+  campaigns)
+    step "every case" tests -m campaign "${@:2}"
+    step "losses of every layout" "$PYTHON" -m tests.campaigns.parallel_losses --set cpu
+    for name in kills signals damage; do step "$name" bash tests/faults.sh "$name"; done
+    ;;
+esac
+if ((${#failed[@]})); then echo "failed:$(printf ' %s;' "${failed[@]}")"; fi
 ((${#failed[@]} == 0))

@@ -7,7 +7,8 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,15 @@ class Evaluation:
     controls: list[str]
     decoding: Decoding
     settings: LmEvalSettings
-    _chat_model: ChatModel | None = field(default=None, repr=False)
-    _lm_eval_models: dict[str, LmEvalModel] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def _chat_model(self) -> ChatModel:
+        settings = self.settings
+        return load_chat_model(self.folder, settings.dtype, settings.backend, settings.seed, settings.num_gpus)
+
+    @cached_property
+    def _lm_eval_models(self) -> dict[str, LmEvalModel]:
+        return {control: LmEvalModel(self.folder, self.settings, control) for control in self.controls}
 
     def result(self, task: str, output: Path) -> dict[str, Any]:
         """The result of one task: from `output` if that is of the same model, data and settings, else written there."""
@@ -53,27 +61,18 @@ class Evaluation:
             return dict(kept[0])
         print(f"{self.name}, {task}:", flush=True)
         started = time.monotonic()
-        result = self._ask_file(Path(task)) if Path(task).is_file() else self._run_lm_eval(task)
+        if Path(task).is_file():
+            result = exact_match(self._chat_model, Path(task), self.controls, self.decoding, self.settings.limit)
+        else:
+            modes = {control: model.run(task) for control, model in self._lm_eval_models.items()}
+            scores = [score for mode in modes.values() for score in mode["scores"]]
+            result = {"task": task, "modes": modes, "scores": scores}
         seconds = round(time.monotonic() - started, 1)
         result = {"model": str(self.folder), "fingerprint": fingerprint, "seconds": seconds, **result}
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, result)
         print(f"finished in {seconds:.0f} s, everything is in {output}")
         return result
-
-    def _ask_file(self, data: Path) -> dict[str, Any]:
-        settings = self.settings
-        self._chat_model = self._chat_model or load_chat_model(
-            self.folder, settings.dtype, settings.backend, settings.seed, settings.num_gpus
-        )
-        return exact_match(self._chat_model, data, self.controls, self.decoding, settings.limit)
-
-    def _run_lm_eval(self, task: str) -> dict[str, Any]:
-        modes = {}
-        for control in self.controls:
-            model = self._lm_eval_models.setdefault(control, LmEvalModel(self.folder, self.settings, control))
-            modes[control] = model.run(task)
-        return {"task": task, "modes": modes, "scores": [score for mode in modes.values() for score in mode["scores"]]}
 
     def _fingerprint(self, task: str) -> str:
         """Of everything that decides the scores. Of the model's files size and time: a checksum would read all weights."""
@@ -126,9 +125,8 @@ def _evaluation(arguments: argparse.Namespace, model: Path, name: str, controls:
         num_gpus=arguments.num_gpus,
         include=arguments.include,
     )
-    decoding = Decoding(
-        arguments.max_new_tokens or Decoding.max_new_tokens, 0.0, arguments.batch_size or Decoding.batch_size
-    )
+    max_new_tokens = arguments.max_new_tokens or Decoding.max_new_tokens
+    decoding = Decoding(max_new_tokens, batch_size=arguments.batch_size or Decoding.batch_size)
     return Evaluation(model, name, controls, decoding, settings)
 
 
@@ -181,20 +179,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="model folders (or NAME=FOLDER); last, tasks separated by commas: data files (the last answer of a record "
         "is the reference) or lm-eval's names (gsm8k, mmlu, ceval, arc, ...)",
     )
-    parser.add_argument(
-        "--control", action="append", help="ask with this token first, such as <think>; may be repeated"
-    )
+    parser.add_argument("--control", action="append", help="ask with this token first, such as <think>; repeatable")
     parser.add_argument("--limit", type=int, help="only the first questions")
-    parser.add_argument(
-        "--max-new-tokens", type=int, help="default 512 for data files, the task's limit for benchmarks"
-    )
+    parser.add_argument("--max-new-tokens", type=int, help="default: 512 for data files, the benchmark's limit")
     parser.add_argument("--batch-size", type=int, help="default 64 for data files, 8 for benchmarks")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: the folder's")
     parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0])
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs over which vLLM splits the model")
-    parser.add_argument(
-        "--num-fewshot", type=int, help="examples before a benchmark's question; default the task's number"
-    )
+    parser.add_argument("--num-fewshot", type=int, help="examples before each question; default: the benchmark's")
     parser.add_argument("--no-chat-template", action="store_true", help="ask benchmarks as plain text")
     parser.add_argument("--include", default="", help="a folder of more task files for lm-eval")
     parser.add_argument("--output", type=Path, help="default outputs/evaluations/<model>-<task>.json")

@@ -6,6 +6,7 @@ python -m megatron.sft.generate HF_DIR "Sort these names: Tom Ada" --control "<t
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from megatron.sft.chat.conversations import Conversation
@@ -24,9 +25,7 @@ Ctrl-C            stop an answer
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    decoding = Decoding(
-        arguments.max_new_tokens, arguments.temperature, arguments.batch_size, arguments.top_p, arguments.top_k
-    )
+    decoding = Decoding(**{field.name: getattr(arguments, field.name) for field in fields(Decoding)})
     _check(decoding, arguments.num_gpus)
     given: str | None = arguments.input
     is_file = given is not None and "\n" not in given and len(given) < 1000 and Path(given).is_file()

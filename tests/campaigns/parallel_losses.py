@@ -143,7 +143,7 @@ def save_models(folder: Path, names: set[str]) -> None:
     for name in names:
         family, changes = made[name]
         config = getattr(transformers, f"{family}Config")(**qwen2, **changes)
-        tiny._save(getattr(transformers, f"{family}ForCausalLM")(config), folder / f"{name}_hf")
+        tiny.save_random(getattr(transformers, f"{family}ForCausalLM")(config), folder / f"{name}_hf")
         tiny.run_module("convert", "--hf-dir", folder / f"{name}_hf", "--output", folder / name)
 
 

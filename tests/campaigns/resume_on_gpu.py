@@ -52,7 +52,7 @@ def check(names: list[str]) -> None:
             hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             vocab_size=tiny.VOCAB_SIZE, max_position_embeddings=512, tie_word_embeddings=True,
         )  # fmt: skip
-        tiny._save(Qwen2ForCausalLM(config), folder / "hf")
+        tiny.save_random(Qwen2ForCausalLM(config), folder / "hf")
         tiny.run_module("convert", "--hf-dir", folder / "hf", "--output", folder / "model")
         tiny.write_rows(folder / "rows", tiny.random_rows(24, 256), 256)
         for kind in names:

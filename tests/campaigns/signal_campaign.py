@@ -211,7 +211,7 @@ def poison(material: Material, name: str, step: int | None) -> Material:
         last = tiny.VOCAB_SIZE - 1
         rows = [[(np.minimum(p, last - 1), np.minimum(a, last - 1)) for p, a in row] for row in ROWS]
         training, validation = split_rows(len(rows), 0.9, 0.1, seed=1234)
-        number = validation[0] if step is None else RowOrder(training, seed=1234).at(4 * (step - 1))
+        number = validation[0] if step is None else RowOrder(training, seed=1234).row_at(4 * (step - 1))
         rows[int(number)][0][0][0] = last
         tiny.write_rows(folder / "rows", rows, length=64)
     return Material(material.checkpoint, folder / "rows", folder)
@@ -225,7 +225,7 @@ FAULTS: dict[str, Callable[[Case], Outcome]] = {
     "SIGUSR1 to one rank": catchable(signal.SIGUSR1, to_launcher=False),
     "SIGKILL of one rank": killed_rank,
     "SIGSTOP of one rank": stopped_rank,
-    "a thread that stands still": stalled_thread,
+    "a thread that hangs": stalled_thread,
     "ENOSPC": failing_disk(errno.ENOSPC),
     "EIO on write": failing_disk(errno.EIO),
     "dead data worker": dead_thread("data worker", harmless=("exit",)),

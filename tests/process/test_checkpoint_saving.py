@@ -105,12 +105,11 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_last_on
     assert (run / TRACKER).read_text() == "5"
 
 
-def test_a_writer_that_ends_without_a_word_ends_the_run(converted: Path, packed_rows: Path, tmp_path: Path) -> None:
+def test_a_writer_that_ends_silently_ends_the_run(converted: Path, packed_rows: Path, tmp_path: Path) -> None:
     options = ["--load", converted, "--data-path", packed_rows, "--save", tmp_path / "run", "--train-iters", "4"]
-    launcher = [sys.executable, "-m", "megatron.sft.launch", "--standalone", "--local-addr", "localhost"]
     script = tiny.ROOT / "tests" / "support" / "silent_writer.py"
     options += ["--precision", "fp32", "--global-batch-size", "8", "--save-interval", "2"]
-    output = tiny._run([*launcher, "--nproc-per-node", "2", str(script), *map(str, options)], 2)
+    output = tiny.launch_test_worker(2, script, *options, status=2)
     assert "the checkpoint of iteration 2 was not written: rank 1: the thread that wrote it ended" in output
     assert not list((tmp_path / "run").glob("*iter_*"))
 
@@ -137,7 +136,7 @@ def test_a_change_of_the_run_is_refused_with_both_values_or_taken_on_an_explicit
     assert [line["consumed_rows"] for line in tiny.metrics(run)][-2:] == [40, 44]
 
 
-def test_experts_spread_over_processes_go_on_in_one_and_back(packed_rows: Path, tmp_path: Path) -> None:
+def test_experts_spread_over_processes_continue_in_one_and_back(packed_rows: Path, tmp_path: Path) -> None:
     model = tiny.save_family(tmp_path / "model", "qwen3_moe")
     tiny.run_module("convert", "--hf-dir", model, "--output", tmp_path / "converted")
     options = ["--load", tmp_path / "converted", "--data-path", packed_rows, "--precision", "fp32", "--lr", "1e-3"]
@@ -158,7 +157,7 @@ def test_experts_spread_over_processes_go_on_in_one_and_back(packed_rows: Path, 
             assert torch.allclose(tensor, resumed[key], atol=1e-5), key
 
 
-def test_the_loss_scale_of_fp16_goes_on(train: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_loss_scale_of_fp16_continues(train: Callable[..., Path], tmp_path: Path) -> None:
     """Doubled after every two good steps, so that a count that was forgotten would show."""
     options = ["--precision", "fp16", "--save-interval", "5", "--initial-loss-scale", "256", "--loss-scale-window", "2"]
     run = train(1, *options)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron.sft.data.tokenized import file_of
+from megatron.sft.data.tokenized import data_file
 from megatron.sft.hf.tokenizer_files import chat_template_sha256, read_chat_template, tokenizer_sha256
 from megatron.sft.planning.options import parse
 from megatron.sft.planning.resolution import plan_run
@@ -34,8 +34,8 @@ def model(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 def tokenised(prefix: Path, **changed: Any) -> Path:
     """Tiny data whose manifest has the facts of step 3, with some of them changed."""
     tiny.write_rows(prefix, tiny.random_rows(8, 128), 128)
-    manifest = json.loads(file_of(prefix, "json").read_text())
-    file_of(prefix, "json").write_text(json.dumps(sealed(manifest | changed)))
+    manifest = json.loads(data_file(prefix, "json").read_text())
+    data_file(prefix, "json").write_text(json.dumps(sealed(manifest | changed)))
     return prefix
 
 
@@ -91,7 +91,7 @@ def test_another_length_or_vocabulary_is_refused_with_both_values(model: tuple[P
         start(model[1], tokenised(tmp_path / "large", max_token_id=131), tmp_path / "run")
 
 
-def test_a_folders_chat_template_is_the_one_that_transformers_takes() -> None:
+def test_a_folders_chat_template_is_what_transformers_takes() -> None:
     from transformers import AutoTokenizer
 
     for folder in (smollm2_folder(), npm_tokenizer("qwen3"), npm_tokenizer("llama3_1")):

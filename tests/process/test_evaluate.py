@@ -3,20 +3,20 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron.sft.inference.exact_match import final_answer
+from tests.support.fork_server import SERVER
 from tests.support.taught import TAUGHT, taught_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def evaluate(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "megatron.sft.evaluate", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [SERVER.python()["MEGATRON_SFT_PYTHON"], "-m", "megatron.sft.evaluate", *map(str, arguments)]
+    environment = os.environ | SERVER.python()
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -104,7 +104,7 @@ def test_script_passes_its_variables_on(data, tmp_path):
         "CONTROL": "<short> <think>",
         "LIMIT": "1",
         "OUTPUT": str(output),
-        "MEGATRON_SFT_PYTHON": sys.executable,
+        **SERVER.python(),
     }
     line = ["bash", str(ROOT / "scripts/7_evaluate.sh"), str(taught_folder()), str(data)]
     subprocess.run(line, env=os.environ | settings, check=True, timeout=120, capture_output=True)

@@ -19,13 +19,15 @@ from tests.campaigns.signal_campaign import POISON, poison, try_out
 from tests.support import tiny
 from tests.support.real_runs import STEPS, Material, RealRun, assert_same_run, make_material
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     return make_material(tmp_path_factory.mktemp("faults"))
 
 
-def test_killed_runs_end_as_if_nobody_had_killed_them(material: Material) -> None:
+def test_killed_runs_end_as_if_no_one_had_killed_them(material: Material) -> None:
     campaign = Campaign(material, "1x1", seed=1)
     campaign.run(2)
     assert campaign.kills.total() >= 2

@@ -1,15 +1,15 @@
-"""The hybrid example, every command typed as the README of the project it comes from has it, and the folders they leave."""
+"""The hybrid example with every command typed as in the README of the project it comes from, and the folders they write."""
 
 import json
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support import tiny
+from tests.support.fork_server import SERVER
 from tests.support.hub_server import Hub, HubRepository
 
 MODEL, DATA = "deepseek_ai_DeepSeek_R1_Distill_Qwen_1.5B", "Vinnnf-Hybrid-OpenThoughts2-1M-1.5B"
@@ -40,7 +40,7 @@ def test_the_hybrid_example_runs_as_typed(hub: Hub, tmp_path: Path) -> None:
         "ASSETS_DIR": str(assets),
         "HF_ENDPOINT": hub.address,
         "HF_HOME": str(tmp_path / "hf"),
-        "MEGATRON_SFT_PYTHON": sys.executable,
+        **SERVER.python(),
         "MEGATRON_SFT_DEVICE": "cpu",
         "OUTPUT_PATH": str(tmp_path / "run"),
         "OMP_NUM_THREADS": "1",

@@ -14,6 +14,8 @@ import pytest
 from megatron.sft.data.workers import in_order
 from megatron.sft.runtime.errors import UserError
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -61,7 +63,7 @@ def refuse(number: int) -> int:
 
 def test_a_dead_worker_is_reported_and_an_error_passes_through() -> None:
     before = set(psutil.Process().children())  # other tests may have left helpers of their libraries
-    with pytest.raises(UserError, match="a worker process died, perhaps for want of memory: give fewer workers"):
+    with pytest.raises(UserError, match=r"a worker process died.*NUM_WORKERS"):
         list(in_order(die, range(20), 2))
     with pytest.raises(UserError, match=r"^five$"):
         list(in_order(refuse, range(20), 2))

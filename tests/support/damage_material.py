@@ -78,14 +78,14 @@ def make(folder: Path) -> Material:
 def add_groups(prefix: Path) -> None:
     import numpy as np
 
-    from megatron.sft.data.tokenized import file_of
+    from megatron.sft.data.tokenized import data_file
     from megatron.sft.runtime.manifest import sealed, sha256_of_file
 
-    manifest = json.loads(file_of(prefix, "json").read_text())
-    path = file_of(prefix, "groups")
+    manifest = json.loads(data_file(prefix, "json").read_text())
+    path = data_file(prefix, "groups")
     np.arange(manifest["conversations"], dtype=np.int64).tofile(path)
     manifest["files"]["groups"] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-    file_of(prefix, "json").write_text(json.dumps(sealed(manifest)))
+    data_file(prefix, "json").write_text(json.dumps(sealed(manifest)))
 
 
 def names_below(folder: Path) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from megatron.sft import train
 from megatron.sft.runtime import watchdog
+from tests.support import no_picture  # noqa: F401
 
 FAULTS: dict[str, Any] = json.loads(os.environ.get("FAULTS", "{}"))
 RANK = int(os.environ.get("RANK", "0"))

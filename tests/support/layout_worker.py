@@ -42,7 +42,7 @@ def main() -> None:
                     keep_first_checkpoint(source, run)
                 torch.distributed.barrier()
                 arguments = ["--load", converted, "--data-path", data, "--save", run, *OPTIONS, *LAYOUTS[target][1]]
-                losses = go_on([str(argument) for argument in arguments], run)
+                losses = continue_run([str(argument) for argument in arguments], run)
                 if ranks.is_rank_0():
                     (run / "losses.json").write_text(json.dumps(losses))
 
@@ -55,7 +55,7 @@ def keep_first_checkpoint(source: Path, run: Path) -> None:
     (run / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
 
 
-def go_on(arguments: list[str], run: Path) -> list[float]:
+def continue_run(arguments: list[str], run: Path) -> list[float]:
     """Resume, save at once what was loaded under "again", and train on; returns the losses."""
     from megatron.sft.training import state
     from megatron.sft.training.engine import Engine

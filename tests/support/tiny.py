@@ -1,13 +1,14 @@
 """Tiny models and tiny tokenised data, and running the project's modules in real processes."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
+
+from tests.support.fork_server import SERVER, environment_of_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 131
@@ -32,7 +33,7 @@ def save_qwen2(folder: Path, tied: bool) -> Path:
         tie_word_embeddings=tied,
         use_sliding_window=False,
     )
-    return _save(Qwen2ForCausalLM(config), folder)
+    return save_random(Qwen2ForCausalLM(config), folder)
 
 
 def save_llama(folder: Path) -> Path:
@@ -51,10 +52,11 @@ def save_llama(folder: Path) -> Path:
         max_position_embeddings=512,
         tie_word_embeddings=False,
     )
-    return _save(LlamaForCausalLM(config), folder, torch.bfloat16)
+    return save_random(LlamaForCausalLM(config), folder, torch.bfloat16)
 
 
-def _save(model: "object", folder: Path, dtype: "object" = None) -> Path:
+def save_random(model: "object", folder: Path, dtype: "object" = None) -> Path:
+    """Save a model of transformers with random weights, the same for the same shapes."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -90,10 +92,10 @@ def write_rows(prefix: Path, rows: list[list[Conversation]], length: int, joined
     """Write rows as tokenised data with a manifest; returns the prefix. joined: rows of one unit with the row before."""
     from megatron.sft.data.tokenized import (
         FORMAT,
+        MODE_CONTINUES_GROUP,
         MODE_FIRST,
-        MODE_JOINED,
         MODE_TRAINED,
-        file_of,
+        data_file,
         token_dtype,
         write_index,
     )
@@ -105,12 +107,12 @@ def write_rows(prefix: Path, rows: list[list[Conversation]], length: int, joined
             lengths += [len(prompt), len(answer)]
             modes += [MODE_FIRST, MODE_TRAINED]
         if number in joined:
-            modes[-2 * len(row)] |= MODE_JOINED
+            modes[-2 * len(row)] |= MODE_CONTINUES_GROUP
         documents.append(len(lengths))
     dtype = token_dtype(VOCAB_SIZE)
     tokens = np.concatenate([part for row in rows for pair in row for part in pair]).astype(dtype)
-    tokens.tofile(file_of(prefix, "bin"))
-    write_index(file_of(prefix, "idx"), dtype, np.array(lengths), np.array(documents), np.array(modes))
+    tokens.tofile(data_file(prefix, "bin"))
+    write_index(data_file(prefix, "idx"), dtype, np.array(lengths), np.array(documents), np.array(modes))
     trained = int(np.array(lengths)[np.array(modes) == MODE_TRAINED].sum())
     manifest = {
         "format": FORMAT,
@@ -124,50 +126,64 @@ def write_rows(prefix: Path, rows: list[list[Conversation]], length: int, joined
         "chat_template": None,
         "files": {
             ending: {
-                "bytes": file_of(prefix, ending).stat().st_size,
-                "sha256": sha256_of_file(file_of(prefix, ending)),
+                "bytes": data_file(prefix, ending).stat().st_size,
+                "sha256": sha256_of_file(data_file(prefix, ending)),
             }
             for ending in ("bin", "idx")
         },
     }
-    write_json(file_of(prefix, "json"), sealed(manifest))
+    write_json(data_file(prefix, "json"), sealed(manifest))
     return prefix
 
 
 def run_module(module: str, *arguments: object, status: int = 0) -> str:
     """Run `python -m megatron.sft.<module>` and return its output; `status` is the exit status it must have."""
-    return _run([sys.executable, "-m", f"megatron.sft.{module}", *map(str, arguments)], status)
+    return _run(0, f"megatron.sft.{module}", arguments, status)
 
 
 def launch(processes: int, module: str, *arguments: object, status: int = 0) -> str:
     """The same in several processes over gloo."""
-    command = [sys.executable, "-m", "megatron.sft.launch", "--standalone", "--local-addr", "localhost"]
-    command += ["--nproc-per-node", str(processes), "-m", f"megatron.sft.{module}", *map(str, arguments)]
-    return _run(command, status)
+    return _run(processes, f"megatron.sft.{module}", arguments, status)
 
 
-def launch_test_worker(processes: int, script: Path, *arguments: object) -> str:
+def launch_test_worker(processes: int, script: Path, *arguments: object, status: int = 0) -> str:
     """Run a test's own script in several processes."""
-    command = [sys.executable, "-m", "megatron.sft.launch", "--standalone", "--local-addr", "localhost"]
-    return _run([*command, "--nproc-per-node", str(processes), str(script), *map(str, arguments)], 0)
+    return _run(processes, str(script), arguments, status)
 
 
 def run_script(script: Path, *arguments: object) -> str:
     """Run a test's own script in one process."""
-    return _run([sys.executable, str(script), *map(str, arguments)], 0)
+    return _run(0, str(script), arguments, 0)
 
 
-def _python_path() -> str:
-    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+def _run(processes: int, program: str, arguments: tuple[object, ...], status: int) -> str:
+    """In forked processes; where the environment asks for it, or a launched run must fail, in ones that are started."""
+    environment = environment_of_runs()
+    texts = list(map(str, arguments))
+    if SERVER.suits(environment) and not (processes and status):
+        returned, output = SERVER.run(program, texts, environment, processes, TIMEOUT_SECONDS)
+    else:
+        returned, output = start(processes, program, texts, environment)
+    assert returned == status, f"status {returned} instead of {status}:\n{output[-6000:]}"
+    return output
 
 
-def _run(command: list[str], status: int) -> str:
-    environment = {**os.environ, "PYTHONPATH": _python_path(), "OMP_NUM_THREADS": "1", "MEGATRON_SFT_DEVICE": "cpu"}
+def start(processes: int, program: str, arguments: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Exit status and output of a module or script in a process that is started, or in several by the launcher."""
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "megatron.sft.launch", "--standalone", "--local-addr", "localhost"]
+        command += ["--nproc-per-node", str(processes)]
+    command += [program] if program.endswith(".py") else ["-m", program]
     result = subprocess.run(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT_SECONDS
+        [*command, *arguments],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=TIMEOUT_SECONDS,
     )
-    assert result.returncode == status, f"status {result.returncode} instead of {status}:\n{result.stdout[-6000:]}"
-    return result.stdout
+    return result.returncode, result.stdout
 
 
 def losses(folder: Path) -> list[float]:
@@ -216,7 +232,7 @@ def save_family(folder: Path, family: str) -> Path:
     sizes |= {"num_hidden_layers": 5, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 512}
     config = getattr(transformers, f"{name}Config")(**{**sizes, "tie_word_embeddings": False, **changes})
     model = getattr(transformers, f"{name}ForCausalLM")(config)
-    return _save(model, folder, torch.bfloat16 if family.endswith("_bf16") else None)
+    return save_random(model, folder, torch.bfloat16 if family.endswith("_bf16") else None)
 
 
 _LLAMA3_ROPE = {

@@ -128,6 +128,12 @@ SEAMS: dict[str, list[str]] = {
     ],
     "megatron.core.optimizer.cpu_offloading.hybrid_optimizer.HybridDeviceOptimizer.sub_optimizers": [],
     "megatron.core.optimizer.USING_PYTORCH_OPTIMIZER": [],
+    "megatron.core.optimizer.Adam": [],
+    "megatron.core.optimizer.distrib_optimizer.Adam": [],
+    "megatron.core.optimizer.is_te_min_version": ["version"],
+    "megatron.core.optimizer.optimizer_config.OptimizerConfig.use_precision_aware_optimizer_no_fp8_or_ds_fp8": [],
+    "megatron.core.optimizer.optimizer.MegatronOptimizer.get_main_grads_for_grad_norm": ["self"],
+    "megatron.core.optimizer.optimizer.MegatronOptimizer.get_grad_stats_parallel_group": ["self"],
     "megatron.core.tensor_parallel.model_parallel_cuda_manual_seed": ["seed", "inference_rng_tracker"],
     "megatron.core.dist_checkpointing.mapping.ShardedTensor": [
         "key",

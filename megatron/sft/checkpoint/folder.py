@@ -63,7 +63,7 @@ def latest_iteration(root: Path) -> int | None:
 
 
 def open_checkpoint(root: Path, iteration: int | None = None) -> Checkpoint:
-    """The checkpoint of `iteration`, or the one that the tracker names. `root`: a folder with a tracker, or an iter_ folder.
+    """The checkpoint of `iteration`, or of the iteration in the tracker. `root`: a folder with a tracker, or an iter_ folder.
 
     Only the manifest is read. A missing checkpoint and a damaged manifest are a `UserError`.
     """
@@ -89,7 +89,7 @@ def _open(path: Path, iteration: int) -> Checkpoint:
         advice = "take another iteration or convert again"
         manifest = read_json(path / MANIFEST, "checkpoint manifest", advice)
         if not isinstance(manifest, dict) or not seal_holds(manifest):
-            raise UserError(f"{path / MANIFEST} is damaged (its checksum of its own content differs): {advice}")
+            raise UserError(f"{path / MANIFEST} is damaged (the checksum of its content differs): {advice}")
     if (path / ".metadata").exists():
         return Checkpoint(path, iteration, TORCH_DIST, manifest)
     if any(path.glob("mp_rank_*/model_optim_rng.pt")):

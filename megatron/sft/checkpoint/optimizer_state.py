@@ -65,23 +65,25 @@ class Share:
 
 
 def master_weights(weights: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """The float32 master weights of `weights`.
-
-    Transformer Engine's AdamW with a state of 16 bits keeps the lower half of each alone, as int16: the upper half is the
-    bfloat16 weight, which was rounded up where the lower half, read with a sign, is negative.
-    """
+    """The float32 master weights of `weights`, of which an optimizer with 16-bit states holds the lower halves only."""
     master = state.get("master_param")
     if master is None:
         return weights.float()
-    if master.dtype != torch.int16:
-        return master
-    lower = master.int()
-    upper = weights.view(torch.int16).int() - (lower < 0).int()
-    return ((upper << 16) | (lower & 0xFFFF)).view(torch.float32)
+    return master if master.dtype != torch.int16 else join_master_weights(weights, master)
+
+
+def join_master_weights(weights: Tensor, lower: Tensor) -> Tensor:
+    """float32 master weights of bfloat16 weights and their int16 lower halves, in the weights' shape.
+
+    The weight was rounded up where the lower half, read with a sign, is negative (Transformer Engine stores them the same way).
+    """
+    low = lower.int()
+    upper = weights.view(torch.int16).int() - (low < 0).int()
+    return ((upper << 16) | (low & 0xFFFF)).view(torch.float32)
 
 
 def split_master_weights(master: Tensor) -> tuple[Tensor, Tensor]:
-    """The bfloat16 weights and the int16 lower halves of float32 `master`. Inverse of `master_weights`."""
+    """The bfloat16 weights and the int16 lower halves of float32 `master`. Inverse of `join_master_weights`."""
     bits = master.contiguous().view(torch.int32)
     lower = bits.to(torch.int16)  # keeps the lower 16 bits
     upper = (bits >> 16) + (lower < 0).int()
@@ -173,6 +175,8 @@ def _allocate(inner: Any, record: dict[str, Any]) -> None:
     """Allocate the state of an optimizer that has not taken a step yet, and set its step and loss scale from `record`."""
     if isinstance(inner.optimizer, torch.optim.AdamW):
         _allocate_torch(inner.optimizer)
+    elif hasattr(inner.optimizer, "allocate"):  # training.adamw.InPlaceAdamW
+        inner.optimizer.allocate(int(record["step"]))
     elif isinstance(inner.optimizer, HybridDeviceOptimizer):
         # megatron-core allocates it by a step with random gradients, which changes the weights.
         for part in inner.optimizer.sub_optimizers:

@@ -73,7 +73,7 @@ def check_checkpoint_manifest(path: Path, manifest: Any, iteration: int) -> None
     """A `UserError` if the manifest is not as it was written, or belongs to another checkpoint."""
     where = path / MANIFEST
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or not seal_holds(manifest):
-        raise UserError(f"{where} is damaged (its checksum of its own content differs)")
+        raise UserError(f"{where} is damaged (the checksum of its content differs)")
     if manifest.get("iteration") != iteration:
         raise UserError(f"{where} belongs to iteration {manifest.get('iteration')}, not to {iteration}")
     if manifest.get("checkpoint_format") not in (TORCH_DIST, TORCH):

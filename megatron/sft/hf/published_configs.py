@@ -6,12 +6,12 @@ from typing import Any
 
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.registry import read_architecture
-from megatron.sft.hf.names import model_folder_name
+from megatron.sft.hf.names import ASSETS, model_folder_name
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import read_json
 
 # Hub id -> the fields of config.json that give the model's size, as its authors published them.
-PUBLISHED = Path(__file__).resolve().parents[3] / "assets" / "models.json"
+PUBLISHED = ASSETS / "models.json"
 
 
 def published_configs() -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.sft.chat.conversations import FORMAT_FIELDS, Conversation, RowReader
-from megatron.sft.data.sources import read_rows
+from megatron.sft.data.sources import read_records
 from megatron.sft.inference.backends import Decoding
 from megatron.sft.inference.chat_model import Answer, ChatModel
 from megatron.sft.runtime.errors import UserError
@@ -33,12 +33,12 @@ def read_questions(path: Path, with_reference: bool) -> list[Question]:
     """
     reader = RowReader()
     questions = []
-    for record in read_rows(path):
+    for record in read_records(path):
         try:
             fields, has_answer = (record.fields, True) if with_reference else _with_answer(record.fields)
             conversation = reader.conversation(fields)
         except UserError as error:
-            raise UserError(f"{path}, line {record.line}: {error}") from None
+            raise UserError(f"{record.place}: {error}") from None
         questions.append(Question(conversation[:-1], conversation[-1]["content"] if has_answer else None))
     return questions
 
@@ -92,7 +92,7 @@ def answer_file(chat_model: ChatModel, data: Path, output: Path, decoding: Decod
         chat_model.answers(conversations, str(settings["control"]), decoding, progress)
     answered = [
         {**record.fields, "answer": answers[index].text, "finished": answers[index].finished}
-        for index, record in enumerate(read_rows(data))
+        for index, record in enumerate(read_records(data))
     ]
     write_text(output, _json_lines(answered))
     unfinished.unlink()

@@ -99,13 +99,9 @@ def check_control(tokenizer: Any, control: str) -> None:
 def check_model_folder(folder: Path) -> None:
     """`UserError` if there is no Hugging Face model in a folder."""
     if not folder.is_dir():
-        raise UserError(
-            f"model folder {folder} does not exist: export one with scripts/5_export.sh, or correct the path"
-        )
+        raise UserError(f"model folder {folder} does not exist: run scripts/5_export.sh, or correct the path")
     if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder} has no config.json: give a Hugging Face model folder (scripts/5_export.sh makes one)"
-        )
+        raise UserError(f"{folder} has no config.json: give a model folder, such as scripts/5_export.sh writes")
 
 
 def load_chat_model(

@@ -122,6 +122,8 @@ def _parallel_fields(architecture: Architecture, layout: Layout, params_dtype: t
         "pipeline_dtype": params_dtype,
         # Rows differ in length (see `pipeline.RowPipeline`).
         "variable_seq_lengths": layout.pipeline_parallel > 1,
+        # megatron-core refuses them with its default dispatcher, also in a model without experts.
+        "moe_token_dispatcher_type": "alltoall",
     }
 
 
@@ -134,7 +136,6 @@ def _moe_fields(architecture: Architecture, layout: Layout) -> dict[str, Any]:
         moe_utils.te_general_gemm = None
     return {
         "num_moe_experts": moe.num_experts,
-        "moe_token_dispatcher_type": "alltoall",
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
         "moe_router_topk": moe.experts_per_token,
         # Softmax over the chosen experts' scores alone makes their weights sum to 1.

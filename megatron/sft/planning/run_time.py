@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.sft.data.tokenized import MODE_FIRST, Index, TokenizedRows, file_of, read_index
+from megatron.sft.data.tokenized import MODE_FIRST, Index, TokenizedRows, data_file, read_index
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.flops import training_flops
 from megatron.sft.reporting.curves import METRICS
@@ -34,7 +34,7 @@ def full_rows(seq_length: int) -> RowLoad:
 
 def measured_rows(rows: TokenizedRows) -> RowLoad:
     """The average over all rows of tokenised data."""
-    lengths = conversation_lengths(read_index(file_of(rows.prefix, "idx")))
+    lengths = conversation_lengths(read_index(data_file(rows.prefix, "idx")))
     num_rows, manifest = len(rows), rows.manifest
     squares = float((lengths.astype(np.float64) ** 2).sum())
     return RowLoad(manifest["tokens"] / num_rows, manifest["trained_tokens"] / num_rows, squares / num_rows)

@@ -66,15 +66,13 @@ def read_curve(run_path: Path, name: str) -> Curve:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a run's folder, which scripts/4_train.sh writes it to") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file: give the metrics.jsonl that training writes") from None
+        raise UserError(f"{path} is not a text file: give training's metrics.jsonl") from None
     curve = Curve(name)
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             _add(curve, json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{path}, line {number} is not metrics: give the metrics.jsonl that training writes"
-            ) from None
+            raise UserError(f"{path}, line {number} is not metrics: give training's metrics.jsonl") from None
     if not curve.iterations:
         raise UserError(f"{path} has no training step yet: wait for the first log line")
     return curve

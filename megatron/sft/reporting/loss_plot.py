@@ -38,7 +38,8 @@ def draw(curves: Sequence[Curve], output: Path, title: str, axis: str = "iterati
     axes = figure.subplots()
     lr_axes = axes.twinx()
     for index, curve in enumerate(curves):
-        _draw_run(axes, lr_axes, curve, _style(index), len(curves) > 1, axis)
+        style = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}
+        _draw_run(axes, lr_axes, curve, style, len(curves) > 1, axis)
         if by_source:
             _draw_sources(axes, curve, index, len(curves), axis)
     _add_labels(axes, lr_axes, curves, title, axis)
@@ -46,10 +47,6 @@ def draw(curves: Sequence[Curve], output: Path, title: str, axis: str = "iterati
     picture = io.BytesIO()
     figure.savefig(picture, dpi=DOTS_PER_INCH, format="png")
     write_bytes(output, picture.getvalue())
-
-
-def _style(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}
 
 
 def _draw_run(axes: Any, lr_axes: Any, curve: Curve, style: dict[str, Any], is_one_of_several: bool, axis: str) -> None:

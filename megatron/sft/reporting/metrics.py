@@ -1,4 +1,4 @@
-"""A run's log lines, and metrics.jsonl, from which every plot is made: one line each a logged step."""
+"""A run's log lines, and metrics.jsonl, from which every plot is made: one line for each logged step."""
 
 import json
 import math
@@ -63,36 +63,24 @@ class MetricsLog:
         peak = device.peak_tflops()
         mfu = tflops / peak if peak else None
         ranks.print_rank_0(self._line(step, tflops, mfu))
-        rate = step.tokens / step.seconds
+        sources = {name: values for name, values in step.source_losses.items() if values[1]}
         values = {
-            "iteration": step.iteration,
+            **vars(step),
             "epoch": round(self._epoch(step), 6),
-            "consumed_rows": step.consumed_rows,
-            "loss": step.loss,
-            "lr": step.lr,
             "grad_norm": step.grad_norm if math.isfinite(step.grad_norm) else None,
             "seconds": round(step.seconds, 6),
-            "tokens_per_second": round(rate, 2),
-            "tokens": step.tokens,
-            "trained_tokens": step.trained_tokens,
+            "tokens_per_second": round(step.tokens / step.seconds, 2),
             "tflops_per_process": round(tflops, 4),
             "mfu": None if mfu is None else round(mfu, 4),
-            "memory_bytes": step.memory_bytes,
-            "skipped_steps": step.skipped_steps,
-            "loss_scale": step.loss_scale,
-            "sources": {
-                name: {"loss": loss, "trained_tokens": tokens}
-                for name, (loss, tokens) in step.source_losses.items()
-                if tokens
-            },
+            "sources": {name: {"loss": loss, "trained_tokens": tokens} for name, (loss, tokens) in sources.items()},
         }
-        self._write({name: value for name, value in values.items() if value not in (None, {})})
+        hidden = ("sum_squared_lengths", "num_processes", "source_losses")
+        self._write({name: value for name, value in values.items() if name not in hidden and value not in (None, {})})
 
     def validation(self, iteration: int, loss: float, trained_tokens: int) -> None:
         """Write the mean loss per trained token on the validation rows after `iteration` steps."""
-        ranks.print_rank_0(
-            f"validation after iteration {iteration} | loss {loss:.4f} | {trained_tokens:,} trained tokens"
-        )
+        line = f"validation after iteration {iteration} | loss {loss:.4f} | {trained_tokens:,} trained tokens"
+        ranks.print_rank_0(line)
         self._write({"iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens})
 
     def close(self) -> None:

@@ -3,9 +3,10 @@
 A failure of a tracker is reported once and does not stop the training: metrics.jsonl has all metrics anyway.
 """
 
+import contextlib
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,23 +77,23 @@ class WeightsAndBiases:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        arguments: dict[str, Any] = {
-            "project": os.environ.get("WANDB_PROJECT", "megatron-sft"),
-            "name": os.environ.get("WANDB_NAME", folder.resolve().name),
-            "id": run_id(folder),
-            "resume": "allow",
-            "dir": str(folder),
-            "config": settings,
-            "settings": wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS),
-        }
+        init = partial(
+            wandb.init,
+            project=os.environ.get("WANDB_PROJECT", "megatron-sft"),
+            name=os.environ.get("WANDB_NAME", folder.resolve().name),
+            id=run_id(folder),
+            resume="allow",
+            dir=str(folder),
+            config=settings,
+            settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS),
+        )
         try:
-            self._run: Any = wandb.init(**arguments)
+            self._run: Any = init()
         except Exception as error:  # a compute node without internet, an expired key
-            ranks.print_rank_0(
-                f"note: Weights & Biases cannot be reached ({first_line(error)}): the run is kept offline"
-            )
+            reason = first_line(error)
+            ranks.print_rank_0(f"note: Weights & Biases cannot be reached ({reason}): the run is kept offline")
             wandb.teardown()  # or the id would count as in use
-            self._run = wandb.init(**arguments, mode="offline")
+            self._run = init(mode="offline")
         offline = bool(self._run.settings._offline)
         place = f"offline; upload it with `wandb sync {folder}/wandb/offline-*`" if offline else self._run.url
         ranks.print_rank_0(f"Weights & Biases: run {self._run.id}, {place}")
@@ -120,28 +121,30 @@ class _Guarded:
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
         self._name = name
         self._tracker: Tracker | None = None
-        self._try(lambda: setattr(self, "_tracker", make()))
+        with self._guard():
+            self._tracker = make()
 
     def write(self, values: dict[str, Any]) -> None:
-        if self._tracker:
-            self._try(partial(self._tracker.write, values))
+        with self._guard():
+            if self._tracker:
+                self._tracker.write(values)
 
     def close(self) -> None:
-        if self._tracker:
-            self._try(self._tracker.close)
+        with self._guard():
+            if self._tracker:
+                self._tracker.close()
 
-    def _try(self, act: Callable[[], object]) -> None:
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
         try:
-            act()
-        except ImportError as error:
-            package = error.name or self._name
-            self._disable(f"note: {self._name} is skipped, the package {package} is missing: pip install {package}")
+            yield
         except Exception as error:
-            self._disable(f"warning: {self._name} is disabled ({cause_of(error)})")
-
-    def _disable(self, message: str) -> None:
-        ranks.print_rank_0(message)
-        self._tracker = None
+            self._tracker = None
+            message = f"warning: {self._name} is disabled ({cause_of(error)})"
+            if isinstance(error, ImportError):
+                package = error.name or self._name
+                message = f"note: {self._name} is skipped, the package {package} is missing: pip install {package}"
+            ranks.print_rank_0(message)
 
 
 def wandb_wanted() -> bool:

@@ -13,7 +13,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-# The exit status of a process that the watchdog ended: the one that timeout(1) uses.
+from megatron.sft.runtime.errors import leave_message
+
+# The exit status of a process that the watchdog ended: what timeout(1) uses.
 HUNG = 124
 # Key of the first failure's reason in the store that torchrun's processes share.
 FAILED = "megatron-sft/failed"
@@ -115,9 +117,8 @@ class Watchdog(threading.Thread):
                 touch()
                 self._heard.clear()
             last = now
-            with contextlib.suppress(
-                RuntimeError
-            ):  # no store any more: the launcher ends this process, or a peer's error does
+            # Without the store, which is gone by then, the launcher ends this process, or a peer's error does.
+            with contextlib.suppress(RuntimeError):
                 self._beat()
             if verdict := self._verdict():
                 self._end(verdict)
@@ -183,14 +184,12 @@ class Watchdog(threading.Thread):
         while frame is not None:
             path = Path(frame.f_code.co_filename)
             waits = waits or path.parts[-3:-1] == ("torch", "distributed")
-            if "sft" in path.parts[-3:-1]:
+            if "sft" in path.parts[-4:-1]:  # ROOM/FOLDER/file.py at most
                 return f"{path.name}:{frame.f_lineno}", waits
             frame = frame.f_back
         return "", waits
 
     def _end(self, verdict: str, status: int = HUNG) -> None:
-        from megatron.sft.runtime.errors import leave_message
-
         if self._store is not None:
             # Processes that find it at the same time all report what the first one found.
             with contextlib.suppress(RuntimeError):
@@ -202,7 +201,7 @@ class Watchdog(threading.Thread):
 
 def describe_stall(beats: dict[int, Beat]) -> str:
     """One line on processes of which none makes progress, by rank. Blamed is the one in the earliest iteration; of several
-    there one that does not wait for another process, and of those the one that has been there longest."""
+    there one that does not wait for another process, and of those the process that has been there longest."""
     behind = min(beats, key=lambda rank: (beats[rank].iteration, beats[rank].waits, -beats[rank].seconds))
     line = f"rank {behind} hung for {beats[behind].seconds:.0f} s in {beats[behind]}"
     waiting = [f"rank {rank} in {beat}" for rank, beat in sorted(beats.items()) if rank != behind]

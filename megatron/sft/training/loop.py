@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import torch
 
-from megatron.sft.data.source_names import source_names
+from megatron.sft.data.mixture import source_names
 from megatron.sft.planning.memory import num_parameters
 from megatron.sft.planning.options import options_record
 from megatron.sft.planning.run_plan import RunPlan

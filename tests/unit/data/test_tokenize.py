@@ -15,6 +15,7 @@ from megatron.sft import tokenize
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import TokenizedRows
 from megatron.sft.runtime.errors import run
+from tests.support.fork_server import SERVER
 from tests.support.material import npm_tokenizer, reasoning_gym_rows, smollm2_folder
 
 ROOT = Path(__file__).parents[3]
@@ -32,9 +33,9 @@ def command(data: Path, length: object = 512, *options: str) -> list[str]:
 
 
 def process(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """The entry module in a process of its own."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-m", "megatron.sft.tokenize", *arguments]
+    """The entry module in a separate process."""
+    environment = os.environ | SERVER.python()
+    line = [SERVER.python()["MEGATRON_SFT_PYTHON"], "-m", "megatron.sft.tokenize", *arguments]
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -77,7 +78,7 @@ def test_real_rows_become_packed_rows_and_the_numbers_add_up(tmp_path: Path) -> 
     conversations, fill = manifest["conversations"], 100 * manifest["fill"]
     assert f"packed {conversations} conversations into {manifest['rows']} rows ({fill:.1f} % full)" in lines
     assert f"trained {share:.1f} % of {manifest['tokens']:,} tokens" in lines
-    assert "not used: field 'id' of 600 rows" in lines
+    assert "not used: field 'id' of 600 records" in lines
     assert lines[-1] == "next: scripts/4_train.sh"
     assert sum(line.startswith("---- sample") for line in lines) == 2
     assert f"[[{rows[0]['output']}<|im_end|>]]" in result.stdout
@@ -118,7 +119,7 @@ def test_same_seed_same_bytes_whatever_the_number_of_threads(tmp_path: Path) -> 
 def test_the_shell_script_takes_relative_paths_and_variables(tmp_path: Path) -> None:
     write_lines(tmp_path / "data.json", [{"problem": "1+1?", "solution": "2"}] * 3)
     variables = {
-        "MEGATRON_SFT_PYTHON": sys.executable,
+        **SERVER.python(),
         "PACKING": "0",
         "OVERLONG": "error",
         "SEED": "5",
@@ -171,7 +172,7 @@ def test_show_sample_prints_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     data = write_lines(tmp_path / "data.jsonl", [GOOD, GOOD])
     assert here(monkeypatch, command(data, 256)) == 0
     line = ["bash", str(ROOT / "tools/show_sample"), str(tmp_path / PREFIX.format(256)) + ".bin"]
-    environment = os.environ | {"MEGATRON_SFT_PYTHON": sys.executable}
+    environment = os.environ | {**SERVER.python()}
     plain = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60)
     assert plain.stdout.count("[[Blue.<|im_end|>]]") == 2
     assert "---- conversation 2 of 2: " in plain.stdout
@@ -207,7 +208,7 @@ def test_a_bad_row_stops_with_file_line_field_and_fix_and_leaves_nothing(
 @pytest.mark.parametrize(
     "changed, reason",
     [
-        ({"--seq-length": "4k"}, "LENGTH is '4k': give the number of tokens in a row"),
+        ({"--seq-length": "4k"}, "LENGTH is '4k': give"),
         ({"--seq-length": "0"}, "LENGTH is '0'"),
         ({"--seq-length": "-5"}, "LENGTH is '-5'"),
         ({"--input": "nowhere.json"}, "nowhere.json does not exist"),

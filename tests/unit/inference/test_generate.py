@@ -16,6 +16,7 @@ from megatron.sft.inference.answer_file import answer_file, read_questions
 from megatron.sft.inference.backends import Decoding
 from megatron.sft.inference.chat_model import Answer, ChatModel, load_chat_model
 from megatron.sft.runtime.errors import UserError
+from tests.support.fork_server import SERVER
 from tests.support.taught import PROMPT, TAUGHT, taught_folder, untrained_folder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -27,8 +28,8 @@ def taught() -> ChatModel:
 
 
 def generate(*arguments: object, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "megatron.sft.generate", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [SERVER.python()["MEGATRON_SFT_PYTHON"], "-m", "megatron.sft.generate", *map(str, arguments)]
+    environment = os.environ | SERVER.python()
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120, input=text)
 
 
@@ -100,7 +101,7 @@ def test_prompt_is_answered_on_standard_output():
     assert (done.returncode, done.stdout) == (0, TAUGHT[3][2] + "\n"), done.stderr
 
 
-def test_file_is_answered_beside_it(tmp_path):
+def test_file_is_answered_next_to_it(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text(
         "".join(json.dumps({"instruction": row[0], "id": place}) + "\n" for place, row in enumerate(TAUGHT))
@@ -162,7 +163,7 @@ def test_mistake_gets_one_line(arguments, message):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_file_that_was_cut_off_goes_on_where_it_was(tmp_path):
+def test_file_that_was_cut_off_continues_where_it_was(tmp_path):
     """The first answers are kept in a hidden file beside the output; one of them is changed, to see that it is used."""
     data, output = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
     data.write_text("".join(json.dumps({"prompt": row[0]}) + "\n" for row in TAUGHT))

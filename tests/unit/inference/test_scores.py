@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from megatron.sft.inference.lm_eval_tasks import task_scores
 from megatron.sft.inference.scores import Score, draw, markdown, table_lines
 from megatron.sft.inference.serving import serve_hint
 from megatron.sft.runtime.errors import UserError
+from tests.support.fork_server import SERVER
 from tests.support.taught import TAUGHT, taught_folder, untrained_folder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -80,7 +80,7 @@ def test_models_are_named(tmp_path: Path):
 
 def evaluate(folder: Path, *arguments: object) -> str:
     line = ["bash", str(ROOT / "scripts/7_evaluate.sh"), *map(str, arguments)]
-    variables = os.environ | {"MEGATRON_SFT_PYTHON": sys.executable, "CONTROL": "<short>", "MAX_NEW_TOKENS": "16"}
+    variables = os.environ | {**SERVER.python(), "CONTROL": "<short>", "MAX_NEW_TOKENS": "16"}
     variables["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(line, env=variables, cwd=folder, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

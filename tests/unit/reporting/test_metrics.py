@@ -190,7 +190,7 @@ def test_missing_package_and_broken_tracker_are_said_once_and_stop_nothing(tmp_p
     assert said.startswith("warning: TensorBoard is disabled (") and len(said.splitlines()) == 1
 
 
-def test_picture_is_drawn_beside_the_run_and_its_failure_is_said_once(
+def test_picture_is_drawn_next_to_the_run_and_its_failure_is_said_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tiny.ROOT))

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from megatron.sft.reporting.curves import read_curve, run_names
 from megatron.sft.reporting.loss_plot import draw, smoothed, title_of
 from megatron.sft.runtime.errors import UserError
+from tests.support.fork_server import SERVER
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -29,7 +29,7 @@ def png_size(path: Path) -> tuple[int, int]:
     return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
 
 
-def test_training_and_validation_lines_are_told_apart(tmp_path):
+def test_training_and_validation_lines_are_distinguished(tmp_path):
     curve = read_curve(write_metrics(tmp_path / "run", 30), "run")
     assert (curve.iterations[0], curve.iterations[-1], len(curve.losses)) == (1, 30, 30)
     assert (curve.validation_iterations, curve.validation_losses) == ([20], [0.3])
@@ -63,12 +63,12 @@ def test_several_runs_make_one_picture(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["loss.png"]
 
 
-def test_tool_writes_beside_the_metrics(tmp_path):
+def test_tool_writes_next_to_the_metrics(tmp_path):
     folder = write_metrics(tmp_path / "run")
     line = ["bash", str(ROOT / "tools/plot_loss"), str(folder)]
     done = subprocess.run(
         line,
-        env=os.environ | {"MEGATRON_SFT_PYTHON": sys.executable},
+        env=os.environ | {**SERVER.python()},
         capture_output=True,
         text=True,
         timeout=120,
@@ -87,7 +87,7 @@ def test_tool_writes_beside_the_metrics(tmp_path):
         ('{"iteration": 1}\n', "line 1 is not metrics"),
     ],
 )
-def test_file_that_is_no_record_is_refused(tmp_path, content, message):
+def test_file_that_is_not_a_record_is_refused(tmp_path, content, message):
     path = tmp_path / "metrics.jsonl"
     if content is not None:
         path.write_text(content)
@@ -115,8 +115,17 @@ def test_runs_side_by_side_are_a_table_and_a_picture_by_tokens(tmp_path):
     curve = read_curve(tmp_path / "one", "one")
     assert (curve.x("tokens"), curve.x("epoch"), curve.validation_x("tokens")) == ([2.0, 4.0], [0.2, 0.4], [2.0])
     assert curve.sources == {"a": [(4, 1.5)]}
-    line = [sys.executable, "-m", "megatron.sft.plot", "one", "two", "--x", "tokens", "--by-source"]
-    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [
+        SERVER.python()["MEGATRON_SFT_PYTHON"],
+        "-m",
+        "megatron.sft.plot",
+        "one",
+        "two",
+        "--x",
+        "tokens",
+        "--by-source",
+    ]
+    variables = os.environ | SERVER.python()
     done = subprocess.run(line, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.splitlines() == [
         "| run | steps | million tokens | loss at the end | best validation | tokens/s |",
