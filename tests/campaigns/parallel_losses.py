@@ -12,7 +12,6 @@ import faulthandler
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -224,23 +223,15 @@ def launch(runs: Sequence[Run], steps: int, folder: Path, on_cpu: bool, limit: f
     """Fill runs of one number of processes, in one launch of them."""
     task = folder / f"task_{runs[0].layout.processes}_{'cpu' if on_cpu else 'gpu'}.json"
     task.write_text(json.dumps({"steps": steps, "limit": limit, "runs": [asdict(run) for run in runs]}))
-    command = [sys.executable, "-m", "megatron.sft.launch", "--standalone", "--local-addr", "localhost"]
-    command += [
-        "--nproc-per-node",
-        str(runs[0].layout.processes),
-        "-m",
-        "tests.campaigns.parallel_losses",
-        "--task",
-        str(task),
-    ]
-    environment = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tiny.ROOT), os.environ.get("PYTHONPATH")]))
+    processes, module = runs[0].layout.processes, "tests.campaigns.parallel_losses"
     if on_cpu:
-        environment |= {"MEGATRON_SFT_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit + 60
-    )
-    assert result.returncode == 0, f"status {result.returncode}:\n{result.stdout[-20000:]}"
+        tiny.run(processes, module, "--task", task, seconds=limit + 60)
+    else:
+        environment = {**tiny.environment_of_runs(), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        for name in ("MEGATRON_SFT_DEVICE", "OMP_NUM_THREADS"):
+            environment.pop(name)
+        status, output = tiny.start(processes, module, ["--task", str(task)], environment, limit + 60)
+        assert status == 0, f"status {status}:\n{output[-20000:]}"
     for run, done in zip(runs, json.loads(task.with_suffix(".done").read_text()), strict=True):
         run.losses, run.norms, run.validation = done["losses"], done["norms"], done["validation"]
 

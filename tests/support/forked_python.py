@@ -4,6 +4,7 @@
 without `megatron.sft.launch`. A command that talks to a hub is started, as its libraries read where that is when imported.
 """
 
+import itertools
 import json
 import os
 import socket
@@ -55,7 +56,7 @@ def forked(arguments: list[str]) -> tuple[int, str, list[str]] | None:
 
 def _inputs(arguments: list[str]) -> list[str]:
     """What follows each --input; several may stand in one, on lines or between spaces."""
-    values = [value for option, value in zip(arguments, arguments[1:], strict=False) if option == "--input"]
+    values = [value for option, value in itertools.pairwise(arguments) if option == "--input"]
     return [word for value in values for word in value.split()]
 
 
