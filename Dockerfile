@@ -1,18 +1,18 @@
-# NVIDIA's PyTorch image plus requirements.txt. Nothing is compiled; the image's torch and Transformer Engine stay as they are.
+# NVIDIA's PyTorch image plus requirements.txt. Nothing is compiled; the image's torch and Transformer Engine are kept.
 #
 #   docker build -t megatron-sft .
-#   bash scripts/cluster/container.sh        a shell in it, with the GPUs and this repository, as yourself
+#   bash scripts/cluster/container.sh        a shell in it as yourself, with the GPUs and this repository
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
 FROM ${BASE_IMAGE}
 
 WORKDIR /opt/megatron-sft
 COPY requirements.txt ./
 COPY scripts/lib scripts/lib
-# The environment sits on the image's Python. Every script uses it, also those of a repository that is mounted elsewhere.
+# The environment is based on the image's Python. Every script uses it, including those of a repository mounted elsewhere.
 ENV MEGATRON_SFT_VENV=/opt/megatron-sft/.venv
 RUN PIP_NO_CACHE_DIR=1 bash -c 'source scripts/lib/common.sh && ensure_setup' && chmod -R a+rX /opt/megatron-sft
 COPY megatron megatron
-# A build has no GPU driver; the image's compatibility libraries stand in for it while importing.
+# There is no GPU driver during a build; the image's compatibility libraries replace it for these imports.
 RUN LD_LIBRARY_PATH=$LD_LIBRARY_PATH:/usr/local/cuda/compat/lib.real:/usr/local/cuda/compat PYTHONNOUSERSITE=1 .venv/bin/python -c '\
 import importlib.metadata, os, torch, transformer_engine, megatron.core, transformers, datasets; \
 assert not torch.__file__.startswith("/opt/megatron-sft"), torch.__file__; \

@@ -1,5 +1,6 @@
-# make check   linters and types          make test   everything that tests/run.sh runs
-# make demo    the whole pipeline on an embedded model, on the CPU
+# make check   linters and types
+# make test    all tests
+# make demo    the whole pipeline on a tiny model, on CPU
 .PHONY: check test demo
 
 check:

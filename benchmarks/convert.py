@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from megatron.sft.hf.folder import write_weights
-from megatron.sft.runtime.disk_space import check_free_space
 from megatron.sft.runtime.errors import UserError, run
-from megatron.sft.runtime.manifest import sha256_of_file, write_json
+from megatron.sft.runtime.manifest import check_free_space, sha256_of_file, write_json
 
 # Qwen2.5-1.5B, whose embeddings are tied.
 CONFIG: dict[str, Any] = {

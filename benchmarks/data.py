@@ -1,9 +1,9 @@
-"""Compares the data step with bare tokenising: rows a second of both, on the same rows, tokenizer and processors, in one run.
+"""Compares the data step with bare tokenising: records a second of both, with the same records, tokenizer and processors.
 
     python -m benchmarks.data TOKENIZER_FOLDER FILE
 
-The step is all from the file to the finished .bin, .idx and .json: reading, rendering, masks, checks, packing, writing. Bare
-tokenising is one encode_batch of the rendered texts, which are in memory already, with the tokenizers library's threads.
+The step is everything from the file to the finished .bin, .idx and .json: reading, rendering, masks, checks, packing, writing.
+Bare tokenising is one encode_batch of the rendered texts, which are in memory already, with the tokenizers library's threads.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from megatron.sft.chat.conversations import RowReader
 from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus
-from megatron.sft.data.mixture import Source, examined, parse_inputs
+from megatron.sft.data.mixture import Source, parse_inputs, validated_source
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import FORMAT, token_dtype
 from megatron.sft.runtime.errors import OneLineParser, run
@@ -31,24 +31,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["RAYON_NUM_THREADS"] = str(given.num_workers)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = load_tokenizer(given.tokenizer)
-    (source,) = [examined(one) for one in parse_inputs([given.file])]
+    (source,) = map(validated_source, parse_inputs([given.file]))
     template = ChatTemplate(tokenizer)
     reader = RowReader()
-    examples = [reader.example(row.fields) for row in source.rows(0, 0)]
-    texts = [template.render(one.messages, one.tools, one.trained).text for one in examples]
+    examples = [reader.example(record.fields) for record in source.records(0, 0)]
+    texts = [template.render(example.messages, example.tools, example.trained).text for example in examples]
     num_megabytes = sum(len(text.encode()) for text in texts) / 1e6
     print(
-        f"{len(texts):,} rows, {num_megabytes:.1f} MB of text, {given.num_workers} processors, {given.tokenizer.name}"
+        f"{len(texts):,} records, {num_megabytes:.1f} MB of text, {given.num_workers} processors, {given.tokenizer.name}"
     )
     ratios = []
     for turn in range(1, given.repeat + 1):
-        # As every run of the step does: nothing is known of the template's words or the tokenizer's.
+        # Every run of the step starts without knowledge of the template's and the tokenizer's words.
         word_encoder.cache_clear()
         bare = len(texts) / _seconds_of_encoding(tokenizer, texts)
         whole = len(texts) / _seconds_of_step(tokenizer, source, given.seq_length, given.num_workers)
         ratios.append(whole / bare)
         print(
-            f"{turn}: bare encode_batch {bare:,.0f} rows/s, the whole step {whole:,.0f} rows/s, ratio {ratios[-1]:.2f}"
+            f"{turn}: bare encode_batch {bare:,.0f} records/s, the whole step {whole:,.0f} records/s, ratio {ratios[-1]:.2f}"
         )
     print(f"ratio {sorted(ratios)[len(ratios) // 2]:.2f} (the middle of {len(ratios)}), peak memory {_peak_memory()}")
     return 0

@@ -1,12 +1,13 @@
-"""Measures the loss head alone on this machine's GPU: forward and backward, its memory, and with a part of the tokens trained.
+"""Measures the loss head alone on this machine's GPU: forward and backward, its memory, and a part of the tokens trained.
 
-`tools/benchmark_head [--tokens N] [--hidden H] [--vocabulary V]`; 6 * tokens * hidden * vocabulary operations are counted.
+`tools/benchmark_head [--tokens N] [--hidden H] [--vocabulary V]`; counts 6 * tokens * hidden * vocabulary operations, two for
+each of the three products (logits, gradients of hidden states and weight).
 """
 
 import argparse
 from collections.abc import Sequence
 
-from benchmarks.train import gemm_tflops, time_on_gpu
+from benchmarks.gpu import gemm_tflops, time_on_gpu
 from megatron.sft.model import process_groups
 from megatron.sft.model.layout import Layout
 from megatron.sft.runtime import device
@@ -35,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(arguments: argparse.Namespace, trained: float) -> float:
-    """Seconds of one forward and backward pass; prints them. Fresh random numbers, gradients added to a float32 buffer."""
+    """Seconds of one forward and backward pass, which it prints with the memory. trained: the share of the tokens.
+
+    Inputs are random; the weight's gradient is added to a float32 buffer, as in training.
+    """
     import torch
     from megatron.core import parallel_state
 
@@ -45,9 +49,9 @@ def _measure(arguments: argparse.Namespace, trained: float) -> float:
     hidden = torch.randn(arguments.tokens, arguments.hidden, device=here, dtype=kind, requires_grad=True)
     weight = torch.nn.Parameter(0.02 * torch.randn(arguments.vocabulary, arguments.hidden, device=here, dtype=kind))
     weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
-    positions = torch.randperm(arguments.tokens, device=here)[: int(arguments.tokens * trained)].sort().values
-    ids = torch.randint(0, arguments.vocabulary, (len(positions),), device=here)
-    targets = Targets(positions, ids, torch.ones(len(positions), device=here))
+    hidden_indices = torch.randperm(arguments.tokens, device=here)[: int(arguments.tokens * trained)].sort().values
+    ids = torch.randint(0, arguments.vocabulary, (len(hidden_indices),), device=here)
+    targets = Targets(hidden_indices, ids, torch.ones(len(hidden_indices), device=here))
     group = parallel_state.get_tensor_model_parallel_group()
 
     def step() -> None:
@@ -62,10 +66,10 @@ def _measure(arguments: argparse.Namespace, trained: float) -> float:
     torch.cuda.reset_peak_memory_stats()
     seconds = time_on_gpu(step, REPEATS)
     extra = (torch.cuda.max_memory_allocated() - before) / 2**30
-    flops = 6.0 * len(positions) * arguments.hidden * arguments.vocabulary
+    flops = 6.0 * len(hidden_indices) * arguments.hidden * arguments.vocabulary
     print(
-        f"{len(positions):,} trained tokens x {arguments.hidden} x {arguments.vocabulary:,}: {1000 * seconds:.2f} ms, "
-        f"{flops / seconds / 1e12:.0f} TFLOP/s, {extra:.2f} GiB beside inputs, weight and its gradient"
+        f"{len(hidden_indices):,} trained tokens x {arguments.hidden} x {arguments.vocabulary:,}: {1000 * seconds:.2f} ms, "
+        f"{flops / seconds / 1e12:.0f} TFLOP/s, {extra:.2f} GiB in addition to inputs, weight and its gradient"
     )
     return seconds
 

@@ -1,4 +1,4 @@
-"""The benchmark's peer: a transformers model with Liger's kernels on packed rows, as a careful user would write it today."""
+"""The benchmark's peer: a transformers model with Liger's kernels on packed rows, as a careful user would train it."""
 
 import argparse
 import time
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import peak_bytes
 from benchmarks.rows import BenchmarkRows
 from megatron.sft.hf.published_configs import published_configs
 from megatron.sft.runtime.errors import UserError
@@ -14,16 +15,18 @@ from megatron.sft.runtime.errors import UserError
 _ATTENTION = "packed_varlen"
 
 
-def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[list[float], list[float]]:
-    """Seconds and losses of the timed steps: forward and backward of the micro-batches, clipping and AdamW."""
+def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[list[float], list[float], list[float]]:
+    """Seconds and losses of the timed steps, and `peak_bytes`. A step is forward and backward of all micro-batches,
+    clipping and AdamW.
+    """
     model = _model(arguments.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     seconds, losses = [], []
     size = arguments.micro_batches
     for step in range(arguments.warm_up + arguments.steps):
-        numbers = rows.used(step, 1, size)
-        batches = [_batch(rows, number) for number in numbers]
-        num_trained = sum(rows.counts[number].trained for number in numbers)
+        indices = rows.used(step, 1, size)
+        batches = [_batch(rows, index) for index in indices]
+        num_trained = sum(rows.counts[index].trained for index in indices)
         torch.cuda.synchronize()
         started = time.perf_counter()
         total = torch.zeros((), device="cuda")
@@ -38,7 +41,7 @@ def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[l
         if step >= arguments.warm_up:
             seconds.append(time.perf_counter() - started)
             losses.append(float(total))
-    return seconds, losses
+    return seconds, losses, peak_bytes()
 
 
 def _model(name: str) -> Any:
@@ -68,21 +71,22 @@ def _model(name: str) -> Any:
     return result
 
 
-def _batch(rows: BenchmarkRows, number: int) -> dict[str, Tensor | int]:
-    row = rows[number]
+def _batch(rows: BenchmarkRows, index: int) -> dict[str, Tensor | int]:
+    """One packed row [1, t] for transformers' padding-free path."""
+    row = rows[index]
     tokens = torch.from_numpy(row.tokens).cuda()[None]
-    borders = torch.zeros(len(row.conversation_lengths) + 1, dtype=torch.int32)
-    borders[1:] = torch.from_numpy(row.conversation_lengths).cumsum(0)
-    positions = torch.cat([torch.arange(int(size)) for size in row.conversation_lengths])[None].cuda()
+    cu_seqlens = torch.zeros(len(row.conversation_lengths) + 1, dtype=torch.int32)
+    cu_seqlens[1:] = torch.from_numpy(row.conversation_lengths).cumsum(0)
+    cu_seqlens = cu_seqlens.cuda()
+    position_ids = torch.cat([torch.arange(int(size)) for size in row.conversation_lengths])[None].cuda()
     labels = torch.where(torch.from_numpy(row.trained).cuda()[None], tokens, -100)
     longest = int(row.conversation_lengths.max())
-    cumulated = borders.cuda()
     return {
         "input_ids": tokens,
-        "position_ids": positions,
+        "position_ids": position_ids,
         "labels": labels,
-        "cu_seq_lens_q": cumulated,
-        "cu_seq_lens_k": cumulated,
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
         "max_length_q": longest,
         "max_length_k": longest,
     }
@@ -95,5 +99,5 @@ def _packed_attention(
     from megatron.sft.model.attention import varlen_attention
 
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    borders, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-    return varlen_attention(query, key, value, borders, borders, longest, longest, scaling)[None], None
+    cu_seqlens, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    return varlen_attention(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scaling)[None], None

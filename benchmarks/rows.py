@@ -1,4 +1,4 @@
-"""Random packed rows of given conversation lengths, in memory, for measuring steps."""
+"""Packed rows of random tokens, with given conversation lengths, in memory, for measuring steps."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +13,7 @@ from megatron.sft.planning.options import TrainOptions
 
 @dataclass(frozen=True)
 class RowCounts:
-    """Tokens, trained tokens, and the sum of squared conversation lengths; padding does not count."""
+    """Of one row, without padding. squared: the sum of the squared conversation lengths, for the operations of attention."""
 
     tokens: int
     trained: int
@@ -21,13 +21,13 @@ class RowCounts:
 
 
 class BenchmarkRows:
-    """What the feeder asks of tokenised data."""
+    """The part of `TokenizedRows` that the feeder uses."""
 
     num_sources = 1
 
     def __init__(self, rows: list[Row], counts: list[RowCounts], length: int) -> None:
         self.rows, self.counts, self.manifest = rows, counts, {"length": length}
-        self.joined = np.zeros(len(rows), dtype=bool)
+        self.continues_group = np.zeros(len(rows), dtype=bool)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -36,18 +36,19 @@ class BenchmarkRows:
         return self.rows[index]
 
     def used(self, first_step: int, num_steps: int, rows_a_step: int) -> list[int]:
-        """Numbers of the rows that these steps take, in the feeder's order."""
-        order = RowOrder(np.arange(len(self)), TrainOptions.seed, self.joined, rows_a_step)
-        return [order.at(i) for i in range(first_step * rows_a_step, (first_step + num_steps) * rows_a_step)]
+        """Indices of the rows that these steps take, in the feeder's order."""
+        order = RowOrder(np.arange(len(self)), TrainOptions.seed, self.continues_group, rows_a_step)
+        return [order.row_at(i) for i in range(first_step * rows_a_step, (first_step + num_steps) * rows_a_step)]
 
 
 def make_rows(
     length: int, conversations: str | list[int], trained: float, vocabulary: int, num_rows: int, padded: bool = False
 ) -> BenchmarkRows:
-    """Rows of random tokens. conversations: lengths in every row ("5200,4100" or a list), or "lognormal:MEAN".
+    """Rows of random tokens, the same in every call. conversations: lengths in every row ("5200,4100" or a list), or
+    "lognormal:MEAN". trained: the share of each conversation's tokens that is trained, at its end.
 
-    padded: every conversation alone in a row, filled up to `length` with tokens that are attended to and not trained, as the
-    classic data sets of Megatron do.
+    padded: one conversation a row, filled up to `length` with tokens that are attended to but not trained, as in Megatron-LM's
+    data sets for fine-tuning.
     """
     generator = np.random.default_rng(0)
     if isinstance(conversations, str) and conversations.startswith("lognormal:"):

@@ -3,19 +3,19 @@
 #
 #   bash scripts/2_convert.sh SOURCE [TP] [PP] [OUT]
 #
-# SOURCE  a folder with config.json, *.safetensors and the tokenizer, as 1_download.sh makes it; or a checkpoint folder with
-#         latest_checkpointed_iteration.txt: of this project, of Megatron-LM, or of a project that carries Megatron-LM
-# TP, PP  tensor-parallel and pipeline-parallel sizes, 1 and 1 unless given
-# OUT     <SOURCE>_Megatron_TP<TP>PP<PP> unless given
+# SOURCE  a Hugging Face folder with config.json, *.safetensors and the tokenizer, as written by 1_download.sh; or a checkpoint
+#         folder with latest_checkpointed_iteration.txt, written by this project, Megatron-LM or a project built on Megatron-LM
+# TP, PP  tensor- and pipeline-parallel sizes (default 1 and 1)
+# OUT     the folder to write (default SOURCE_Megatron_TP<TP>PP<PP>)
 #
-# CKPT_FORMAT=torch_dist (default: loads at any TP and PP) or torch (classic Megatron-LM's mp_rank_* tree)
-# EP=1                expert-parallel size of a mixture of experts in the torch format
-# DTYPE=bf16          of the weights: bf16, fp16 or fp32; the source's unless given. Values that change are counted
-# VERIFY=auto         compare logits with transformers afterwards: 1, 0, or auto (below 4 GB of weights)
-# HF_DIR=FOLDER       the original model, for a checkpoint that another project wrote
-# ITERATION=N         of a checkpoint; the latest unless given
-# WITH_OPTIMIZER=1    keep a training checkpoint's optimizer state (torch_dist to torch_dist)
-for lib in "$(dirname "$(readlink -f "$0")")"{,/..}/lib "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+# CKPT_FORMAT=torch_dist  loads at any TP and PP; or torch, classic Megatron-LM's mp_rank_* tree
+# EP=1                    expert-parallel size of a mixture of experts in the torch format
+# DTYPE                   of the weights: bf16, fp16 or fp32 (default: the source's). Values changed by a cast are counted
+# VERIFY=auto             compare logits with transformers afterwards: 1, 0, or auto (only below 4 GB of weights)
+# HF_DIR=FOLDER           the original Hugging Face model, for a checkpoint written by another project
+# ITERATION=N             iteration of a checkpoint (default: the latest)
+# WITH_OPTIMIZER=1        keep the optimizer state of a training checkpoint (torch_dist to torch_dist)
+for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
 # shellcheck source=scripts/lib/common.sh
 source "$lib/common.sh" || exit 2
 

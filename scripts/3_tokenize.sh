@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
-# Turns chat data into packed rows of tokens with the answers marked as trained.
+# Tokenise chat data and pack it into rows, marking the tokens that are trained.
 #
 #   bash scripts/3_tokenize.sh TOKENIZER_DIR DATA LENGTH
 #
-#   TOKENIZER_DIR  folder of a Hugging Face model, with its tokenizer and chat template
-#   DATA           a file (JSON lines, JSON array, CSV, parquet; also .gz, .zst), a folder of them, or a hub id. Several, each
-#                  with a number or a share of its rows if wanted: "a.jsonl#500 b.jsonl#20%" (with spaces in paths: one a line)
-#   LENGTH         tokens in a row
+# TOKENIZER_DIR  a Hugging Face model folder with a tokenizer and chat template
+# DATA           a file (JSON lines, JSON array, CSV or parquet; also .gz or .zst), a folder of them, or a hub id. Several may be
+#                given, each with a number or share of its records: "a.jsonl#500 b.jsonl#20%" (paths with spaces: one per line)
+# LENGTH         tokens per row
 #
-# Variables (docs/data.md says more):
-#   OVERLONG=drop      drop, truncate, split (between turns) or error: what to do with conversations longer than LENGTH
+# Variables (details in docs/data.md):
+#   OVERLONG=drop           conversations longer than LENGTH: drop, truncate, split (between turns) or error
 #   TRAIN_ON=all_assistant  which turns are trained: all_assistant, last_assistant or all (every token)
-#   CHAT_TEMPLATE=     chatml, llama-2, llama-3, mistral, qwen, deepseek-r1 or a file; the tokenizer's own if empty
-#   BAD_ROWS=stop      skip: put rows that cannot be used into <data>.rejected.jsonl, with the reasons, and go on
-#   MODEL_NAME=        what {{NAME}} in the data stands for
-#   MODEL_AUTHOR=      what {{AUTHOR}} in the data stands for
-#   SEED=1234          decides the order of rows and what shares a row
-#   PACKING=1          0: one conversation a row
-#   GROUP_KEY=         field of the data, such as instruction: conversations of rows with the same value (the short and the long
-#                      answer to one question) stay in one row or in rows that training keeps in one global batch
-#   NUM_WORKERS=       worker processes; as many as processors if empty
-#   MAP_COLUMNS=       columns to rename: "OLD=NEW OLD=NEW", such as problem=instruction; OLD=- leaves one out
-#   OUTPUT_PREFIX=     name of the result, without .bin
+#   CHAT_TEMPLATE=          chatml, llama-2, llama-3, mistral, qwen, deepseek-r1 or a file (default: the tokenizer's template)
+#   BAD_ROWS=stop           stop at an unusable record, or skip it: it goes to <data>.rejected.jsonl with the reason
+#   MODEL_NAME=             replaces {{NAME}} in the data
+#   MODEL_AUTHOR=           replaces {{AUTHOR}} in the data
+#   SEED=1234               decides the order of rows and which conversations share a row
+#   PACKING=1               0 puts one conversation in each row
+#   GROUP_KEY=              a field of the data, such as instruction: conversations with the same value (the short and the long
+#                           answer to one question) share a row, or rows that training keeps in one global batch
+#   NUM_WORKERS=            worker processes (default: one per processor)
+#   MAP_COLUMNS=            columns to rename, "OLD=NEW OLD=NEW", such as problem=instruction; OLD=- drops a column
+#   OUTPUT_PREFIX=          path of the result without .bin
 #
-# Writes Tokenized-<data>-<tokenizer>-<LENGTH>_text_document.bin, .idx and .json beside (the first of) DATA.
-for up in "$(dirname "$(readlink -f "$0")")" "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts; do [[ -f $up/lib/common.sh ]] && break; done
+# Writes Tokenized-<data>-<tokenizer>-<LENGTH>_text_document.bin, .idx and .json next to the first DATA file.
+for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
 # shellcheck source=scripts/lib/common.sh
-source "$up/lib/common.sh" || exit 2
+source "$lib/common.sh" || exit 2
 
 help_or_arguments 3 3 "$@"
 : "${OVERLONG:=drop}"

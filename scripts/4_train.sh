@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Train with the settings in shell variables, or from a recipe in scripts/sft/, whose last line hands over to this script.
+# Train with settings from shell variables, or from a recipe in scripts/sft/, which ends by running this script.
 #
 #   bash scripts/4_train.sh [train|resume|plan]
 #   bash scripts/sft/RECIPE.sh [train|resume|plan]
 #
-# train   start, and refuse an OUTPUT_PATH that has checkpoints
-# resume  continue, and refuse one that has none
-# plan    work everything out and print it, start nothing
-# (none)  resume if there is something to resume, else train: what a requeued job runs
+# train   start a new run; refused if OUTPUT_PATH has checkpoints
+# resume  continue a run; refused if OUTPUT_PATH has none
+# plan    print everything about the run without starting it
+# (none)  resume if there is a checkpoint, otherwise train: what a requeued job does
 #
-# Needed: PRETRAIN_CHECKPOINT_PATH (2_convert.sh), DATA_PATH (3_tokenize.sh), OUTPUT_PATH. Every other setting has a default:
-# docs/options.md lists them. GPUS_PER_NODE (all that are found; on CPU TP x PP x CP) and NNODES say how many processes.
+# Required: PRETRAIN_CHECKPOINT_PATH (2_convert.sh), DATA_PATH (3_tokenize.sh) and OUTPUT_PATH. Every other setting has a default,
+# listed in docs/options.md. GPUS_PER_NODE (default: every GPU found; on CPU, TP x PP x CP) and NNODES set the number of processes.
 #
-# SIGTERM, SIGINT, SIGHUP and SIGUSR1, to this script or to any process of the run, save at the next step and end it; a second
-# one ends it at once. EXIT_AFTER_MINUTES does it by the clock. STOP_MINUTES=30 is how long the save may take. MAX_RESTARTS=0 is
-# how often a run that fails starts again by itself, from its last checkpoint. Exit status (docs/reliability.md):
+# SIGTERM, SIGINT, SIGHUP or SIGUSR1, sent to this script or to any process of the run, makes the run save at the next step and
+# stop; a second signal stops it immediately. EXIT_AFTER_MINUTES does the same after a given time. The save may take up to
+# STOP_MINUTES=30. Exit status (docs/reliability.md):
 #
-#   0   finished           75  saved as asked: the same command goes on     2  a mistake to be put right, named in the last line
-#   1   an error, shown    124 stood still, the last line says where     128+n ended by signal n, the last checkpoint is good
+#   0   finished           75  saved on request: the same command resumes   2  a user's mistake, named in the last line
+#   1   an error, shown    124 hung; the last line says where           128+n killed by signal n, the last checkpoint is good
 # shellcheck source=scripts/lib/common.sh
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/lib/common.sh" || exit 2
 
@@ -25,29 +25,32 @@ help_or_arguments 0 1 "$@"
 mode=${1-}
 case $mode in
   '' | train | resume | plan | settings) ;;
-  *) die "unknown word '$mode': say train, resume or plan" ;;
+  *) die "unknown argument '$mode': write train, resume or plan" ;;
 esac
+if [[ ${MAX_RESTARTS:-0} != 0 ]]; then
+  die "MAX_RESTARTS is '$MAX_RESTARTS': a failed run is no longer restarted in place. Unset it; SLURM jobs are requeued, elsewhere the same command resumes the run (docs/reliability.md)"
+fi
 if [[ $(readlink -f "$0") != "$(readlink -f "${BASH_SOURCE[0]}")" ]]; then
   RECIPE=$(readlink -f "$0")
-  export RECIPE # found by its name in the loop below
+  export RECIPE # read by name in the loop below
 fi
-# In a SLURM job, but not yet in one of its steps: run one of those on every node. It does not come back.
+# In a SLURM job, but not yet in one of its steps: start a step on every node. job.sh does not return.
 if [[ $mode != plan && $mode != settings && -n ${SLURM_JOB_ID-} && -z ${SLURM_STEP_ID-} ]] && command -v srun >/dev/null; then
   # shellcheck source=scripts/cluster/job.sh
   source "$ROOT/scripts/cluster/job.sh"
 fi
 
 export MEGATRON_SFT_STARTED=${MEGATRON_SFT_STARTED:-$EPOCHSECONDS} # EXIT_AFTER_MINUTES counts from here
-trap 'exit 75' TERM INT HUP USR1                                   # until the launcher takes the signals
+trap 'exit 75' TERM INT HUP USR1                                   # until the launcher handles the signals
 
-# model_processes: how many hold one copy of the model; more copies where the experts need more processes.
+# model_processes: the processes that hold one copy of the model, or several copies if the experts need more processes.
 model_processes() {
   local stage=$((${TENSOR_PARALLEL_SIZE:-1} * ${CONTEXT_PARALLEL_SIZE:-1}))
   if ((stage % ${EXPERT_PARALLEL_SIZE:-1})); then stage=$((stage * EXPERT_PARALLEL_SIZE)); fi
   printf '%s' $((stage * ${PIPELINE_PARALLEL_SIZE:-1}))
 }
 
-# gpus_found: the number of GPUs of this machine that may be used, 0 without a driver.
+# gpus_found: the number of usable GPUs of this machine, 0 without a driver.
 gpus_found() {
   if [[ ${MEGATRON_SFT_DEVICE-} == cpu ]] || ! command -v nvidia-smi >/dev/null; then
     printf 0
@@ -68,7 +71,7 @@ while read -r variable flag; do
   if [[ -n ${!variable-} ]]; then arguments+=("$flag" "${!variable}"); fi
   if [[ $mode == settings && -n ${!variable-} ]]; then printf '%s=%s\n' "$variable" "${!variable}"; fi
 done < <(run_module options)
-if [[ $mode == settings ]]; then # what scripts/cluster/ has to know of a recipe
+if [[ $mode == settings ]]; then # what scripts/cluster/ needs to know about a recipe
   printf '%s=%s\n' MODEL "${MODEL-}" DATA "${DATA-}" ASSETS_DIR "$ASSETS_DIR"
   exit
 fi

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Export a Megatron checkpoint to a Hugging Face model folder, which transformers and vLLM load.
+# Export a Megatron checkpoint to a Hugging Face model folder that transformers and vLLM can load.
 #
 #   bash scripts/5_export.sh CKPT HF_DIR OUT [ITERATION]
 #
-# CKPT       a checkpoint folder of 4_train.sh or 2_convert.sh, or of Megatron-LM, in any format and parallel layout
-# HF_DIR     the original model: config.json, tokenizer and chat template are taken from it
+# CKPT       a checkpoint folder written by 4_train.sh, 2_convert.sh or Megatron-LM, in any format and parallel layout
+# HF_DIR     the original model, which provides config.json, tokenizer and chat template
 # OUT        the folder to write
-# ITERATION  the latest unless given
+# ITERATION  the iteration to export (default: the latest)
 #
-# DTYPE=bf16  of the weights: bf16, fp16 or fp32; the original's unless given. Values that change are counted
-for lib in "$(dirname "$(readlink -f "$0")")"{,/..}/lib "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+# DTYPE      of the weights: bf16, fp16 or fp32 (default: the original's). Values changed by a cast are counted
+for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
 # shellcheck source=scripts/lib/common.sh
 source "$lib/common.sh" || exit 2
 

@@ -1,19 +1,18 @@
 #!/usr/bin/env bash
-# Talk to a model, ask it one question, or let it answer a data file.
+# Chat with a model, ask it one question, or have it answer a file of questions.
 #
 #   bash scripts/6_generate.sh HF_DIR [PROMPT|FILE]
 #
-# HF_DIR  a Hugging Face model folder, such as 5_export.sh writes
-# PROMPT  a question; without it a chat on the terminal
-# FILE    JSON lines of instruction, prompt, messages or conversations rows; writes them with an answer more. A run that
-#         was cut off goes on where it was.
+# HF_DIR  a Hugging Face model folder, such as one written by 5_export.sh
+# PROMPT  one question; without it, a chat in the terminal
+# FILE    JSON lines with instruction, prompt, messages or conversations; an answer is added to each. An interrupted run resumes.
 #
-# CONTROL="<think>"   what every answer begins with: the mode of a hybrid model
+# CONTROL="<think>"     starts every answer: the mode of a hybrid model
 # MAX_NEW_TOKENS=512  TEMPERATURE=0 (greedy)  TOP_P=1  TOP_K=0 (all)  SEED=1234  BATCH_SIZE=64
-# DTYPE=auto          auto (as the folder says), float32, bfloat16 or float16
-# OUTPUT              of a FILE; <FILE without its ending>.answers.jsonl unless given
-# BACKEND=transformers  or vllm, where it is installed, on NUM_GPUS=1 GPUs
-for lib in "$(dirname "$(readlink -f "$0")")"{,/..}/lib "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+# DTYPE=auto            auto (the folder's), float32, bfloat16 or float16
+# OUTPUT                for a FILE (default: FILE without its extension, plus .answers.jsonl)
+# BACKEND=transformers  or vllm, if it is installed, on NUM_GPUS=1 GPUs
+for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
 # shellcheck source=scripts/lib/common.sh
 source "$lib/common.sh" || exit 2
 

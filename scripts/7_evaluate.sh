@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
-# Scores of one model, or of several side by side, on data files of your own (exact match, offline) and benchmarks by name.
+# Score one model, or compare several, on your own data files (exact match, offline) and on benchmarks by name.
 #
 #   bash scripts/7_evaluate.sh HF_DIR TASKS [OPTION...]
-#   bash scripts/7_evaluate.sh before=HF_DIR after=HF_DIR TASKS   and a table of both as Markdown and PNG
+#   bash scripts/7_evaluate.sh before=HF_DIR after=HF_DIR TASKS   also writes a table of both as Markdown and PNG
 #
-# HF_DIR  a Hugging Face model folder, such as 5_export.sh writes; NAME=HF_DIR names it in the table
-# TASKS   with commas between: files of instruction/output or messages rows, whose last answer is the reference (what follows
-#         </think> is compared), and names of lm-eval (ceval, mmlu, gsm8k, arc, ...; pip install 'lm-eval[hf]')
+# HF_DIR  a Hugging Face model folder, such as one written by 5_export.sh; NAME=HF_DIR names it in the table
+# TASKS   a comma-separated list of data files (instruction/output or messages; the last answer is the reference, compared after
+#         </think>) and of lm-eval tasks (ceval, mmlu, gsm8k, arc, ...; pip install 'lm-eval[hf]')
 #
-# CONTROL="<short> <think>"  asks every question once in each mode of a hybrid model (--control "<short>" --control "<think>")
-# LIMIT=                     only the first questions
-# MAX_NEW_TOKENS=512         of files; benchmarks have their own unless it is set
-# BATCH_SIZE=64              of files; 8 of benchmarks
-# NUM_FEWSHOT=  INCLUDE=     of benchmarks: examples before a question; a folder of task files of your own
+# CONTROL="<short> <think>"  asks each question once per mode of a hybrid model (or --control "<short>" --control "<think>")
+# LIMIT=N                    only the first N questions
+# MAX_NEW_TOKENS=512         for files; a benchmark uses its own limit unless this is set
+# BATCH_SIZE                 64 for files, 8 for benchmarks
+# NUM_FEWSHOT=N              for benchmarks: examples before each question
+# INCLUDE=FOLDER             for benchmarks: a folder of additional task files
 # DTYPE=auto  BACKEND=transformers|vllm  NUM_GPUS=1
-# OUTPUT                     outputs/evaluations/<model>-<task>.json unless given: figures and every answer. What is there for
-#                            the same model, data and settings is not asked again.
-# TABLE                      outputs/evaluations/scores unless given
-for lib in "$(dirname "$(readlink -f "$0")")"{,/..}/lib "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+# OUTPUT                     scores and all answers (default outputs/evaluations/<model>-<task>.json). Answers already there for
+#                            the same model, data and settings are reused
+# TABLE                      the table (default outputs/evaluations/scores)
+for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
 # shellcheck source=scripts/lib/common.sh
 source "$lib/common.sh" || exit 2
 

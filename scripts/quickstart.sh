@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All five steps on a tiny model and data set that are part of this repository: a few minutes on two CPU cores, no download
-# after the install. Everything lands in outputs/quickstart; an earlier run there is moved to outputs/quickstart.1, .2, ...
+# All five steps on a tiny model and data set from this repository: a few minutes on two CPU cores, with no downloads once the
+# environment is installed. Results go to outputs/quickstart; an earlier run is moved to outputs/quickstart.1, .2, ...
 #
 #   bash scripts/quickstart.sh
 #
@@ -18,7 +18,7 @@ out=outputs/quickstart
 
 step() { printf '\n== %s\n' "$*"; }
 
-# evaluate MODEL RESULT: exact match on the questions that training does not see, in both modes.
+# evaluate MODEL RESULT: exact match on held-out questions, in both modes.
 evaluate() {
   CONTROL="<short> <think>" MAX_NEW_TOKENS=64 BATCH_SIZE=128 OUTPUT=$2 bash scripts/7_evaluate.sh "$1" assets/quickstart/heldout.json
 }
@@ -31,23 +31,23 @@ if [[ -e $out ]]; then
 fi
 mkdir -p "$out" "$(dirname "$data")"
 
-step "Step 1 of 5: get a model and data (made here from a seed, where a real run downloads them)"
+step "Step 1 of 5: get a model and data (generated from a seed here; a real run downloads them)"
 run_module quickstart model "$model"
 cp assets/quickstart/train.json "$data"
-echo "before training, on questions that it will not be trained on:"
+echo "before training, on held-out questions:"
 evaluate "$model" "$out/before.json"
 
-step "Step 2 of 5: convert the model to Megatron's format, for two processes that share each layer"
+step "Step 2 of 5: convert the model to Megatron's format, with each layer split over two processes"
 bash scripts/2_convert.sh "$model" 2 1
 
-step "Step 3 of 5: turn the data into packed rows of 256 tokens"
+step "Step 3 of 5: tokenise the data and pack it into rows of 256 tokens"
 bash scripts/3_tokenize.sh "$model" "$data" 256
 
 step "Step 4 of 5: train, one to two minutes"
 bash scripts/sft/SFT_Quickstart.sh train
 run_module plot "$out/checkpoints" --output "$out/loss.png" --title "Quickstart: sorting names"
 
-step "Step 5 of 5: export the trained model for transformers, and ask it the same questions again"
+step "Step 5 of 5: export the trained model to Hugging Face, and ask it the same questions again"
 bash scripts/5_export.sh "$out/checkpoints" "$model" "$out/export"
 evaluate "$out/export" "$out/after.json"
 

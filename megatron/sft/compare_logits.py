@@ -13,7 +13,7 @@ from megatron.sft.conversion.logits import (
     difference_of,
     layer_table,
     megatron_logits,
-    probe,
+    random_conversations,
     transformers_logits,
     within,
 )
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sequence_parallel=arguments.sequence_parallel,
     )
     source = HFFolder(arguments.hf_dir)
-    conversations = probe(source)
+    conversations = random_conversations(source)
     with process_groups.parallel(layout):
         checkpoint = checkpoint_folder.open_checkpoint(arguments.load, arguments.iteration)
         ours = megatron_logits(checkpoint, source, layout, conversations)

@@ -5,39 +5,33 @@ python -m megatron.sft.convert --source SOURCE --output OUT --tensor-model-paral
 
 import argparse
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron.sft.checkpoint import folder as checkpoint_folder
-from megatron.sft.conversion.checkpoint_writer import (
-    converted_config,
-    layout_of,
-    layout_record,
-    write_parameters,
-)
-from megatron.sft.families.casting import NAMES
+from megatron.sft.conversion.checkpoint_writer import layout_record, requested_layout, write_parameters
+from megatron.sft.conversion.source_record import converted_config, dtype_record
+from megatron.sft.families.parameters import DTYPE_OPTIONS
 from megatron.sft.families.weight_names import check_hf_names, weight_entries
 from megatron.sft.hf.download_record import check_weights
-from megatron.sft.hf.folder import HFFolder, dtype_name
+from megatron.sft.hf.folder import HFFolder
 from megatron.sft.hf.parameters import HFParameters
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
+from megatron.sft.runtime.whole_folder import whole_folder
 
 ITERATION = 1
-# Models up to this size are compared with transformers after conversion, unless VERIFY says otherwise.
+# Bytes of weights up to which a model is compared with transformers after conversion, unless VERIFY says otherwise.
 VERIFY_BYTES = 4_000_000_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    # Compilers that are loaded for nothing here.
+    # Compilers are not needed here, and loading them takes seconds.
     os.environ.update(MEGATRON_SFT_DEVICE="cpu", TORCHDYNAMO_DISABLE="1")
     source: Path | None = arguments.source or arguments.hf_dir
     if source is None:
@@ -45,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if source.is_dir() and not (source / "config.json").exists() and _is_checkpoint(source):
         from megatron.sft.conversion.reshard import reshard
 
-        with _replacing(arguments.output) as beside:
-            reshard(source, beside, arguments)
+        with whole_folder(arguments.output) as staged:
+            reshard(source, staged, arguments)
         print(f"converted {source} to {arguments.output} ({_form(arguments)})")
         return 0
     _from_hugging_face(HFFolder(source), arguments)
@@ -58,42 +52,42 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _form(arguments: argparse.Namespace) -> str:
-    layout = layout_of(arguments)
+    layout = requested_layout(arguments)
     experts = f", EP {layout.expert_parallel}" if layout.expert_parallel > 1 else ""
     return f"{arguments.ckpt_format}, TP {layout.tensor_parallel}, PP {layout.pipeline_parallel}{experts}"
 
 
 def _from_hugging_face(source: HFFolder, arguments: argparse.Namespace) -> None:
-    layout = layout_of(arguments)
+    layout = requested_layout(arguments)
     check_layout(layout, source.architecture)
-    passed_over = check_hf_names(source.architecture, source.tensor_names, str(source.path))
+    skipped = check_hf_names(source.architecture, source.tensor_names, str(source.path))
     output: Path = arguments.output
     if checkpoint_folder.latest_iteration(output) is not None:
         _accept_existing(arguments, source, layout)
         return
     check_weights(source.path)
-    _check_tied(source, passed_over)
-    if passed_over:
-        print(f"not converted, because config.json implies them: {', '.join(passed_over)}")
+    _check_tied(source, skipped)
+    if skipped:
+        print(f"not converted, because config.json implies them: {', '.join(skipped)}")
     if source.architecture.vocab_size > source.rows_on_disk:
         new = source.architecture.vocab_size - source.rows_on_disk
         print(
-            f"the tokenizer has {new:,} tokens more than the embedding rows: new rows near the mean of the old are added"
+            f"the tokenizer has {new:,} tokens more than the embedding has rows: rows near the mean of the old ones are added"
         )
-    with _replacing(output) as beside:
-        _convert(source, layout, arguments, beside)
+    with whole_folder(output) as staged:
+        _convert(source, layout, arguments, staged)
         if _wants_verification(arguments.verify, source):
-            _verify(source, beside)
+            _verify(source, staged)
     print(f"converted {source.path} to {output} ({_form(arguments)})")
     print(f"next: scripts/3_tokenize.sh {source.path} DATA_FILE LENGTH")
 
 
-def _check_tied(source: HFFolder, passed_over: list[str]) -> None:
-    """Refuse an output layer of its own in a model whose configuration ties it to the embedding: one of them is wrong."""
+def _check_tied(source: HFFolder, skipped: list[str]) -> None:
+    """A `UserError` for a separate output layer in a model whose config.json ties it to the embedding: one of them is wrong."""
     embedding = "model.embed_tokens.weight"
     if (
         not source.architecture.tied_embeddings
-        or "lm_head.weight" not in passed_over
+        or "lm_head.weight" not in skipped
         or embedding not in source.tensor_names
     ):
         return
@@ -104,46 +98,23 @@ def _check_tied(source: HFFolder, passed_over: list[str]) -> None:
         )
 
 
-@contextmanager
-def _replacing(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place at the end, and is gone if anything goes wrong."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists and is not empty: give another OUT, or move it away")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        yield beside
-        if output.exists():
-            output.rmdir()
-        beside.chmod(0o755)
-        beside.rename(output)
-    except BaseException:
-        shutil.rmtree(beside)
-        raise
-
-
 def _convert(source: HFFolder, layout: Layout, arguments: argparse.Namespace, output: Path) -> None:
-    parameters = HFParameters(source, NAMES.get(arguments.dtype))
+    parameters = HFParameters(source, DTYPE_OPTIONS.get(arguments.dtype))
 
     def finish() -> dict[str, Any]:
         report = parameters.caster.report()
         if report:
             print(report)
-        dtypes = {
-            name: parameters.hf_meta(name).dtype for entry in weight_entries(source.architecture) for name in entry.hf
-        }
-        common = max(sorted(set(dtypes.values()), key=str), key=list(dtypes.values()).count)
-        exceptions = {name: dtype_name(dtype) for name, dtype in dtypes.items() if dtype != common}
+        names = [name for entry in weight_entries(source.architecture) for name in entry.hf]
         config = converted_config(source.config, source.architecture, arguments.dtype)
         return {
-            "source": {**source.describe(), "config": config, "weights_fingerprint": parameters.fingerprint()},
-            "hf_dtype": dtype_name(common),
-            "hf_dtype_exceptions": exceptions,
+            "source": {**source.manifest_entry(), "config": config, "weights_fingerprint": parameters.fingerprint()},
+            **dtype_record({name: parameters.hf_meta(name).dtype for name in names}),
             "tensor_crc32": parameters.crc32,
         }
 
     with ThreadPoolExecutor(1) as pool:
-        # The program is still loading when most of this is done.
+        # Most of this is done while megatron-core is still being imported.
         checked = pool.submit(parameters.check_all)
         write_parameters(parameters, source.architecture, layout, arguments.ckpt_format, output, ITERATION, finish)
         checked.result()
@@ -173,7 +144,7 @@ def _verify(source: HFFolder, output: Path) -> None:
 
 
 def _accept_existing(arguments: argparse.Namespace, source: HFFolder, layout: Layout) -> None:
-    """A finished conversion of the same weights to the same form is taken as done; another one is refused."""
+    """A finished conversion of the same weights to the same form counts as done; another one is a `UserError`."""
     output: Path = arguments.output
     existing = checkpoint_folder.open_checkpoint(output)
     theirs = existing.manifest.get("source", {})
@@ -183,7 +154,7 @@ def _accept_existing(arguments: argparse.Namespace, source: HFFolder, layout: La
     if same_form and same_source and same_config:
         print(f"{output} is already the conversion of {source.path}: nothing to do")
         return
-    raise UserError(f"{output} holds another checkpoint (or of another source): give another OUT, or move it away")
+    raise UserError(f"{output} holds a checkpoint of another source or form: give another OUT, or move it away")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -199,7 +170,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--expert-model-parallel-size", type=int, default=1)
     formats = [checkpoint_folder.TORCH_DIST, checkpoint_folder.TORCH]
     parser.add_argument("--ckpt-format", choices=formats, default=checkpoint_folder.TORCH_DIST)
-    parser.add_argument("--dtype", choices=list(NAMES), help="the source's unless given")
+    parser.add_argument("--dtype", choices=list(DTYPE_OPTIONS), help="the source's unless given")
     parser.add_argument("--verify", choices=["auto", "0", "1"], default="0", help="compare logits with transformers")
     parser.add_argument("--with-optimizer", action="store_true", help="keep a training checkpoint's optimizer state")
     return parser.parse_args(argv)

@@ -1,10 +1,10 @@
-"""Bring a model or a data set to assets/: from the model hub, or from a folder or file that is on this machine already.
+"""Brings a model or a data set to assets/, from the model hub or from a folder or file on this machine.
 
     python -m megatron.sft.download model Qwen/Qwen2.5-1.5B-Instruct
     python -m megatron.sft.download dataset OWNER/NAME --split train --map-column problem=instruction
 
-Nothing unfinished is ever at the final place, and what is at the final place is never fetched or overwritten again,
-because the user may have edited it (tokenizer files of models often are).
+Only finished downloads get their final name, and nothing with a final name is ever fetched again or overwritten, because the
+user may have edited it (tokenizer files of models often are).
 """
 
 import argparse
@@ -14,16 +14,15 @@ import shutil
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NoReturn
 
 from filelock import FileLock
 
-from megatron.sft.data.hub_rows import Selection, open_rows, write_rows
+from megatron.sft.data.hub_records import Selection, open_records, write_records
 from megatron.sft.hf import hub
-from megatron.sft.hf.download_record import RECORD, check_arrived, facts_of
+from megatron.sft.hf.download_record import RECORD, check_arrived, download_facts
 from megatron.sft.hf.names import ASSETS, data_folder_name, gigabytes, model_folder_name, shown
-from megatron.sft.runtime.errors import UserError, run
-from megatron.sft.runtime.manifest import read_json, write_json
+from megatron.sft.runtime.errors import OneLineParser, UserError, run
+from megatron.sft.runtime.manifest import check_free_space, read_json, write_json
 
 # The same weights in other formats, and demonstrations; never needed where safetensors or pytorch_model*.bin exist.
 OTHER_FORMATS = (
@@ -52,47 +51,37 @@ def local_source(kind: str, source: str) -> Path | None:
     )
     if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise UserError(
-            f"{kind} {source} does not exist here and is no hub id (NAME or OWNER/NAME): check its spelling"
+            f"{kind} {source} does not exist here and is not a hub id (NAME or OWNER/NAME): check its spelling"
         )
     return None
 
 
 def one_at_a_time(assets: Path, name: str) -> FileLock:
-    """A second process that brings the same thing waits, and then finds it there."""
+    """A lock, so that a second process that brings the same thing waits for the first and then finds it there."""
     locks = assets / "cache" / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     return FileLock(locks / f"{name}.lock")
 
 
-def check_space(folder: Path, num_bytes: int, what: str) -> None:
-    """Refuse before the first byte rather than at the last."""
-    free = shutil.disk_usage(folder).free
-    if num_bytes > free:
-        raise UserError(
-            f"{what} needs {gigabytes(num_bytes)} and {folder} has {gigabytes(free)} free: "
-            "make room or set ASSETS_DIR to another disk"
-        )
-
-
 def already_there(target: Path, record: Path, asked: Mapping[str, object]) -> bool:
-    """Whether `target` is there from the same source with the same choices. Anything else at that place is refused.
+    """Whether `target` exists, from the same source with the same choices; anything else there is a `UserError`.
 
-    A choice that is None was not asked for, so any value of it will do.
+    asked: by the names in the record; a choice that is None was not made, so it may have any value.
     """
     if not target.exists():
         return False
     if not record.exists():
         if target.is_dir() and not (target / "config.json").exists():
             raise UserError(f"{target} exists but has no config.json: move it away and run the same command again")
-        print(f"{shown(target)} is there already, not from a download: used as it is")
+        print(f"{shown(target)} is there already, not from a download: using it")
         return True
     found = read_json(record, "download record", f"move {target} away and run the same command again")
     for choice, value in asked.items():
         if value is not None and found.get(choice) != value:
             raise UserError(
-                f"{target} is there with {choice} {found.get(choice)}, not {value}: move it away and run the same command again"
+                f"{target} exists with {choice} {found.get(choice)}, not {value}: move it away and run the same command again"
             )
-    print(f"{shown(target)} is there already: used as it is (move it away to get it anew)")
+    print(f"{shown(target)} is there already: using it (move it away to download it again)")
     return True
 
 
@@ -101,7 +90,7 @@ def place_model(source: str, revision: str | None, assets: Path) -> Path:
     folder = assets / "checkpoints"
     local = local_source("model", source)
     if local is not None and local.parent == folder.resolve():
-        print(f"{shown(local)} is used as it is")
+        print(f"{shown(local)} is in its place already: using it")
         return local
     target = folder / model_folder_name(local.name if local else source)
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,26 +109,29 @@ def _fetch_model(id: str, revision: str, target: Path) -> None:
     repository = hub.find_repository("model", id, revision)
     names = wanted_files(repository.files)
     if "config.json" not in names:
-        raise UserError(f"model {id} has no config.json at {revision}: it is no transformers model; choose another id")
-    num_bytes = sum(repository.files[name] for name in names)
-    # The commit is in the name: files of two revisions must not mix when an interrupted download goes on.
+        raise UserError(
+            f"model {id} has no config.json at {revision}: it is not a transformers model; choose another id"
+        )
+    files = {name: repository.files[name] for name in names}
+    num_bytes = sum(files.values())
+    # The commit is in the name, so that an interrupted download never continues with the files of another revision.
     partial = target.with_name(f".{target.name}.{repository.commit[:12]}.incomplete")
-    there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-    check_space(target.parent, num_bytes - there, f"model {id}")
+    num_bytes_there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    check_free_space(target.parent, num_bytes - num_bytes_there, f"model {id}")
     partial.mkdir(exist_ok=True)
     skipped = [name for name in repository.files if name not in names and not name.startswith(".git")]
     print(f"downloading {id} at {repository.commit[:12]}: {len(names)} files, {gigabytes(num_bytes)}", flush=True)
     if skipped:
         skipped_bytes = sum(repository.files[name] for name in skipped)
-        print(f"left out, the same weights in other formats: {len(skipped)} files, {gigabytes(skipped_bytes)}")
+        print(f"skipped, the same weights in other formats: {len(skipped)} files, {gigabytes(skipped_bytes)}")
     hub.fetch_files(repository, names, partial)
     shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's bookkeeping
     record = {
         "source": id,
         "revision": revision,
         "commit": repository.commit,
-        "files": {n: repository.files[n] for n in names},
-        "checksums": facts_of({n: repository.files[n] for n in names}, repository.checksums),
+        "files": files,
+        "checksums": download_facts(files, repository.checksums),
     }
     write_json(partial / RECORD, record)
     check_arrived(partial)
@@ -148,14 +140,14 @@ def _fetch_model(id: str, revision: str, target: Path) -> None:
 
 
 def _copy_model(source: Path, target: Path) -> None:
-    """Weights are hard links where the file system allows, since nothing edits them; the other files are copies."""
+    """Weights become hard links where the file system allows it, since nothing edits them; the other files are copies."""
     if not (source / "config.json").is_file():
         raise UserError(f"model folder {source} has no config.json: give a Hugging Face model folder")
-    names = {str(file.relative_to(source)): file.stat().st_size for file in source.rglob("*") if file.is_file()}
+    sizes = {str(file.relative_to(source)): file.stat().st_size for file in source.rglob("*") if file.is_file()}
     partial = target.with_name(f".{target.name}.copy.incomplete")
     shutil.rmtree(partial, ignore_errors=True)
     linked = 0
-    for name in wanted_files(names):
+    for name in wanted_files(sizes):
         file, copy = (source / name).resolve(), partial / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -164,7 +156,7 @@ def _copy_model(source: Path, target: Path) -> None:
             os.link(file, copy)
             linked += 1
         except OSError:
-            check_space(target.parent, names[name], name)
+            check_free_space(target.parent, sizes[name], name)
             shutil.copy2(file, copy)
     write_json(partial / RECORD, {"source": str(source)})
     partial.rename(target)
@@ -174,12 +166,12 @@ def _copy_model(source: Path, target: Path) -> None:
 def place_dataset(
     source: str, selection: Selection, revision: str | None, assets: Path, name: str | None = None
 ) -> Path:
-    """Bring a data set to assets/data/<name>/<name>.json as JSON lines and return that file; `name` unless from the source."""
+    """Bring a data set to assets/data/<name>/<name>.json as JSON lines and return that file. name: None for the source's."""
     local = local_source("dataset", source)
     name = data_folder_name(name or ((local.stem if local.is_file() else local.name) if local else source))
     target = assets / "data" / name / f"{name}.json"
     if local == target.resolve():
-        print(f"{shown(target)} is used as it is")
+        print(f"{shown(target)} is in its place already: using it")
         return target
     record = {
         "source": str(local or source),
@@ -191,18 +183,11 @@ def place_dataset(
     with one_at_a_time(assets, name):
         if already_there(target, target.parent / RECORD, record):
             return target
-        rows = open_rows(local or source, selection, revision or "main", assets / "cache")
-        num_rows, columns = write_rows(rows, selection.renamed, target)
-        write_json(target.parent / RECORD, {**record, "revision": revision or "main", "rows": num_rows})
-    print(f"saved {shown(target)}: {num_rows:,} rows, columns {', '.join(columns)}")
+        records = open_records(local or source, selection, revision or "main", assets / "cache")
+        num_records, columns = write_records(records, selection.renamed, target)
+        write_json(target.parent / RECORD, {**record, "revision": revision or "main", "rows": num_records})
+    print(f"saved {shown(target)}: {num_records:,} records, columns {', '.join(columns)}")
     return target
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, as all others here."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}: see --help")
 
 
 def renamed_column(text: str) -> tuple[str, str]:
@@ -214,7 +199,7 @@ def renamed_column(text: str) -> tuple[str, str]:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="download", description=(__doc__ or "").partition("\n")[0])
+    parser = OneLineParser(prog="download", description=(__doc__ or "").partition("\n")[0])
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="model|dataset")
     model = kinds.add_parser("model", help="a model, to assets/checkpoints")
     dataset = kinds.add_parser("dataset", help="a data set, to assets/data as JSON lines")

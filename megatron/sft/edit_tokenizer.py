@@ -1,4 +1,4 @@
-"""Edits a tokenizer and its chat template in all files of a model folder at once. `bash tools/edit_tokenizer HF_DIR …` runs
+"""Edits a tokenizer and its chat template in all files of a model folder together. `bash tools/edit_tokenizer HF_DIR …` runs
 
 python -m megatron.sft.edit_tokenizer HF_DIR --rename '<|quad_start|>=<short>' --keep-thinking
 """
@@ -15,19 +15,14 @@ from typing import Any
 from megatron.sft.chat.named_templates import chosen_template
 from megatron.sft.chat.thinking_template import check_keeps_thinking, keep_thinking
 from megatron.sft.hf.folder import num_tokens
-from megatron.sft.hf.tokenizer_files import chat_template_of
+from megatron.sft.hf.tokenizer_files import read_chat_template
 from megatron.sft.runtime.errors import UserError, run
 from megatron.sft.runtime.manifest import write_text
 
-TOKENIZER, CONFIG, SPECIAL, ADDED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-TEMPLATE = "chat_template.jinja"
-FILES = (TOKENIZER, CONFIG, SPECIAL, ADDED, TEMPLATE)
-ORIGINAL = ".orig"
+TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+SPECIAL, ADDED, TEMPLATE = "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"
+ORIGINAL = ".orig"  # the suffix of a file's copy from before its first edit
+# Of a new token: not special, so that it stays visible where special tokens are skipped.
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 
 
@@ -50,28 +45,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class TokenizerFiles:
-    """The files of one tokenizer, changed in memory until `write`."""
+    """The files of one tokenizer, changed in memory until `write`. `UserError` if they are missing or not valid JSON."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.before: dict[str, str] = {}
-        for name in FILES:
-            if (folder / name).is_file():
-                self.before[name] = (folder / name).read_text(encoding="utf-8")
+        names = [name for name in (TOKENIZER, CONFIG, SPECIAL, ADDED, TEMPLATE) if (folder / name).is_file()]
+        self.before = {name: (folder / name).read_text(encoding="utf-8") for name in names}
         if TOKENIZER not in self.before:
             raise UserError(f"{folder} has no {TOKENIZER}: give a model or tokenizer folder (scripts/1_download.sh)")
         try:
             self.content: dict[str, Any] = {n: json.loads(text) for n, text in self.before.items() if n != TEMPLATE}
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"a tokenizer file of {folder} is not valid JSON ({error}): download the model again"
-            ) from None
-        self._unchanged: dict[str, Any] = json.loads(json.dumps(self.content))
+            raise UserError(f"a tokenizer file in {folder} is not JSON ({error}): download the model again") from None
         self.template = self.before.get(TEMPLATE)
         self.messages: list[str] = []
 
     @property
     def added(self) -> list[dict[str, Any]]:
+        """The added tokens of tokenizer.json, each with `content` and `id`."""
         tokens: list[dict[str, Any]] = self.content[TOKENIZER].setdefault("added_tokens", [])
         return tokens
 
@@ -83,18 +74,17 @@ class TokenizerFiles:
         return name in vocabulary if isinstance(vocabulary, dict) else any(entry[0] == name for entry in vocabulary)
 
     def template_text(self) -> str:
-        """The chat template as it is now."""
-        text = self.template if self.template is not None else self._config_template()
-        if text is None:
+        """The chat template as it is now. `UserError` if there is none."""
+        text = self.content.get(CONFIG, {}).get("chat_template") if self.template is None else self.template
+        if not isinstance(text, str):
             raise UserError(f"{self.folder} has no chat template: give one with --template")
         return text
 
-    def _config_template(self) -> str | None:
-        template = self.content.get(CONFIG, {}).get("chat_template")
-        return template if isinstance(template, str) else None
-
     def rename(self, old: str, new: str) -> None:
-        """Give the unused token `old` the name `new`; its id stays, and it is an ordinary token from then on."""
+        """Give the unused added token `old` the name `new`; it keeps its id and becomes an ordinary token.
+
+        `UserError` if there is no such token, it is in use, or `new` exists.
+        """
         entry, present = self._token(old), self._token(new)
         if entry is None and present is not None and self._was_renamed(old, present["id"]):
             self.messages.append(f"{old} is already {new} (id {present['id']})")
@@ -106,20 +96,20 @@ class TokenizerFiles:
             raise UserError(f"the tokenizer in {self.folder} already has a token {new!r}: choose another name")
         self._check_unused(old)
         entry.update(content=new, special=False)
-        vocabulary = self.content[TOKENIZER].get("model", {}).get("vocab")
-        if isinstance(vocabulary, dict) and old in vocabulary:
-            self.content[TOKENIZER]["model"]["vocab"] = {new if k == old else k: v for k, v in vocabulary.items()}
+        for mapping in (self.content[TOKENIZER].get("model", {}).get("vocab"), self.content.get(ADDED)):
+            if isinstance(mapping, dict) and old in mapping:
+                items = [(new if name == old else name, token_id) for name, token_id in mapping.items()]
+                mapping.clear()  # filled again, so that the order stays
+                mapping.update(items)
         decoder = self.content.get(CONFIG, {}).get("added_tokens_decoder", {})
         if str(entry["id"]) in decoder:
             decoder[str(entry["id"])].update(content=new, special=False)
         for name in (CONFIG, SPECIAL):
             _drop_from_special(self.content.get(name, {}), old)
-        if old in self.content.get(ADDED, {}):
-            self.content[ADDED] = {new if k == old else k: v for k, v in self.content[ADDED].items()}
         self.messages.append(f"{old} is {new} now (id {entry['id']}), an ordinary token")
 
     def _was_renamed(self, old: str, token_id: int) -> bool:
-        """True if the kept original has `old` at this id."""
+        """Whether `old` has this id in the original from before the first edit."""
         path = self.folder / (TOKENIZER + ORIGINAL)
         if not path.exists():
             return False
@@ -127,27 +117,27 @@ class TokenizerFiles:
         return any(token["content"] == old and token["id"] == token_id for token in tokens)
 
     def _check_unused(self, token: str) -> None:
-        config, places = self.content.get(CONFIG, {}), []
+        places = []
         for name in (CONFIG, SPECIAL):
             for field, value in self.content.get(name, {}).items():
                 text = value.get("content") if isinstance(value, dict) else value
                 if field.endswith("_token") and text == token:
                     places.append(f"{field} in {name}")
-        if token in (self.template or "") or token in json.dumps(config.get("chat_template", ""), ensure_ascii=False):
+        template = json.dumps(self.content.get(CONFIG, {}).get("chat_template", ""), ensure_ascii=False)
+        if token in (self.template or "") or token in template:
             places.append("the chat template")
+        quoted = json.dumps(token, ensure_ascii=False)
         for part in ("post_processor", "normalizer", "pre_tokenizer", "decoder"):
-            if json.dumps(token, ensure_ascii=False) in json.dumps(
-                self.content[TOKENIZER].get(part), ensure_ascii=False
-            ):
+            if quoted in json.dumps(self.content[TOKENIZER].get(part), ensure_ascii=False):
                 places.append(f"the {part.replace('_', '-')}")
         if places:
             raise UserError(f"token {token!r} is in use ({', '.join(places)}): choose one that nothing needs")
 
     def add(self, name: str) -> None:
-        """Append a token with the next id."""
+        """Append a token with the next free id, unless there is one of this name."""
         present = self._token(name)
         if present is not None or self._in_vocabulary(name):
-            self.messages.append(f"{name} is there already")
+            self.messages.append(f"{name} exists already")
             return
         token_id = max(num_tokens(self.folder), 1 + max((token["id"] for token in self.added), default=-1))
         self.added.append({"id": token_id, "content": name, **_FLAGS})
@@ -156,19 +146,19 @@ class TokenizerFiles:
             decoder[str(token_id)] = {"content": name, **_FLAGS}
         if ADDED in self.content:
             self.content[ADDED][name] = token_id
-        self.messages.append(f"{name} is added (id {token_id}){self._row_of(token_id)}")
+        self.messages.append(f"{name} is added (id {token_id}){self._embedding_note(token_id)}")
 
-    def _row_of(self, token_id: int) -> str:
+    def _embedding_note(self, token_id: int) -> str:
         try:
-            rows = int(json.loads((self.folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+            size = int(json.loads((self.folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
         except (OSError, ValueError, KeyError):
-            return ""
-        if token_id < rows:
-            return f": the model has a row for it, one of {rows:,}"
+            return ""  # a folder with a tokenizer alone
+        if token_id < size:
+            return f": the model's embedding has a row for it, one of {size:,}"
         return ": scripts/2_convert.sh adds a row for it, near the mean of the others"
 
     def set_template(self, text: str) -> None:
-        """Put a template wherever the folder keeps its own."""
+        """Put a template in the file where the folder has its template: chat_template.jinja, tokenizer_config.json or both."""
         config = self.content.get(CONFIG)
         if config is not None and ("chat_template" in config or self.template is None):
             config["chat_template"] = text
@@ -176,8 +166,15 @@ class TokenizerFiles:
             self.template = text
 
     def write(self, keeps_thinking: bool) -> None:
-        """Check the new files with transformers in a copy, show the difference, keep the originals, and write."""
-        after = {name: _as_text(content) for name, content in self.content.items() if content != self._unchanged[name]}
+        """Check the new files in a copy, print the difference, keep the originals, and write.
+
+        `UserError`, with nothing changed, if transformers cannot load them or an added token is not one token.
+        """
+        after = {
+            name: text
+            for name, content in self.content.items()
+            if (text := _as_text(content)) != _as_text(json.loads(self.before[name]))
+        }
         if self.template is not None and self.template != self.before.get(TEMPLATE):
             after[TEMPLATE] = self.template
         for message in self.messages:
@@ -188,10 +185,9 @@ class TokenizerFiles:
         self._check_copy(after, keeps_thinking)
         for name, text in after.items():
             print(_difference(name, self.before.get(name, ""), text))
-        for name in after:
-            kept = self.folder / (name + ORIGINAL)
-            if name in self.before and not kept.exists():
-                shutil.copyfile(self.folder / name, kept)
+            original = self.folder / (name + ORIGINAL)
+            if name in self.before and not original.exists():
+                shutil.copyfile(self.folder / name, original)
         for name, text in after.items():
             write_text(self.folder / name, text)
         print(f"changed {', '.join(after)} in {self.folder}; the originals are kept as *{ORIGINAL}")
@@ -202,27 +198,20 @@ class TokenizerFiles:
         with tempfile.TemporaryDirectory() as name:
             copy = Path(name)
             for path in self.folder.iterdir():
-                if (
-                    path.is_file()
-                    and path.suffix in (".json", ".jinja", ".model", ".txt")
-                    and path.stat().st_size < 1e8
-                ):
-                    shutil.copyfile(path, copy / path.name)
+                if path.name not in after:
+                    (copy / path.name).symlink_to(path.resolve())
             for file, text in after.items():
                 (copy / file).write_text(text, encoding="utf-8")
             try:
                 tokenizer = AutoTokenizer.from_pretrained(copy, trust_remote_code=False)
             except Exception as error:
-                raise UserError(
-                    f"transformers cannot load the edited tokenizer ({error}): nothing was changed"
-                ) from None
+                raise UserError(f"transformers cannot load the new tokenizer ({error}): nothing was changed") from None
             for token in self.added:
-                if tokenizer.encode(token["content"], add_special_tokens=False) != [token["id"]]:
-                    raise UserError(
-                        f"{token['content']!r} would not be one token with id {token['id']}: nothing was changed"
-                    )
+                content, token_id = token["content"], token["id"]
+                if tokenizer.encode(content, add_special_tokens=False) != [token_id]:
+                    raise UserError(f"{content!r} would not be one token with id {token_id}: nothing was changed")
             if keeps_thinking:
-                check_keeps_thinking(tokenizer, chat_template_of(copy) or "", str(self.folder))
+                check_keeps_thinking(tokenizer, read_chat_template(copy) or "", str(self.folder))
 
 
 def _drop_from_special(config: dict[str, Any], token: str) -> None:
@@ -237,14 +226,13 @@ def _as_text(content: Any) -> str:
 
 
 def _difference(name: str, before: str, after: str) -> str:
-    """A unified difference; of tokenizer.json the added tokens only, and a long line in parts, where the change is."""
+    """A unified diff; of tokenizer.json the added tokens only. Templates are split at their tags: many are one long line."""
     if name == TOKENIZER:
         parts = (json.loads(before), json.loads(after))
         before, after = (_as_text({"added_tokens": part.get("added_tokens", [])}) for part in parts)
     elif name != TEMPLATE:
         before = _as_text(json.loads(before)) if before else ""
-    lines = [text.replace("%}", "%}\n").replace("}}", "}}\n").splitlines() for text in (before, after)]
-    old, new = lines
+    old, new = (text.replace("%}", "%}\n").replace("}}", "}}\n").splitlines() for text in (before, after))
     return "\n".join(difflib.unified_diff(old, new, f"{name}{ORIGINAL}", name, lineterm="", n=1))
 
 

@@ -5,8 +5,6 @@ python -m megatron.sft.export --load CKPT --hf-dir HF_DIR --output OUT
 
 import argparse
 import os
-import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,45 +16,35 @@ from torch import Tensor
 
 from megatron.sft.checkpoint import folder as checkpoint_folder
 from megatron.sft.checkpoint.folder import Checkpoint
-from megatron.sft.checkpoint.stored_tensors import stored_parameters
+from megatron.sft.checkpoint.reading import stored_parameters
 from megatron.sft.conversion.exported_files import write_companions
-from megatron.sft.conversion.reshard import hf_dtypes
+from megatron.sft.conversion.source_record import read_dtype_record, source_model
 from megatron.sft.families.architecture import Architecture
-from megatron.sft.families.casting import NAMES, Caster
-from megatron.sft.families.parameters import Parameters, progress_bar
+from megatron.sft.families.parameters import DTYPE_OPTIONS, Caster, Parameters, progress_bar
 from megatron.sft.families.registry import DTYPES, read_architecture
-from megatron.sft.families.weight_names import check_hf_names, weight_entries
+from megatron.sft.families.weight_names import weight_entries
 from megatron.sft.hf.folder import HFFolder, num_tokens, write_weights
 from megatron.sft.hf.parameters import HFParameters
 from megatron.sft.hf.safetensors_file import tensor_bytes
 from megatron.sft.inference.serving import serve_hint
-from megatron.sft.runtime.disk_space import check_free_space
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
-from megatron.sft.runtime.manifest import read_json
+from megatron.sft.runtime.manifest import check_free_space, read_json
+from megatron.sft.runtime.whole_folder import whole_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     os.environ["MEGATRON_SFT_DEVICE"] = "cpu"
     output: Path = arguments.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output folder {output} exists and is not empty: give another one, or move it away")
     checkpoint = checkpoint_folder.open_checkpoint(arguments.load, arguments.iteration)
-    architecture, original = _model(checkpoint, arguments.hf_dir)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
+    architecture, original = source_model(checkpoint, arguments.hf_dir)
+    if original is None:
+        _check_same_model(checkpoint, architecture, arguments.hf_dir)
+    with whole_folder(output) as staged:
         dtypes = _dtypes(checkpoint, architecture, original, arguments.dtype)
         with verified_meanwhile(checkpoint):
-            export_weights(checkpoint, architecture, original, dtypes, beside)
-        write_companions(checkpoint, architecture, arguments.hf_dir, arguments.dtype, arguments.load, beside)
-        if output.exists():
-            output.rmdir()
-        beside.chmod(0o755)
-        beside.rename(output)
-    except BaseException:
-        shutil.rmtree(beside)
-        raise
+            export_weights(checkpoint, architecture, original, dtypes, staged)
+        write_companions(checkpoint, architecture, arguments.hf_dir, arguments.dtype, arguments.load, staged)
     print(f"exported {checkpoint.path} to {output}\nnext: scripts/6_generate.sh {output} 'a question'")
     print(f"or serve it with vLLM: {serve_hint(output)}")
     return 0
@@ -64,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def verified_meanwhile(checkpoint: Checkpoint) -> Iterator[None]:
-    """Compare the checkpoint's files with its manifest beside the work. A damaged file is what the user hears of first."""
+    """Compare the checkpoint's files with its manifest in another thread. Reports a damaged file before any other error."""
     with ThreadPoolExecutor(1) as pool:
         verification = pool.submit(checkpoint_folder.verify_files, checkpoint)
         try:
@@ -80,7 +68,7 @@ def export_weights(
     dtypes: dict[str, torch.dtype],
     folder: Path,
 ) -> None:
-    """Write the model's Hugging Face tensors, in `dtypes` by name, with one parameter in memory at a time."""
+    """Write the model's Hugging Face tensors, with one parameter in memory at a time. `dtypes`: name -> dtype to write."""
     stored = stored_parameters(checkpoint, architecture, HFParameters(original, None) if original else None)
     plan: dict[str, Tensor] = {}
     for entry in weight_entries(architecture):
@@ -102,7 +90,7 @@ def _tensors(
     dtypes: dict[str, torch.dtype],
     caster: Caster,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, layer by layer; those of an untrained model are compared with the checksums of the conversion."""
+    """Name and tensor, layer by layer. Tensors of an untrained model must have the checksums that the conversion noted."""
     checksums = checkpoint.manifest.get("tensor_crc32", {})
     entries = list(weight_entries(architecture))
     bar = progress_bar(sum(stored.meta(entry).nbytes for entry in entries), "export")
@@ -119,38 +107,28 @@ def _tensors(
 
 
 def _dtypes(
-    checkpoint: Checkpoint, architecture: Architecture, original: HFFolder | None, asked: str | None
+    checkpoint: Checkpoint, architecture: Architecture, original: HFFolder | None, option: str | None
 ) -> dict[str, torch.dtype]:
-    common, exceptions = hf_dtypes(checkpoint, original)
-    if asked is not None:
-        common, exceptions = str(NAMES[asked]).removeprefix("torch."), {}
-    return {name: DTYPES[exceptions.get(name, common)] for entry in weight_entries(architecture) for name in entry.hf}
+    """Name -> dtype of the Hugging Face tensors to write: `option` (bf16, …) for all, else the original model's."""
+    names = [name for entry in weight_entries(architecture) for name in entry.hf]
+    if option is not None:
+        return dict.fromkeys(names, DTYPE_OPTIONS[option])
+    record = read_dtype_record(checkpoint, original)
+    return {name: DTYPES[record["hf_dtype_exceptions"].get(name, record["hf_dtype"])] for name in names}
 
 
-def _model(checkpoint: Checkpoint, hf_dir: Path) -> tuple[Architecture, HFFolder | None]:
-    """The architecture, which the checkpoint and the Hugging Face folder must agree on.
-
-    For a checkpoint without a manifest the folder's weights are opened too: they tell the dtypes, and rows that are missing.
-    """
-    if not hf_dir.is_dir():
-        raise UserError(f"model folder {hf_dir} does not exist: give the folder that was converted")
-    own = checkpoint.manifest.get("source", {}).get("config")
-    if own is None:
-        original = HFFolder(hf_dir)
-        check_hf_names(original.architecture, original.tensor_names, str(hf_dir))
-        return original.architecture, original
+def _check_same_model(checkpoint: Checkpoint, architecture: Architecture, hf_dir: Path) -> None:
+    """A `UserError` unless the checkpoint was converted from a model of the architecture that is in `hf_dir`."""
     config = read_json(hf_dir / "config.json", "model configuration", "give the Hugging Face folder that was converted")
-    theirs = read_architecture(config, str(hf_dir / "config.json"))
-    ours = read_architecture(own, str(checkpoint.path / checkpoint_folder.MANIFEST))
-    for field, value in ours.__dict__.items():
-        if field == "vocab_size" and value == max(theirs.vocab_size, num_tokens(hf_dir)):
+    original = read_architecture(config, str(hf_dir / "config.json"))
+    for field, value in architecture.__dict__.items():
+        if field == "vocab_size" and value == max(original.vocab_size, num_tokens(hf_dir)):
             continue  # rows were added for the tokenizer's tokens
-        if field != "torch_dtype" and theirs.__dict__[field] != value:
+        if field != "torch_dtype" and original.__dict__[field] != value:
             raise UserError(
-                f"{hf_dir / 'config.json'} has {field} {theirs.__dict__[field]}, the checkpoint {value}: "
+                f"{hf_dir / 'config.json'} has {field} {original.__dict__[field]}, {checkpoint.path} has {value}: "
                 "give the folder that the checkpoint was converted from"
             )
-    return ours, None
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -159,7 +137,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--hf-dir", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--iteration", type=int)
-    parser.add_argument("--dtype", choices=list(NAMES), help="the original model's unless given")
+    parser.add_argument("--dtype", choices=list(DTYPE_OPTIONS), help="the original model's unless given")
     return parser.parse_args(argv)
 
 

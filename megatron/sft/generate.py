@@ -6,57 +6,26 @@ python -m megatron.sft.generate HF_DIR "Sort these names: Tom Ada" --control "<t
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from megatron.sft.chat.conversations import Conversation
 from megatron.sft.inference.answer_file import answer_file
+from megatron.sft.inference.backends import Decoding
 from megatron.sft.inference.chat_model import BACKENDS, DTYPES, ChatModel, check_control, load_chat_model
-from megatron.sft.inference.decoding import Decoding
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 
 DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
-CHAT_HELP = (
-    "/new starts again, /control <TOKEN> begins answers with it (/control alone: with none), Ctrl-C stops an answer, "
-    "/quit or Ctrl-D ends"
-)
-
-
-class TextStream:
-    """Prints an answer while it is made, token by token."""
-
-    def __init__(self, chat_model: ChatModel) -> None:
-        self._chat_model = chat_model
-        self._ids: list[int] = []
-        self._printed, self._start = 0, 0  # how many tokens are printed, and where decoding of new ones begins
-        self.text = ""
-
-    def put(self, token: int) -> None:
-        """A token may be a part of a character, or the end, and a word's first token may carry a space or not by what is
-        before it: so new ones are decoded together with those that were printed last."""
-        if token in self._chat_model.stop_ids:
-            return
-        self._ids.append(token)
-        before = self._chat_model.decoded(self._ids[self._start : self._printed])
-        now = self._chat_model.decoded(self._ids[self._start :])
-        if len(now) > len(before) and not now.endswith("\ufffd"):
-            self._print(now[len(before) :])
-            self._start, self._printed = self._printed, len(self._ids)
-
-    def end(self, note: str = "") -> None:
-        before = self._chat_model.decoded(self._ids[self._start : self._printed])
-        self._print(self._chat_model.decoded(self._ids[self._start :])[len(before) :])
-        print(note, flush=True)
-
-    def _print(self, piece: str) -> None:
-        self.text += piece
-        print(piece, end="", flush=True)
+CHAT_HELP = """\
+/new              start a new conversation
+/control <TOKEN>  begin answers with this token; without one, with none
+Ctrl-C            stop an answer
+/quit or Ctrl-D   end"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    decoding = Decoding(
-        arguments.max_new_tokens, arguments.temperature, arguments.batch_size, arguments.top_p, arguments.top_k
-    )
+    decoding = Decoding(**{field.name: getattr(arguments, field.name) for field in fields(Decoding)})
     _check(decoding, arguments.num_gpus)
     given: str | None = arguments.input
     is_file = given is not None and "\n" not in given and len(given) < 1000 and Path(given).is_file()
@@ -76,57 +45,53 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def stream_answer(chat_model: ChatModel, messages: Conversation, control: str, decoding: Decoding) -> str:
-    """Print the answer while it is made, and return it."""
+    """Print the answer while it is made, and return it. `UserError` for a conversation longer than the model reads."""
+    from tokenizers.decoders import DecodeStream
+
     print(control, end="", flush=True)
-    prompt = chat_model.prompt(messages, control)
-    stream = TextStream(chat_model)
-    [(text, finished)] = chat_model.generate([prompt], decoding, stream.put)
-    stream.end("" if finished else " [cut at MAX_NEW_TOKENS]")
-    return control + text
+    stream, streamed = DecodeStream(skip_special_tokens=False), ""
+
+    def show(token: int) -> None:
+        nonlocal streamed
+        if token not in chat_model.stop_ids:
+            piece = stream.step(chat_model.tokenizer.backend_tokenizer, token) or ""  # None within a character
+            streamed += piece
+            print(piece, end="", flush=True)
+
+    [answer] = chat_model.generate([chat_model.prompt(messages, control)], decoding, show)
+    rest = answer.text[len(streamed) :]  # of a character that the limit cut
+    print(rest + ("" if answer.finished else " [cut at MAX_NEW_TOKENS]"), flush=True)
+    return control + answer.text
 
 
 def chat(chat_model: ChatModel, control: str, decoding: Decoding) -> None:
-    """A conversation on the terminal, until the input ends."""
-    on_terminal = sys.stdin.isatty()
-    if on_terminal:
+    """A conversation on the terminal, until the input ends. A question without an answer is forgotten."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    if prompt:
         print(CHAT_HELP)
     messages: Conversation = []
     while True:
         try:
-            line = input("> " if on_terminal else "").strip()
+            line = input(prompt).strip()
         except EOFError:
             return
-        command, _, rest = line.partition(" ")
-        if command == "/quit":
-            return
-        if command == "/new":
-            messages = []
-        elif command == "/control":
-            control = _changed_control(chat_model, control, rest.strip())
-        elif line:
-            messages = _with_answer(chat_model, [*messages, {"role": "user", "content": line}], control, decoding)
-
-
-def _with_answer(chat_model: ChatModel, messages: Conversation, control: str, decoding: Decoding) -> Conversation:
-    """The conversation with its answer; without its last question where there is none."""
-    try:
-        answer = stream_answer(chat_model, messages, control, decoding)
-    except KeyboardInterrupt:
-        print(" [stopped: the question and this answer are forgotten]")
-        return messages[:-1]
-    except UserError as error:
-        print(f"{error} (/new starts again)")
-        return messages[:-1]
-    return [*messages, {"role": "assistant", "content": answer}]
-
-
-def _changed_control(chat_model: ChatModel, control: str, wanted: str) -> str:
-    try:
-        check_control(chat_model.tokenizer, wanted)
-    except UserError as error:
-        print(error)
-        return control
-    return wanted
+        command, _, token = line.partition(" ")
+        try:
+            if command == "/quit":
+                return
+            if command == "/new":
+                messages = []
+            elif command == "/control":
+                check_control(chat_model.tokenizer, token.strip())
+                control = token.strip()
+            elif line:
+                asked = [*messages, {"role": "user", "content": line}]
+                answer = stream_answer(chat_model, asked, control, decoding)
+                messages = [*asked, {"role": "assistant", "content": answer}]
+        except KeyboardInterrupt:
+            print(" [stopped: the question and this answer are forgotten]")
+        except UserError as error:
+            print(error)
 
 
 def _check(decoding: Decoding, num_gpus: int) -> None:
@@ -140,7 +105,7 @@ def _check(decoding: Decoding, num_gpus: int) -> None:
         if value < least:
             raise UserError(f"{name}={value} is too small: give at least {least}")
     if not 0 < decoding.top_p <= 1:
-        raise UserError(f"TOP_P={decoding.top_p} is no share of the probability: give more than 0, at most 1")
+        raise UserError(f"TOP_P={decoding.top_p} is not a share of the probability: give more than 0, at most 1")
     if not decoding.temperature and (decoding.top_p < 1 or decoding.top_k):
         raise UserError("TOP_P and TOP_K change nothing at TEMPERATURE=0: give a temperature, such as 0.6")
 
@@ -153,13 +118,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=Decoding.max_new_tokens)
     parser.add_argument("--temperature", type=float, default=Decoding.temperature)
     parser.add_argument("--top-p", type=float, default=Decoding.top_p, help="draw from the likeliest of this share")
-    parser.add_argument("--top-k", type=int, default=Decoding.top_k, help="draw from so many tokens; 0 is all")
+    parser.add_argument("--top-k", type=int, default=Decoding.top_k, help="draw from this many tokens; 0 is all")
     parser.add_argument("--batch-size", type=int, default=Decoding.batch_size)
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as the folder says")
-    parser.add_argument("--output", type=Path, help="of a data file; default <data>.answers.jsonl beside it")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: the folder's")
+    parser.add_argument("--output", type=Path, help="of a data file; default <data>.answers.jsonl next to it")
     parser.add_argument("--seed", type=int, default=1234, help="of sampling at a temperature above 0")
     parser.add_argument("--backend", default=BACKENDS[0], help=" or ".join(BACKENDS))
-    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs that vLLM shares the model between")
+    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs over which vLLM splits the model")
     return parser.parse_args(argv)
 
 

@@ -14,11 +14,9 @@ from megatron.sft.runtime.errors import OneLineParser, run
 def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="plot_loss", description="Loss curve of one run or several, as a PNG.")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, or their metrics.jsonl")
-    parser.add_argument(
-        "--output", type=Path, help="default loss.png in the first run's folder, comparison.png of several"
-    )
+    parser.add_argument("--output", type=Path, help="default: loss.png, or comparison.png, in the first run's folder")
     parser.add_argument("--title")
-    parser.add_argument("--x", choices=list(AXES), default="iteration", help="what goes to the right")
+    parser.add_argument("--x", choices=list(AXES), default="iteration", help="the horizontal axis")
     parser.add_argument("--by-source", action="store_true", help="with the loss of every source of the data")
     arguments = parser.parse_args(argv)
     names = run_names(arguments.runs)

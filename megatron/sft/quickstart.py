@@ -7,25 +7,26 @@ python -m megatron.sft.quickstart report --before B.json --after A.json --metric
 
 import argparse
 import json
-import os
 import random
 import shutil
-import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.runtime.errors import OneLineParser, UserError, run
+from megatron.sft.hf import names
+from megatron.sft.reporting.curves import read_curve
+from megatron.sft.runtime.errors import OneLineParser, run
 from megatron.sft.runtime.manifest import read_json, sha256_of_file, write_json, write_text
+from megatron.sft.runtime.whole_folder import whole_folder
 
 NAMES = (
     *("Ada", "Ben", "Cal", "Dan", "Eva", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Leo", "Mia"),
     *("Ned", "Ola", "Pam", "Quin", "Ray", "Sam", "Tom", "Una", "Val", "Wes", "Xia", "Yan", "Zoe"),
 )
 SHORT, THINK, END_THINK = "<short>", "<think>", "</think>"
-# How Qwen2 cuts text before its byte-pair merges; transformers 5 puts this in place whatever tokenizer.json says.
+# How Qwen2 splits text before its byte-pair merges; transformers 5 uses this for the family whatever tokenizer.json says.
 QWEN2_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -35,7 +36,7 @@ NUM_TRAINING_QUESTIONS = 3000
 NUM_HELD_OUT_QUESTIONS = 240
 SEED = 2024
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets" / "quickstart"
+ASSETS = names.ASSETS / "quickstart"
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -48,7 +49,7 @@ SOURCE_MANIFEST = "quickstart.json"
 
 @dataclass(frozen=True)
 class Question:
-    """Names in the order in which they are asked."""
+    """Names to be sorted, in the order in which the question gives them."""
 
     names: tuple[str, ...]
 
@@ -62,20 +63,18 @@ class Question:
 
     @property
     def work(self) -> str:
-        """Sorting by insertion: every name in turn is put into its place among those before it."""
-        steps = [f"{self.names[0]}."]
-        for count, name in enumerate(self.names[1:], start=2):
-            steps.append(f"Add {name}: {' '.join(sorted(self.names[:count]))}.")
-        return " ".join(steps)
+        """Sorting by insertion: each name in turn is put in its place among those before it."""
+        added = [f"Add {self.names[n]}: {' '.join(sorted(self.names[: n + 1]))}." for n in range(1, len(self.names))]
+        return " ".join([f"{self.names[0]}.", *added])
 
-    def rows(self) -> list[dict[str, str]]:
-        """The question answered directly and answered after the work. Which of the two is the first token's choice."""
+    def records(self) -> list[dict[str, str]]:
+        """The question answered directly and answered after the work; the answer's first token decides which."""
         outputs = (f"{SHORT} {self.answer}", f"{THINK} {self.work} {END_THINK} {self.answer}")
         return [{"instruction": self.text, "output": output} for output in outputs]
 
 
 def make_questions(seed: int) -> tuple[list[Question], list[Question]]:
-    """Training and held-out questions. No set of names is asked twice, in whatever order, within or across the two."""
+    """Training and held-out questions. No set of names is asked twice, in any order, within or across the two."""
     generator = random.Random(seed)
     seen: set[frozenset[str]] = set()
 
@@ -93,20 +92,17 @@ def make_questions(seed: int) -> tuple[list[Question], list[Question]]:
 
 
 def data_files(seed: int = SEED) -> dict[str, str]:
-    """File name to its whole text, JSON lines."""
+    """File name to its content, JSON lines."""
     training, held_out = make_questions(seed)
-    return {
-        "train.json": _json_lines(row for question in training for row in question.rows()),
-        "heldout.json": _json_lines({"instruction": q.text, "output": q.answer} for q in held_out),
+    records = {
+        "train.json": [record for question in training for record in question.records()],
+        "heldout.json": [{"instruction": question.text, "output": question.answer} for question in held_out],
     }
-
-
-def _json_lines(rows: Iterable[dict[str, str]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return {name: "".join(json.dumps(record) + "\n" for record in of_file) for name, of_file in records.items()}
 
 
 def make_tokenizer(seed: int = SEED) -> Any:
-    """A byte-level BPE with the data's words as single tokens, and the control tokens, which are no special tokens."""
+    """A byte-level BPE with the data's words as single tokens, and the control tokens, which are not special tokens."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -127,34 +123,22 @@ def make_tokenizer(seed: int = SEED) -> Any:
 
 
 def make_model_folder(output: Path, seed: int = SEED) -> bool:
-    """Write the untrained model, beside its place and renamed; False if it is there already from the same sources."""
+    """Write the untrained model whole or not at all; False if it is there already from the same sources."""
     sources = {"seed": seed, **{name: sha256_of_file(ASSETS / name) for name in MODEL_FILES}}
     if output.exists():
-        made = read_json(output / SOURCE_MANIFEST, f"{output} is no quickstart model:", "give another folder")
+        made = read_json(output / SOURCE_MANIFEST, f"{output} is not a quickstart model:", "give another folder")
         weights = output / "model.safetensors"
         if made["sources"] == sources and weights.exists() and sha256_of_file(weights) == made["weights"]:
             return False
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        _write_model(beside, seed)
-        weights_sha256 = sha256_of_file(beside / "model.safetensors")
-        write_json(beside / SOURCE_MANIFEST, {"sources": sources, "weights": weights_sha256})
-        beside.chmod(0o755)
-        if output.exists():
-            output.rename(old := output.with_name(f".{output.name}.old.{os.getpid()}"))
-            beside.rename(output)
-            shutil.rmtree(old)
-        else:
-            beside.rename(output)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    with whole_folder(output, replace=True) as staged:
+        _write_model(staged, seed)
+        weights_sha256 = sha256_of_file(staged / "model.safetensors")
+        write_json(staged / SOURCE_MANIFEST, {"sources": sources, "weights": weights_sha256})
     return True
 
 
 def _write_model(folder: Path, seed: int) -> None:
-    """Weights as transformers makes them, but drawn in the order of their names, so that every version gives the same."""
+    """Weights as transformers initializes them, but drawn in the order of their names, so that every version draws the same."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -176,7 +160,8 @@ def _write_model(folder: Path, seed: int) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """What the quickstart leaves behind as figures. The losses are those of the first and the last line of the log."""
+    """The quickstart's figures: shares of held-out questions answered correctly, the first and last logged loss, and where
+    the trained model is."""
 
     exact_match_before: float
     exact_match_after: float
@@ -188,37 +173,27 @@ class Report:
 
 
 def make_report(before: Path, after: Path, metrics: Path, export: str, seconds: float) -> Report:
-    """Figures of the two evaluations (megatron.sft.evaluate) and of the training."""
-    results = [read_json(path, "evaluation", "run scripts/7_evaluate.sh first") for path in (before, after)]
-    try:
-        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise UserError(f"training record {metrics} is missing: run scripts/4_train.sh first") from None
-    losses = [line["loss"] for line in lines if "loss" in line]
-    if not losses:
-        raise UserError(f"training record {metrics} has no step: run scripts/4_train.sh first")
-    return Report(
-        exact_match_before=results[0]["exact_match"],
-        exact_match_after=results[1]["exact_match"],
-        held_out=results[1]["questions"],
-        first_loss=losses[0],
-        last_loss=losses[-1],
-        seconds=round(seconds, 1),
-        export=export,
-    )
+    """Read the results of the two evaluations (megatron.sft.evaluate) and the training's metrics.jsonl.
+
+    `UserError` if one of them is missing.
+    """
+    first, last = (read_json(path, "evaluation", "run scripts/7_evaluate.sh first") for path in (before, after))
+    losses = read_curve(metrics, "quickstart").losses
+    matches = (first["exact_match"], last["exact_match"])
+    return Report(*matches, last["questions"], losses[0], losses[-1], round(seconds, 1), export)
 
 
 def newcomer_lines(report: Report, after: dict[str, Any]) -> str:
-    """What was learned, in words that need no knowledge of the field, and what to do next."""
+    """What was learned, in words for newcomers, and what to do next. after: the result of the second evaluation."""
     modes = ", ".join(f"{mode['control']} {100 * mode['exact_match']:.0f} %" for mode in after["modes"])
-    example = " ".join(("Tom", "Ada", "Quin", "Ben"))
+    example = "Sort these names: Tom Ada Quin Ben"
     return (
         f"A tiny model learned to sort names in {report.seconds:.0f} s. Of {report.held_out} questions that it was not "
         f"trained on, it now answers {100 * report.exact_match_after:.0f} % correctly ({modes}); "
         f"before training it was {100 * report.exact_match_before:.0f} %.\n"
         f"The model is in {report.export}. Talk to it:\n"
-        f'  bash scripts/6_generate.sh {report.export} "Sort these names: {example}"\n'
-        f'  CONTROL="{THINK}" bash scripts/6_generate.sh {report.export} "Sort these names: {example}"'
+        f'  bash scripts/6_generate.sh {report.export} "{example}"\n'
+        f'  CONTROL="{THINK}" bash scripts/6_generate.sh {report.export} "{example}"'
     )
 
 
@@ -232,12 +207,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wrote train.json, heldout.json and tokenizer.json to {ASSETS}")
     elif arguments.command == "model":
         made = make_model_folder(arguments.output)
-        print(f"{arguments.output}: {'made, with weights from a seed' if made else 'is there already'}")
+        print(f"{arguments.output}: {'made, with weights from a seed' if made else 'exists already'}")
     else:
         seconds = time.time() - arguments.started
         report = make_report(arguments.before, arguments.after, arguments.metrics, arguments.export, seconds)
         write_json(arguments.output, asdict(report))
-        print(newcomer_lines(report, json.loads(arguments.after.read_text(encoding="utf-8"))))
+        print(newcomer_lines(report, read_json(arguments.after, "evaluation", "run scripts/7_evaluate.sh first")))
     return 0
 
 
@@ -247,7 +222,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands.add_parser("data", help="remake the data and tokenizer in assets/quickstart")
     model = commands.add_parser("model", help="write a Hugging Face folder with untrained weights")
     model.add_argument("output", type=Path)
-    report = commands.add_parser("report", help="write report.json and say what was learned")
+    report = commands.add_parser("report", help="write report.json and print what was learned")
     for name in ("before", "after", "metrics", "output"):
         report.add_argument(f"--{name}", type=Path, required=True)
     report.add_argument("--export", required=True, help="folder of the trained model, as the user would type it")

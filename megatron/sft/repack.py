@@ -1,4 +1,4 @@
-"""Packs tokenised data anew, to another length, seed or packing, without tokenising again. `tools/repack` runs
+"""Packs tokenised data again, with another length, seed or packing, without tokenising. `tools/repack` runs
 
     python -m megatron.sft.repack PREFIX --seq-length 8192
 
@@ -8,18 +8,20 @@ Conversations, masks and groups come from the existing files; what tokenising dr
 import argparse
 import re
 import signal
-from collections import Counter
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron.sft.chat.encoding import Encoded
+from megatron.sft.data.corpus import Counts, cut_or_dropped
 from megatron.sft.data.packing import ALGORITHM
+from megatron.sft.data.report import print_dropped
 from megatron.sft.data.store import ConversationStore
-from megatron.sft.data.tokenized import Row, TokenizedRows, file_of, prefix_of
+from megatron.sft.data.tokenized import Row, TokenizedRows, data_prefix, is_finished
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import sha256_of_text
 
@@ -28,39 +30,31 @@ OVERLONG = ("drop", "truncate", "error")
 
 @dataclass(frozen=True)
 class Options:
-    """What the new rows are to be."""
+    """How the new rows are made."""
 
-    length: int
+    seq_length: int
     seed: int
     packing: bool
     overlong: str
 
 
-@dataclass
-class Counts:
-    """What became of the conversations that do not fit the new length."""
-
-    num_truncated: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     given = _parse(argv)
-    signal.signal(signal.SIGTERM, _stop)
-    source = TokenizedRows(prefix_of(given.prefix))
+    # End as an error would, so that temporary files are removed.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    source = TokenizedRows(data_prefix(given.prefix))
     old = source.manifest
     options = Options(
-        length=given.seq_length or old["length"],
+        seq_length=given.seq_length or old["length"],
         seed=old.get("seed", 1234) if given.seed is None else given.seed,
         packing=not given.no_packing,
         overlong=given.overlong,
     )
-    prefix = given.output_prefix or new_prefix(source, options.length)
-    fingerprint = sha256_of_text(
-        repr(("repack", ALGORITHM, old["files"]["bin"]["sha256"], old["files"]["idx"], options))
-    )
-    if _is_finished(prefix, fingerprint):
-        print(f"already packed so, from the same files: {prefix}.bin, .idx, .json")
+    prefix = given.output_prefix or new_prefix(source, options.seq_length)
+    files = (old["files"]["bin"]["sha256"], old["files"]["idx"])
+    fingerprint = sha256_of_text(repr(("repack", ALGORITHM, *files, options)))
+    if is_finished(prefix, fingerprint):
+        print(f"already packed from the same files with the same options: {prefix}.bin, .idx, .json")
         return 0
     repack(source, options, prefix, fingerprint)
     return 0
@@ -69,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="repack", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("prefix", type=Path, help="the files' common name; with or without .bin, .idx or .json")
-    parser.add_argument("--seq-length", type=_at_least(1), help="tokens in a row; default: as it is")
-    parser.add_argument("--seed", type=_at_least(0), help="default: as it is")
+    parser.add_argument("--seq-length", type=_at_least(1), help="tokens in a row; default: unchanged")
+    parser.add_argument("--seed", type=_at_least(0), help="default: unchanged")
     parser.add_argument("--no-packing", action="store_true", help="one conversation a row")
     parser.add_argument("--overlong", choices=OVERLONG, default="drop", help="what to do with longer conversations")
     parser.add_argument("--output-prefix", type=Path, help="default: the same name with the new length")
@@ -80,129 +74,96 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _at_least(least: int) -> Any:
     def number(text: str) -> int:
         if not (text.isascii() and text.isdigit() and least <= int(text) < 1 << 62):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, at least {least}")
         return int(text)
 
     return number
 
 
-def _stop(signal_number: int, frame: object) -> None:
-    raise SystemExit(128 + signal_number)
-
-
-def new_prefix(source: TokenizedRows, length: int) -> Path:
-    """The name with `length` in place of the old length, as scripts/3_tokenize.sh writes it, or after it."""
-    old_length, name = source.manifest["length"], source.prefix.name
-    if length == old_length:
+def new_prefix(source: TokenizedRows, seq_length: int) -> Path:
+    """The source's name with the new length in place of the old one, or at the end if the old one is not in it."""
+    old, name = source.manifest["length"], source.prefix.name
+    if seq_length == old:
         return source.prefix
-    renamed, count = re.subn(rf"-{old_length}(?=_text_document$|$)", f"-{length}", name)
-    return source.prefix.with_name(renamed if count else f"{name}-{length}")
-
-
-def _is_finished(prefix: Path, fingerprint: str) -> bool:
-    """Whether the result is in place."""
-    if not file_of(prefix, "json").is_file():
-        return False
-    try:
-        return TokenizedRows(prefix).manifest.get("fingerprint") == fingerprint
-    except UserError:
-        return False
+    renamed, count = re.subn(rf"-{old}(?=_text_document$|$)", f"-{seq_length}", name)
+    return source.prefix.with_name(renamed if count else f"{name}-{seq_length}")
 
 
 def repack(source: TokenizedRows, options: Options, prefix: Path, fingerprint: str) -> None:
-    """Read all conversations, pack them, write them, and say what was done."""
+    """Read all conversations, pack them, write them, and print what was done."""
     counts = Counts()
     old = source.manifest
-    dtype = np.dtype(old["dtype"])
-    with ConversationStore(prefix, dtype, source.groups is not None, source.num_sources) as store:
+    is_grouped = source.groups is not None
+    with ConversationStore(prefix, np.dtype(old["dtype"]), is_grouped, source.num_sources) as store:
         for conversation in _fitting(conversations(source), options, counts):
             store.add(conversation)
-        _print_counts(counts, options)
+        print_dropped(counts, options.seq_length)
         if not len(store.lengths):
             raise UserError(
-                f"no conversation of {source.prefix} fits into {options.length} tokens: give a greater length"
+                f"no conversation of {source.prefix} fits into {options.seq_length} tokens: give a greater --seq-length"
             )
-        packing = store.pack(options.length, options.seed, options.packing)
-        manifest = (
-            old
-            | store.totals(packing, options.length)
-            | {
-                "algorithm": ALGORITHM if options.packing else "none",
-                "seed": options.seed,
-                "options": old.get("options", {}) | {"packing": options.packing},
-                "fingerprint": fingerprint,
-                "repacked": [*old.get("repacked", []), _step(source, options, counts)],
-            }
-        )
-        if not packing.joined.any():
-            manifest.pop("row_units", None)
+        packing = store.pack(options.seq_length, options.seed, options.packing)
+        manifest = {name: value for name, value in old.items() if name != "row_units"}
+        manifest |= store.totals(packing, options.seq_length)
+        manifest |= {
+            "algorithm": ALGORITHM if options.packing else "none",
+            "seed": options.seed,
+            "options": old.get("options", {}) | {"packing": options.packing},
+            "fingerprint": fingerprint,
+            "repacked": [*old.get("repacked", []), _step(source, options, counts)],
+        }
         store.write(packing, manifest)
     fill = f"{100 * manifest['fill']:.1f} % full"
-    print(f"packed {len(store.lengths)} conversations into {packing.num_rows} rows of {options.length} tokens ({fill})")
+    print(
+        f"packed {len(store.lengths)} conversations into {packing.num_rows} rows of {options.seq_length} tokens ({fill})"
+    )
     print(f"wrote {prefix}.bin, .idx, .json")
 
 
 def conversations(source: TokenizedRows) -> Iterator[Encoded]:
     """The conversations in the order of the rows."""
     groups, sources = source.groups, source.sources
-    number = 0
-    for row in source:
-        for conversation in conversations_of(row):
-            group = None if groups is None else int(groups[number])
-            yield replace(conversation, group=group, source=0 if sources is None else int(sources[number]))
-            number += 1
+    for index, conversation in enumerate(conversation for row in source for conversation in _row_conversations(row)):
+        group = None if groups is None else int(groups[index])
+        yield replace(conversation, group=group, source=0 if sources is None else int(sources[index]))
 
 
-def conversations_of(row: Row) -> Iterator[Encoded]:
+def _row_conversations(row: Row) -> Iterator[Encoded]:
     start = 0
     for length in row.conversation_lengths.tolist():
         part = slice(start, start + length)
         trained = row.trained[part]
-        ends_of_runs = np.append(np.flatnonzero(np.diff(trained)) + 1, length)
-        yield Encoded(row.tokens[part], np.diff(ends_of_runs, prepend=0).tolist())
+        run_ends = np.append(np.flatnonzero(np.diff(trained)) + 1, length)
+        yield Encoded(row.tokens[part], np.diff(run_ends, prepend=0).tolist())
         start += length
 
 
-def _fitting(all_of_them: Iterator[Encoded], options: Options, counts: Counts) -> Iterator[Encoded]:
-    """Those that fit the new length, and what is left of the others."""
-    for conversation in all_of_them:
+def _fitting(all_conversations: Iterator[Encoded], options: Options, counts: Counts) -> Iterator[Encoded]:
+    """Those that fit the new length, cut if that was asked for."""
+    for conversation in all_conversations:
         length = len(conversation.tokens)
-        if length <= options.length:
-            yield conversation
-        elif options.overlong == "error":
+        if length > options.seq_length and options.overlong == "error":
             raise UserError(
-                f"a conversation has {length} tokens, more than {options.length}: give a greater length, "
+                f"a conversation has {length} tokens, more than {options.seq_length}: give a greater --seq-length, "
                 "or --overlong drop or truncate"
             )
-        elif options.overlong == "drop":
-            counts.dropped[f"longer than {options.length} tokens"] += 1
-        elif (cut := conversation.cut(options.length)).num_trained:
-            counts.num_truncated += 1
-            yield cut
-        else:
-            counts.dropped[f"no trained token among the first {options.length}"] += 1
+        if kept := cut_or_dropped(conversation, options.seq_length, options.overlong, counts):
+            yield kept
 
 
 def _step(source: TokenizedRows, options: Options, counts: Counts) -> dict[str, Any]:
-    """The manifest's record of one repacking; conversations before = conversations now + the sum of dropped."""
+    """The manifest's entry for one repacking; conversations before = conversations now + the sum of dropped."""
     old = source.manifest
     return {
         "from": source.prefix.name,
         "from_sha256": old["files"]["bin"]["sha256"],
         "from_length": old["length"],
         "from_conversations": old["conversations"],
-        "length": options.length,
+        "length": options.seq_length,
         "overlong": options.overlong,
         "dropped": dict(counts.dropped),
         "truncated": counts.num_truncated,
     }
-
-
-def _print_counts(counts: Counts, options: Options) -> None:
-    for reason, count in counts.dropped.items():
-        print(f"dropped {count} conversations: {reason}")
-    if counts.num_truncated:
-        print(f"cut {counts.num_truncated} conversations at {options.length} tokens: their last answer has no end")
 
 
 if __name__ == "__main__":

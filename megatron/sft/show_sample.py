@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.sft.chat.encoding import load_tokenizer
-from megatron.sft.data.page import page
-from megatron.sft.data.preview import colour_wanted, legend, row_text
-from megatron.sft.data.tokenized import TokenizedRows, prefix_of
+from megatron.sft.data.preview import color_wanted, legend, page, row_text
+from megatron.sft.data.tokenized import TokenizedRows, data_prefix
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import write_text
 
@@ -19,28 +18,28 @@ from megatron.sft.runtime.manifest import write_text
 def main(argv: Sequence[str] | None = None) -> int:
     given = _parse(argv)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly in front of `head`
-    rows = TokenizedRows(prefix_of(given.prefix))
+    rows = TokenizedRows(data_prefix(given.prefix))
     if not 0 <= given.row < len(rows):
         raise UserError(f"row {given.row} does not exist: {rows.prefix} has rows 0 to {len(rows) - 1}")
     folder = given.tokenizer or Path(rows.manifest["tokenizer"]["path"])
     if not folder.is_dir():
         raise UserError(
-            f"tokenizer folder {folder}, which {rows.prefix}.json names, is not there: give --tokenizer FOLDER"
+            f"tokenizer folder {folder}, from {rows.prefix}.json, does not exist: give another with --tokenizer FOLDER"
         )
     tokenizer = load_tokenizer(folder)
     if given.html:
-        numbers = range(given.row, min(given.row + max(1, given.rows), len(rows)))
+        indices = range(given.row, min(given.row + max(1, given.rows), len(rows)))
         try:
-            write_text(given.html, page(tokenizer, rows, numbers))
+            write_text(given.html, page(tokenizer, rows, indices))
         except OSError as error:
             raise UserError(f"cannot write {given.html} ({error.strerror}): give another file") from None
-        print(f"wrote {given.html}: the totals, and rows {numbers[0]} to {numbers[-1]} of {len(rows)}")
+        print(f"wrote {given.html}: the totals, and rows {indices[0]} to {indices[-1]} of {len(rows)}")
         return 0
-    colour = colour_wanted()
+    color = color_wanted()
     row = rows[given.row]
     share = 100 * row.trained.mean()
-    print(f"row {given.row} of {len(rows)}: {len(row.tokens)} tokens, {share:.1f} % trained; {legend(colour)}")
-    for line in row_text(tokenizer, row, colour):
+    print(f"row {given.row} of {len(rows)}: {len(row.tokens)} tokens, {share:.1f} % trained; {legend(color)}")
+    for line in row_text(tokenizer, row, color):
         print(line)
     return 0
 

@@ -2,18 +2,17 @@
 
     python -m megatron.sft.tokenize --tokenizer MODEL_FOLDER --input data.jsonl --seq-length 4096
 
-Writes Tokenized-<data>-<tokenizer>-<length>_text_document.bin, .idx and .json beside the data.
+Writes Tokenized-<data>-<tokenizer>-<length>_text_document.bin, .idx and .json next to the data.
 """
 
-import argparse
 import errno
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron.sft.chat.conversations import NOT_A_COLUMN, RowReader
 from megatron.sft.chat.corrections import difference
@@ -21,27 +20,26 @@ from megatron.sft.chat.encoding import TOKENIZER_FILES, check_tokenizer_folder, 
 from megatron.sft.chat.named_templates import NAMES, chosen_template
 from megatron.sft.chat.template import TRAIN_ON, ChatTemplate, CorrectionNeeded, template_of
 from megatron.sft.data.corpus import OVERLONG, Corpus
-from megatron.sft.data.mixture import Input, Source, examined, parse_inputs
-from megatron.sft.data.packing import ALGORITHM, Packing
-from megatron.sft.data.rejected import RejectedRows
-from megatron.sft.data.report import print_counts, print_notes, print_sample, source_facts
+from megatron.sft.data.mixture import Input, Source, parse_inputs, validated_source
+from megatron.sft.data.packing import ALGORITHM
+from megatron.sft.data.report import RejectedRecords, print_corpus, print_sample, source_facts
 from megatron.sft.data.store import ConversationStore
-from megatron.sft.data.tokenized import FORMAT, TokenizedRows, file_of, token_dtype
+from megatron.sft.data.tokenized import FORMAT, is_finished, token_dtype
 from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
-from megatron.sft.runtime.errors import UserError, run
+from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import sha256_of_file, sha256_of_text
 
 NUM_SAMPLES = 2
-MAX_LENGTH = 1 << 24
+MAX_SEQ_LENGTH = 1 << 24
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the result, beside the contents of the files."""
+    """What decides the result, apart from the contents of the files."""
 
     tokenizer: Path
     inputs: tuple[Input, ...]
-    length: int
+    seq_length: int
     overlong: str
     seed: int
     packing: bool
@@ -49,28 +47,22 @@ class Options:
     columns: dict[str, str]
     train_on: str
     chat_template: str  # a name or a file; the tokenizer's own if empty
-    skip_bad_rows: bool
-    replaced: dict[str, str | None]  # placeholders in the data
+    skip_bad_records: bool
+    replaced: dict[str, str | None]  # placeholders in the data, and what they stand for
     prefix: Path
-    num_workers: int  # which does not change the result
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, as all others here."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}: see --help")
+    num_workers: int  # does not change the result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(argv)
-    # The tokenizers library reads it: rows are shared out among processes, each of which needs no threads.
+    # Read by the tokenizers library: records are distributed to processes, so threads would only compete.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGTERM, stop)
+    # End as an error would, so that temporary files are removed.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     check_tokenizer_folder(options.tokenizer)
     template = chosen_template(options.chat_template) if options.chat_template else ""
-    sources = [examined(given) for given in options.inputs]
-    fingerprint = fingerprint_of(options, sources, template)
+    sources = [validated_source(input) for input in options.inputs]
+    fingerprint = _fingerprint(options, sources, template)
     if is_finished(options.prefix, fingerprint):
         print(f"already tokenised, from the same data, tokenizer and options: {options.prefix}.bin, .idx, .json")
     else:
@@ -87,13 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def stop(signal_number: int, frame: FrameType | None) -> NoReturn:
-    """End as an error would, so that temporary files are removed."""
-    raise SystemExit(128 + signal_number)
-
-
 def parse_options(argv: Sequence[str] | None) -> Options:
-    parser = Parser(prog="tokenize", description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(prog="tokenize", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a Hugging Face model")
     parser.add_argument(
         "--input",
@@ -106,27 +93,31 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     parser.add_argument("--seed", default="1234", help="decides the order of rows and what shares a row")
     parser.add_argument("--output-prefix", type=Path, help="name of the result, without .bin")
     parser.add_argument("--no-packing", action="store_true", help="one conversation a row")
-    parser.add_argument("--group-key", default="", metavar="FIELD", help="rows with the same value of it stay together")
+    parser.add_argument(
+        "--group-key", default="", metavar="FIELD", help="records with the same value of it stay together"
+    )
     parser.add_argument("--num-workers", default=str(len(os.sched_getaffinity(0))), help="worker processes")
     parser.add_argument(
-        "--map-column", nargs="*", default=[], metavar="OLD=NEW", help="rename columns; OLD=- leaves one out"
+        "--map-column", nargs="*", default=[], metavar="OLD=NEW", help="rename columns; OLD=- drops one"
     )
     parser.add_argument("--train-on", choices=TRAIN_ON, default=TRAIN_ON[0], help="which turns are trained")
     parser.add_argument("--chat-template", default="", help=f"a file, or one of {', '.join(NAMES)}")
-    parser.add_argument("--bad-rows", choices=("stop", "skip"), default="stop", help="skip: put them aside and go on")
+    parser.add_argument(
+        "--bad-rows", choices=("stop", "skip"), default="stop", help="skip: set them aside and continue"
+    )
     parser.add_argument("--model-name", help="what {{NAME}} in the data stands for")
     parser.add_argument("--model-author", help="what {{AUTHOR}} in the data stands for")
     given = parser.parse_args(argv)
-    length = whole_number("LENGTH", given.seq_length, 1, MAX_LENGTH, "the number of tokens in a row, such as 4096")
+    seq_length = whole_number("LENGTH", given.seq_length, 1, MAX_SEQ_LENGTH, "the tokens in a row, such as 4096")
     seed = whole_number("SEED", given.seed, 0, 1 << 62, "a whole number")
     num_workers = whole_number("NUM_WORKERS", given.num_workers, 1, 4096, "a number of worker processes")
     tokenizer_name = Path(os.path.abspath(given.tokenizer)).name
     inputs = tuple(parse_inputs(given.input))
-    name = f"Tokenized-{inputs[0].short_name}-{tokenizer_name}-{length}_text_document"
+    name = f"Tokenized-{inputs[0].short_name}-{tokenizer_name}-{seq_length}_text_document"
     return Options(
         tokenizer=given.tokenizer,
         inputs=inputs,
-        length=length,
+        seq_length=seq_length,
         overlong=given.overlong,
         seed=seed,
         packing=not given.no_packing,
@@ -134,7 +125,7 @@ def parse_options(argv: Sequence[str] | None) -> Options:
         columns=renamed_columns(given.map_column),
         train_on=given.train_on,
         chat_template=given.chat_template,
-        skip_bad_rows=given.bad_rows == "skip",
+        skip_bad_records=given.bad_rows == "skip",
         replaced={"{{NAME}}": given.model_name, "{{AUTHOR}}": given.model_author},
         prefix=given.output_prefix or inputs[0].folder / name,
         num_workers=num_workers,
@@ -157,41 +148,27 @@ def renamed_columns(pairs: list[str]) -> dict[str, str]:
     return columns
 
 
-def fingerprint_of(options: Options, sources: list[Source], template: str) -> str:
+def _fingerprint(options: Options, sources: list[Source], template: str) -> str:
     """A hash of all that decides the result: contents of data, tokenizer and template, and the options."""
     paths = [options.tokenizer / name for name in TOKENIZER_FILES]
     files = sorted((path.name, sha256_of_file(path)) for path in paths if path.is_file())
     columns = sorted(options.columns.items())
     data = [(source.sha256, source.wanted) for source in sources]
-    chosen = (options.length, options.overlong, options.seed, options.packing, options.group_key, columns)
-    more = (options.train_on, template, options.skip_bad_rows, sorted(options.replaced.items()))
+    chosen = (options.seq_length, options.overlong, options.seed, options.packing, options.group_key, columns)
+    more = (options.train_on, template, options.skip_bad_records, sorted(options.replaced.items()))
     return sha256_of_text(repr((FORMAT, ALGORITHM, data, files, chosen, more)))
 
 
-def is_finished(prefix: Path, fingerprint: str) -> bool:
-    """Whether a whole result with this fingerprint is in place."""
-    if not file_of(prefix, "json").is_file():
-        return False
-    try:
-        finished: bool = TokenizedRows(prefix).manifest.get("fingerprint") == fingerprint
-    except UserError as error:
-        print(f"tokenising again: {error}")
-        return False
-    if not finished:
-        print(f"tokenising again: {prefix}.json is of other data, another tokenizer or other options")
-    return finished
-
-
 def tokenize_with_corrections(options: Options, sources: list[Source], text: str, fingerprint: str) -> None:
-    """Tokenise with the template that was chosen; where it does not print what is in the data, but does with a known
-    correction, all over again with that. `text` is empty for the tokenizer's own template."""
+    """Tokenise with the chosen template (`text`, empty for the tokenizer's own). Where it does not print what is in the data
+    but a known correction of it does, start again with that."""
     tokenizer = load_tokenizer(options.tokenizer, template_needed=False)
     own = template_of(tokenizer)
     while True:
         try:
             tokenize(options, sources, ChatTemplate(tokenizer, text, options.train_on), own, fingerprint)
         except CorrectionNeeded as needed:
-            # Every correction is made once only, so there is an end to this.
+            # Every correction is made only once, so this ends.
             print(f"---- the chat template is corrected, as {needed.reason.partition(': give another')[0]} ----")
             print(difference(text or own, needed.template), flush=True)
             text = needed.template
@@ -200,108 +177,94 @@ def tokenize_with_corrections(options: Options, sources: list[Source], text: str
 
 
 def tokenize(options: Options, sources: list[Source], template: ChatTemplate, own: str, fingerprint: str) -> None:
-    """Read, render, tokenise, pack, write, and say what was done. `own` is the tokenizer's own template."""
+    """Read, render, tokenise, pack, write, and print what was done. `own` is the tokenizer's own template."""
     tokenizer = template.tokenizer
     vocabulary_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     rejected_path = options.prefix.parent / f"{options.inputs[0].short_name}.rejected.jsonl"
     with (
         ConversationStore(options.prefix, token_dtype(vocabulary_size), bool(options.group_key), len(sources)) as store,
-        RejectedRows(rejected_path) as rejected,
+        RejectedRecords(rejected_path) as rejected,
     ):
-        corpora = corpora_of(options, sources, template, rejected)
-        for number, corpus in enumerate(corpora):
+        corpora = [_corpus(options, source, index, template, rejected) for index, source in enumerate(sources)]
+        for corpus in corpora:
             for conversation in corpus:
                 if len(store.lengths) < NUM_SAMPLES:
                     print_sample(len(store.lengths) + 1, tokenizer, conversation)
-                store.add(replace(conversation, source=number) if number else conversation)
-            print_counts(corpus)
-        print_notes(template)
-        if options.skip_bad_rows:
+                store.add(replace(conversation, source=corpus.index) if corpus.index else conversation)
+            print_corpus(corpus)
+        for note in sorted(template.notes):
+            print(f"note: {note}")
+        if options.skip_bad_records:
             rejected.keep()
         if not any(corpus.counts.num_kept for corpus in corpora):
-            names = ", ".join(given.name for given in options.inputs)
+            names = ", ".join(input.name for input in options.inputs)
             raise UserError(f"no conversation of {names} is left, see the reasons above: nothing was written")
         if options.group_key and all(corpus.counts.num_without_group == corpus.counts.num_read for corpus in corpora):
-            raise UserError(f"GROUP_KEY is {options.group_key!r}: no row of the data has that field, correct it")
-        packing = store.pack(options.length, options.seed, options.packing)
-        manifest = manifest_of(options, corpora, store, packing, own)
-        store.write(packing, manifest | {"fingerprint": fingerprint})
-    print_groups(store, packing)
-    fill = 100 * store.num_tokens / (packing.num_rows * options.length)
-    print(f"packed {len(store.lengths)} conversations into {packing.num_rows} rows ({fill:.1f} % full)")
-    print(f"trained {100 * store.num_trained / store.num_tokens:.1f} % of {store.num_tokens:,} tokens")
-    if rejected.num_rows:
-        print(f"bad rows: {rejected.num_rows}, with the reasons in {rejected_path}")
+            raise UserError(f"GROUP_KEY is {options.group_key!r}: no record of the data has that field, correct it")
+        packing = store.pack(options.seq_length, options.seed, options.packing)
+        totals = store.totals(packing, options.seq_length)
+        store.write(packing, totals | _manifest(options, corpora, own) | {"fingerprint": fingerprint})
+    _print_result(options, totals)
+    if rejected.num_records:
+        print(f"bad records: {rejected.num_records}, with the reasons in {rejected_path}")
     print(f"wrote {options.prefix}.bin, .idx, .json")
-    print(f"look at a row: {show_sample_command(options.prefix)}")
+    show_sample = os.path.relpath(Path(__file__).parents[2] / "tools/show_sample")
+    print(f"look at a row: {show_sample} {options.prefix} 0")
 
 
-def corpora_of(options: Options, sources: list[Source], template: ChatTemplate, rejected: RejectedRows) -> list[Corpus]:
-    return [
-        Corpus(
-            source,
-            template,
-            RowReader(options.columns, options.replaced),
-            options.length,
-            options.overlong,
-            options.group_key,
-            options.seed,
-            number,
-            rejected if options.skip_bad_rows else None,
-            options.num_workers,
-        )
-        for number, source in enumerate(sources)
-    ]
+def _corpus(options: Options, source: Source, index: int, template: ChatTemplate, rejected: RejectedRecords) -> Corpus:
+    return Corpus(
+        source,
+        template,
+        RowReader(options.columns, options.replaced),
+        options.seq_length,
+        options.overlong,
+        options.group_key,
+        options.seed,
+        index,
+        rejected.add if options.skip_bad_records else None,
+        options.num_workers,
+    )
 
 
-def print_groups(store: ConversationStore, packing: Packing) -> None:
-    """How many groups there are, and how many take several rows."""
-    if not store.grouped:
-        return
-    totals = store.totals(packing, 1)
-    several = sum(count for size, count in totals.get("row_units", {}).items() if size != "1")
-    print(f"{totals['groups']:,} groups; {several:,} of them take several rows, which training keeps together")
+def _print_result(options: Options, totals: dict[str, Any]) -> None:
+    if options.group_key:
+        several = sum(count for size, count in totals.get("row_units", {}).items() if size != "1")
+        print(f"{totals['groups']:,} groups; {several:,} of them take several rows, which training keeps together")
+    fill = f"{100 * totals['fill']:.1f} % full"
+    print(f"packed {totals['conversations']} conversations into {totals['rows']} rows ({fill})")
+    print(f"trained {100 * totals['trained_tokens'] / totals['tokens']:.1f} % of {totals['tokens']:,} tokens")
 
 
-def show_sample_command(prefix: Path) -> str:
-    return f"{os.path.relpath(Path(__file__).parents[2] / 'tools/show_sample')} {prefix} 0"
-
-
-def manifest_of(
-    options: Options, corpora: list[Corpus], store: ConversationStore, packing: Packing, own: str
-) -> dict[str, Any]:
+def _manifest(options: Options, corpora: list[Corpus], own: str) -> dict[str, Any]:
+    """What the manifest says of options, tokenizer, template and sources."""
     template = corpora[0].template
     changed = bool(template.text) and template.text != own
     return {
         "format": FORMAT,
-        **store.totals(packing, options.length),
         "vocab_size": len(template.tokenizer),
         "algorithm": ALGORITHM if options.packing else "none",
         "seed": options.seed,
         "group_key": options.group_key or None,
         "options": {"overlong": options.overlong, "packing": options.packing, "columns": options.columns},
         "train_on": options.train_on,
-        "bad_rows": "skip" if options.skip_bad_rows else "stop",
-        "tokenizer": tokenizer_facts(options.tokenizer, template),
+        "bad_rows": "skip" if options.skip_bad_records else "stop",
+        # What training compares with the model's. The folder's own chat template may differ from the one used.
+        "tokenizer": {
+            "path": str(options.tokenizer.resolve()),
+            "name": Path(os.path.abspath(options.tokenizer)).name,
+            "sha256": tokenizer_sha256(options.tokenizer),
+            "chat_template_sha256": chat_template_sha256(options.tokenizer),
+            "eos_token_id": template.tokenizer.eos_token_id,
+            "bos_token_id": template.tokenizer.bos_token_id,
+            "end_of_turn_ids": sorted(template.end_of_turn_ids),
+        },
         "chat_template": template.text,
         "chat_template_sha256": sha256_of_text(template.text),
         "chat_template_changed": changed,
         "chat_template_diff": difference(own, template.text) if changed else "",
         "notes": sorted(template.notes),
         "sources": [source_facts(corpus) for corpus in corpora],
-    }
-
-
-def tokenizer_facts(folder: Path, template: ChatTemplate) -> dict[str, Any]:
-    """What training compares with the model's. The folder's own chat template may be another than the one used."""
-    return {
-        "path": str(folder.resolve()),
-        "name": Path(os.path.abspath(folder)).name,
-        "sha256": tokenizer_sha256(folder),
-        "chat_template_sha256": chat_template_sha256(folder),
-        "eos_token_id": template.tokenizer.eos_token_id,
-        "bos_token_id": template.tokenizer.bos_token_id,
-        "end_of_turn_ids": sorted(template.end_of_turn_ids),
     }
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from megatron.sft.planning.options import TrainOptions, parse
 from megatron.sft.runtime import watchdog
-from megatron.sft.runtime.errors import UserError, first_line, run
+from megatron.sft.runtime.errors import UserError, cause_of, run
 from megatron.sft.runtime.signals import LOST_PEER, StopRequest
 
 # What gloo and the store say when the process at the other end has died: an effect; the cause is reported by that process.
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _train(mode, options, arguments, stop)
     except BaseException as error:
         if not _LOST_PEER.search(str(error)):
-            watchdog.report_failure(f"rank {os.environ.get('RANK', '0')}: {_reason(error)}")
+            watchdog.report_failure(f"rank {os.environ.get('RANK', '0')}: {cause_of(error)}")
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             place = error.filename or f"OUTPUT_PATH {options.save}"
             raise UserError(
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ) from error
         if type(error).__name__ == "OutOfMemoryError":
             raise UserError(
-                f"the GPU's memory is full ({_reason(error)}): take RECOMPUTE=auto or full, more GPUs, or a larger "
+                f"the GPU's memory is full ({cause_of(error)}): take RECOMPUTE=auto or full, more GPUs, or a larger "
                 "TENSOR_PARALLEL_SIZE; tools/plan suggests sizes that fit"
             ) from error
         raise
@@ -70,11 +70,6 @@ def _train(mode: str, options: TrainOptions, arguments: Sequence[str], stop: Sto
         if plan.resume and options.verify_checkpoint:
             plan = replace(plan, start=checked_run(plan.start))
         return Run(plan, stop).train()
-
-
-def _reason(error: BaseException) -> str:
-    text = first_line(error)
-    return text if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {text}"
 
 
 def _end() -> None:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Convert a downloaded DeepSeek-R1-Distill-Qwen to a Megatron checkpoint in the classic format, CKPT_FORMAT=torch.
+# Convert a downloaded DeepSeek-R1-Distill-Qwen model to a Megatron checkpoint in the classic format (CKPT_FORMAT=torch).
 #
 #   bash scripts/checkpoints/convert_deepseek_r1_to_megatron.sh SIZE [TP] [PP]
 #
-# SIZE is the end of the model's name, such as 1.5B; the model is in assets/checkpoints/deepseek_ai_DeepSeek_R1_Distill_Qwen_SIZE
-for lib in "$(dirname "$(readlink -f "$0")")"{,/..}/lib "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+# SIZE is the end of the model's name, such as 1.5B. The model is read from assets/checkpoints/deepseek_ai_DeepSeek_R1_Distill_Qwen_SIZE
+for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
 # shellcheck source=scripts/lib/common.sh
 source "$lib/common.sh" || exit 2
 

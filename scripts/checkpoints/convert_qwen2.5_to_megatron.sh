@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Convert a downloaded Qwen2.5 to a Megatron checkpoint in the classic format, CKPT_FORMAT=torch.
+# Convert a downloaded Qwen2.5 model to a Megatron checkpoint in the classic format (CKPT_FORMAT=torch).
 #
 #   bash scripts/checkpoints/convert_qwen2.5_to_megatron.sh SIZE [TP] [PP]
 #
-# SIZE is the end of the model's name, such as 1.5B; the model is in assets/checkpoints/Qwen_Qwen2.5_SIZE
-for lib in "$(dirname "$(readlink -f "$0")")"{,/..}/lib "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+# SIZE is the end of the model's name, such as 1.5B. The model is read from assets/checkpoints/Qwen_Qwen2.5_SIZE
+for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
 # shellcheck source=scripts/lib/common.sh
 source "$lib/common.sh" || exit 2
 

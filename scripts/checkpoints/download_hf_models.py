@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Download a model to assets/checkpoints: python scripts/checkpoints/download_hf_models.py --model-card ID
-# Python and bash both run this file: to bash the next line does nothing, to Python it opens a text that ends after exec.
+# Runs in both Python and bash: the next line does nothing in bash, and starts a string in Python that ends after exec.
 """:"
 words=()
 for word in "$@"; do [[ $word == --model-card ]] || words+=("${word#--model-card=}"); done

@@ -1,35 +1,28 @@
 # shellcheck shell=bash
-# One job for several values of some settings: ARRAY="LR=1e-5,5e-6 SEED=1,2" is an array of four tasks.
+# One job for several values of settings: ARRAY="LR=1e-5,5e-6 SEED=1,2" is an array of four tasks.
 
-# array_size: the number of tasks that ARRAY makes; ends with a message if it cannot be read.
-array_size() {
-  local size=1 part values
-  for part in ${ARRAY-}; do
+# array_tasks: the settings of every task of ARRAY, one task per line. The last variable changes fastest.
+array_tasks() {
+  local parts part values value task next tasks=('')
+  read -r -a parts <<<"${ARRAY//$'\n'/ }"
+  for part in "${parts[@]}"; do
     [[ $part =~ ^[A-Z][A-Z0-9_]*=[^,[:space:]/]+(,[^,[:space:]/]+)*$ ]] || die "ARRAY: '$part' is not NAME=VALUE,VALUE,...: write ARRAY=\"LR=1e-5,5e-6\""
-    [[ $part != OUTPUT_PATH=* ]] || die "ARRAY: OUTPUT_PATH gets a folder of its own for each task: leave it out"
+    [[ $part != OUTPUT_PATH=* ]] || die "ARRAY: OUTPUT_PATH cannot vary, each task gets its own folder in it: remove '$part'"
     IFS=, read -r -a values <<<"${part#*=}"
-    size=$((size * ${#values[@]}))
+    next=()
+    for task in "${tasks[@]}"; do
+      for value in "${values[@]}"; do next+=("${task:+$task }${part%%=*}=$value"); done
+    done
+    tasks=("${next[@]}")
   done
-  printf '%s\n' "$size"
+  printf '%s\n' "${tasks[@]}"
 }
 
-# array_task INDEX: the settings of that task, a NAME=VALUE a line. The last variable changes fastest.
-array_task() {
-  local index=$1 part values lines=() parts
-  read -r -a parts <<<"${ARRAY-}"
-  for ((i = ${#parts[@]} - 1; i >= 0; i--)); do
-    part=${parts[i]}
-    IFS=, read -r -a values <<<"${part#*=}"
-    lines=("${part%%=*}=${values[index % ${#values[@]}]}" "${lines[@]}")
-    index=$((index / ${#values[@]}))
-  done
-  printf '%s\n' "${lines[@]}"
-}
-
-# use_array_task INDEX: exports the task's settings, and OUTPUT_PATH with a folder of its own below it.
+# use_array_task INDEX: export the settings of that task, and its own folder in OUTPUT_PATH.
 use_array_task() {
-  local task setting
-  task=$(array_task "$1")
-  while IFS= read -r setting; do export "${setting?}"; done <<<"$task"
-  export OUTPUT_PATH=$OUTPUT_PATH/${task//$'\n'/_}
+  local tasks settings
+  mapfile -t tasks < <(array_tasks)
+  [[ -n ${tasks[$1]-} ]] || die "ARRAY has ${#tasks[@]} tasks, numbered from 0, and no task $1: correct ARRAY or --array"
+  read -r -a settings <<<"${tasks[$1]}"
+  export "${settings[@]?}" OUTPUT_PATH="$OUTPUT_PATH/${tasks[$1]// /_}"
 }

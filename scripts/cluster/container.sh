@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Run a command in the project's container, with this machine's GPUs, the repository and the model folders, as yourself: files
-# that it writes are yours. Without a command it is a shell.
+# Run a command in the project's container with this machine's GPUs, the repository and the model folders. It runs as you, so
+# the files it writes are yours. Without a command, open a shell.
 #
 #   bash scripts/cluster/container.sh [COMMAND ARGUMENT...]
 #
-# CONTAINER=docker         docker, podman or apptainer; the first that is there unless given
-# CONTAINER_IMAGE=IMAGE    megatron-sft (docker build -t megatron-sft .) unless given; for apptainer a .sif file
-# CONTAINER_MOUNTS="A B:C" more folders, as words or, with spaces in them, one a line
+# CONTAINER=docker          docker, podman or apptainer (default: the first one available)
+# CONTAINER_IMAGE=IMAGE     default megatron-sft (docker build -t megatron-sft .); for apptainer, a .sif file
+# CONTAINER_MOUNTS="A B:C"  more folders, separated by spaces, or by newlines if the paths have spaces
 #
-# Exported variables go in by name, so that no secret stands on the command line; those that the image decides (PATH, ...) do not.
+# Exported variables are passed by name, so that no secret appears on the command line, except those set by the image (PATH, ...).
 # shellcheck source=scripts/lib/common.sh
 source "$(dirname "$(readlink -f "$0")")/../lib/common.sh" || exit 2
 # shellcheck source=scripts/cluster/containers.sh
@@ -17,7 +17,7 @@ source "$ROOT/scripts/cluster/containers.sh"
 case ${1-} in -h | --help) usage && exit 0 ;; esac
 if (($# == 0)); then set -- bash; fi
 
-# runtime: the first that is there. A docker client without its daemon does not count.
+# runtime: the first one available. A docker client without a running daemon does not count.
 runtime() {
   local name
   if [[ ${CONTAINER_IMAGE-} == *.sif ]]; then echo apptainer && return; fi
@@ -25,29 +25,28 @@ runtime() {
   for name in podman apptainer; do
     if command -v "$name" >/dev/null; then echo "$name" && return; fi
   done
-  die "none of docker (with its daemon), podman and apptainer answers here: start one, or set CONTAINER"
+  die "docker (with a running daemon), podman and apptainer are all missing: install or start one, or set CONTAINER"
 }
 
-# gpus: which GPUs the container gets: those of the SLURM job, those that CUDA_VISIBLE_DEVICES names, or all; nothing without any.
+# gpus: the GPUs of the container: those of the SLURM job, those in CUDA_VISIBLE_DEVICES, or all; empty on a machine without GPUs.
 gpus() {
   if command -v nvidia-smi >/dev/null && [[ ${MEGATRON_SFT_DEVICE-} != cpu ]]; then
     printf '%s' "${SLURM_STEP_GPUS:-${SLURM_JOB_GPUS:-${CUDA_VISIBLE_DEVICES:-all}}}"
   fi
 }
 
-# engine_options: what docker and podman are told alike, into OPTIONS.
+# engine_options: sets OPTIONS to the options common to docker and podman.
 engine_options() {
   local line
   OPTIONS=(--rm --init --interactive --ipc=host --network=host --workdir "$PWD")
   if [[ -t 0 && -t 1 ]]; then OPTIONS+=(--tty); fi
   if [[ -d /dev/infiniband ]]; then OPTIONS+=(--device /dev/infiniband); fi
   while IFS= read -r line; do OPTIONS+=(--volume "$line"); done <<<"$MOUNTS"
-  # The engine numbers the GPUs that it passes on from 0.
+  # The engine renumbers the GPUs it passes on from 0.
   while IFS= read -r line; do OPTIONS+=(--env "$line"); done < <(container_settings && container_names | grep -vx CUDA_VISIBLE_DEVICES)
 }
 
-# docker_identity: the user's id and groups, and a name for the id. In rootless docker root inside is you outside, and any other
-# id is somebody else.
+# docker_identity: adds the user's id, groups and name to OPTIONS. Not in rootless docker, where root inside is the user outside.
 docker_identity() {
   local files=$ROOT/.cache/container-home user group
   if [[ $(docker info --format '{{.SecurityOptions}}' 2>/dev/null) == *rootless* ]]; then return; fi
@@ -75,7 +74,7 @@ run_docker() {
 run_podman() {
   local gpu
   engine_options
-  # Without root no limit can be raised: the container gets this shell's.
+  # Without root, limits cannot be raised: the container gets those of this shell.
   OPTIONS+=(--ulimit host --security-opt label=disable)
   for gpu in $(gpus | tr , ' '); do OPTIONS+=(--device "nvidia.com/gpu=$gpu"); done
   if (($(id -u))); then OPTIONS+=(--userns=keep-id --group-add keep-groups); fi
@@ -95,7 +94,7 @@ run_apptainer() {
 case ${CONTAINER:-none} in none | pyxis) CONTAINER=$(runtime) ;; esac
 IMAGE=${CONTAINER_IMAGE:-megatron-sft}
 MOUNTS=$(container_mounts)
-container_settings >/dev/null # makes the home
+container_settings >/dev/null # creates the home folder
 case $CONTAINER in
   docker | podman | apptainer) "run_$CONTAINER" "$@" ;;
   *) die "CONTAINER=$CONTAINER: write docker, podman or apptainer" ;;

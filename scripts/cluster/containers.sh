@@ -1,14 +1,24 @@
 # shellcheck shell=bash
-# What every container runtime is told: the folders it sees, the variables that go in, and a home that the user may write.
+# Shared by all container runtimes: the folders to mount, the variables to pass on, and a writable home folder.
 
-# container_names: the exported variables that go into a container, a name a line. Left out is what the image decides, and what
-# container_settings sets.
+# Variables that stay outside a container, as regular expressions of whole names.
+HOST_VARIABLES=(
+  _ PWD OLDPWD SHELL SHLVL HOSTNAME 'BASH_.*' '__.*'                                   # the shell
+  TMPDIR TMP TEMP LANG LANGUAGE 'LC_.*' 'XDG_.*' 'SSH_.*' 'DBUS_.*' DISPLAY XAUTHORITY # the session
+  PATH 'LD_.*' MANPATH INFOPATH CPATH LIBRARY_PATH 'MODULE.*' 'LMOD.*'                 # where the host's programs are
+  'PYTHON.*' 'PIP_.*' 'VIRTUAL_ENV.*' 'CONDA.*' '_CE_.*' 'MAMBA.*' 'MEGATRON_SFT_(PYTHON|VENV)'
+  'NVIDIA_.*' 'CUDA_(HOME|PATH|ROOT|VERSION)' NCCL_VERSION # the image has its own
+  'DOCKER_.*' 'BUILDKIT_.*' '(APPTAINER|SINGULARITY|ENROOT|PODMAN).*' 'CONTAINER.*'
+  HOME USER LOGNAME TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR MPLCONFIGDIR # set by container_settings
+)
+
+# container_names: the exported variables that are passed into a container, one name per line.
 container_names() {
-  compgen -e | grep -vxE '_|PATH|PWD|OLDPWD|SHELL|SHLVL|HOSTNAME|TMPDIR|TMP|TEMP|LANG|LANGUAGE|LC_.*|LD_.*|MANPATH|INFOPATH|CPATH|LIBRARY_PATH|PYTHON.*|PIP_.*|VIRTUAL_ENV.*|CONDA.*|_CE_.*|MAMBA.*|MEGATRON_SFT_(PYTHON|VENV)|NVIDIA_.*|CUDA_(HOME|PATH|ROOT|VERSION)|NCCL_VERSION|XDG_.*|SSH_.*|DBUS_.*|DISPLAY|XAUTHORITY|MODULE.*|LMOD.*|__.*|BASH_.*|DOCKER_.*|BUILDKIT_.*|(APPTAINER|SINGULARITY|ENROOT|PODMAN).*|CONTAINER.*|HOME|USER|LOGNAME|TORCHINDUCTOR_CACHE_DIR|TRITON_CACHE_DIR|MPLCONFIGDIR'
+  compgen -e | grep -vxE "$(IFS='|' && printf '%s' "${HOST_VARIABLES[*]}")"
 }
 
-# container_settings: a home inside the repository and the caches of torch and others in it, a NAME=VALUE a line. An id that
-# the image does not know has neither a home nor a name, without which torch does not start.
+# container_settings: a user name, a home folder in the repository and caches in it, as NAME=VALUE lines. A user id unknown to
+# the image has no name and no home, and torch does not start without them.
 container_settings() {
   local home=$ROOT/.cache/container-home user
   user=$(id -un 2>/dev/null) || user=user
@@ -17,7 +27,7 @@ container_settings() {
     "TORCHINDUCTOR_CACHE_DIR=$home/.cache/torchinductor" "TRITON_CACHE_DIR=$home/.cache/triton"
 }
 
-# nearest_folder PATH: the nearest folder at or above an absolute path that exists. Docker would make a missing one as root.
+# nearest_folder PATH: the nearest existing folder at or above an absolute path. Docker would create a missing one as root.
 nearest_folder() {
   local path=$1
   [[ $path == /* ]] || return 0
@@ -25,8 +35,8 @@ nearest_folder() {
   [[ $path == / ]] || printf '%s\n' "$path"
 }
 
-# container_folders: what a run reads and writes, a folder a line: the repository, the current folder, where links in the
-# repository lead, and what the settings name.
+# container_folders: the folders that a run reads and writes, one per line: the repository, the current folder, the targets of
+# links in the repository, and the folders in the settings.
 container_folders() {
   local path
   {
@@ -37,7 +47,7 @@ container_folders() {
   } | awk -v root="$ROOT/" '!seen[$0]++ && (index($0 "/", root) != 1 || $0 "/" == root)'
 }
 
-# container_mounts: the same as FROM:TO lines, with those of CONTAINER_MOUNTS.
+# container_mounts: these folders and those of CONTAINER_MOUNTS, as FROM:TO lines.
 container_mounts() {
   local path folders more
   folders=$(container_folders)
@@ -50,14 +60,14 @@ container_mounts() {
   while IFS= read -r path; do
     if [[ -z $path ]]; then continue; fi
     [[ $path == *:* ]] || path=$path:$path
-    [[ -e ${path%%:*} ]] || die "CONTAINER_MOUNTS: ${path%%:*} does not exist: make it, or take it out"
+    [[ -e ${path%%:*} ]] || die "CONTAINER_MOUNTS: ${path%%:*} does not exist: create it, or remove it from CONTAINER_MOUNTS"
     printf '%s\n' "$path"
   done <<<"$more"
 }
 
-# container_command: how a step of a job gets into its container: sets CONTAINER_SRUN to srun's options (pyxis) and
-# CONTAINER_PREFIX to what goes before the command (the others).
-# shellcheck disable=SC2034 # used by those who call it
+# container_command: how a job step enters its container: sets CONTAINER_SRUN to options of srun (pyxis) and CONTAINER_PREFIX to
+# the start of the command (the others).
+# shellcheck disable=SC2034 # used by the callers
 container_command() {
   local mounts names setting
   CONTAINER_SRUN=() CONTAINER_PREFIX=()
@@ -74,7 +84,7 @@ container_command() {
       unset "${!PYTHON@}" MEGATRON_SFT_PYTHON MEGATRON_SFT_VENV
       CONTAINER_SRUN=(--container-image="$CONTAINER_IMAGE" --container-mounts="${mounts//$'\n'/,}")
       CONTAINER_SRUN+=(--container-workdir="$PWD" --no-container-mount-home)
-      # What the image sets wins over the job's environment in pyxis, unless it is named.
+      # In pyxis, the image's variables override the job's unless they are named.
       CONTAINER_SRUN+=(--container-env="${names//$'\n'/,}")
       ;;
     *) die "CONTAINER=$CONTAINER: write none, pyxis, apptainer, docker or podman" ;;

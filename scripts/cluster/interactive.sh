@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A shell, or one command, on a node of the cluster with its GPUs, in the container if scripts/cluster/cluster.env names one.
+# Open a shell, or run one command, on a node of the cluster with GPUs, in the container set in scripts/cluster/cluster.env.
 #
 #   bash scripts/cluster/interactive.sh [COMMAND ARGUMENT...]
 #
 #   TIME_LIMIT=1:00:00 GPUS_PER_NODE=1 bash scripts/cluster/interactive.sh
 #
-# A recipe started there runs on that node.
+# A recipe started in that shell runs on that node.
 # shellcheck source=scripts/lib/common.sh
 source "$(dirname "$(readlink -f "$0")")/../lib/common.sh" || exit 2
 
@@ -21,7 +21,7 @@ srun_options=(--job-name interactive --nodes=1 --ntasks=1 --mpi=none --time="$TI
 if [[ -t 0 && -t 1 ]]; then srun_options+=(--pty); fi
 job_options interactive "$PARTITION"
 for option in "${JOB_OPTIONS[@]}"; do
-  # A batch job's log file would take the place of the terminal.
+  # A batch job's log file would replace the terminal.
   [[ $option == --output=* ]] || srun_options+=("$option")
 done
 mapfile -t gpus < <(gpu_options)

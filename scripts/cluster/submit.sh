@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Handing jobs to SLURM; used by train.sbatch, pipeline.sh and interactive.sh.
+# Submitting jobs to SLURM. Sourced by train.sbatch, pipeline.sh and interactive.sh.
 # shellcheck source=scripts/cluster/cluster.env
 source "$ROOT/scripts/cluster/cluster.env"
 LOGS=$ROOT/outputs/slurm
 
-command -v sbatch >/dev/null || die "sbatch is not there: this is for a SLURM cluster; on one machine run the recipe itself"
+command -v sbatch >/dev/null || die "sbatch is not installed: this script is for a SLURM cluster; on one machine, run the recipe itself"
 
-# job_options NAME PARTITION: what every job is told, into JOB_OPTIONS.
+# job_options NAME PARTITION: sets JOB_OPTIONS to the options common to all jobs.
 job_options() {
   local more
   whole_numbers NNODES GPUS_PER_NODE CPUS_PER_GPU
@@ -18,16 +18,16 @@ job_options() {
   JOB_OPTIONS+=("${more[@]}")
 }
 
-# gpu_options: what a step that trains asks of a node.
+# gpu_options: the GPUs and processors of a node that trains, one option per line.
 gpu_options() {
   if [[ ${MEGATRON_SFT_DEVICE-} == cpu ]]; then return; fi
   printf '%s\n' "--gpus-per-node=$GPUS_PER_NODE" "--cpus-per-task=$((GPUS_PER_NODE * CPUS_PER_GPU))"
 }
 
-# submit OPTION... SCRIPT ARGUMENT...: prints the job's number. A batch script finds the repository from the folder it was
-# submitted from; the job itself starts in the caller's.
+# submit OPTION... SCRIPT ARGUMENT...: submit and print the job id. A batch script finds the repository through the folder it is
+# submitted from (ROOT); the job itself starts in the caller's folder.
 submit() {
   local answer
-  answer=$(cd "$ROOT" && sbatch --parsable --chdir="$OLDPWD" "$@") || die "sbatch refused the job: its reason is above"
+  answer=$(cd "$ROOT" && sbatch --parsable --chdir="$OLDPWD" "$@") || die "sbatch rejected the job: see its message above"
   printf '%s\n' "${answer%%;*}"
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Download a data set to assets/data: python scripts/data/download_hf_dataset.py --dataset-card ID [--split SPLIT]
-# Python and bash both run this file: to bash the next line does nothing, to Python it opens a text that ends after exec.
+# Runs in both Python and bash: the next line does nothing in bash, and starts a string in Python that ends after exec.
 """:"
 words=()
 for word in "$@"; do [[ $word == --dataset-card ]] || words+=("${word#--dataset-card=}"); done

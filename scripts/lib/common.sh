@@ -1,30 +1,30 @@
 # shellcheck shell=bash
-# What every script here shares: strict mode, ROOT, messages, and starting the Python modules. A script finds this file with
-# the two lines below, which also work through a symbolic link and in the copy that sbatch makes of a script:
+# Shared by every script: strict mode, ROOT, messages, and starting Python modules. A script finds this file with the two lines
+# below, which also work through a symbolic link and in the copy that sbatch makes of a script:
 #
-#   for lib in "$(dirname "$(readlink -f "$0")")"{,/..}/lib "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+#   for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
 #   source "$lib/common.sh" || exit 2
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd)
 ASSETS_DIR=${ASSETS_DIR:-$ROOT/assets}
-# Progress bars are for somebody who watches: in a log file they are noise.
+# Progress bars are noise in a log file.
 [[ -t 2 ]] || export TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 # shellcheck source=scripts/lib/setup.sh
 source "$ROOT/scripts/lib/setup.sh"
 
-# die MESSAGE: what a user's mistake ends with. The message names the thing, its value and the next step.
+# die MESSAGE: exit because of a user's mistake. The message gives the thing, its value and the next step.
 die() {
   printf 'error: %s\n' "$*" >&2
   exit 2
 }
 
-# usage: print the calling script's own header comment.
+# usage: print the calling script's header comment.
 usage() {
   sed -n '2,/^[^#]/{/^#/!q; /^#SBATCH/d; s/^# \{0,1\}//p;}' "$0"
 }
 
-# help_or_arguments MINIMUM MAXIMUM "$@": -h shows the usage and ends; a wrong number of arguments ends with its first line.
+# help_or_arguments MINIMUM MAXIMUM "$@": -h prints the usage and exits; a wrong number of arguments exits with its first line.
 help_or_arguments() {
   local minimum=$1 maximum=$2
   shift 2
@@ -33,7 +33,7 @@ help_or_arguments() {
   die "${0##*/} got $# arguments: write $(usage | sed -n 's/^  *bash /bash /p' | head -n 1) (-h explains them)"
 }
 
-# whole_numbers NAME...: these variables are whole numbers or empty. In arithmetic bash would run the $() of anything else.
+# whole_numbers NAME...: die unless these variables are whole numbers or empty. In arithmetic, bash would run a $() in their values.
 whole_numbers() {
   local name
   for name in "$@"; do
@@ -41,18 +41,18 @@ whole_numbers() {
   done
 }
 
-# run_module MODULE ARGUMENTS...: one Python process, in the user's folder, so that relative paths mean what they say.
+# run_module MODULE ARGUMENTS...: run a megatron.sft module in the user's folder, so that relative paths work as typed.
 run_module() { run_python "megatron.sft.$1" "${@:2}"; }
 
-# run_python MODULE ARGUMENTS...: the same for a module by its whole name.
+# run_python MODULE ARGUMENTS...: the same for a full module name.
 run_python() {
   ensure_setup
   PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m "$@"
 }
 
-# launch PROCESSES MODULE ARGUMENTS...: that many processes on this node, started by torchrun. It replaces the shell, so that
-# signals reach torchrun: make it a script's last line. On several nodes NNODES says how many; then either RDZV_ENDPOINT
-# (host:port of any one node) and RDZV_ID, or MASTER_ADDR, MASTER_PORT and each node's NODE_RANK say where they meet.
+# launch PROCESSES MODULE ARGUMENTS...: start that many processes on this node with torchrun. It replaces the shell, so that
+# signals reach torchrun: make it a script's last line. With NNODES > 1 the nodes meet at RDZV_ENDPOINT (host:port of any
+# node) with RDZV_ID, or at MASTER_ADDR and MASTER_PORT with each node's NODE_RANK.
 launch() {
   local processes=$1 module=$2 addresses meet=(--standalone --local-addr localhost)
   shift 2
@@ -60,7 +60,7 @@ launch() {
   if ((${NNODES:-1} > 1)); then
     if [[ -n ${RDZV_ENDPOINT-} ]]; then
       meet=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-megatron-sft}")
-      # SLURM knows every node's address, and which node is the first; torch would guess both from host names.
+      # SLURM knows every node's address and which node is first; torch would guess both from host names.
       read -r -a addresses <<<"${NODE_ADDRESSES-}"
       if ((${#addresses[@]})); then meet+=(--local-addr "${addresses[SLURM_NODEID]}" --rdzv-conf "is_host=$((SLURM_NODEID == 0))"); fi
     else
@@ -70,8 +70,8 @@ launch() {
   fi
   ensure_setup
   export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-  # 1: communication and computation keep the order they were issued in, which tensor-parallel overlap relies on.
+  # With 1, kernels run in the order they were issued, which tensor-parallel overlap relies on.
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
   if ((processes > 1)); then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
-  exec "$PYTHON" -m megatron.sft.launch "${meet[@]}" --max-restarts "${MAX_RESTARTS:-0}" --nproc-per-node "$processes" -m "megatron.sft.$module" "$@"
+  exec "$PYTHON" -m megatron.sft.launch "${meet[@]}" --nproc-per-node "$processes" -m "megatron.sft.$module" "$@"
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CodeAct: Mistral-7B learns to act by code, from 7,139 such conversations and 71,246 general ones.
+# CodeAct: Mistral-7B learns to act by writing code, from 7,139 CodeAct conversations and 71,246 general ones.
 #
 #   bash scripts/sft/SFT_CodeAct_Mistral_7B.sh [train|resume|plan]
 #   bash scripts/cluster/train.sbatch scripts/sft/SFT_CodeAct_Mistral_7B.sh   # on a SLURM cluster: docs/slurm.md
@@ -14,12 +14,12 @@
 #
 # Fits (memory by plan): 24 GB: 16 GPUs with RECOMPUTE=full; 40 GB: 4 GPUs with RECOMPUTE=full; 48 GB: 4 GPUs with RECOMPUTE=full; 80 GB: 4 GPUs; 141 GB: 4 GPUs
 #
-# To make a recipe of your own, copy this file and edit it. A variable in the environment overrides the value here.
+# To write a new recipe, copy this file and edit it. A variable in the environment overrides the value here.
 #SBATCH --ntasks-per-node=1 --requeue --open-mode=append --signal=B:USR1@300
-for root in "$(dirname "$(readlink -f "$0")")/../.." "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}; do [[ -f $root/scripts/4_train.sh ]] && break; done
-root=$(cd "$root" && pwd)
+for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+# shellcheck source=scripts/lib/common.sh
+source "$lib/common.sh" || exit 2
 
-: "${ASSETS_DIR:=$root/assets}"
 : "${MODEL:=mistralai_Mistral_7B_v0.1}"
 : "${DATA:=codeact}"
 : "${SEQ_LENGTH:=16384}"
@@ -43,12 +43,9 @@ root=$(cd "$root" && pwd)
 
 : "${SPLIT:=100,0,0}"
 : "${LOG_INTERVAL:=1}"
-: "${SAVE_INTERVALS:=152}" # about an epoch
+: "${SAVE_INTERVALS:=152}" # about once an epoch
 
-TAG=SFT_CodeAct_Mistral_7B
-: "${PRETRAIN_CHECKPOINT_PATH:=$ASSETS_DIR/checkpoints/${MODEL}_Megatron_TP${TENSOR_PARALLEL_SIZE}PP${PIPELINE_PARALLEL_SIZE}}"
-: "${DATA_PATH:=$ASSETS_DIR/data/$DATA/Tokenized-$DATA-$MODEL-${SEQ_LENGTH}_text_document}"
-: "${OUTPUT_PATH:=$root/outputs/checkpoints/$TAG/epochs_$EPOCHS}"
+: "${OUTPUT_PATH:=$ROOT/outputs/checkpoints/SFT_CodeAct_Mistral_7B/epochs_$EPOCHS}"
 
-# shellcheck source=scripts/4_train.sh
-source "$root/scripts/4_train.sh"
+# shellcheck source=scripts/lib/recipe.sh
+source "$ROOT/scripts/lib/recipe.sh"

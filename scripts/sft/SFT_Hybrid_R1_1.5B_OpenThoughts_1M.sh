@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Hybrid reasoning: DeepSeek-R1-Distill-Qwen-1.5B learns to answer after <think> or <short>.
+# Hybrid reasoning: a DeepSeek-R1 distillation learns to answer after <think> or <short>.
+# MODEL_SIZE is 1.5B (the default), 7B, 14B, 32B or Llama_8B.
 #
 #   bash scripts/sft/SFT_Hybrid_R1_1.5B_OpenThoughts_1M.sh [train|resume|plan]
 #   bash scripts/cluster/train.sbatch scripts/sft/SFT_Hybrid_R1_1.5B_OpenThoughts_1M.sh   # on a SLURM cluster: docs/slurm.md
@@ -12,21 +13,37 @@
 #   GROUP_KEY=instruction OVERLONG=truncate bash scripts/3_tokenize.sh assets/checkpoints/deepseek_ai_DeepSeek_R1_Distill_Qwen_1.5B \
 #     assets/data/Vinnnf-Hybrid-OpenThoughts2-1M-1.5B/Vinnnf-Hybrid-OpenThoughts2-1M-1.5B.json 16384
 #
-# Fits (memory by plan): 24 GB: 4 GPUs with RECOMPUTE=full; 40 GB: 1 GPU with RECOMPUTE=full; 48 GB: 1 GPU with RECOMPUTE=full; 80 GB: 1 GPU; 141 GB: 1 GPU
+# The files of the other sizes (SFT_Hybrid_R1_7B_OpenThoughts_1M.sh, ...) list these commands for their models, and run this recipe.
 #
-# To make a recipe of your own, copy this file and edit it. A variable in the environment overrides the value here.
+# Fits with 1.5B (memory by plan): 24 GB: 4 GPUs with RECOMPUTE=full; 40 GB: 1 GPU with RECOMPUTE=full; 48 GB: 1 GPU with RECOMPUTE=full; 80 GB: 1 GPU; 141 GB: 1 GPU
+# Fits with 7B (memory by plan): 40 GB: 8 GPUs with RECOMPUTE=full; 48 GB: 8 GPUs with RECOMPUTE=full; 80 GB: 2 GPUs with RECOMPUTE=full; 141 GB: 2 GPUs
+# Fits with 14B (memory by plan): 40 GB: 16 GPUs with RECOMPUTE=full; 48 GB: 16 GPUs with RECOMPUTE=full; 80 GB: 4 GPUs with RECOMPUTE=full; 141 GB: 4 GPUs
+# Fits with 32B (memory by plan): 40 GB: 64 GPUs with RECOMPUTE=full; 48 GB: 32 GPUs with RECOMPUTE=full; 80 GB: 8 GPUs with RECOMPUTE=full; 141 GB: 8 GPUs
+# Fits with Llama_8B (memory by plan): 40 GB: 16 GPUs with RECOMPUTE=full; 48 GB: 8 GPUs with RECOMPUTE=full; 80 GB: 2 GPUs with RECOMPUTE=full; 141 GB: 2 GPUs
+#
+# All sizes use the values of the published 1.5B recipe; no run of another size has been published.
+#
+# To write a new recipe, copy this file and edit it. A variable in the environment overrides the value here.
 #SBATCH --ntasks-per-node=1 --requeue --open-mode=append --signal=B:USR1@300
-for root in "$(dirname "$(readlink -f "$0")")/../.." "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}; do [[ -f $root/scripts/4_train.sh ]] && break; done
-root=$(cd "$root" && pwd)
+for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+# shellcheck source=scripts/lib/common.sh
+source "$lib/common.sh" || exit 2
 
-: "${ASSETS_DIR:=$root/assets}"
-: "${MODEL:=deepseek_ai_DeepSeek_R1_Distill_Qwen_1.5B}"
+: "${MODEL_SIZE:=1.5B}"
+case $MODEL_SIZE in
+  1.5B) : "${TENSOR_PARALLEL_SIZE:=1}" "${SEQUENCE_PARALLEL:=0}" ;;
+  7B) : "${TENSOR_PARALLEL_SIZE:=2}" ;;
+  14B) : "${TENSOR_PARALLEL_SIZE:=4}" ;;
+  32B) : "${TENSOR_PARALLEL_SIZE:=8}" ;;
+  Llama_8B) : "${TENSOR_PARALLEL_SIZE:=2}" "${MODEL:=deepseek_ai_DeepSeek_R1_Distill_Llama_8B}" ;;
+  *) die "MODEL_SIZE is '$MODEL_SIZE': choose 1.5B, 7B, 14B, 32B or Llama_8B" ;;
+esac
+: "${MODEL:=deepseek_ai_DeepSeek_R1_Distill_Qwen_$MODEL_SIZE}"
 : "${DATA:=Vinnnf-Hybrid-OpenThoughts2-1M-1.5B}"
 : "${SEQ_LENGTH:=16384}"
-: "${TENSOR_PARALLEL_SIZE:=1}"
 : "${PIPELINE_PARALLEL_SIZE:=1}"
 : "${CONTEXT_PARALLEL_SIZE:=1}"
-: "${SEQUENCE_PARALLEL:=0}"
+: "${SEQUENCE_PARALLEL:=1}"
 : "${RECOMPUTE:=auto}"
 
 : "${MICRO_BATCH_SIZE:=1}"
@@ -48,10 +65,7 @@ root=$(cd "$root" && pwd)
 : "${EVAL_INTERVAL:=100}"
 : "${EVAL_ITERS:=10}"
 
-TAG=SFT_Hybrid_R1_1.5B_OpenThoughts_1M
-: "${PRETRAIN_CHECKPOINT_PATH:=$ASSETS_DIR/checkpoints/${MODEL}_Megatron_TP${TENSOR_PARALLEL_SIZE}PP${PIPELINE_PARALLEL_SIZE}}"
-: "${DATA_PATH:=$ASSETS_DIR/data/$DATA/Tokenized-$DATA-$MODEL-${SEQ_LENGTH}_text_document}"
-: "${OUTPUT_PATH:=$root/outputs/checkpoints/$TAG/train_iters_$TRAIN_ITERS}"
+: "${OUTPUT_PATH:=$ROOT/outputs/checkpoints/SFT_Hybrid_R1_${MODEL_SIZE}_OpenThoughts_1M/train_iters_$TRAIN_ITERS}"
 
-# shellcheck source=scripts/4_train.sh
-source "$root/scripts/4_train.sh"
+# shellcheck source=scripts/lib/recipe.sh
+source "$ROOT/scripts/lib/recipe.sh"

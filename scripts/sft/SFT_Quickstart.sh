@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# The quickstart's training: a tiny model learns to sort names, on CPU, with each layer shared by two processes.
+# The quickstart's training: a tiny model learns to sort names on CPU, with every layer split over two processes.
 #
 #   bash scripts/sft/SFT_Quickstart.sh [train|resume|plan]
 #   bash scripts/cluster/train.sbatch scripts/sft/SFT_Quickstart.sh   # on a SLURM cluster: docs/slurm.md
 #
-# scripts/quickstart.sh makes the model and the data. A variable in the environment overrides the value here.
+# scripts/quickstart.sh makes the model and data. A variable in the environment overrides the value here.
 #SBATCH --ntasks-per-node=1 --requeue --open-mode=append --signal=B:USR1@300
-for root in "$(dirname "$(readlink -f "$0")")/../.." "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}; do [[ -f $root/scripts/4_train.sh ]] && break; done
-root=$(cd "$root" && pwd)
+for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+# shellcheck source=scripts/lib/common.sh
+source "$lib/common.sh" || exit 2
 
 : "${MODEL:=quickstart}"
 : "${DATA:=quickstart}"
@@ -19,7 +20,7 @@ root=$(cd "$root" && pwd)
 : "${GLOBAL_BATCH_SIZE:=8}"
 : "${TRAIN_ITERS:=600}"
 : "${LR_WARMUP_ITERS:=30}"
-: "${LR:=3e-3}" # the weights begin at random; a model that knows something takes a hundredth of it
+: "${LR:=3e-3}" # for random initial weights; a pretrained model needs about a hundredth of this
 : "${MIN_LR:=1.5e-4}"
 : "${WEIGHT_DECAY:=0.01}"
 : "${ADAM_BETA2:=0.99}"
@@ -30,9 +31,9 @@ root=$(cd "$root" && pwd)
 : "${SAVE_INTERVALS:=200}"
 : "${EVAL_INTERVAL:=100}"
 
-: "${PRETRAIN_CHECKPOINT_PATH:=$root/assets/checkpoints/${MODEL}_Megatron_TP${TENSOR_PARALLEL_SIZE}PP${PIPELINE_PARALLEL_SIZE}}"
-: "${DATA_PATH:=$root/assets/data/$DATA/Tokenized-$DATA-$MODEL-${SEQ_LENGTH}_text_document}"
-: "${OUTPUT_PATH:=$root/outputs/quickstart/checkpoints}"
+: "${PRETRAIN_CHECKPOINT_PATH:=$ROOT/assets/checkpoints/${MODEL}_Megatron_TP${TENSOR_PARALLEL_SIZE}PP${PIPELINE_PARALLEL_SIZE}}"
+: "${DATA_PATH:=$ROOT/assets/data/$DATA/Tokenized-$DATA-$MODEL-${SEQ_LENGTH}_text_document}"
+: "${OUTPUT_PATH:=$ROOT/outputs/quickstart/checkpoints}"
 
-# shellcheck source=scripts/4_train.sh
-source "$root/scripts/4_train.sh"
+# shellcheck source=scripts/lib/recipe.sh
+source "$ROOT/scripts/lib/recipe.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Qwen2.5-Instruct of any size, MODEL_SIZE=0.5B, 1.5B, 3B, 7B, 14B, 32B or 72B, on conversations of your own.
+# Qwen2.5-Instruct of any size, MODEL_SIZE=0.5B, 1.5B, 3B, 7B, 14B, 32B or 72B, on your own conversations.
 #
 #   bash scripts/sft/SFT_Qwen2.5.sh [train|resume|plan]
 #   bash scripts/cluster/train.sbatch scripts/sft/SFT_Qwen2.5.sh   # on a SLURM cluster: docs/slurm.md
@@ -18,12 +18,12 @@
 # Fits with 32B (memory by plan): 24 GB: 64 GPUs with RECOMPUTE=full; 40 GB: 16 GPUs with RECOMPUTE=full; 48 GB: 16 GPUs with RECOMPUTE=full; 80 GB: 16 GPUs; 141 GB: 16 GPUs
 # Fits with 72B (memory by plan): 40 GB: 64 GPUs with RECOMPUTE=full; 48 GB: 64 GPUs with RECOMPUTE=full; 80 GB: 32 GPUs; 141 GB: 32 GPUs
 #
-# To make a recipe of your own, copy this file and edit it. A variable in the environment overrides the value here.
+# To write a new recipe, copy this file and edit it. A variable in the environment overrides the value here.
 #SBATCH --ntasks-per-node=1 --requeue --open-mode=append --signal=B:USR1@300
-for root in "$(dirname "$(readlink -f "$0")")/../.." "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}; do [[ -f $root/scripts/4_train.sh ]] && break; done
-root=$(cd "$root" && pwd)
+for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+# shellcheck source=scripts/lib/common.sh
+source "$lib/common.sh" || exit 2
 
-: "${ASSETS_DIR:=$root/assets}"
 : "${MODEL_SIZE:=1.5B}"
 : "${MODEL:=Qwen_Qwen2.5_${MODEL_SIZE}_Instruct}"
 : "${DATA:=conversations}"
@@ -56,10 +56,7 @@ esac
 : "${LOG_INTERVAL:=1}"
 : "${SAVE_INTERVALS:=1000}"
 
-TAG=SFT_Qwen2.5
-: "${PRETRAIN_CHECKPOINT_PATH:=$ASSETS_DIR/checkpoints/${MODEL}_Megatron_TP${TENSOR_PARALLEL_SIZE}PP${PIPELINE_PARALLEL_SIZE}}"
-: "${DATA_PATH:=$ASSETS_DIR/data/$DATA/Tokenized-$DATA-$MODEL-${SEQ_LENGTH}_text_document}"
-: "${OUTPUT_PATH:=$root/outputs/checkpoints/$TAG/Qwen2.5_${MODEL_SIZE}_epochs_$EPOCHS}"
+: "${OUTPUT_PATH:=$ROOT/outputs/checkpoints/SFT_Qwen2.5/Qwen2.5_${MODEL_SIZE}_epochs_$EPOCHS}"
 
-# shellcheck source=scripts/4_train.sh
-source "$root/scripts/4_train.sh"
+# shellcheck source=scripts/lib/recipe.sh
+source "$ROOT/scripts/lib/recipe.sh"

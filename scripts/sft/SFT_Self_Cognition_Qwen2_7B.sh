@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Self-cognition: Qwen2-7B-Instruct learns its new name and maker, among 1,000 rows of general data.
+# Self-cognition: Qwen2-7B-Instruct learns a new name and author, mixed with 1,000 rows of general data.
 #
 #   bash scripts/sft/SFT_Self_Cognition_Qwen2_7B.sh [train|resume|plan]
 #   bash scripts/cluster/train.sbatch scripts/sft/SFT_Self_Cognition_Qwen2_7B.sh   # on a SLURM cluster: docs/slurm.md
@@ -13,16 +13,16 @@
 #
 # Fits (memory by plan): 40 GB: 8 GPUs with RECOMPUTE=selective; 48 GB: 8 GPUs; 80 GB: 2 GPUs; 141 GB: 2 GPUs
 #
-# The last three files are subsets of the data set swift/swift-sft-mixture of modelscope.cn. Rows are packed, so a step of 16
-# rows holds several times as many conversations as one of 16 unpacked samples: with so little data, take
+# The last three files are subsets of the data set swift/swift-sft-mixture on modelscope.cn. Rows are packed, so a step of 16
+# rows holds several times as many conversations as a step of 16 unpacked samples: with this little data, set
 # GLOBAL_BATCH_SIZE=4 for more steps.
 #
-# To make a recipe of your own, copy this file and edit it. A variable in the environment overrides the value here.
+# To write a new recipe, copy this file and edit it. A variable in the environment overrides the value here.
 #SBATCH --ntasks-per-node=1 --requeue --open-mode=append --signal=B:USR1@300
-for root in "$(dirname "$(readlink -f "$0")")/../.." "${SLURM_SUBMIT_DIR:-/}"{,/..,/../..}; do [[ -f $root/scripts/4_train.sh ]] && break; done
-root=$(cd "$root" && pwd)
+for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/../..}/scripts/lib; do [[ -f $lib/common.sh ]] && break; done
+# shellcheck source=scripts/lib/common.sh
+source "$lib/common.sh" || exit 2
 
-: "${ASSETS_DIR:=$root/assets}"
 : "${MODEL:=Qwen_Qwen2_7B_Instruct}"
 : "${DATA:=self_cognition}"
 : "${SEQ_LENGTH:=2048}"
@@ -48,10 +48,7 @@ root=$(cd "$root" && pwd)
 : "${SAVE_INTERVALS:=200}"
 : "${EVAL_INTERVAL:=200}"
 
-TAG=SFT_Self_Cognition_Qwen2_7B
-: "${PRETRAIN_CHECKPOINT_PATH:=$ASSETS_DIR/checkpoints/${MODEL}_Megatron_TP${TENSOR_PARALLEL_SIZE}PP${PIPELINE_PARALLEL_SIZE}}"
-: "${DATA_PATH:=$ASSETS_DIR/data/$DATA/Tokenized-$DATA-$MODEL-${SEQ_LENGTH}_text_document}"
-: "${OUTPUT_PATH:=$root/outputs/checkpoints/$TAG/epochs_$EPOCHS}"
+: "${OUTPUT_PATH:=$ROOT/outputs/checkpoints/SFT_Self_Cognition_Qwen2_7B/epochs_$EPOCHS}"
 
-# shellcheck source=scripts/4_train.sh
-source "$root/scripts/4_train.sh"
+# shellcheck source=scripts/lib/recipe.sh
+source "$ROOT/scripts/lib/recipe.sh"

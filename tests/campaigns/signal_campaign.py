@@ -43,7 +43,7 @@ MOMENTS = {
 }
 HELD_SECONDS = 1.5
 POISON: dict[str, object] = {"poison": tiny.VOCAB_SIZE - 1}
-RESUME, STOOD_STILL = 75, 124
+RESUME, HUNG = 75, 124
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ def killed_rank(case: Case) -> Outcome:
 
 def stopped_rank(case: Case) -> Outcome:
     outcome = case.strike(lambda seen: os.kill(seen.pid, signal.SIGSTOP))
-    assert outcome.status == STOOD_STILL, case.run.output
-    assert re.search(rf"rank {case.last_rank} .*(was stopped|no sign of life)", outcome.line), case.run.output
+    assert outcome.status == HUNG, case.run.output
+    assert re.search(rf"rank {case.last_rank} .*(was stopped|has been silent)", outcome.line), case.run.output
     return outcome
 
 
@@ -140,8 +140,8 @@ def stalled_thread(case: Case) -> Outcome:
     """The main thread of one rank waits for ever; the watchdog is set to 12 s, 36 s in a start, a save and the first step."""
     endless: dict[str, object] = {"hold": [case.part, case.iteration, case.last_rank, 600]}
     outcome = case.strike(lambda _: None, endless)
-    assert outcome.status == STOOD_STILL, case.run.output
-    assert f"rank {case.last_rank} stands still" in outcome.line and case.part in outcome.line, case.run.output
+    assert outcome.status == HUNG, case.run.output
+    assert f"rank {case.last_rank} hung" in outcome.line and case.part in outcome.line, case.run.output
     return outcome
 
 
@@ -211,7 +211,7 @@ def poison(material: Material, name: str, step: int | None) -> Material:
         last = tiny.VOCAB_SIZE - 1
         rows = [[(np.minimum(p, last - 1), np.minimum(a, last - 1)) for p, a in row] for row in ROWS]
         training, validation = split_rows(len(rows), 0.9, 0.1, seed=1234)
-        number = validation[0] if step is None else RowOrder(training, seed=1234).at(4 * (step - 1))
+        number = validation[0] if step is None else RowOrder(training, seed=1234).row_at(4 * (step - 1))
         rows[int(number)][0][0][0] = last
         tiny.write_rows(folder / "rows", rows, length=64)
     return Material(material.checkpoint, folder / "rows", folder)
@@ -225,7 +225,7 @@ FAULTS: dict[str, Callable[[Case], Outcome]] = {
     "SIGUSR1 to one rank": catchable(signal.SIGUSR1, to_launcher=False),
     "SIGKILL of one rank": killed_rank,
     "SIGSTOP of one rank": stopped_rank,
-    "a thread that stands still": stalled_thread,
+    "a thread that hangs": stalled_thread,
     "ENOSPC": failing_disk(errno.ENOSPC),
     "EIO on write": failing_disk(errno.EIO),
     "dead data worker": dead_thread("data worker", harmless=("exit",)),

@@ -137,7 +137,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(
     assert tiny.losses(copy) == tiny.losses(run)
 
 
-def test_a_run_goes_on_from_the_newest_whole_checkpoint_as_if_nothing_had_happened(
+def test_a_run_continues_from_the_newest_whole_checkpoint_as_if_nothing_had_happened(
     run: Path, train: Callable[..., Path], tmp_path: Path
 ) -> None:
     copy = _damaged_copy(run, tmp_path, _flip("__0_0.distcp"))

@@ -50,7 +50,7 @@ def _check_pairs(names: list[str], targets: list[list[str]], converted: Path, da
                 _compare(folder / "runs" / name, folder / "continued" / f"{name} to {layout}", losses[name])
 
 
-def test_a_run_of_four_processes_goes_on_in_two_and_one_of_two_in_others(
+def test_a_run_of_four_processes_continues_in_two_and_one_of_two_in_others(
     converted: Path, packed_rows: Path, tmp_path: Path
 ) -> None:
     _check_pairs(["TP2xPP2", "DP2"], [["TP2", "PP2", "DP2"]], converted, packed_rows, tmp_path)
@@ -58,5 +58,5 @@ def test_a_run_of_four_processes_goes_on_in_two_and_one_of_two_in_others(
 
 @pytest.mark.campaign
 @pytest.mark.timeout(1800)
-def test_every_layout_goes_on_in_every_other(converted: Path, packed_rows: Path, tmp_path: Path) -> None:
+def test_every_layout_continues_in_every_other(converted: Path, packed_rows: Path, tmp_path: Path) -> None:
     _check_pairs(list(LAYOUTS), [[name] for name in LAYOUTS], converted, packed_rows, tmp_path)

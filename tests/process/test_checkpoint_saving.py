@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.sft.checkpoint.folder import TRACKER, check_room, superfluous
+from megatron.sft.checkpoint.folder import TRACKER, check_room, checkpoints_to_delete
 from megatron.sft.runtime.errors import UserError
 from tests.support import tiny
 from tests.support.layout_worker import stored_tensors
@@ -26,27 +26,27 @@ def half(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
     return tiny.as_of(5, train(1, "--save-interval", "5"), tmp_path_factory.mktemp("half") / "run")
 
 
-def test_boxes_make_up_every_range_of_a_tensor_once() -> None:
-    from megatron.sft.checkpoint.pieces import boxes
+def test_blocks_make_up_every_range_of_a_tensor_once() -> None:
+    from megatron.sft.checkpoint.shard_slice import contiguous_blocks
 
     for shape in ((7,), (3, 4), (2, 3, 4), (5, 1, 3)):
         numbers = np.arange(np.prod(shape)).reshape(shape)
         for start in range(numbers.size):
             for stop in range(start + 1, numbers.size + 1):
                 found = []
-                for offsets, sizes, first in boxes(shape, start, stop):
+                for offsets, sizes, first in contiguous_blocks(shape, start, stop):
                     box = numbers[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))].ravel()
                     assert box[0] == first and np.all(np.diff(box) == 1)  # contiguous in memory
                     found += box.tolist()
                 assert found == list(range(start, stop))
 
 
-def test_the_last_checkpoints_and_every_so_manieth_are_kept() -> None:
+def test_the_last_checkpoints_and_every_nth_are_kept() -> None:
     there = [100, 200, 300, 400, 500, 600]
-    assert superfluous(there, 500, 0, 200) == []
-    assert superfluous(there, 500, 1, 0) == [400, 300, 200, 100]
-    assert superfluous(there, 500, 2, 200) == [300, 100]
-    assert superfluous(there, 500, 9, 0) == []
+    assert checkpoints_to_delete(there, 500, 0, 200) == []
+    assert checkpoints_to_delete(there, 500, 1, 0) == [400, 300, 200, 100]
+    assert checkpoints_to_delete(there, 500, 2, 200) == [300, 100]
+    assert checkpoints_to_delete(there, 500, 9, 0) == []
 
 
 def test_a_run_removes_checkpoints_and_saves_the_same_state_in_both_ways(
@@ -102,7 +102,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_last_on
     assert (run / TRACKER).read_text() == "5"
 
 
-def test_a_writer_that_ends_without_a_word_ends_the_run(converted: Path, packed_rows: Path, tmp_path: Path) -> None:
+def test_a_writer_that_ends_silently_ends_the_run(converted: Path, packed_rows: Path, tmp_path: Path) -> None:
     options = ["--load", converted, "--data-path", packed_rows, "--save", tmp_path / "run", "--train-iters", "4"]
     script = tiny.ROOT / "tests" / "support" / "silent_writer.py"
     options += ["--precision", "fp32", "--global-batch-size", "8", "--save-interval", "2"]
@@ -124,7 +124,7 @@ def test_a_change_of_the_run_is_refused_with_both_values_or_taken_on_an_explicit
     output = tiny.run_module("train", *common, *same, "--seed", "7", "--resume-with", "data", status=2)
     assert "SEED was 1234 in" in output
     output = tiny.run_module("train", *common, *same, "--resume-with", "everything", status=2)
-    assert "RESUME_WITH='everything': 'everything' is none of data, tokenizer" in output
+    assert "RESUME_WITH='everything': 'everything' is not one of data, tokenizer" in output
     output = tiny.run_module("train", *common, "--data-path", other, "--global-batch-size", "8", status=2)
     assert "DATA_PATH's content was checksum" in output
     changed = ["--data-path", other, "--global-batch-size", "4", "--micro-batch-size", "2"]
@@ -133,7 +133,7 @@ def test_a_change_of_the_run_is_refused_with_both_values_or_taken_on_an_explicit
     assert [line["consumed_rows"] for line in tiny.metrics(run)][-2:] == [40, 44]
 
 
-def test_experts_spread_over_processes_go_on_in_one_and_back(packed_rows: Path, tmp_path: Path) -> None:
+def test_experts_spread_over_processes_continue_in_one_and_back(packed_rows: Path, tmp_path: Path) -> None:
     model = tiny.save_family(tmp_path / "model", "qwen3_moe")
     tiny.run_module("convert", "--hf-dir", model, "--output", tmp_path / "converted")
     options = ["--load", tmp_path / "converted", "--data-path", packed_rows, "--precision", "fp32", "--lr", "1e-3"]
@@ -151,7 +151,7 @@ def test_experts_spread_over_processes_go_on_in_one_and_back(packed_rows: Path, 
             assert torch.allclose(tensor, resumed[key], atol=1e-5), key
 
 
-def test_the_loss_scale_of_fp16_goes_on(train: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_loss_scale_of_fp16_continues(train: Callable[..., Path], tmp_path: Path) -> None:
     """Doubled after every two good steps, so that a count that was forgotten would show."""
     options = ["--precision", "fp16", "--save-interval", "5", "--initial-loss-scale", "256", "--loss-scale-window", "2"]
     run = train(1, *options)

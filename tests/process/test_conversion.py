@@ -33,6 +33,33 @@ def test_both_formats_export_to_the_source_bit_for_bit(tiny_llama: Path, tmp_pat
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_megatron_cores_own_loader_reads_a_converted_checkpoint(family: str, tmp_path: Path) -> None:
+    """It finds every tensor under the name and in the shape that its model asks for, and gets the source's values."""
+    from megatron.core import dist_checkpointing
+
+    from megatron.sft import convert
+    from megatron.sft.families.weight_names import weight_entries, whole_parameters
+    from megatron.sft.hf.folder import HFFolder
+    from megatron.sft.hf.parameters import HFParameters
+    from megatron.sft.model import process_groups
+    from megatron.sft.model.config import transformer_config
+    from megatron.sft.model.gpt import build_model
+    from megatron.sft.model.layout import Layout
+
+    source = HFFolder(tiny.save_family(tmp_path / "model", family))
+    assert convert.main(["--source", str(source.path), "--output", str(tmp_path / "checkpoint")]) == 0
+    architecture = source.architecture
+    with process_groups.parallel(Layout()):
+        model = build_model(architecture, Layout(), transformer_config(architecture, Layout()))
+        state = {name: part for name, part in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
+        loaded = dist_checkpointing.load(state, str(tmp_path / "checkpoint" / "iter_0000001"))
+        model.load_state_dict(loaded, strict=False)
+    whole, original = whole_parameters(model, architecture), HFParameters(source, None)
+    for entry in weight_entries(architecture):
+        assert torch.equal(whole[entry.megatron], original.read(entry)), entry.megatron
+
+
 def test_a_torch_checkpoint_is_what_megatron_lm_checks(tiny_qwen2_tied: Path, tmp_path: Path) -> None:
     """The names, the arguments and the local shapes that classic Megatron-LM's loader reads."""
     import argparse
@@ -76,7 +103,7 @@ def test_converting_again_says_that_it_is_done_and_refuses_another_source(
     output = tiny.run_module("convert", "--hf-dir", tiny_qwen2, "--output", converted)
     assert "is already the conversion of" in output
     output = tiny.run_module("convert", "--hf-dir", tiny_qwen2_tied, "--output", converted, status=2)
-    assert output.startswith(f"error: {converted} holds another checkpoint") and output.count("\n") == 1
+    assert output.startswith(f"error: {converted} holds a checkpoint of another source") and output.count("\n") == 1
 
 
 def test_shards_keep_to_their_size_and_the_index_finds_every_tensor(tmp_path: Path) -> None:

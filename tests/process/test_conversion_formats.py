@@ -103,7 +103,7 @@ def test_the_tree_of_megatron_lm_is_read(tiny_qwen2: Path, tmp_path: Path, padde
         tiny.assert_same_weights(tmp_path / "again", tiny_qwen2)
 
 
-def test_arguments_that_contradict_the_configuration_are_told(tiny_qwen2: Path, tmp_path: Path) -> None:
+def test_arguments_that_contradict_the_configuration_are_reported(tiny_qwen2: Path, tmp_path: Path) -> None:
     tree = _save_as_megatron_lm(tiny.tensors(tiny_qwen2), tmp_path / "theirs", 132, True)  # type: ignore[arg-type]
     model = tmp_path / "model"
     shutil.copytree(tiny_qwen2, model)
@@ -111,7 +111,7 @@ def test_arguments_that_contradict_the_configuration_are_told(tiny_qwen2: Path, 
     config["rope_parameters"]["rope_theta"] = 1e6
     (model / "config.json").write_text(json.dumps(config))
     output = tiny.run_module("export", "--load", tree, "--hf-dir", model, "--output", tmp_path / "hf")
-    assert "the checkpoint was trained with rotary_base 10000, config.json says 1000000.0, which counts" in output
+    assert "the checkpoint was trained with rotary_base 10000, config.json says 1000000.0" in output
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron.sft.data.tokenized import file_of
-from megatron.sft.hf.tokenizer_files import chat_template_of, chat_template_sha256, tokenizer_sha256
+from megatron.sft.data.tokenized import data_file
+from megatron.sft.hf.tokenizer_files import chat_template_sha256, read_chat_template, tokenizer_sha256
 from megatron.sft.planning.options import parse
 from megatron.sft.planning.resolution import plan_run
 from megatron.sft.runtime.errors import UserError
@@ -34,8 +34,8 @@ def model(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 def tokenised(prefix: Path, **changed: Any) -> Path:
     """Tiny data whose manifest has the facts of step 3, with some of them changed."""
     tiny.write_rows(prefix, tiny.random_rows(8, 128), 128)
-    manifest = json.loads(file_of(prefix, "json").read_text())
-    file_of(prefix, "json").write_text(json.dumps(sealed(manifest | changed)))
+    manifest = json.loads(data_file(prefix, "json").read_text())
+    data_file(prefix, "json").write_text(json.dumps(sealed(manifest | changed)))
     return prefix
 
 
@@ -91,21 +91,21 @@ def test_another_length_or_vocabulary_is_refused_with_both_values(model: tuple[P
         start(model[1], tokenised(tmp_path / "large", max_token_id=131), tmp_path / "run")
 
 
-def test_a_folders_chat_template_is_the_one_that_transformers_takes() -> None:
+def test_a_folders_chat_template_is_what_transformers_takes() -> None:
     from transformers import AutoTokenizer
 
     for folder in (smollm2_folder(), npm_tokenizer("qwen3"), npm_tokenizer("llama3_1")):
         template = AutoTokenizer.from_pretrained(folder).get_chat_template()
-        assert chat_template_of(folder) == template
+        assert read_chat_template(folder) == template
         assert chat_template_sha256(folder) == sha256_of_text(template)
         assert tokenizer_sha256(folder) == sha256_of_file(folder / "tokenizer.json")
-    assert chat_template_of(npm_tokenizer("llama2")) is None
+    assert read_chat_template(npm_tokenizer("llama2")) is None
 
 
 def test_the_default_of_several_templates_and_older_vocabularies_count(tmp_path: Path) -> None:
     named = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert chat_template_of(tmp_path) == "D"
+    assert read_chat_template(tmp_path) == "D"
     assert tokenizer_sha256(tmp_path) is None
     (tmp_path / "vocab.json").write_text("{}")
     first = tokenizer_sha256(tmp_path)

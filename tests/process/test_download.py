@@ -64,7 +64,7 @@ def hub() -> Iterator[Hub]:
 
 
 class Download:
-    """Runs the module in a process of its own, with its own home and assets."""
+    """Runs the module in a separate process with its own home and assets."""
 
     def __init__(self, folder: Path) -> None:
         self.assets = folder / "assets"
@@ -108,7 +108,7 @@ def test_folder_names_are_the_ids_with_the_separators_replaced_and_nothing_else(
     assert data_folder_name("Vinnnf/Hybrid-OpenThoughts2-1M-1.5B") == "Vinnnf-Hybrid-OpenThoughts2-1M-1.5B"
 
 
-def test_second_copies_of_the_weights_are_left_out_only_where_safetensors_exist() -> None:
+def test_second_copies_of_the_weights_are_skipped_only_where_safetensors_exist() -> None:
     files = dict.fromkeys(
         ["model-00001-of-00002.safetensors", "pytorch_model.bin", "consolidated.safetensors", "vocab.json"], 1
     )
@@ -124,7 +124,7 @@ def test_a_model_arrives_bit_equal_and_without_leftovers(download: Download, hub
     wanted = ("config.json", "model.safetensors", "tokenizer.json")
     assert download.files("checkpoints") == {f"org_a_Model_1.5B/{name}": files[name] for name in wanted}
     assert result.stdout.splitlines()[-1].startswith("next: bash scripts/2_convert.sh ")
-    assert "2 files" in result.stdout  # what was left out
+    assert "2 files" in result.stdout  # what was skipped
     record = json.loads((download.assets / "checkpoints/org_a_Model_1.5B/.download.json").read_text())
     assert (record["source"], record["revision"], record["commit"]) == ("org-a/Model-1.5B", "main", COMMIT)
 
@@ -164,7 +164,7 @@ def test_what_is_there_is_used_as_it_is_without_any_network(download: Download, 
     )
 
 
-def test_a_transfer_that_breaks_goes_on_where_it_was(download: Download, hub: Hub) -> None:
+def test_a_transfer_that_breaks_continues_where_it_was(download: Download, hub: Hub) -> None:
     hub.repositories["models/org-a/Model-1.5B"].broken["model.safetensors"] = 1
     result = download("model", "org-a/Model-1.5B", endpoint=hub.address)
     assert result.returncode == 0, result.stderr
@@ -247,12 +247,12 @@ def test_local_sources_that_do_not_do_are_named(download: Download, tmp_path: Pa
     assert "rows.json does not exist" in refusal(download("dataset", "rows.json", endpoint=CLOSED))
 
 
-def test_a_data_set_becomes_json_lines_with_rows_as_they_were(download: Download, hub: Hub) -> None:
+def test_a_data_set_becomes_json_lines_with_records_as_they_were(download: Download, hub: Hub) -> None:
     result = download("dataset", "org-a/Chat-1M", endpoint=hub.address)
     assert result.returncode == 0, result.stderr
     expected = '{"instruction":"é","output":"日本"}\n{"instruction":"2","output":"3","messages":[{"role":"user"}]}\n'
     assert download.files("data") == {"org-a-Chat-1M/org-a-Chat-1M.json": expected.encode()}
-    assert "2 rows, columns instruction, output, messages" in result.stdout
+    assert "2 records, columns instruction, output, messages" in result.stdout
     again = download("dataset", "org-a/Chat-1M", endpoint=CLOSED)
     assert (again.returncode, "there already" in again.stdout) == (0, True)
     line = refusal(download("dataset", "org-a/Chat-1M", "--split", "test", endpoint=hub.address))
@@ -278,7 +278,7 @@ def test_configuration_split_and_columns_are_chosen(download: Download, hub: Hub
             ("--config", "easy", "--map-column", "question=instruction"),
             "no column question to rename, it has problem, solution",
         ),
-        (("--config", "easy", "--map-column", "problem=solution"), "has a column solution already"),
+        (("--config", "easy", "--map-column", "problem=solution"), "already has a column solution"),
         (("--config", "easy", "--map-column", "problem"), "'problem' is not OLD=NEW"),
     ],
 )

@@ -131,7 +131,7 @@ def test_a_template_goes_where_the_folder_keeps_its_own(folder: Path) -> None:
     assert "<|im_start|>" not in json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
 
 
-def test_an_added_token_gets_a_row_of_its_own(folder: Path, tiny_qwen2_tied: Path, tmp_path: Path) -> None:
+def test_an_added_token_gets_its_own_row(folder: Path, tiny_qwen2_tied: Path, tmp_path: Path) -> None:
     """A tokenizer of 263 tokens on a model of 131 rows: the rest, the two added ones included, are new rows."""
     import torch
 

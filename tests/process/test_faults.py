@@ -27,7 +27,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     return make_material(tmp_path_factory.mktemp("faults"))
 
 
-def test_killed_runs_end_as_if_nobody_had_killed_them(material: Material) -> None:
+def test_killed_runs_end_as_if_no_one_had_killed_them(material: Material) -> None:
     campaign = Campaign(material, "1x1", seed=1)
     campaign.run(2)
     assert campaign.kills.total() >= 2
@@ -145,7 +145,7 @@ def test_the_watchdog_names_the_process_that_holds_up_the_others_and_its_part(tm
     )
     assert result.returncode == 124
     assert re.match(
-        r"error: rank 1 stands still for \d+ s in iteration 7, data; waiting: rank 0 in iteration 7, ", result.stderr
+        r"error: rank 1 hung for \d+ s in iteration 7, data; waiting: rank 0 in iteration 7, ", result.stderr
     )
 
 

@@ -94,7 +94,7 @@ def test_a_users_mistake_is_one_line_whichever_rank_finds_it(tmp_path: Path, cas
     assert launched(tmp_path, case)[::2] == (status, [line])
 
 
-def test_a_run_that_ends_well_prints_nothing_of_its_own(tmp_path: Path) -> None:
+def test_a_run_that_ends_well_prints_nothing_itself(tmp_path: Path) -> None:
     assert launched(tmp_path, "fine") == (0, "started a b$(c)\nstarted a b$(c)\n", [])
 
 

@@ -1,6 +1,6 @@
-"""Every script with paths and settings that a careless shell would run, split or expand, through the whole pipeline.
+"""The whole pipeline with paths and settings that a careless shell would run, split or expand.
 
-The repository itself lies in such a folder. Secrets in the environment appear in no file, no message and no command line.
+The repository itself is in such a folder. Secrets in the environment appear in no file, message or command line.
 """
 
 import json
@@ -17,14 +17,14 @@ import pytest
 from tests.support import tiny
 
 ODD = 'it\'s "odd" $(touch RAN) `touch RAN` ; touch RAN & | < * ? [a-z] {a,b} ~ \\ # % ! é\n-rf'
-# What a data path may not have: several are told apart by lines, and # asks for a part of the rows.
+# For data paths: a newline separates several paths, and # selects a part of the records.
 ODD_DATA = 'it\'s "odd" $(touch RAN) `touch RAN` ; touch RAN & | * [a] {a,b} ~ \\ % ! é'
 SECRETS = {"HF_TOKEN": "hf_SecretOfTheHub", "WANDB_API_KEY": "SecretOfTheTracker0123456789abcdef01234567"}
 COPIED = ("megatron", "scripts", "tools", "assets/quickstart")
 
 
 class Shell:
-    """Runs the scripts of a copy of the repository in an odd folder, and watches the command lines meanwhile."""
+    """Runs the scripts of a copy of the repository in an odd folder, and watches all command lines meanwhile."""
 
     def __init__(self, folder: Path) -> None:
         self.work = folder / ODD
@@ -144,9 +144,9 @@ SCRIPTS = sorted(
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_script_runs_what_is_in_its_arguments(shell: Shell, script: str) -> None:
-    """Paths that do not exist: it ends with a message, whatever they are called."""
+    """With paths that do not exist, a script fails with a message, whatever their names."""
     arguments = (f"missing {ODD}", "-x$(touch RAN)", "--$(touch RAN)=*")
-    # Whatever it takes for an option or a setting, it ends at once: nothing that it needs exists.
+    # Whatever it reads as options or settings, it fails immediately: none of its input exists.
     settings = dict.fromkeys(("OUTPUT_PATH", "DATA_PATH", "TRAIN_ITERS", "GPUS_PER_NODE"), arguments[0])
     result = subprocess.run(
         ["bash", shell.root / script, *arguments],
@@ -165,7 +165,7 @@ SIZES = ("TENSOR", "PIPELINE", "CONTEXT", "EXPERT")
 
 
 @pytest.mark.parametrize("name", ["GPUS_PER_NODE", "NNODES", *(f"{size}_PARALLEL_SIZE" for size in SIZES)])
-def test_bash_does_not_compute_with_what_is_no_number(shell: Shell, name: str) -> None:
+def test_bash_does_not_compute_with_what_is_not_a_number(shell: Shell, name: str) -> None:
     """In arithmetic bash runs the command of an array's subscript, quoted or not."""
     said = shell.run("scripts/4_train.sh", "train", status=2, **{name: "PATH[$(touch RAN)]"})
     assert f"error: {name} is 'PATH[$(touch RAN)]': give a whole number" in said

@@ -1,4 +1,4 @@
-"""`plan`: what it says of every recipe on a machine that has nothing yet, and that it finds all that would stop a run."""
+"""`plan`: its report on every recipe before anything is downloaded, and that it finds everything that would stop a run."""
 
 import json
 import os
@@ -13,9 +13,17 @@ from tests.support import tiny
 from tests.support.fork_server import SERVER
 
 RECIPES = tiny.ROOT / "scripts" / "sft"
-SIZES = ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
-CASES = [(path.stem, "") for path in sorted(RECIPES.glob("*.sh")) if path.stem not in ("SFT_Quickstart", "SFT_Qwen2.5")]
-CASES += [("SFT_Qwen2.5", size) for size in SIZES]
+HYBRID = "SFT_Hybrid_R1_{}_OpenThoughts_1M"
+HYBRID_SIZES = ("1.5B", "7B", "14B", "32B", "Llama_8B")
+QWEN_SIZES = ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
+# (recipe, MODEL_SIZE, recipe whose head says what that size fits)
+CASES = [(HYBRID.format(size), size, HYBRID.format("1.5B")) for size in HYBRID_SIZES]
+CASES += [("SFT_Qwen2.5", size, "SFT_Qwen2.5") for size in QWEN_SIZES]
+CASES += [
+    (path.stem, "", path.stem)
+    for path in sorted(RECIPES.glob("*.sh"))
+    if path.stem != "SFT_Quickstart" and path.stem not in {case[0] for case in CASES}
+]
 
 
 def plan(recipe: Path, **variables: object) -> tuple[int, str]:
@@ -40,18 +48,23 @@ def line(output: str, name: str) -> str:
     return found[1]
 
 
-@pytest.mark.parametrize(("recipe", "size"), CASES)
-def test_a_recipe_is_planned_before_its_model_and_data_are_there(recipe: str, size: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "size", "promising"), CASES)
+def test_a_recipe_is_planned_before_its_model_and_data_are_there(
+    recipe: str, size: str, promising: str, tmp_path: Path
+) -> None:
     path = RECIPES / f"{recipe}.sh"
     variables = {"MODEL_SIZE": size} if size else {}
     status, output = plan(path, ASSETS_DIR=tmp_path, OUTPUT_PATH=tmp_path / "run", **variables)
     assert status == 2
     assert re.search(r"1\. PRETRAIN_CHECKPOINT_PATH .* does not exist: make it with scripts/2_convert.sh", output)
     assert re.search(r"2\. DATA_PATH .* does not exist: make it with scripts/3_tokenize.sh", output)
-    assert "bash scripts/1_download.sh model " in output.partition("do first:")[2]
+    first = output.partition("do first:")[2]
+    assert "bash scripts/1_download.sh model " in first
+    # The commands come from the recipe's head, where that is about this size's model.
+    assert ("bash scripts/3_tokenize.sh assets/" in first) == (recipe != "SFT_Qwen2.5" or size == "1.5B")
     assert re.match(r"\d+\.\d GiB .*RECOMPUTE=(none|selective|full) .*: weights \d", line(output, "memory of a GPU"))
-    # What the recipe's head promises is what plan says.
-    head = path.read_text().partition("#SBATCH")[0]
+    # A recipe's head promises what plan prints, of each size that it names.
+    head = (RECIPES / f"{promising}.sh").read_text().partition("#SBATCH")[0]
     promised = f"# Fits with {size} (memory by plan): " if size else "# Fits (memory by plan): "
     assert f"{promised}{line(output, 'fits')}\n" in head
 
@@ -129,7 +142,7 @@ def test_checkpoints_that_the_disk_cannot_hold_are_a_problem(recipe: Path) -> No
     )
 
 
-def test_planning_writes_nothing_and_a_converted_model_beside_is_pointed_to(recipe: Path, converted: Path) -> None:
+def test_planning_writes_nothing_and_a_converted_model_next_to_it_is_pointed_to(recipe: Path, converted: Path) -> None:
     before = sorted(recipe.parent.rglob("*"))
     recipe.write_text(recipe.read_text().replace(str(converted), str(converted).replace("TP1PP1", "TP2PP1")))
     status, output = plan(recipe)

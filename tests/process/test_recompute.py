@@ -13,13 +13,13 @@ STEPS = 4
 
 
 def _losses(folder: Path, precision: str, recompute: str) -> list[float]:
-    from benchmarks import train
+    from benchmarks import ours, train
 
     words = ["--model", folder, "--row-length", 128, "--conversations", "50,40,38", "--trained", 0.6, "--stack", "ours"]
     words += ["--steps", STEPS, "--warm-up", 0, "--precision", precision, "--recompute", recompute]
     arguments = train.parse(list(map(str, words)))
     rows = train.make_rows(128, arguments.conversations, 0.6, tiny.VOCAB_SIZE, 32)
-    return train._our_steps(arguments, rows)[1]
+    return ours.measure_steps(arguments, rows)[1]
 
 
 def test_recomputing_gives_the_same_losses_and_fp16_ones_like_them(tmp_path: Path) -> None:

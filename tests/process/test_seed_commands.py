@@ -1,4 +1,4 @@
-"""The hybrid example, every command typed as the README of the project it comes from has it, and the folders they leave."""
+"""The hybrid example with every command typed as in the README of the project it comes from, and the folders they write."""
 
 import json
 import os

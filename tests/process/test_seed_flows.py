@@ -1,6 +1,6 @@
-"""docs/from-other-systems.md: the commands that stand there for other systems' steps are run, section by section, in order.
+"""docs/from-other-systems.md: runs its commands for other systems' steps, section by section, in order.
 
-The models and data sets are far away and large: the quickstart's stand in for them on a local hub, with short rows.
+The real models and data sets are large and remote: the quickstart's replace them on a local hub, with short rows.
 """
 
 import json
@@ -29,7 +29,7 @@ SMALL = {
 
 
 def commands(section: str) -> list[str]:
-    """The commands of the last column of the section's first table that can run here, as typed."""
+    """The commands in the last column of the section's first table that can run here, as typed."""
     table = re.search(
         r"^\|.*?(?=\n\n)", PAGE.read_text().partition(f"\n## {section}\n")[2], flags=re.MULTILINE | re.DOTALL
     )
@@ -39,7 +39,7 @@ def commands(section: str) -> list[str]:
         cell = re.split(r"(?<!\\)\|", row)[-2]
         if "not run" not in cell:
             found += [code.replace("\\|", "|") for code in re.findall(r"`([^`]*bash [^`]*)`", cell)]
-    # What starts a container or a job is run by the tests of scripts/cluster.
+    # Commands that start a container or a job are tested with scripts/cluster.
     return [command for command in found if "scripts/cluster/" not in command]
 
 
@@ -65,7 +65,7 @@ def hub(tmp_path: Path) -> object:
 
 
 def run_all(section: str, hub: Hub, folder: Path, replaced: dict[str, str], **variables: str) -> str:
-    """Run the section's commands in `folder`, which has assets and outputs of its own; returns what they printed."""
+    """Run the section's commands in `folder`, with its own assets and outputs; returns what they printed."""
     typed = commands(section)
     assert len(typed) >= 5, typed
     environment = {

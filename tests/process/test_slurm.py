@@ -51,7 +51,7 @@ class Site:
         return path.read_text()
 
     def reaches(self, output: Path, iteration: int) -> None:
-        """Wait until the run in that folder has done so many steps."""
+        """Wait until the run in that folder has done this many steps."""
         done = lambda: (output / "metrics.jsonl").exists() and len(tiny.losses(output)) >= iteration  # noqa: E731
         self.cluster.until(done, f"iteration {iteration} in {output}")
 
@@ -85,10 +85,10 @@ def test_the_documentation_has_every_setting_of_a_cluster() -> None:
     assert [name for name in settings if f"`{name}`" not in page] == []
 
 
-def test_what_cannot_run_is_refused_before_a_node_is_asked_for(site: Site) -> None:
+def test_what_cannot_run_is_refused_before_nodes_are_requested(site: Site) -> None:
     jobs = site.cluster.command("squeue", "--all", "--states=all", "--noheader")
     output = site.submit(status=2, TENSOR_PARALLEL_SIZE=3)
-    assert output.splitlines()[-1] == "error: not submitted: no node was asked for"
+    assert output.splitlines()[-1] == "error: not submitted: no nodes were requested"
     assert "2 processes cannot hold TP 3 x PP 1" in output
     assert "recipe 'no.sh' does not exist" in site.run("bash", "scripts/cluster/train.sbatch", "no.sh", status=2)
     assert "write ARRAY=" in site.submit(status=2, ARRAY="LR 1e-5")
@@ -99,7 +99,7 @@ def test_what_cannot_run_is_refused_before_a_node_is_asked_for(site: Site) -> No
     assert site.cluster.command("squeue", "--all", "--states=all", "--noheader") == jobs
 
 
-def test_an_interactive_command_has_the_gpus_and_processors_that_were_asked_for(site: Site) -> None:
+def test_an_interactive_command_has_the_gpus_and_processors_it_requested(site: Site) -> None:
     answer = site.run(
         *(
             "bash",
@@ -117,7 +117,7 @@ def test_an_interactive_command_has_the_gpus_and_processors_that_were_asked_for(
 
 @dataclass(frozen=True)
 class Chain:
-    """The four dependent jobs, of which training was stopped once, and what they left."""
+    """The four dependent jobs, with training stopped once, and their results."""
 
     jobs: dict[str, str]
     output: Path
@@ -126,7 +126,7 @@ class Chain:
 
 @pytest.fixture(scope="module")
 def chain(site: Site) -> Chain:
-    """`pipeline.sh --slurm`, with SLURM's signal of a time limit that comes near in the middle of the training."""
+    """`pipeline.sh --slurm`, with the signal that SLURM sends before the time limit, in the middle of training."""
     output, export = site.root / "outputs" / "chain", site.root / "outputs" / "exported model"
     printed = site.run(
         *("bash", "scripts/cluster/pipeline.sh", "--slurm", RECIPE),
@@ -142,7 +142,7 @@ def chain(site: Site) -> Chain:
 
 @pytest.fixture(scope="module")
 def limited(site: Site, chain: Chain) -> str:
-    """A job that needs hours and gets two minutes a start; meanwhile other tests go on."""
+    """A job that needs hours and gets two minutes per start; other tests run meanwhile."""
     site.cluster.wait(chain.jobs["tokenize"])
     return site.submit(
         "--nodes=1",
@@ -159,7 +159,7 @@ def limited(site: Site, chain: Chain) -> str:
 
 @pytest.fixture(scope="module")
 def uninterrupted(site: Site, chain: Chain, limited: str) -> list[float]:
-    """The losses of a run that nothing stops: the recipe itself given to sbatch."""
+    """The losses of an uninterrupted run, submitted by passing the recipe itself to sbatch."""
     site.cluster.wait(chain.jobs["export"])
     output = site.root / "outputs" / "whole"
     printed = site.run("sbatch", "--parsable", "--nodes=2", "--output=whole-%j.out", RECIPE, OUTPUT_PATH=output)
@@ -168,7 +168,7 @@ def uninterrupted(site: Site, chain: Chain, limited: str) -> list[float]:
     return tiny.losses(output)
 
 
-def test_convert_tokenise_train_and_export_run_as_jobs_that_wait_for_each_other(site: Site, chain: Chain) -> None:
+def test_convert_tokenise_train_and_export_run_as_dependent_jobs(site: Site, chain: Chain) -> None:
     assert list(chain.jobs) == ["convert", "tokenize", "train", "export"]
     for job in chain.jobs.values():
         site.cluster.wait(job)
@@ -176,7 +176,7 @@ def test_convert_tokenise_train_and_export_run_as_jobs_that_wait_for_each_other(
     assert json.loads((chain.export / "config.json").read_text())["vocab_size"] == 384
 
 
-def test_without_slurm_the_chain_does_the_steps_that_are_left_one_after_another(site: Site, chain: Chain) -> None:
+def test_without_slurm_the_chain_runs_the_remaining_steps_in_order(site: Site, chain: Chain) -> None:
     site.cluster.wait(chain.jobs["export"])
     again = site.root / "outputs" / "exported here"
     printed = site.run(
@@ -197,12 +197,12 @@ def test_a_job_saves_before_its_time_limit_is_requeued_and_ends_with_the_losses_
     job = site.cluster.wait(chain.jobs["train"])
     log = site.log(chain.jobs["train"])
     assert job["Restarts"] == "1"
-    assert "asking the run to save and stop" in log and "requeued to go on from there" in log
+    assert "asking the run to save and stop" in log and ": requeued" in log
     assert "resumed at iteration" in log and "after 0 rows" not in log
     assert tiny.losses(chain.output) == uninterrupted
 
 
-def test_an_array_trains_a_task_for_each_value_in_a_folder_of_its_own(site: Site, chain: Chain, limited: str) -> None:
+def test_an_array_trains_a_task_for_each_value_in_its_own_folder(site: Site, chain: Chain, limited: str) -> None:
     output = site.root / "outputs" / "array"
     job = site.submit(
         ARRAY="LR=1e-3,2e-3",
@@ -219,7 +219,7 @@ def test_an_array_trains_a_task_for_each_value_in_a_folder_of_its_own(site: Site
         assert "finished" in (site.root / "outputs" / "slurm" / f"SFT_Quickstart-{job}_{task}.out").read_text()
 
 
-def test_a_step_that_fails_cancels_those_that_wait_for_it(site: Site, chain: Chain, limited: str) -> None:
+def test_a_failed_step_cancels_the_steps_that_depend_on_it(site: Site, chain: Chain, limited: str) -> None:
     damaged, prefix = site.root / "outputs" / "damaged.json", site.root / "outputs" / "tokens"
     damaged.write_text('[{"instruction": "Sort"}]')
     printed = site.run(
@@ -235,7 +235,7 @@ def test_a_step_that_fails_cancels_those_that_wait_for_it(site: Site, chain: Cha
     assert not (site.root / "outputs" / "none").exists()
 
 
-def test_slurms_own_signal_before_the_time_limit_makes_a_job_save_and_go_on(site: Site, limited: str) -> None:
+def test_slurms_own_signal_before_the_time_limit_makes_a_job_save_and_resume(site: Site, limited: str) -> None:
     site.cluster.until(
         lambda: " start 2 of " in site.log(limited) and "requeued" in site.log(limited), "the second start", 200
     )
@@ -244,7 +244,7 @@ def test_slurms_own_signal_before_the_time_limit_makes_a_job_save_and_go_on(site
     site.cluster.wait(limited, "CANCELLED")
 
 
-def test_a_job_that_loses_a_node_goes_on_from_its_checkpoint_when_the_node_is_back(
+def test_a_job_that_loses_a_node_resumes_from_its_checkpoint_when_the_node_is_back(
     site: Site, uninterrupted: list[float]
 ) -> None:
     output = site.root / "outputs" / "lost node"

@@ -1,4 +1,4 @@
-"""Data mixed from several sources: every conversation keeps its source, and training tells the losses apart by it."""
+"""Data mixed from several sources: every conversation keeps its source, and training reports the losses by source."""
 
 import json
 from collections.abc import Callable
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron.sft import repack, tokenize
-from megatron.sft.data.source_names import source_names
-from megatron.sft.data.tokenized import TokenizedRows, file_of
+from megatron.sft.data.mixture import source_names
+from megatron.sft.data.tokenized import TokenizedRows, data_file
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import sealed, sha256_of_file, write_json
 from tests.support import tiny
@@ -50,7 +50,7 @@ def test_each_conversation_keeps_its_source_through_packing_and_repacking(
     here(monkeypatch, tokenize, "--tokenizer", untrained_folder(), *inputs, *options)
     manifest = TokenizedRows(prefix).manifest
     assert source_names(manifest) == NAMES
-    assert manifest["files"]["sources"] == {"bytes": 160, "sha256": sha256_of_file(file_of(prefix, "sources"))}
+    assert manifest["files"]["sources"] == {"bytes": 160, "sha256": sha256_of_file(data_file(prefix, "sources"))}
     found = sources_by_text(prefix)
     assert len(found) == 80
     assert all(NAMES[source] in text for text, source in found.items())
@@ -64,26 +64,26 @@ def test_one_source_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     here(monkeypatch, tokenize, "--tokenizer", untrained_folder(), "--input", tmp_path / "a.jsonl", *options)
     rows = TokenizedRows(tmp_path / "a")
     assert (rows.num_sources, rows.sources, rows[0].sources) == (0, None, None)
-    assert not file_of(tmp_path / "a", "sources").exists()
+    assert not data_file(tmp_path / "a", "sources").exists()
 
 
-def test_names_are_short_and_told_apart() -> None:
+def test_names_are_short_and_distinguished() -> None:
     paths = ["/a/x.jsonl", "/b/x.json.gz", "/c/folder", "org/set:part"]
     assert source_names({"sources": [{"path": path} for path in paths]}) == ["x (1)", "x (2)", "folder", "set:part"]
 
 
 @pytest.fixture(scope="module")
 def mixed_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[tiny.Conversation]], np.ndarray]:
-    """8 packed rows whose conversations are of two sources in turn, at random; the rows and the sources beside."""
+    """8 packed rows whose conversations are of two sources in turn, at random; with the rows and the sources."""
     rows = tiny.random_rows(8, 128)
     prefix = tiny.write_rows(tmp_path_factory.mktemp("mixed") / "data", rows, length=128)
     sources = np.random.default_rng(3).integers(0, 2, sum(map(len, rows))).astype(np.int16)
-    sources.tofile(file_of(prefix, "sources"))
-    manifest = json.loads(file_of(prefix, "json").read_text())
+    sources.tofile(data_file(prefix, "sources"))
+    manifest = json.loads(data_file(prefix, "json").read_text())
     manifest["sources"] = [{"path": f"/data/{name}.jsonl"} for name in NAMES]
-    path = file_of(prefix, "sources")
+    path = data_file(prefix, "sources")
     manifest["files"]["sources"] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-    write_json(file_of(prefix, "json"), sealed(manifest))
+    write_json(data_file(prefix, "json"), sealed(manifest))
     return prefix, rows, sources
 
 

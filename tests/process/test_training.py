@@ -61,7 +61,7 @@ def test_losses_are_those_of_the_same_training_in_transformers(reference: Path, 
     for step in range(5):
         # Cosine from 1e-3 to 1e-4 over 10 steps; 5 % of 10 steps is no warm-up.
         rate = 1e-4 + 9e-4 * 0.5 * (1 + np.cos(np.pi * (step + 1) / 10))
-        conversations = [c for i in range(8) for c in rows[order.at(8 * step + i)]]
+        conversations = [c for i in range(8) for c in rows[order.row_at(8 * step + i)]]
         total, count = torch.zeros(()), 0
         for prompt, answer in conversations:
             ids = torch.from_numpy(np.concatenate([prompt, answer]))

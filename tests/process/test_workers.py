@@ -63,7 +63,7 @@ def refuse(number: int) -> int:
 
 def test_a_dead_worker_is_reported_and_an_error_passes_through() -> None:
     before = set(psutil.Process().children())  # other tests may have left helpers of their libraries
-    with pytest.raises(UserError, match="a worker process died, perhaps for want of memory: give fewer workers"):
+    with pytest.raises(UserError, match=r"a worker process died.*NUM_WORKERS"):
         list(in_order(die, range(20), 2))
     with pytest.raises(UserError, match=r"^five$"):
         list(in_order(refuse, range(20), 2))

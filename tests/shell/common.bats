@@ -1,5 +1,5 @@
 #!/usr/bin/env bats
-# scripts/lib/common.sh: finding the repository, messages, and what is handed to Python.
+# scripts/lib/common.sh: finding the repository, messages, and the arguments of Python.
 # shellcheck disable=SC2016,SC2164 # bash -c expands its own; bats ends a test at the first failure
 bats_require_minimum_version 1.5.0
 
@@ -25,7 +25,7 @@ setup() {
   done
 }
 
-@test "outside of a repository a copied script ends" {
+@test "outside a repository a copied script fails" {
   cp "$REPOSITORY/scripts/2_convert.sh" "$BATS_TEST_TMPDIR/slurm_script"
   cd "$BATS_TEST_TMPDIR"
   run -2 bash slurm_script model
@@ -74,4 +74,17 @@ launched() {
   [[ $output == *"[--nnodes][4][--rdzv-backend][c10d][--rdzv-endpoint][first:29400][--rdzv-id][77]"* ]]
   NNODES=2 run -2 bash -c 'source "$0/scripts/lib/common.sh"; launch 8 train' "$REPOSITORY"
   [[ $output == "error: NNODES=2 needs MASTER_ADDR"* ]]
+}
+
+@test "MAX_RESTARTS is refused before anything starts, 0 and empty are not" {
+  for mode in train resume plan ''; do
+    MAX_RESTARTS=3 run -2 bash "$REPOSITORY/scripts/4_train.sh" ${mode:+"$mode"}
+    [[ ${#lines[@]} == 1 && $output == "error: MAX_RESTARTS is '3': "*docs/reliability.md* ]]
+  done
+  # Python's table of settings is empty here.
+  sed -i '2i [[ $2 != megatron.sft.options ]] || exit 0' "$MEGATRON_SFT_PYTHON"
+  for value in '' 0; do
+    MAX_RESTARTS=$value run -0 bash "$REPOSITORY/scripts/4_train.sh" train
+    [[ $output == *"[-m][megatron.sft.launch]"* && $output != *restarts* ]]
+  done
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bats
-# scripts/cluster/container.sh and jobs in containers: what each container runtime is told. The runtimes here only write down
-# their arguments; none of the real ones runs in CI.
-# shellcheck disable=SC2016,SC2030,SC2031,SC2164 # the stubs expand their own; each test is a shell of its own
+# scripts/cluster/container.sh and jobs in containers: the arguments of each container runtime. The runtimes here only record
+# their arguments; no real one runs in CI.
+# shellcheck disable=SC2016,SC2030,SC2031,SC2164 # the stubs expand their own; each test is a separate shell
 bats_require_minimum_version 1.5.0
 
 setup() {
@@ -26,7 +26,7 @@ program() {
   chmod +x "$stubs/$1"
 }
 
-# recorder NAME: a program that prints its name and arguments, one a line in brackets, and the variables that a test looks for.
+# recorder NAME: a program that prints its name and arguments in brackets, one per line, and the variables used by the tests.
 recorder() {
   program "$1" '
 if [[ $1 == info ]]; then printf "%s\n" "${DOCKER_INFO-[name=seccomp]}" && exit; fi
@@ -36,17 +36,17 @@ for name in APPTAINERENV_HF_TOKEN APPTAINERENV_USER PYTHONPATH MEGATRON_SFT_PYTH
 done'
 }
 
-# has LINE...: every line is in the output. has_not: none is.
+# has LINE...: every line is in the output. has_not TEXT...: none is part of it.
 has() {
   for line in "$@"; do grep -qxF -- "$line" <<<"$output" || { echo "missing: $line in: $output" && return 1; }; done
 }
 has_not() {
   for line in "$@"; do
-    if grep -qF -- "$line" <<<"$output"; then echo "not wanted: $line in: $output" && return 1; fi
+    if grep -qF -- "$line" <<<"$output"; then echo "unexpected: $line in: $output" && return 1; fi
   done
 }
 
-# option NAME VALUE: that option is followed by that value.
+# option NAME VALUE: the option is followed by this value.
 option() {
   grep -xFA1 -- "[$1]" <<<"$output" | grep -qxF -- "[$2]" || { echo "no $1 $2 in: $output" && return 1; }
 }
@@ -66,13 +66,13 @@ in_container() { CONTAINER=$1 bash "$root/scripts/cluster/container.sh" "${@:2}"
   option --workdir "$root"
   option --volume "$root:$root"
   option --volume "$HF_HOME:$HF_HOME"
-  option --volume "$BATS_TEST_TMPDIR:$BATS_TEST_TMPDIR" # the output folder is not there yet
+  option --volume "$BATS_TEST_TMPDIR:$BATS_TEST_TMPDIR" # the output folder does not exist yet
   option --volume "$home/passwd:/etc/passwd:ro"
   [[ $output == *$'[megatron-sft]\n[python]\n[-c]\n[print("a b")]'* ]]
   [[ ! -e $OUTPUT_PATH && $(grep ^jo "$home/passwd") == "jo:x:1234:1234::$home:/bin/bash" ]]
 }
 
-@test "torch's caches, the home and the name of the user go in, and a secret by its name alone" {
+@test "torch's caches, the user's home and name are passed in, and a secret only by its name" {
   export HF_TOKEN=hf_secret LR=2e-5 PATH LD_LIBRARY_PATH=/x PYTHONPATH=/y MEGATRON_SFT_PYTHON=/z/python CUDA_HOME=/cuda
   for runtime in docker podman; do
     run -0 in_container "$runtime" true
@@ -83,7 +83,7 @@ in_container() { CONTAINER=$1 bash "$root/scripts/cluster/container.sh" "${@:2}"
   done
 }
 
-@test "rootless docker: root inside is the user, so no id is given" {
+@test "rootless docker: root inside is the user, so no id is passed" {
   export DOCKER_INFO='[name=seccomp,profile=builtin name=rootless name=cgroupns]'
   run -0 in_container docker true
   has_not "[--user]" "[--group-add]" "/etc/passwd"
@@ -91,7 +91,7 @@ in_container() { CONTAINER=$1 bash "$root/scripts/cluster/container.sh" "${@:2}"
   option --env "HOME=$home"
 }
 
-@test "podman keeps the id, takes the shell's limits and gets the GPUs by their CDI names" {
+@test "podman keeps the id and the shell's limits, and gets the GPUs by their CDI names" {
   CUDA_VISIBLE_DEVICES=0,2 run -0 in_container podman true
   [[ ${lines[0]} == "[podman]" && ${lines[1]} == "[run]" ]]
   has "[--userns=keep-id]" "[--ipc=host]"
@@ -103,7 +103,7 @@ in_container() { CONTAINER=$1 bash "$root/scripts/cluster/container.sh" "${@:2}"
   has_not "[--gpus]" "memlock" "[CUDA_VISIBLE_DEVICES]"
 }
 
-@test "apptainer gets a clean environment, into which variables go without standing on the command line" {
+@test "apptainer gets a clean environment and its variables, which are not on the command line" {
   export HF_TOKEN=hf_secret
   CONTAINER_IMAGE="$BATS_TEST_TMPDIR/my image.sif" run -0 bash "$root/scripts/cluster/container.sh" bash -c "echo a"
   [[ ${lines[0]} == "[apptainer]" && ${lines[1]} == "[exec]" ]]
@@ -115,7 +115,7 @@ in_container() { CONTAINER=$1 bash "$root/scripts/cluster/container.sh" "${@:2}"
   [[ $output == *"[$BATS_TEST_TMPDIR/my image.sif]"$'\n[bash]\n[-c]\n[echo a]'* ]]
 }
 
-@test "the GPUs are those of the SLURM job, and none where there is none" {
+@test "the GPUs are those of the SLURM job, none on CPU" {
   SLURM_STEP_GPUS=4,5 CUDA_VISIBLE_DEVICES=0,1 run -0 in_container docker true
   option --gpus '"device=4,5"'
   has_not "[CUDA_VISIBLE_DEVICES]"
@@ -124,7 +124,7 @@ in_container() { CONTAINER=$1 bash "$root/scripts/cluster/container.sh" "${@:2}"
   option --env MEGATRON_SFT_DEVICE
 }
 
-@test "the first runtime that answers is taken" {
+@test "the first available runtime is used" {
   run -0 bash "$root/scripts/cluster/container.sh" true
   [[ ${lines[0]} == "[docker]" ]]
   program docker 'exit 1'
@@ -140,10 +140,10 @@ in_container() { CONTAINER=$1 bash "$root/scripts/cluster/container.sh" "${@:2}"
   option --volume "$BATS_TEST_TMPDIR/x y:/data:ro"
   option --volume /etc:/etc
   CONTAINER_MOUNTS=/no/such run -2 in_container docker true
-  [[ $output == "error: CONTAINER_MOUNTS: /no/such does not exist: make it, or take it out" ]]
+  [[ $output == "error: CONTAINER_MOUNTS: /no/such does not exist: "* ]]
 }
 
-# job: the recipe as a batch script on two nodes, with a recording srun; what it ran.
+# job: run the recipe as a batch script on two nodes with a recording srun.
 job() {
   program scontrol 'if [[ $2 == hostnames ]]; then printf "n1\nn2\n"; else echo "   NodeAddr=addr-$3 NodeHostName=$3"; fi'
   program squeue true
@@ -151,7 +151,7 @@ job() {
   OUTPUT_PATH=$root/out bash "$root/scripts/sft/SFT_Quickstart.sh"
 }
 
-@test "pyxis: srun makes the container, and the job's variables win over the image's" {
+@test "pyxis: srun starts the container, and the job's variables override the image's" {
   export CONTAINER=pyxis CONTAINER_IMAGE='nvcr.io#nvidia/pytorch:26.06-py3' HF_TOKEN=hf_secret PYTHONPATH=/y MEGATRON_SFT_PYTHON=/z
   run -0 job
   has "[srun]" "[--nodes=2]" "[--ntasks=2]" "[--ntasks-per-node=1]" "[--cpus-per-task=64]" "[--container-image=nvcr.io#nvidia/pytorch:26.06-py3]" \
@@ -164,7 +164,7 @@ job() {
   has_not hf_secret
 }
 
-@test "the other runtimes: container.sh runs on every node, without a container the recipe itself" {
+@test "other runtimes: every node runs container.sh; without a container, the recipe itself" {
   CONTAINER=apptainer CONTAINER_IMAGE=/images/sft.sif run -0 job
   [[ $output == *$'\n[bash]\n'"[$root/scripts/cluster/container.sh]"$'\n[bash]\n'"[$root/scripts/sft/SFT_Quickstart.sh]"* ]]
   has_not "[--container"
@@ -174,7 +174,7 @@ job() {
   [[ $output == *"error: CONTAINER=lxc: write none, pyxis, apptainer, docker or podman" ]]
 }
 
-@test "with these settings an id that the machine does not know has a name, which torch asks for, and a home to write to" {
+@test "with these settings an unknown user id has a name, which torch needs, and a writable home" {
   [[ $EUID == 0 ]] || skip "needs root to take another id"
   rm "$stubs/id"
   chmod a+rX "$BATS_RUN_TMPDIR" "$BATS_RUN_TMPDIR/test"

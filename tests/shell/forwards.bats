@@ -1,5 +1,5 @@
 #!/usr/bin/env bats
-# The numbered scripts' arguments, and the command names that users of Reasoning-SFT know.
+# The arguments of the numbered scripts, the commands that users of Reasoning-SFT know, and recipes.
 # shellcheck disable=SC2016,SC2164 # bash -c expands its own; bats ends a test at the first failure
 bats_require_minimum_version 1.5.0
 
@@ -19,12 +19,12 @@ setup() {
   [[ ${lines[1]} == "${expected}[--map-column][problem=instruction][--map-column][solution=output][org/name]" ]]
 }
 
-@test "1_download: an unknown word is named" {
+@test "1_download: anything else is refused" {
   run -2 bash scripts/1_download.sh weights org/name
-  [[ $output == "error: 1_download.sh fetches a model or a dataset, not weights: "* ]]
+  [[ $output == "error: 1_download.sh downloads a model or a dataset, not 'weights': "* ]]
 }
 
-@test "2_convert: torch_dist and 1 x 1 unless told otherwise" {
+@test "2_convert: torch_dist and 1 x 1 by default" {
   run -0 bash scripts/2_convert.sh model/
   expected="[-m][megatron.sft.convert][--source][model][--tensor-model-parallel-size][1][--pipeline-model-parallel-size][1]"
   expected+="[--output][model_Megatron_TP1PP1][--ckpt-format][torch_dist]"
@@ -66,9 +66,57 @@ setup() {
   [[ $output == *"SIZE [TP] [PP]"* ]]
 }
 
-@test "tokenize_dataset.sh and merge_and_export.sh pass their arguments on" {
+@test "tokenize_dataset.sh and merge_and_export.sh forward their arguments" {
   run -0 bash scripts/data/tokenize_dataset.sh "tok enizer" data.json 4096
   [[ ${lines[1]} == "[-m][megatron.sft.tokenize][--tokenizer][tok enizer][--input][data.json][--seq-length][4096]"* ]]
   run -0 bash scripts/checkpoints/merge_and_export.sh ckpt hf "o ut"
   [[ ${lines[1]} == "[-m][megatron.sft.export][--load][ckpt][--hf-dir][hf][--output][o ut]" ]]
+}
+
+# settings_of RECIPE: what `RECIPE settings` prints of four settings; Python's table of settings is a stand-in.
+settings_of() {
+  cat >"$MEGATRON_SFT_PYTHON" <<'STUB'
+#!/usr/bin/env bash
+printf '%s --flag\n' PRETRAIN_CHECKPOINT_PATH OUTPUT_PATH TENSOR_PARALLEL_SIZE SEQUENCE_PARALLEL
+STUB
+  bash "$1" settings
+}
+
+@test "the Hybrid recipe of each size is the 1.5B file with MODEL_SIZE, whatever the environment says" {
+  unset MODEL_SIZE MODEL
+  recipe=scripts/sft/SFT_Hybrid_R1_1.5B_OpenThoughts_1M.sh
+  for row in "1.5B Qwen_1.5B 1 0" "7B Qwen_7B 2 1" "14B Qwen_14B 4 1" "32B Qwen_32B 8 1" "Llama_8B Llama_8B 2 1"; do
+    read -r size model tp sp <<<"$row"
+    MODEL_SIZE=$size run -0 settings_of "$recipe"
+    checkpoint="$ASSETS_DIR/checkpoints/deepseek_ai_DeepSeek_R1_Distill_${model}_Megatron_TP${tp}PP1"
+    [[ ${lines[0]} == "PRETRAIN_CHECKPOINT_PATH=$checkpoint" ]]
+    [[ ${lines[1]} == "OUTPUT_PATH=$REPOSITORY/outputs/checkpoints/SFT_Hybrid_R1_${size}_OpenThoughts_1M/train_iters_17000" ]]
+    [[ ${lines[2]} == "TENSOR_PARALLEL_SIZE=$tp" && ${lines[3]} == "SEQUENCE_PARALLEL=$sp" ]]
+    expected=$output
+    [[ $size == 1.5B ]] || export MODEL_SIZE=1.5B # a recipe's name decides
+    run -0 settings_of "${recipe/1.5B/$size}"
+    [[ $output == "$expected" ]]
+    unset MODEL_SIZE
+  done
+  MODEL_SIZE=3B run -2 settings_of "$recipe"
+  [[ $output == "error: MODEL_SIZE is '3B': choose 1.5B, 7B, 14B, 32B or Llama_8B" ]]
+}
+
+@test "a recipe's variables come from the environment, any folder, through a link and in sbatch's copy" {
+  unset MODEL_SIZE MODEL
+  recipe=$REPOSITORY/scripts/sft/SFT_Hybrid_R1_32B_OpenThoughts_1M.sh
+  ln -s "$recipe" "$BATS_TEST_TMPDIR/a link.sh"
+  cp "$recipe" "$BATS_TEST_TMPDIR/slurm_script"
+  cd "$BATS_TEST_TMPDIR"
+  export TENSOR_PARALLEL_SIZE=4 SEQUENCE_PARALLEL=0 TRAIN_ITERS=5
+  run -0 settings_of "$recipe"
+  expected=$output
+  [[ $output == *"Qwen_32B_Megatron_TP4PP1"*"/SFT_Hybrid_R1_32B_OpenThoughts_1M/train_iters_5"*"SEQUENCE_PARALLEL=0"* ]]
+  run -0 settings_of "a link.sh"
+  [[ $output == "$expected" ]]
+  for submitted_from in "$REPOSITORY" "$REPOSITORY/scripts" "$REPOSITORY/scripts/sft"; do
+    SLURM_SUBMIT_DIR=$submitted_from run -0 settings_of slurm_script
+    [[ $output == "$expected" ]]
+  done
+  run ! settings_of slurm_script
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bats
-# scripts/lib/setup.sh: the environment that makes itself, with real venv and pip and packages of a few bytes.
+# scripts/lib/setup.sh: creating and updating the environment, with the real venv and pip and packages of a few bytes.
 # shellcheck disable=SC2016,SC2164 # bash -c expands its own; bats ends a test at the first failure
 bats_require_minimum_version 1.5.0
 
@@ -7,7 +7,7 @@ setup() {
   load support
   clean_environment
   unset MEGATRON_SFT_PYTHON
-  # The Python below the environment that the tests themselves run in.
+  # The base Python of the environment that runs the tests.
   PATH=$(python3 -c 'import sys; print(sys.base_prefix)')/bin:$PATH
   packages="$BATS_TEST_TMPDIR/packages"
   mkdir "$packages"
@@ -18,7 +18,7 @@ setup() {
   echo "one==1.0" >"$root/requirements.txt"
 }
 
-# ready: sets up and says which packages there are.
+# ready: set up and list the installed packages.
 ready() {
   bash -c 'source "$0/scripts/lib/common.sh"; ensure_setup; "$PYTHON" -m pip list --format freeze' "$root"
 }
@@ -43,14 +43,14 @@ ready() {
   run -0 bash -c 'source "$0/scripts/lib/common.sh"; ensure_requirements requirements-dev.txt; "$PYTHON" -c "import one, three"' "$root"
 }
 
-@test "an interrupted install is made anew" {
+@test "an interrupted install starts again" {
   run -0 ready
   touch "$root/.venv.setup/unfinished" "$root/.venv/half-made"
   run -0 ready
   [[ ! -e $root/.venv/half-made && ! -e $root/.venv.setup/unfinished ]]
 }
 
-@test "a requirement that does not exist is named, and nothing is left" {
+@test "a requirement that does not exist is named, and no files are left behind" {
   echo "no-such-package==9" >>"$root/requirements.txt"
   run -2 --separate-stderr ready
   [[ $stderr == *"No matching distribution found for no-such-package==9"* ]]
@@ -77,7 +77,7 @@ ready() {
   [[ $output == *"one==1.0"* && $(<"$BATS_TEST_TMPDIR/first") == *"one==1.0"* ]]
 }
 
-@test "torch that is there stays, against other wishes in PIP_CONSTRAINT" {
+@test "an installed torch is kept, whatever PIP_CONSTRAINT says" {
   mkdir "$BATS_TEST_TMPDIR/image"
   package "$BATS_TEST_TMPDIR/image" torch 2.12.0a0+nv26.6
   python3 -m zipfile -e "$BATS_TEST_TMPDIR"/image/torch-*.whl "$BATS_TEST_TMPDIR/image"
@@ -100,10 +100,10 @@ ready() {
   [[ ! -e $root/.venv ]]
 }
 
-@test "an environment that was made by hand is completed, a folder that is none is left alone" {
+@test "a folder that is not an environment is left alone" {
   mkdir -p "$root/.venv/mine"
   run -2 ready
-  [[ $output == *"error: $root/.venv has no working Python 3.11 or 3.12 and was not made here: "* ]]
+  [[ $output == *"error: $root/.venv has no working Python 3.11 or 3.12 and was not created by this project: "* ]]
   [[ -d $root/.venv/mine ]]
 }
 

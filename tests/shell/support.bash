@@ -1,15 +1,15 @@
 # shellcheck shell=bash
-# What the bats files share: copies of the scripts in folders with awkward names, and stand-ins for Python and packages.
+# Shared by the bats files: copies of the scripts in folders with awkward names, and stand-ins for Python and packages.
 
 REPOSITORY=$(cd "$BATS_TEST_DIRNAME/../.." && pwd)
 
-# What the machine or the caller chose must not decide a test.
+# Settings of the machine or the caller must not affect a test.
 clean_environment() {
-  unset MEGATRON_SFT_VENV MEGATRON_SFT_CONSTRAINTS NVIDIA_PYTORCH_VERSION TORCH_INDEX_URL ASSETS_DIR REVISION SPLIT CONFIG MAP_COLUMNS CKPT_FORMAT
+  unset MEGATRON_SFT_VENV MEGATRON_SFT_CONSTRAINTS NVIDIA_PYTORCH_VERSION TORCH_INDEX_URL MAX_RESTARTS ASSETS_DIR REVISION SPLIT CONFIG MAP_COLUMNS CKPT_FORMAT
   unset SLURM_SUBMIT_DIR NNODES NODE_RANK MASTER_ADDR MASTER_PORT RDZV_ENDPOINT RDZV_ID OMP_NUM_THREADS PYTHONPATH
 }
 
-# recording_python: MEGATRON_SFT_PYTHON becomes a program that prints its folder, PYTHONPATH and every argument in brackets.
+# recording_python: make MEGATRON_SFT_PYTHON a program that prints its folder, PYTHONPATH and every argument in brackets.
 recording_python() {
   export MEGATRON_SFT_PYTHON="$BATS_TEST_TMPDIR/recording python"
   cat >"$MEGATRON_SFT_PYTHON" <<'STUB'
@@ -21,14 +21,14 @@ STUB
   chmod +x "$MEGATRON_SFT_PYTHON"
 }
 
-# copied_repository NAME: the scripts and requirements in a folder of that name; prints its path.
+# copied_repository NAME: copy the scripts and requirements to a folder of that name; prints its path.
 copied_repository() {
   mkdir -p "$BATS_TEST_TMPDIR/$1"
   cp -r "$REPOSITORY/scripts" "$REPOSITORY/requirements.txt" "$BATS_TEST_TMPDIR/$1/"
   (cd "$BATS_TEST_TMPDIR/$1" && pwd -P)
 }
 
-# package FOLDER NAME VERSION: a wheel with an empty module in FOLDER, made without pip.
+# package FOLDER NAME VERSION: write a wheel with an empty module to FOLDER, without pip.
 package() {
   python3 - "$@" <<'PYTHON'
 import pathlib, sys, zipfile
@@ -43,7 +43,7 @@ with zipfile.ZipFile(pathlib.Path(folder) / f"{name}-{version}-py3-none-any.whl"
 PYTHON
 }
 
-# only_packages_of FOLDER: pip sees these packages and no index.
+# only_packages_of FOLDER: let pip see these packages and no index.
 only_packages_of() {
   export PIP_CONFIG_FILE=/dev/null PIP_NO_INDEX=1 PIP_FIND_LINKS="$1" PIP_DISABLE_PIP_VERSION_CHECK=1
   unset PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_CONSTRAINT

@@ -70,7 +70,7 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron.sft.checkpoint.weights_io import load_weights
+    from megatron.sft.checkpoint.model_shards import load_weights
     from megatron.sft.model.config import transformer_config
     from megatron.sft.model.gpt import build_model
     from megatron.sft.training.batches import make_micro_batch

@@ -78,14 +78,14 @@ def make(folder: Path) -> Material:
 def add_groups(prefix: Path) -> None:
     import numpy as np
 
-    from megatron.sft.data.tokenized import file_of
+    from megatron.sft.data.tokenized import data_file
     from megatron.sft.runtime.manifest import sealed, sha256_of_file
 
-    manifest = json.loads(file_of(prefix, "json").read_text())
-    path = file_of(prefix, "groups")
+    manifest = json.loads(data_file(prefix, "json").read_text())
+    path = data_file(prefix, "groups")
     np.arange(manifest["conversations"], dtype=np.int64).tofile(path)
     manifest["files"]["groups"] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-    file_of(prefix, "json").write_text(json.dumps(sealed(manifest)))
+    data_file(prefix, "json").write_text(json.dumps(sealed(manifest)))
 
 
 def names_below(folder: Path) -> list[str]:
@@ -184,7 +184,7 @@ def data_case(data: Path, other: Path, converted: Path) -> Case:
 
 def model_cases(folder: Path, model: Path, other: Path) -> list[Case]:
     from megatron.sft import convert
-    from megatron.sft.hf.download_record import RECORD, facts_of
+    from megatron.sft.hf.download_record import RECORD, download_facts
     from tests.campaigns.damage_campaign import quietly
 
     def converts(damaged: Path, out: Path) -> str:
@@ -202,7 +202,7 @@ def model_cases(folder: Path, model: Path, other: Path) -> list[Case]:
     shards = sorted(path.name for path in sharded.glob("*.safetensors"))
     sums = {name: hashlib.sha256((sharded / name).read_bytes()).hexdigest() for name in shards}
     sizes = {name: (sharded / name).stat().st_size for name in shards}
-    (downloaded / RECORD).write_text(json.dumps({"checksums": facts_of(sizes, sums)}))
+    (downloaded / RECORD).write_text(json.dumps({"checksums": download_facts(sizes, sums)}))
     swapped = {name: sharded / shards[(number + 1) % len(shards)] for number, name in enumerate(shards)}
     swapped["config.json"] = other / "config.json"
     index = "model.safetensors.index.json"

@@ -48,7 +48,7 @@ ROOMS = [
     *("runtime", "families", "hf", "model", "checkpoint", "chat"),
     *("data", "reporting", "planning", "training", "inference", "conversion"),
 ]
-STARTS_A_THREAD = ["hub_rows.py"]  # pyarrow's allocator
+STARTS_A_THREAD = ["hub_records.py"]  # pyarrow's allocator
 _PR_SET_PDEATHSIG = 1
 
 

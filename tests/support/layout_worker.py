@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron.sft.checkpoint.metadata_file import read_metadata
-from megatron.sft.checkpoint.stored_tensors import read_chunk
+from megatron.sft.checkpoint.reading import read_chunk
 from megatron.sft.model import process_groups
 from megatron.sft.planning.options import parse
 from megatron.sft.planning.resolution import plan_run
@@ -42,7 +42,7 @@ def main() -> None:
                     keep_first_checkpoint(source, run)
                 torch.distributed.barrier()
                 arguments = ["--load", converted, "--data-path", data, "--save", run, *OPTIONS, *LAYOUTS[target][1]]
-                losses = go_on([str(argument) for argument in arguments], run)
+                losses = continue_run([str(argument) for argument in arguments], run)
                 if ranks.is_rank_0():
                     (run / "losses.json").write_text(json.dumps(losses))
 
@@ -55,7 +55,7 @@ def keep_first_checkpoint(source: Path, run: Path) -> None:
     (run / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
 
 
-def go_on(arguments: list[str], run: Path) -> list[float]:
+def continue_run(arguments: list[str], run: Path) -> list[float]:
     """Resume, save at once what was loaded under "again", and train on; returns the losses."""
     from megatron.sft.training import state
     from megatron.sft.training.engine import Engine
@@ -85,7 +85,7 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
             tensors[key] = torch.full(facts.size, float("nan"), dtype=facts.properties.dtype)
             for chunk in facts.chunks:
                 place = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-                tensors[key][place] = read_chunk(folder, metadata, MetadataIndex(key, chunk.offsets))
+                tensors[key][place] = read_chunk(folder, metadata, key, chunk)
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""megatron.sft.train with a checkpoint writer that ends without a word on the last process."""
+"""megatron.sft.train with a checkpoint writer that ends without reporting on the last process."""
 
 import os
 
@@ -7,9 +7,9 @@ from megatron.sft import train
 
 def main() -> None:
     if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
-        from megatron.sft.checkpoint.background import Job
+        from megatron.sft.checkpoint.background import SaveTask
 
-        Job._run = lambda self: None  # type: ignore[method-assign]
+        SaveTask._run = lambda self: None  # type: ignore[method-assign]
     train._end()
 
 

@@ -55,7 +55,7 @@ def missing_programs() -> list[str]:
 
 
 class Cluster:
-    """The daemons, and what a user of the cluster does. `environment` is the user's shell."""
+    """The daemons, and the commands of its user. `environment` is the user's shell."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder = folder
@@ -149,7 +149,7 @@ class Cluster:
         return found
 
     def lose_node(self, node: str, job: str) -> None:
-        """What a power cut does: slurmd, the job's slurmstepd on that node and its processes end at once."""
+        """What a power cut does: slurmd, the job's slurmstepd on that node and its processes end immediately."""
         self.daemons[node].kill()
         self.daemons[node].wait()
         processes = _processes_of(node, job)

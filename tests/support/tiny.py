@@ -94,10 +94,10 @@ def write_rows(prefix: Path, rows: list[list[Conversation]], length: int, joined
     """Write rows as tokenised data with a manifest; returns the prefix. joined: rows of one unit with the row before."""
     from megatron.sft.data.tokenized import (
         FORMAT,
+        MODE_CONTINUES_GROUP,
         MODE_FIRST,
-        MODE_JOINED,
         MODE_TRAINED,
-        file_of,
+        data_file,
         token_dtype,
         write_index,
     )
@@ -109,12 +109,12 @@ def write_rows(prefix: Path, rows: list[list[Conversation]], length: int, joined
             lengths += [len(prompt), len(answer)]
             modes += [MODE_FIRST, MODE_TRAINED]
         if number in joined:
-            modes[-2 * len(row)] |= MODE_JOINED
+            modes[-2 * len(row)] |= MODE_CONTINUES_GROUP
         documents.append(len(lengths))
     dtype = token_dtype(VOCAB_SIZE)
     tokens = np.concatenate([part for row in rows for pair in row for part in pair]).astype(dtype)
-    tokens.tofile(file_of(prefix, "bin"))
-    write_index(file_of(prefix, "idx"), dtype, np.array(lengths), np.array(documents), np.array(modes))
+    tokens.tofile(data_file(prefix, "bin"))
+    write_index(data_file(prefix, "idx"), dtype, np.array(lengths), np.array(documents), np.array(modes))
     trained = int(np.array(lengths)[np.array(modes) == MODE_TRAINED].sum())
     manifest = {
         "format": FORMAT,
@@ -128,13 +128,13 @@ def write_rows(prefix: Path, rows: list[list[Conversation]], length: int, joined
         "chat_template": None,
         "files": {
             ending: {
-                "bytes": file_of(prefix, ending).stat().st_size,
-                "sha256": sha256_of_file(file_of(prefix, ending)),
+                "bytes": data_file(prefix, ending).stat().st_size,
+                "sha256": sha256_of_file(data_file(prefix, ending)),
             }
             for ending in ("bin", "idx")
         },
     }
-    write_json(file_of(prefix, "json"), sealed(manifest))
+    write_json(data_file(prefix, "json"), sealed(manifest))
     return prefix
 
 

@@ -1,4 +1,4 @@
-"""The pages for readers: what they link to is there, and what they show of the program is what it says."""
+"""The documentation: its links work, and the output it shows is what the program prints."""
 
 import re
 from pathlib import Path

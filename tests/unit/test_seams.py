@@ -104,18 +104,6 @@ SEAMS: dict[str, list[str]] = {
     "megatron.core.transformer.attention.Attention.num_query_groups_per_partition": [],
     "megatron.core.transformer.attention.Attention.hidden_size_per_attention_head": [],
     "megatron.core.transformer.transformer_layer.TransformerLayerSubmodules.sharded_state_dict_keys_map": [],
-    "megatron.core.dist_checkpointing.strategies.torch.TorchDistSaveShardedStrategy.save": [
-        "sharded_state_dict",
-        "checkpoint_dir",
-    ],
-    "megatron.core.dist_checkpointing.strategies.torch.TorchDistSaveShardedStrategy.keep_only_main_replica": [],
-    "megatron.core.dist_checkpointing.strategies.torch._replace_state_dict_keys_with_sharded_keys": [
-        "sharded_state_dict",
-        "keep_only_main_replica",
-    ],
-    "megatron.core.dist_checkpointing.strategies.torch.mcore_to_pyt_state_dict": ["state_dict", "is_loading"],
-    "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlanner.resolve_data": ["write_item"],
-    "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlanner.finish_plan": [],
     # megatron-core: attributes that only its own code uses
     "megatron.core.distributed.DistributedDataParallel.buffers": [],
     "megatron.core.distributed.DistributedDataParallel.expert_parallel_buffers": [],
@@ -140,6 +128,12 @@ SEAMS: dict[str, list[str]] = {
     ],
     "megatron.core.optimizer.cpu_offloading.hybrid_optimizer.HybridDeviceOptimizer.sub_optimizers": [],
     "megatron.core.optimizer.USING_PYTORCH_OPTIMIZER": [],
+    "megatron.core.optimizer.Adam": [],
+    "megatron.core.optimizer.distrib_optimizer.Adam": [],
+    "megatron.core.optimizer.is_te_min_version": ["version"],
+    "megatron.core.optimizer.optimizer_config.OptimizerConfig.use_precision_aware_optimizer_no_fp8_or_ds_fp8": [],
+    "megatron.core.optimizer.optimizer.MegatronOptimizer.get_main_grads_for_grad_norm": ["self"],
+    "megatron.core.optimizer.optimizer.MegatronOptimizer.get_grad_stats_parallel_group": ["self"],
     "megatron.core.tensor_parallel.model_parallel_cuda_manual_seed": ["seed", "inference_rng_tracker"],
     "megatron.core.dist_checkpointing.mapping.ShardedTensor": [
         "key",

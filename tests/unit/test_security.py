@@ -58,7 +58,7 @@ def test_no_script_expands_what_it_is_given(what: str) -> None:
     assert not lines_with(SHELL_FORBIDDEN[what], shell_files()), what
 
 
-def test_every_class_that_unpickles_is_the_one_that_runs_nothing() -> None:
+def test_every_class_that_unpickles_runs_nothing() -> None:
     found = lines_with(r"Unpickler\(pickle", python_files())
     assert len(found) == 1 and found[0].startswith("megatron/sft/checkpoint/pickled.py"), found
 

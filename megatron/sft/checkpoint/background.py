@@ -1,4 +1,4 @@
-"""The thread of a process that writes its part of a checkpoint; the first process's makes the whole of all parts."""
+"""The thread of each process that writes its part of a checkpoint; on rank 0 it also assembles the checkpoint of all parts."""
 
 import json
 import threading
@@ -11,42 +11,42 @@ import torch
 from torch.distributed import PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _get_default_store
 
-from megatron.sft.checkpoint.assembling import write_index
-from megatron.sft.checkpoint.folder import iteration_path, put_in_place, remove_superfluous, unfinished_path
-from megatron.sft.checkpoint.pieces import Piece
-from megatron.sft.checkpoint.writing import CancelledError, Written, stored_piece, write_pieces
+from megatron.sft.checkpoint.folder import iteration_path, put_in_place, remove_old_checkpoints, unfinished_path
+from megatron.sft.checkpoint.shard_slice import ShardSlice
+from megatron.sft.checkpoint.writing import CancelledError, WrittenPart, part_from_json, write_index, write_slices
+from megatron.sft.runtime.errors import cause_of
 
 _PAUSE_SECONDS = 0.02
 
 
-class Exchange:
-    """Notes by name, seen by all processes, of the save with this `number`. Each thread needs one of its own."""
+class StoreMailbox:
+    """Texts by name, seen by all processes, about the save `save_number`. Each thread needs its own mailbox."""
 
-    def __init__(self, number: int) -> None:
-        self._store: Store = PrefixStore(f"checkpoint/{number}", _own_connection(_get_default_store()))
+    def __init__(self, save_number: int) -> None:
+        self._store: Store = PrefixStore(f"checkpoint/{save_number}", _own_connection(_get_default_store()))
 
     def put(self, name: str, text: str) -> None:
-        """Leave a note; on return every process can see it."""
+        """Store a text; on return every process can read it."""
         self._store.set(name, text)
-        # The answer to a second question says that the first was heard.
+        # `set` does not wait. A second request returns only after the first was processed.
         self._store.check([name])
 
     def get(self, name: str) -> str | None:
-        """The note, or None if it is not there yet."""
+        """The text, or None if it is not there yet."""
         if not self._store.check([name]):
             return None
         return bytes(self._store.get(name)).decode()
 
 
 def _own_connection(store: Store) -> Store:
-    """The store that the processes met in, over another connection: one that waits holds up whoever shares it."""
+    """The store of the process group over another connection: a blocking call would block other users of the connection."""
     if torch.distributed.get_world_size() == 1:
         return store
     if hasattr(store, "clone"):
         return store.clone()
     prefixes = []
     while isinstance(store, PrefixStore):
-        # The name is not to be had in this version of torch; what is below it is the same for all processes.
+        # This version of torch does not give the prefix itself; the store below it is the same for all processes.
         store = store.underlying_store
         prefixes.append("_")
     assert isinstance(store, TCPStore)
@@ -54,8 +54,8 @@ def _own_connection(store: Store) -> Store:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a save ended; the main threads take note at their poll number `poll`."""
+class SaveResult:
+    """How a save ended; the main threads act on it at their poll number `poll`."""
 
     error: str = ""
     seconds: float = 0.0
@@ -63,27 +63,30 @@ class Outcome:
     poll: int = 0
 
 
-class Job:
-    """One save in this process. `outcome` is set on the first process when the save has ended, in whatever way."""
+class SaveTask:
+    """One save in this process. `result` is set on rank 0 when the save has ended, well or with an error.
+
+    timeout_seconds: how long rank 0 waits at least for the parts of the others.
+    """
 
     def __init__(
         self,
         root: Path,
         iteration: int,
-        pieces: list[Piece],
+        slices: list[ShardSlice],
         manifest: dict[str, Any],
         keep_last: int,
         keep_every: int,
-        exchange: Exchange,
+        mailbox: StoreMailbox,
         timeout_seconds: float,
     ) -> None:
         self.iteration = iteration
-        self.outcome: dict[str, Any] | None = None
-        self.stood_still = 0.0
+        self.result: dict[str, Any] | None = None
+        self.stalled_seconds = 0.0
         self._root, self._manifest = root, manifest
         self._keep_last, self._keep_every = keep_last, keep_every
-        self._pieces = pieces
-        self._exchange, self._timeout = exchange, timeout_seconds
+        self._slices = slices
+        self._mailbox, self._timeout = mailbox, timeout_seconds
         self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._cancelled = threading.Event()
         self._reported = False
@@ -91,30 +94,30 @@ class Job:
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
 
     def start(self, started: float) -> None:
-        """Begin; `started` is when the save began, of time.monotonic()."""
+        """Start the thread; `started` is when the save began, in seconds of time.monotonic()."""
         self._started = started
         self._thread.start()
 
     def cancel(self) -> None:
-        """Stop writing if this process still does, and wait for that."""
+        """Stop writing, if this process still does, and wait up to 10 s for it."""
         self._cancelled.set()
         self._thread.join(timeout=10)
 
     def report_death(self) -> None:
-        """Tell the others if the thread has ended without a word. Called by the main thread."""
+        """Report the thread's end to the other ranks if it died before it could. Called by the main thread."""
         if self._thread.is_alive():
             return
         if not self._reported:
             self._report({"error": "the thread that wrote it ended"})
-        if self._rank == 0 and self.outcome is None:
+        if self._rank == 0 and self.result is None:
             self._end("the thread that wrote it ended")
 
     def _run(self) -> None:
         try:
             folder = unfinished_path(self._root, self.iteration)
-            written = write_pieces(folder, self._rank, self._pieces, self._cancelled)
-            self._pieces = []
-            # What the first process reports stays with it.
+            written = write_slices(folder, self._rank, self._slices, self._cancelled)
+            self._slices = []
+            # Rank 0 assembles the parts and has its own.
             self._report({} if self._rank == 0 else asdict(written))
             if self._rank == 0:
                 self._assemble(folder, written)
@@ -122,54 +125,46 @@ class Job:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        reason = "it was given up" if isinstance(error, CancelledError) else describe(error)
+        reason = "it was canceled" if isinstance(error, CancelledError) else cause_of(error)
         if not self._reported:
             self._report({"error": reason})
         if self._rank == 0:
             self._end(reason)
 
     def _report(self, content: dict[str, Any]) -> None:
-        self._exchange.put(f"rank {self._rank}", json.dumps(content))
+        self._mailbox.put(f"rank {self._rank}", json.dumps(content))
         self._reported = True
 
     def _end(self, error: str = "", notes: list[str] | None = None) -> None:
         seconds = time.monotonic() - self._started
-        self.outcome = asdict(Outcome(error, seconds, notes or []))
+        self.result = asdict(SaveResult(error, seconds, notes or []))
 
-    def _assemble(self, folder: Path, own: Written) -> None:
+    def _assemble(self, folder: Path, own: WrittenPart) -> None:
         parts = [own, *(self._part(rank) for rank in range(1, self._world))]
         files = write_index(folder, parts)
         put_in_place(self._root, self.iteration, folder, {**self._manifest, "files": files})
         notes = []
         try:
-            gone = remove_superfluous(self._root, self.iteration, self._keep_last, self._keep_every)
-            if gone:
-                notes = [f"removed {', '.join(iteration_path(self._root, i).name for i in gone)} (KEEP_LAST)"]
+            removed = remove_old_checkpoints(self._root, self.iteration, self._keep_last, self._keep_every)
+            if removed:
+                notes = [f"removed {', '.join(iteration_path(self._root, i).name for i in removed)} (KEEP_LAST)"]
         except OSError as error:
-            notes = [f"warning: an old checkpoint could not be removed: {describe(error)}"]
+            notes = [f"warning: an old checkpoint could not be removed: {cause_of(error)}"]
         self._end(notes=notes)
 
-    def _part(self, rank: int) -> Written:
-        """What another process has written; waits for it."""
+    def _part(self, rank: int) -> WrittenPart:
+        """What rank `rank` has written; waits for it."""
         # Its part is as large as this one's, and its disk may be busier.
         deadline = time.monotonic() + max(self._timeout, 3 * (time.monotonic() - self._started))
-        while (text := self._exchange.get(f"rank {rank}")) is None:
+        while (text := self._mailbox.get(f"rank {rank}")) is None:
             if self._cancelled.is_set():
                 raise CancelledError
             if time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"rank {rank} did not say within {self._timeout / 60:.0f} minutes that its part is written"
+                    f"rank {rank} did not report its part as written within {self._timeout / 60:.0f} minutes"
                 )
             time.sleep(_PAUSE_SECONDS)
         content = json.loads(text)
         if "error" in content:
             raise RuntimeError(f"rank {rank}: {content['error']}")
-        return Written(content["files"], [stored_piece(piece) for piece in content["pieces"]])
-
-
-def describe(error: BaseException) -> str:
-    """One line that names the cause."""
-    text = str(error).strip().partition("\n")[0]
-    if isinstance(error, OSError) or type(error) is RuntimeError:
-        return text
-    return f"{type(error).__name__}: {text}"
+        return part_from_json(content)

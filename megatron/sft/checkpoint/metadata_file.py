@@ -1,6 +1,6 @@
-"""The `.metadata` file of a torch_dist checkpoint, which is a pickle: read without trusting it, checked, and made anew.
+"""The `.metadata` file of a torch_dist checkpoint, which is a pickle: read without trusting it, checked, and rebuilt.
 
-Of what the file says, names, sizes and places are taken; nothing in it decides what is called.
+Only names, sizes and places are taken from the file; nothing in it decides what is called.
 """
 
 import pickle
@@ -18,8 +18,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron.sft.checkpoint.pickled import Record, read_records
-from megatron.sft.runtime.errors import UserError, first_line
+from megatron.sft.checkpoint.pickled import Record, read_records, refusing_damage
 
 FILE = ".metadata"
 _TORCH = "torch.distributed.checkpoint."
@@ -37,23 +36,13 @@ _NAMED_HERE = ("metadata", "filesystem", "planner")
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What the checkpoint's .metadata says of tensors and where they lie. A file that says anything else is a `UserError`."""
-    path = folder / FILE
-    try:
-        content = read_records(path.read_bytes(), _known)
-        if not _is(content, "metadata.Metadata"):
-            raise ValueError("it holds something else")
-        return _checked(folder, content)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: the checkpoint is not whole, take another one") from None
-    except Exception as error:
-        raise UserError(
-            f"{path} is damaged or not to be trusted ({first_line(error)}): take another checkpoint"
-        ) from None
+    """The tensors of a checkpoint and where they lie, from its .metadata. A `UserError` if the file says anything else."""
+    with refusing_damage(folder / FILE):
+        return _checked(folder, read_records((folder / FILE).read_bytes(), _known))
 
 
 def _known(module: str, name: str) -> None:
-    """Refuse a name that no such file asks for. The others are recorded, none is looked up."""
+    """Refuse a name that a .metadata file never asks for. The others become records; none is looked up."""
     of_torch = module.startswith(_TORCH) and module.removeprefix(_TORCH) in _NAMED_HERE and name.isidentifier()
     if not of_torch and f"{module}.{name}" not in _OTHER_NAMES:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
@@ -75,7 +64,7 @@ def _size(value: Any) -> torch.Size:
     return torch.Size(value)
 
 
-def _checked(folder: Path, content: Record) -> Metadata:
+def _checked(folder: Path, content: Any) -> Metadata:
     facts = _fields(content, "metadata.Metadata")
     tensors, places = facts["state_dict_metadata"], facts["storage_data"]
     if type(tensors) is not dict or type(places) is not dict or not all(type(key) is str for key in tensors):
@@ -97,7 +86,7 @@ def _checked(folder: Path, content: Record) -> Metadata:
 
 
 def _file_size(path: Path) -> int:
-    """A file of the checkpoint; a link to one elsewhere is not."""
+    """Bytes of a file of the checkpoint. A missing file, and a link to one outside the checkpoint, is refused."""
     if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
         raise ValueError(f"{path.name} is a link to {path.resolve()}, outside the checkpoint")
     if not path.is_file():

@@ -1,7 +1,7 @@
-"""The optimizer's state in the shape of the parameters: master weights and moments, each rank its own share of them.
+"""The optimizer's state in the shape of the parameters: master weights and moments, of which each rank saves its share.
 
-megatron-core's way to save it for any layout gathers all of it on every data-parallel rank first. Here each rank names the
-boxes that its share consists of, so nothing is gathered, and experts that are spread over processes are no special case.
+To save it for any layout, megatron-core first gathers all of it on every data-parallel rank. Here each rank names the slices
+that its share consists of, so nothing is gathered, and experts that are spread over processes need no special case.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 from torch import Tensor, nn
 
-from megatron.sft.checkpoint.pieces import Piece, is_written_here, parts_of_parameters, pieces_of_range
+from megatron.sft.checkpoint.model_shards import is_saved_copy, slices_of_range, tensors_by_parameter
+from megatron.sft.checkpoint.shard_slice import ShardSlice
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 PREFIX = "optimizer.state"
@@ -30,20 +31,20 @@ class Share:
     stop: int
 
     def tensor(self, kind: str) -> Tensor:
-        """Its float32 master weights ("param") or moments, flat."""
+        """[stop - start] float32: master weights ("param") or a moment ("exp_avg", "exp_avg_sq")."""
         held, state = self._held()
         if kind == "param":
             return master_weights(held, state).detach().view(-1)
-        if kind not in state:  # no step has been taken yet: all of them were left out
+        if kind not in state:  # no step has been taken yet, or all were skipped
             return torch.zeros_like(held, dtype=torch.float32).view(-1)
         return state[kind].detach().float().view(-1)
 
     @torch.no_grad()
     def fill(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Replace them by others of the same length."""
+        """Replace all KINDS by float32 tensors of the same length, and the number of steps taken."""
         held, state = self._held()
         if "step" in state:
-            # torch's AdamW counts its steps beside the moments.
+            # torch's AdamW counts its steps next to the moments.
             state["step"].fill_(float(step))
         for kind in ("exp_avg", "exp_avg_sq"):
             state[kind].copy_(tensors[kind].view_as(state[kind]))
@@ -57,30 +58,32 @@ class Share:
             state["master_param"].copy_(master)
 
     def _held(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The tensor that the optimizer steps, and its state: master weights too where they are not that tensor."""
+        """The tensor that the optimizer steps, and its state, which has the master weights where they are another tensor."""
         group, place = self.optimizer.model_param_group_index_map[self.parameter]
         held = self.optimizer.optimizer.param_groups[group]["params"][place]
         return held, self.optimizer.optimizer.state.get(held, {})
 
 
 def master_weights(weights: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """The float32 master weights of `weights`.
-
-    Transformer Engine's AdamW with a state of 16 bits keeps the lower half of each alone, as int16: the upper half is the
-    bfloat16 weight, which was rounded up where the lower half, read with a sign, is negative.
-    """
+    """The float32 master weights of `weights`, of which an optimizer with 16-bit states holds the lower halves only."""
     master = state.get("master_param")
     if master is None:
         return weights.float()
-    if master.dtype != torch.int16:
-        return master
-    lower = master.int()
-    upper = weights.view(torch.int16).int() - (lower < 0).int()
-    return ((upper << 16) | (lower & 0xFFFF)).view(torch.float32)
+    return master if master.dtype != torch.int16 else join_master_weights(weights, master)
+
+
+def join_master_weights(weights: Tensor, lower: Tensor) -> Tensor:
+    """float32 master weights of bfloat16 weights and their int16 lower halves, in the weights' shape.
+
+    The weight was rounded up where the lower half, read with a sign, is negative (Transformer Engine stores them the same way).
+    """
+    low = lower.int()
+    upper = weights.view(torch.int16).int() - (low < 0).int()
+    return ((upper << 16) | (low & 0xFFFF)).view(torch.float32)
 
 
 def split_master_weights(master: Tensor) -> tuple[Tensor, Tensor]:
-    """The bfloat16 weights and the int16 lower halves that `master_weights` makes float32 `master` of."""
+    """The bfloat16 weights and the int16 lower halves of float32 `master`. Inverse of `join_master_weights`."""
     bits = master.contiguous().view(torch.int32)
     lower = bits.to(torch.int16)  # keeps the lower 16 bits
     upper = (bits >> 16) + (lower < 0).int()
@@ -88,8 +91,8 @@ def split_master_weights(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inner_optimizers(optimizer: Any) -> list[Any]:
-    """megatron-core's optimizers: one, or a second for experts that are spread over processes."""
-    return [each for each in optimizer.chained_optimizers if not getattr(each, "is_stub_optimizer", False)]
+    """megatron-core's optimizers: one, and a second for experts that are spread over processes."""
+    return [inner for inner in optimizer.chained_optimizers if not getattr(inner, "is_stub_optimizer", False)]
 
 
 def shares(optimizer: Any) -> Iterator[Share]:
@@ -102,40 +105,47 @@ def shares(optimizer: Any) -> Iterator[Share]:
                         yield Share(inner, parameter, ranges["param"].start, ranges["param"].end)
 
 
-def optimizer_pieces(optimizer: Any, tensors: list[ShardedTensor]) -> list[Piece]:
-    """The pieces that this process writes; `tensors` are the model's."""
+def optimizer_slices(optimizer: Any, tensors: list[ShardedTensor]) -> list[ShardSlice]:
+    """The slices of optimizer state that this process writes. `tensors`: megatron-core's descriptions of the parameters."""
     all_shares = list(shares(optimizer))
-    parts = parts_of_parameters(tensors, {share.parameter: None for share in all_shares})
-    pieces = []
+    parts = tensors_by_parameter(tensors, {share.parameter: None for share in all_shares})
+    slices: list[ShardSlice] = []
     for share in all_shares:
-        mine = [part for part in parts[share.parameter] if is_written_here(part)]
+        saved = [part for part in parts[share.parameter] if is_saved_copy(part)]
         for kind in KINDS:
-            for box, first, last in pieces_of_range(share.parameter, mine, share.start, share.stop):
-                values = partial(_part_of, share, kind, first, last)
-                pieces.append(replace(box, key=f"{PREFIX}.{kind}.{box.key}", dtype=torch.float32, values=values))
-    return pieces
+            slices += _slices(share, saved, kind, partial(share.tensor, kind))
+    return slices
 
 
-def _part_of(share: Share, kind: str, first: int, last: int) -> Tensor:
-    return share.tensor(kind)[first:last]
+def _slices(share: Share, parts: list[ShardedTensor], kind: str, flat: Callable[[], Tensor]) -> Iterator[ShardSlice]:
+    """The slices of the share's state of one kind, whose values are those of `flat()`, [stop - start]."""
+    for part, first, last in slices_of_range(share.parameter, parts, share.start, share.stop):
+        values = partial(_part_of, flat, first, last)
+        yield replace(part, key=f"{PREFIX}.{kind}.{part.key}", dtype=torch.float32, values=values)
+
+
+def _part_of(flat: Callable[[], Tensor], first: int, last: int) -> Tensor:
+    return flat()[first:last]
 
 
 def load_optimizer(
-    optimizer: Any, tensors: list[ShardedTensor], read: Callable[[list[Piece]], None], record: dict[str, Any]
+    optimizer: Any, tensors: list[ShardedTensor], read: Callable[[list[ShardSlice]], None], record: dict[str, Any]
 ) -> None:
-    """Fill the state from a checkpoint: `read` fills pieces in CPU memory, `record` is what `optimizer_record` gave."""
+    """Fill the state from a checkpoint: `read` fills slices in CPU memory, `record` is what `optimizer_record` returned."""
     for inner in inner_optimizers(optimizer):
         _allocate(inner, record)
     all_shares = list(shares(optimizer))
-    parts = parts_of_parameters(tensors, {share.parameter: None for share in all_shares})
+    parts = tensors_by_parameter(tensors, {share.parameter: None for share in all_shares})
     for share in all_shares:
         loaded = {kind: torch.zeros(share.stop - share.start) for kind in KINDS}
-        wanted = []
-        for kind, target in loaded.items():
-            for box, first, last in pieces_of_range(share.parameter, parts[share.parameter], share.start, share.stop):
-                values = partial(target.__getitem__, slice(first, last))
-                wanted.append(replace(box, key=f"{PREFIX}.{kind}.{box.key}", dtype=torch.float32, values=values))
-        read(wanted)
+        # One share at a time, so that only its state is in memory twice.
+        read(
+            [
+                s
+                for kind in KINDS
+                for s in _slices(share, parts[share.parameter], kind, partial(loaded.__getitem__, kind))
+            ]
+        )
         share.fill(loaded, int(record["step"]))
 
 
@@ -150,7 +160,7 @@ def optimizer_record(optimizer: Any) -> dict[str, Any]:
 
 
 def _step(optimizers: list[Any]) -> int:
-    """All parameters have taken the same steps. FusedAdam counts them in the parameter group, torch beside the moments."""
+    """Steps taken, the same for all parameters. FusedAdam counts them in the parameter group, torch next to the moments."""
     for inner in optimizers:
         for group in inner.optimizer.param_groups:
             if group["params"] and "step" in group:
@@ -162,11 +172,13 @@ def _step(optimizers: list[Any]) -> int:
 
 
 def _allocate(inner: Any, record: dict[str, Any]) -> None:
-    """Give an optimizer that has not taken a step yet the memory of its state, and what is in `record`."""
+    """Allocate the state of an optimizer that has not taken a step yet, and set its step and loss scale from `record`."""
     if isinstance(inner.optimizer, torch.optim.AdamW):
         _allocate_torch(inner.optimizer)
+    elif hasattr(inner.optimizer, "allocate"):  # training.adamw.InPlaceAdamW
+        inner.optimizer.allocate(int(record["step"]))
     elif isinstance(inner.optimizer, HybridDeviceOptimizer):
-        # megatron-core would take a step with random gradients, which changes the weights.
+        # megatron-core allocates it by a step with random gradients, which changes the weights.
         for part in inner.optimizer.sub_optimizers:
             _allocate_torch(part)
         inner.optimizer._sync_sub_optimizers_state_to_hdo()

@@ -1,19 +1,23 @@
 """Pickles of unknown origin, read without importing, calling or changing anything that they name.
 
-A pickle is a small program: it names functions and calls them. Here every name becomes a new, empty class of its own that
-remembers what it was given, and the caller makes of these records what it expects to find.
+A pickle is a small program: it names functions and calls them. Here every name becomes a new, empty class that remembers its
+arguments, and the caller turns these records into what it expects to find.
 """
 
 import io
 import pickle
 import pickletools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
-# Types of C that cannot be changed from a pickle, and whose making does nothing.
+from megatron.sft.runtime.errors import UserError, first_line
+
+# Types that a pickle cannot change, and whose construction has no effect.
 _PLAIN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): torch.Size,
@@ -24,12 +28,12 @@ _PLAIN: dict[tuple[str, str], Any] = {
         if isinstance(dtype, torch.dtype)
     },
 }
-# They look for objects and numbers outside the pickle's own text.
+# Opcodes that refer to objects outside the pickle's bytes.
 _REFUSED = {"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
 
 
 class Record:
-    """Stands for an object of the class `name`, which is not loaded: `arguments` it was made with, and its `state`."""
+    """Stands for an object of the class `name`, which is not loaded: its constructor's `arguments`, `state` and `items`."""
 
     name = ""
 
@@ -50,7 +54,7 @@ class Record:
         return self
 
     def append(self, value: Any) -> None:
-        """What a list, a set and a dictionary are filled with: kept, so that nothing is lost in silence."""
+        """How a list is filled, as `add` a set and `__setitem__` a dictionary; kept, so that nothing is lost."""
         self.items.append(value)
 
     add = append
@@ -78,7 +82,7 @@ class _Unpickler(pickle.Unpickler):
         if asked in _PLAIN:
             return _PLAIN[asked]
         if asked not in self._classes:
-            # Of this one reading only: a pickle can also set attributes of the classes that it names.
+            # A new class for each reading: a pickle can also set attributes of the classes that it names.
             found = self._known(module, name)
             self._classes[asked] = type("Record", (Record,), {"name": f"{module}.{name}"}) if found is None else found
         return self._classes[asked]
@@ -96,13 +100,26 @@ def read_records(
 ) -> Any:
     """The content of a pickle, of plain values and `Record`s.
 
-    `known` may give something harmless of its own for a module and a name, or refuse them; `stored` resolves what the
-    pickle refers to outside itself. Whatever is wrong with the pickle is an exception of some kind.
+    `known(module, name)` may return something harmless to use instead of a record, or raise; `stored(pid)` resolves the
+    pickle's references to data outside itself. A bad pickle raises an exception of any type: read it in `refusing_damage`.
     """
     for operation, argument, _ in pickletools.genops(data):
         if operation.name in _REFUSED:
             raise pickle.UnpicklingError(f"it uses {operation.name}")
-        # The reader makes room for as many remembered objects as the largest number says.
+        # The reader allocates memory for as many objects as the largest number says.
         if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
             raise pickle.UnpicklingError(f"it numbers {argument} objects in {len(data)} bytes")
     return _Unpickler(data, known, stored).load()
+
+
+@contextmanager
+def refusing_damage(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong while the file `path` of a checkpoint is read into a `UserError` that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: the checkpoint is not whole, take another one") from None
+    except Exception as error:
+        raise UserError(
+            f"{path} is damaged or not to be trusted ({first_line(error)}): take another checkpoint"
+        ) from None

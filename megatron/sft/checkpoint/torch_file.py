@@ -1,10 +1,9 @@
-"""Files of torch.save: read without running what they pickle, their tensors mapped from the file, and written part by part.
+"""Files of torch.save: read without running what they pickle, tensors mapped from the file, and written tensor by tensor.
 
 Such a file is a zip archive without compression: a pickle, and the bytes of every tensor's storage.
 """
 
 import argparse
-import io
 import mmap
 import pickle
 import struct
@@ -17,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.sft.checkpoint.pickled import read_records
+from megatron.sft.checkpoint.pickled import read_records, refusing_damage
 from megatron.sft.hf.safetensors_file import tensor_bytes
-from megatron.sft.runtime.errors import UserError, first_line
 
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -38,13 +36,13 @@ class _Storage:
 
 
 class _RebuildTensor:
-    """What a pickle calls as torch._utils._rebuild_tensor_v2. Without attributes that the pickle could set."""
+    """Stands for torch._utils._rebuild_tensor_v2. It has no attributes that a pickle could set."""
 
     __slots__ = ()
 
     def __call__(self, storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
         if not isinstance(storage, _Storage):
-            raise pickle.UnpicklingError("it makes a tensor of something else than bytes in the file")
+            raise pickle.UnpicklingError("it makes a tensor of something that is not in the file")
         room = len(storage.content) // storage.dtype.itemsize
         if prod(size) > room:
             raise pickle.UnpicklingError(f"it makes a tensor of {prod(size)} values from {room}")
@@ -55,7 +53,7 @@ class _RebuildTensor:
 
 
 class _SameData:
-    """What a pickle calls as torch._utils._rebuild_parameter."""
+    """Stands for torch._utils._rebuild_parameter."""
 
     __slots__ = ()
 
@@ -71,49 +69,22 @@ def _known(module: str, name: str) -> Any:
     if (module, name) == ("torch._utils", "_rebuild_parameter"):
         return _SameData()
     if (module, name) == ("argparse", "Namespace"):
-        # A class of this reading's own: the pickle may set its attributes.
+        # A new class for each reading: the pickle may set its attributes.
         return type("Namespace", (argparse.Namespace,), {})
     return None
 
 
-class _View(io.RawIOBase):
-    """A part of a file's map as a file."""
-
-    def __init__(self, content: memoryview) -> None:
-        self._content, self._position = content, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._content)}[whence]
-        if start + offset < 0:
-            raise OSError("before the start")
-        self._position = start + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        part = self._content[self._position :]
-        part = part[:size] if size >= 0 else part
-        self._position += len(part)
-        return bytes(part)
-
-
 class _Archive:
-    """The zip archive in `length` bytes of a file from `offset` on (all of them unless given), which stays on disk."""
+    """The zip archive in `length` bytes of a file from `offset` on (all of them unless given), mapped, not read."""
 
     def __init__(self, path: Path, offset: int = 0, length: int | None = None, writable: bool = False) -> None:
         with open(path, "r+b" if writable else "rb") as file:
             length = path.stat().st_size - offset if length is None else length
-            # A file's map begins at the start of a page.
-            page = offset - offset % mmap.ALLOCATIONGRANULARITY
+            # A map begins at the start of a page. zipfile accepts what lies before the archive.
+            self._start = offset % mmap.ALLOCATIONGRANULARITY
             access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY
-            self.map = mmap.mmap(file.fileno(), offset - page + length, access=access, offset=page)
-            self._content = memoryview(self.map)[offset - page :]
-        with zipfile.ZipFile(_View(self._content)) as archive:
+            self.map = mmap.mmap(file.fileno(), self._start + length, access=access, offset=offset - self._start)
+        with zipfile.ZipFile(self.map) as archive:  # type: ignore[call-overload]
             entries = archive.infolist()
         folders = {entry.filename.partition("/")[0] for entry in entries}
         if len(folders) != 1 or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
@@ -127,13 +98,15 @@ class _Archive:
         if name not in self._entries:
             raise ValueError(f"it has no record {name}")
         entry = self._entries[name]
-        if entry.header_offset < 0:
-            raise ValueError(f"its record {name} begins outside the file")
-        header = _LOCAL_HEADER.unpack_from(self._content, entry.header_offset)
-        start = entry.header_offset + _LOCAL_HEADER.size + header[-2] + header[-1]
-        if start + entry.file_size > len(self._content):
-            raise ValueError(f"its record {name} ends outside the file")
-        return self._content[start : start + entry.file_size]
+        if entry.header_offset < self._start:
+            raise ValueError(f"its record {name} begins outside the archive")
+        header = _LOCAL_HEADER.unpack_from(self.map, entry.header_offset)
+        start = (
+            entry.header_offset + _LOCAL_HEADER.size + header[-2] + header[-1]
+        )  # the lengths of name and extra field
+        if start + entry.file_size > len(self.map):
+            raise ValueError(f"its record {name} ends outside the archive")
+        return memoryview(self.map)[start : start + entry.file_size]
 
     def _storage(self, pid: Any) -> _Storage:
         kind, dtype, key, _location, _count = pid
@@ -147,26 +120,21 @@ class _Archive:
 
 
 def read(path: Path) -> Any:
-    """The content of a file of torch.save. Nothing that it pickles is imported or called; tensors stay in the file."""
-    try:
+    """The content of a file of torch.save, with `Record`s for objects that are neither tensors nor plain values.
+
+    Nothing that it pickles is imported or called; tensors are mapped from the file. A damaged file is a `UserError`.
+    """
+    with refusing_damage(path):
         return _Archive(path).content()
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: the checkpoint is not whole, take another one") from None
-    except Exception as error:
-        raise UserError(
-            f"{path} is damaged or not a file of torch.save ({first_line(error)}): take another checkpoint"
-        ) from None
 
 
 def read_tensor(path: Path, offset: int, length: int) -> Tensor:
-    """The one tensor that torch.save put into `length` bytes of a file from `offset` on; it stays in the file."""
-    try:
+    """The tensor that torch.save wrote to `length` bytes of a file from `offset` on, mapped. Anything else is a `UserError`."""
+    with refusing_damage(path):
         tensor = _Archive(path, offset, length).content()
-    except Exception as error:
-        raise UserError(f"{path} is damaged ({first_line(error)}): take another checkpoint") from None
-    if not isinstance(tensor, Tensor):
-        raise UserError(f"{path} holds something else than a tensor at byte {offset}: take another checkpoint")
-    return tensor
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"it holds no tensor at byte {offset}")
+        return tensor
 
 
 def write(path: Path, content: dict[str, Any], state: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -174,7 +142,7 @@ def write(path: Path, content: dict[str, Any], state: dict[str, Tensor], tensors
 
     `state` has the dtypes and shapes (meta tensors) and whatever is not a tensor; `tensors` gives the tensors in its order.
     """
-    # Memory that is never touched is never taken.
+    # Memory that is never touched is never allocated.
     empty = {
         name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
         for name, value in state.items()

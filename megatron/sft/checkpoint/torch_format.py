@@ -1,7 +1,7 @@
 """The `torch` format: one `mp_rank_TT[_PPP]/model_optim_rng.pt` a process, the tree of classic Megatron-LM.
 
-A single process reads and writes it for any number of ranks, one parameter in memory at a time. What Megatron-LM itself and
-projects that carry it have written is read too: other names of the norms, padded vocabularies, optimizer state beside.
+A single process reads and writes it for any number of ranks, one parameter in memory at a time. Checkpoints of Megatron-LM and
+of projects that contain it are read too: other names of the norms, padded vocabularies, optimizer state in the same file.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from megatron.sft.runtime.errors import UserError
 FILE = "model_optim_rng.pt"
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
-# Layers that are Transformer Engine's where classic Megatron-LM trains; it expects a state of theirs, empty without FP8.
+# Classic Megatron-LM builds these layers with Transformer Engine and expects their extra state, None without FP8.
 _ENGINE_LAYERS = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention")
 _ENGINE_MLP = ("mlp.linear_fc1", "mlp.linear_fc2")
 _EXPERT = re.compile(r"\.experts\.experts\.(\d+)\.")
 
-Rank = tuple[int, int, int]  # tensor, pipeline and expert parallel
+Rank = tuple[int, int, int]  # tensor-, pipeline- and expert-parallel rank
 
 
 def rank_folder(rank: Rank, layout: Layout) -> str:
@@ -54,7 +54,7 @@ def save_parameters(
     }
     stages, expert_ranks = range(layout.pipeline_parallel), range(layout.expert_parallel)
     for rank in itertools.product(range(layout.tensor_parallel), stages, expert_ranks):
-        entries = dict(_local_bounds(architecture, layout, rank))
+        entries = dict(_local_entries(architecture, layout, rank))
         state: dict[str, Any] = {
             name: _part(entry, source.meta(entry), architecture, layout, rank[0]) for name, entry in entries.items()
         }
@@ -67,8 +67,8 @@ def save_parameters(
         torch_file.write(path, content, state, parts)
 
 
-def _local_bounds(architecture: Architecture, layout: Layout, rank: Rank) -> Iterator[tuple[str, WeightEntry]]:
-    """The parameters of one rank under the names that they have there: layers and experts counted from its first."""
+def _local_entries(architecture: Architecture, layout: Layout, rank: Rank) -> Iterator[tuple[str, WeightEntry]]:
+    """The parameters of one rank under their names there: layers and experts are counted from the rank's first."""
     stage_layers = layout.stage_layers(architecture)
     first = sum(stage_layers[: rank[1]])
     layers = range(first, first + stage_layers[rank[1]])
@@ -101,7 +101,7 @@ def _part(
 
 
 def padded(rows: Tensor, num_rows: int) -> Tensor:
-    """Rows of zeros added up to `num_rows`."""
+    """[num_rows, ...]: the rows, then rows of zeros."""
     if len(rows) == num_rows:
         return rows
     return torch.cat([rows, rows.new_zeros(num_rows - len(rows), *rows.shape[1:])])
@@ -120,7 +120,7 @@ class TorchFormatParameters:
     """Whole Megatron parameters of a `torch` checkpoint of any TP, PP and EP.
 
     A vocabulary padded beyond the model's is cut. Where the checkpoint has fewer rows than the model, the rest is taken from
-    `source`, the original model, and `notes` says so.
+    `source`, the original model, and `notes` gets a line about it.
     """
 
     def __init__(self, folder: Path, architecture: Architecture, source: HFParameters | None) -> None:
@@ -173,7 +173,7 @@ class TorchFormatParameters:
         copies, rows = self._parts.pop(OUTPUT), self._parts.get(EMBEDDING, {})
         if any(rank not in rows or not torch.equal(copies[rank], rows[rank]) for rank in copies):
             raise UserError(
-                f"{self.folder} was trained with an output layer of its own, config.json ties it to the embedding: "
+                f"{self.folder} was trained with a separate output layer, config.json ties it to the embedding: "
                 "set tie_word_embeddings to false in the model's config.json, which must then hold lm_head.weight"
             )
 
@@ -207,7 +207,7 @@ class TorchFormatParameters:
             return join_tensor_parallel(entry.rule, parts)
         except RuntimeError as error:
             raise UserError(
-                f"{self.folder}: the ranks' parts of {entry.megatron} do not go together ({error})"
+                f"{self.folder}: the ranks' parts of {entry.megatron} do not fit together ({error})"
             ) from None
 
 
@@ -217,15 +217,12 @@ def _read_ranks(folder: Path, architecture: Architecture) -> dict[Rank, dict[str
     for path in sorted(folder.glob(f"mp_rank_*/{FILE}")):
         numbers = path.parent.name.removeprefix("mp_rank_").split("_")
         if not all(number.isdecimal() for number in numbers) or len(numbers) > 3:
-            raise UserError(f"{path.parent} is not named like a rank of Megatron-LM: move it away")
+            raise UserError(f"{path.parent} does not have the name of a Megatron-LM rank: move it away")
         content = torch_file.read(path)
         if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-            known = (
-                "it was written with virtual pipeline stages"
-                if isinstance(content, dict) and "model0" in content
-                else ""
-            )
-            raise UserError(f"{path} has no weights under 'model'{': ' * bool(known)}{known}: take another checkpoint")
+            is_virtual = isinstance(content, dict) and "model0" in content
+            reason = " (it was written with virtual pipeline stages)" if is_virtual else ""
+            raise UserError(f"{path} has no weights under 'model'{reason}: take another checkpoint")
         contents[tuple(map(int, numbers))] = content
     experts_only = architecture.moe is not None and all(EMBEDDING in content["model"] for content in contents.values())
     ranks: dict[Rank, dict[str, Any]] = {}
@@ -242,25 +239,20 @@ def _num_layers(state: dict[str, Any]) -> int:
 
 
 def _check_arguments(folder: Path, architecture: Architecture, arguments: Any, notes: list[str]) -> None:
-    """What the checkpoint's own arguments say, where it matters and the shapes of tensors do not show it."""
-    for name, value in (
-        ("rotary_base", architecture.rope_theta),
-        ("norm_epsilon", architecture.norm_epsilon),
-        ("num_attention_heads", architecture.num_heads),
-        ("num_query_groups", architecture.num_kv_heads),
-    ):
-        there = getattr(arguments, name, None)
+    """Compare the checkpoint's arguments with the model's, where the shapes of tensors do not show a difference."""
+    expected = {"rotary_base": architecture.rope_theta, "norm_epsilon": architecture.norm_epsilon}
+    expected |= {"num_attention_heads": architecture.num_heads, "num_query_groups": architecture.num_kv_heads}
+    for name, value in expected.items():
+        stored = getattr(arguments, name, None)
         if name == "num_query_groups" and not getattr(arguments, "group_query_attention", True):
             continue
-        if not isinstance(there, int | float) or there == value:
+        if not isinstance(stored, int | float) or stored == value:
             continue
         if name.startswith("num"):
             raise UserError(
-                f"{folder} was written with {name} {there}, config.json implies {value}: give the right model"
+                f"{folder} was written with {name} {stored}, config.json implies {value}: give the right model"
             )
-        notes.append(
-            f"the checkpoint was trained with {name} {there}, config.json says {value}, which counts from here on"
-        )
+        notes.append(f"the checkpoint was trained with {name} {stored}, config.json says {value}: config.json is used")
 
 
 def _megatron_arguments(architecture: Architecture, layout: Layout, iteration: int) -> argparse.Namespace:

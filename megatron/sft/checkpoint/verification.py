@@ -1,6 +1,6 @@
-"""Whether a checkpoint is whole, and which one of a run is the newest that is.
+"""Whether a checkpoint is whole, and which checkpoint of a run is the newest whole one.
 
-Names, sizes and the manifest are looked at in a moment, before any process waits for another. The checksums take as long as
+Names, sizes and the manifest are checked first, which takes a moment and no communication. The checksums take as long as
 reading the files: all processes share that, and agree on the result before anything is loaded.
 """
 
@@ -9,22 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from megatron.sft.checkpoint.folder import MANIFEST, TORCH, TORCH_DIST, TRACKER, Checkpoint, iteration_path, iterations
+from megatron.sft.checkpoint.shard_slice import balanced
 from megatron.sft.runtime import ranks, watchdog
 from megatron.sft.runtime.errors import UserError
-from megatron.sft.runtime.manifest import Files, check_sizes, check_sums, files_of, read_json, seal_holds, write_text
+from megatron.sft.runtime.manifest import (
+    Files,
+    check_sizes,
+    check_sums,
+    listed_files,
+    read_json,
+    seal_holds,
+    write_text,
+)
 
 _ADVICE = "the checkpoint is not used"
 
 
 def has_checkpoints(root: Path) -> bool:
-    """Whether a run has left checkpoints there, whole or not."""
+    """Whether a run has written checkpoints there, whole or not."""
     return bool(iterations(root)) or (root / TRACKER).exists()
 
 
 def newest_checkpoint(root: Path, below: int | None = None) -> Checkpoint:
     """The newest checkpoint of a run (before iteration `below`) whose manifest and sizes are right.
 
-    Says which newer ones are passed over and why, and what is wrong with the tracker. None left is a `UserError`.
+    Reports which newer ones are skipped and why, and what is wrong with the tracker. A `UserError` if none is whole.
     """
     problems: list[str] = []
     for iteration in iterations(root):
@@ -39,19 +48,19 @@ def newest_checkpoint(root: Path, below: int | None = None) -> Checkpoint:
             return checkpoint
     reason = problems[0] if problems else f"{root} has no older checkpoint"
     raise UserError(
-        f"{reason}, and no other checkpoint in {root} is whole: bring one back from a copy, or train in another OUTPUT_PATH"
+        f"{reason}, and no other checkpoint in {root} is whole: restore one from a copy, or train in another OUTPUT_PATH"
     )
 
 
 def _whole(root: Path, iteration: int, problems: list[str]) -> Checkpoint | None:
-    """The checkpoint if nothing is wrong with it at first sight; else what is wrong goes to `problems`."""
+    """The checkpoint if its manifest, names and sizes are right; else what is wrong is appended to `problems`."""
     path = iteration_path(root, iteration)
     try:
         if not path.is_dir():
             raise UserError(f"{root} has a folder of iteration {iteration} under another name than {path.name}")
         manifest = read_json(path / MANIFEST, "checkpoint manifest", "it is not whole")
-        check_manifest(path, manifest, iteration)
-        files = files_of(path, path / MANIFEST, manifest["files"])
+        check_checkpoint_manifest(path, manifest, iteration)
+        files = listed_files(path, path / MANIFEST, manifest["files"])
         check_sizes(files, _ADVICE)
         _check_names(path, files)
     except (UserError, OSError) as error:
@@ -60,11 +69,11 @@ def _whole(root: Path, iteration: int, problems: list[str]) -> Checkpoint | None
     return Checkpoint(path, iteration, manifest["checkpoint_format"], manifest)
 
 
-def check_manifest(path: Path, manifest: Any, iteration: int) -> None:
-    """Refuse a manifest that is not as it was written, or that belongs to another checkpoint."""
+def check_checkpoint_manifest(path: Path, manifest: Any, iteration: int) -> None:
+    """A `UserError` if the manifest is not as it was written, or belongs to another checkpoint."""
     where = path / MANIFEST
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or not seal_holds(manifest):
-        raise UserError(f"{where} is damaged (its checksum of itself differs)")
+        raise UserError(f"{where} is damaged (the checksum of its content differs)")
     if manifest.get("iteration") != iteration:
         raise UserError(f"{where} belongs to iteration {manifest.get('iteration')}, not to {iteration}")
     if manifest.get("checkpoint_format") not in (TORCH_DIST, TORCH):
@@ -72,34 +81,34 @@ def check_manifest(path: Path, manifest: Any, iteration: int) -> None:
 
 
 def _check_names(path: Path, files: Files) -> None:
-    """Refuse a file that is not in the manifest, such as one that another checkpoint has left."""
+    """A `UserError` for a file that is not in the manifest, such as another checkpoint's."""
     there = {file for file in path.rglob("*") if not file.is_dir()}
     extra = sorted(there - files.keys() - {path / MANIFEST})
     if extra:
-        raise UserError(f"{extra[0]} is not in the manifest beside it: remove it if it is your own")
+        raise UserError(f"{extra[0]} is not in the manifest next to it: remove it if it is yours")
 
 
 def _compare_tracker(root: Path, iteration: int, warned: bool) -> None:
-    """Say where the tracker does not name the newest whole checkpoint; it is only what other programs go by."""
+    """Warn if the tracker does not name the newest whole checkpoint. Only other programs depend on the tracker."""
     tracker = root / TRACKER
     text = tracker.read_text(errors="replace").strip()[:40] if tracker.is_file() else None
     if text == str(iteration) or (warned and text is not None and text.isdecimal() and int(text) in iterations(root)):
         return
     says = "is missing" if text is None else f"says {text!r}"
-    ranks.print_rank_0(f"warning: {tracker} {says}: taking iteration {iteration}, the newest that is whole")
+    ranks.print_rank_0(f"warning: {tracker} {says}: taking iteration {iteration}, the newest whole one")
 
 
-def mend_tracker(root: Path, iteration: int) -> None:
-    """Name the checkpoint that the run goes on from in the tracker, if another one is named."""
+def repair_tracker(root: Path, iteration: int) -> None:
+    """Make the tracker name the checkpoint that the run continues from."""
     tracker = root / TRACKER
     if not tracker.is_file() or tracker.read_text(errors="replace").strip() != str(iteration):
         write_text(tracker, str(iteration))
 
 
 def checked_run(checkpoint: Checkpoint) -> Checkpoint:
-    """Verify the checksums of the checkpoint that a run goes on from, with all processes; they must have joined their group.
+    """Verify the checksums of the checkpoint that a run continues from, with all processes of the initialized group.
 
-    If it is damaged an older one is returned, and if none is whole that is a `UserError`. Every rank decides the same.
+    Returns an older checkpoint if it is damaged, the same on every rank; a `UserError` if none is whole.
     """
     started, num_bytes = time.monotonic(), 0
     while True:
@@ -112,23 +121,25 @@ def checked_run(checkpoint: Checkpoint) -> Checkpoint:
         ranks.print_rank_0(f"warning: taking iteration {checkpoint.iteration} instead")
     seconds = time.monotonic() - started
     ranks.print_rank_0(
-        f"verified {checkpoint.path} in {seconds:.1f} s ({num_bytes / 1e9:.2f} GB; VERIFY_CHECKPOINT=0 leaves that out)"
+        f"verified {checkpoint.path} in {seconds:.1f} s ({num_bytes / 1e9:.2f} GB; VERIFY_CHECKPOINT=0 skips this)"
     )
     if ranks.is_rank_0():
-        mend_tracker(checkpoint.path.parent, checkpoint.iteration)
+        repair_tracker(checkpoint.path.parent, checkpoint.iteration)
     return checkpoint
 
 
 def _agreed_problem(checkpoint: Checkpoint) -> str | None:
-    """What the first rank that found something found; the same on every rank."""
+    """The problem that the lowest rank found, None if no rank found any; the same on every rank."""
     import torch
 
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     watchdog.enter("verification")
     problem = ""
     try:
-        files = files_of(checkpoint.path, checkpoint.path / MANIFEST, checkpoint.manifest["files"])
-        check_sums(_share(files, rank, world), _ADVICE, lambda num_bytes: watchdog.touch())
+        files = listed_files(checkpoint.path, checkpoint.path / MANIFEST, checkpoint.manifest["files"])
+        paths = list(files)
+        share = balanced([files[path]["bytes"] for path in paths], world)[rank]
+        check_sums({paths[index]: files[paths[index]] for index in share}, _ADVICE, lambda num_bytes: watchdog.touch())
     except UserError as error:
         problem = str(error)
     found: list[tuple[str, str]] = [("", "")] * world
@@ -140,15 +151,3 @@ def _agreed_problem(checkpoint: Checkpoint) -> str | None:
             "give an OUTPUT_PATH that all nodes share"
         )
     return next((text for _, text in found if text), None)
-
-
-def _share(files: Files, rank: int, world: int) -> Files:
-    """This rank's part of the files, about as many bytes on each."""
-    loads: list[int] = [0] * world
-    mine = {}
-    for path, facts in sorted(files.items(), key=lambda file: (-file[1]["bytes"], file[0])):
-        least = loads.index(min(loads))
-        loads[least] += facts["bytes"]
-        if least == rank:
-            mine[path] = facts
-    return mine

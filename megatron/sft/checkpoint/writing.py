@@ -1,23 +1,47 @@
-"""Writing this process's pieces of a checkpoint: several files at once, each flushed, its SHA-256 taken while it is written."""
+"""Writing a torch_dist checkpoint: each process its slices, in several files at once, then one process the index of all.
+
+A run writes a copy of its state in the background, a conversion fetches each parameter when its turn comes. The files are those
+that megatron-core's and torch's own loaders read.
+"""
 
 import ctypes
 import hashlib
+import json
 import os
+import pickle
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
-from megatron.sft.checkpoint.pieces import Piece
+from megatron.sft.checkpoint import metadata_file
+from megatron.sft.checkpoint.shard_slice import ShardSlice, balanced
 
+# What megatron-core asks of a checkpoint's content: optimizer state in the shape of the parameters, for any layout.
+CONTENT_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
 MAX_FILES = 16
+# A smaller file takes longer to make and to flush than it gains.
 _LEAST_BYTES_A_FILE = 16 << 20
-# After so many bytes the disk is told to begin, so that it works while the next ones are hashed.
+# The disk starts on each part of this size while the next one is hashed.
 _FLUSH_BYTES = 8 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 
@@ -27,40 +51,42 @@ class CancelledError(Exception):
 
 
 @dataclass(frozen=True)
-class StoredPiece:
-    """Where a box of a tensor lies."""
+class StoredSlice:
+    """Where a slice of a tensor lies: `num_bytes` from `first_byte` of `file`, as torch.save writes a tensor."""
 
     key: str
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     whole: tuple[int, ...]
-    dtype: str
+    dtype: str  # "bfloat16"
     file: str
     first_byte: int
     num_bytes: int
 
 
-def stored_piece(values: dict[str, Any]) -> StoredPiece:
-    """Of its fields as they come out of JSON."""
-    sizes = {name: tuple(values[name]) for name in ("offsets", "sizes", "whole")}
-    return StoredPiece(**{**values, **sizes})
-
-
 @dataclass(frozen=True)
-class Written:
-    """What a process has written: name -> {"bytes", "sha256"}, as in the manifest, and its pieces."""
+class WrittenPart:
+    """What one process has written: file name -> {"bytes", "sha256"}, as in the manifest, and the slices in the files."""
 
     files: dict[str, dict[str, Any]]
-    pieces: list[StoredPiece]
+    slices: list[StoredSlice]
+
+
+def part_from_json(content: dict[str, Any]) -> WrittenPart:
+    """The inverse of `asdict` after a way through JSON, which makes lists of tuples."""
+    tuples = (
+        {**stored, **{n: tuple(stored[n]) for n in ("offsets", "sizes", "whole")}} for stored in content["slices"]
+    )
+    return WrittenPart(content["files"], [StoredSlice(**stored) for stored in tuples])
 
 
 class HashedFile:
-    """A new file, for torch.save and others to write to, that takes its checksum on the way."""
+    """A new file for torch.save to write to, whose SHA-256 is taken while it is written and which is flushed at the end."""
 
     def __init__(self, path: Path, cancelled: Event | None = None) -> None:
         self.path = path
         self.num_bytes = 0
-        # torch.save reports the first failed write as one of its own, without the reason.
+        # For a failed write torch.save raises another error, without the reason.
         self.error: BaseException | None = None
         self._sha256 = hashlib.sha256()
         self._cancelled = cancelled
@@ -80,7 +106,7 @@ class HashedFile:
                 raise CancelledError
             part = view[start : start + _FLUSH_BYTES]
             self._write(part)
-            # Behind the write, so that the disk works meanwhile; its first part is still in the processor's cache.
+            # After the write: the disk works meanwhile, and the part is still in the processor's cache.
             self._sha256.update(part)
         return len(view)
 
@@ -123,47 +149,42 @@ _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
 def num_files(num_bytes: int) -> int:
-    """Files, and threads, of this process: the machine's cores shared between its processes."""
+    """Files, and threads, for this process's bytes: the machine's cores shared between its processes."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(cores, MAX_FILES, num_bytes // _LEAST_BYTES_A_FILE))
 
 
-def write_pieces(folder: Path, rank: int, pieces: Sequence[Piece], cancelled: Event) -> Written:
-    """Write the pieces as megatron-core's and torch's own loaders expect them. The first error stops all files."""
-    groups = _shared_out(pieces, num_files(sum(piece.num_bytes for piece in pieces)))
-    paths = [folder / f"__{rank}_{number}.distcp" for number in range(len(groups))]
+def write_slices(
+    folder: Path, rank: int, slices: Sequence[ShardSlice], cancelled: Event, max_files: int = MAX_FILES
+) -> WrittenPart:
+    """Write the slices of process `rank`, at most `max_files` at a time. The first error stops all files and is raised."""
+    # The manifest has checksums of the files; torch's would be computed as well.
+    torch.serialization.set_crc32_options(False)
+    sizes = [part.num_bytes for part in slices]
+    groups = [group for group in balanced(sizes, min(max_files, num_files(sum(sizes)))) if group]
+    paths = [folder / f"__{rank}_{index}.distcp" for index in range(len(groups))]
     with ThreadPoolExecutor(max_workers=max(1, len(groups)), thread_name_prefix="checkpoint") as pool:
-        jobs = [pool.submit(_write_file, *job, cancelled) for job in zip(paths, groups, strict=True)]
+        contents = [[slices[index] for index in group] for group in groups]
+        jobs = [pool.submit(_write_file, *job, cancelled) for job in zip(paths, contents, strict=True)]
         errors = [error for job in jobs if (error := job.exception()) is not None]
     if errors:
-        # The others say only that they were told to stop.
+        # The other files were only stopped by the first.
         raise next((error for error in errors if not isinstance(error, CancelledError)), errors[0])
     results = [job.result() for job in jobs]
     files = {path.name: record for path, (record, _) in zip(paths, results, strict=True)}
-    return Written(files, [stored for _, parts in results for stored in parts])
+    return WrittenPart(files, [stored for _, parts in results for stored in parts])
 
 
-def _shared_out(pieces: Sequence[Piece], count: int) -> list[list[Piece]]:
-    """About as many bytes in each group; none is empty."""
-    groups: list[list[Piece]] = [[] for _ in range(count)]
-    loads = [0] * count
-    for piece in sorted(pieces, key=lambda piece: piece.num_bytes, reverse=True):
-        least = loads.index(min(loads))
-        groups[least].append(piece)
-        loads[least] += piece.num_bytes
-    return [group for group in groups if group]
-
-
-def _write_file(path: Path, pieces: Sequence[Piece], cancelled: Event) -> tuple[dict[str, Any], list[StoredPiece]]:
+def _write_file(path: Path, slices: Sequence[ShardSlice], cancelled: Event) -> tuple[dict[str, Any], list[StoredSlice]]:
     stored = []
     file = HashedFile(path, cancelled)
     try:
-        for piece in pieces:
+        for part in slices:
             first_byte = file.num_bytes
-            torch.save(_alone(piece), file.as_stream())
+            torch.save(_own_storage(part), file.as_stream())
             place = (path.name, first_byte, file.num_bytes - first_byte)
-            dtype = str(piece.dtype).removeprefix("torch.")
-            stored.append(StoredPiece(piece.key, piece.offsets, piece.sizes, piece.whole, dtype, *place))
+            dtype = str(part.dtype).removeprefix("torch.")
+            stored.append(StoredSlice(part.key, part.offsets, part.sizes, part.whole, dtype, *place))
         return file.record(), stored
     except BaseException as error:
         cancelled.set()
@@ -172,9 +193,44 @@ def _write_file(path: Path, pieces: Sequence[Piece], cancelled: Event) -> tuple[
         file.close()
 
 
-def _alone(piece: Piece) -> Tensor:
-    """The values in CPU memory that holds nothing else; torch.save writes all of a tensor's memory."""
-    values = piece.values().detach().to("cpu", piece.dtype).contiguous()
-    if values.untyped_storage().nbytes() != piece.num_bytes:
+def _own_storage(part: ShardSlice) -> Tensor:
+    """The values in CPU memory that holds nothing else: torch.save writes all of a tensor's memory."""
+    values = part.values().detach().to("cpu", part.dtype).contiguous()
+    if values.untyped_storage().nbytes() != part.num_bytes:
         values = values.clone()
-    return values.view(piece.sizes)
+    return values.view(part.sizes)
+
+
+def write_index(folder: Path, parts: Sequence[WrittenPart]) -> dict[str, dict[str, Any]]:
+    """Write `.metadata`, `metadata.json` and `common.pt`; returns all files of the checkpoint for its manifest."""
+    files = {name: record for part in parts for name, record in part.files.items()}
+    index = _index([stored for part in parts for stored in part.slices])
+    contents = {
+        metadata_file.FILE: pickle.dumps(index),
+        "metadata.json": json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode(),
+    }
+    for name, content in contents.items():
+        file = HashedFile(folder / name)
+        file.write(content)
+        files[name] = file.record()
+    common = HashedFile(folder / "common.pt")
+    torch.save({"content_metadata": CONTENT_METADATA}, common.as_stream())
+    files["common.pt"] = common.record()
+    return files
+
+
+def _index(slices: Sequence[StoredSlice]) -> Metadata:
+    """torch's index of the slices, which must make up every tensor exactly."""
+    tensors: dict[str, TensorStorageMetadata] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for part in slices:
+        properties = TensorProperties(dtype=getattr(torch, part.dtype))
+        tensor = tensors.setdefault(part.key, TensorStorageMetadata(properties, torch.Size(part.whole), []))
+        offsets = torch.Size(part.offsets)
+        tensor.chunks.append(ChunkStorageMetadata(offsets, torch.Size(part.sizes)))
+        places[MetadataIndex(part.key, offsets)] = _StorageInfo(part.file, part.first_byte, part.num_bytes)
+    assert len(places) == len(slices), "a part of a tensor was written twice"
+    for key, tensor in tensors.items():
+        written = sum(prod(chunk.sizes) for chunk in tensor.chunks)
+        assert written == prod(tensor.size), f"{written} of {prod(tensor.size)} values of {key} were written"
+    return Metadata({**tensors}, storage_data=places)

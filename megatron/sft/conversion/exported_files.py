@@ -1,24 +1,32 @@
-"""What an exported folder holds beside its weights: the original model's files, edited only where training changed a fact."""
+"""The files of an exported folder besides its weights: the original model's, edited only where training changed a fact,
+and README.md, the model card of a trained model.
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from megatron.sft.checkpoint.folder import Checkpoint
-from megatron.sft.conversion.model_card import CURVE, find_curve, model_card
 from megatron.sft.families.architecture import Architecture
-from megatron.sft.families.casting import NAMES
+from megatron.sft.families.parameters import DTYPE_OPTIONS
 from megatron.sft.hf.folder import copy_companions, dtype_name
-from megatron.sft.hf.tokenizer_files import chat_template_of
+from megatron.sft.hf.tokenizer_files import read_chat_template
 from megatron.sft.runtime.manifest import read_json, write_json, write_text
+
+CURVE = "loss.png"
+_RECIPE = (
+    "train_iters", "epochs", "global_batch_size", "micro_batch_size", "seq_length", "lr", "min_lr", "lr_decay_style",
+    "lr_warmup_iters", "lr_warmup_fraction", "weight_decay", "clip_grad", "precision", "loss_average", "seed",
+)  # fmt: skip
 
 
 def write_companions(
     checkpoint: Checkpoint, architecture: Architecture, hf_dir: Path, dtype: str | None, run_folder: Path, folder: Path
 ) -> None:
-    """Copy the original's files; then configuration, template and end-of-turn token as trained, and a model card.
+    """Copy the original's files, then write configuration, template and end-of-turn tokens as trained, and a model card.
 
-    An untrained model's files are the original's, byte for byte. `dtype` is the one asked for, None for the original's.
+    An untrained model's files are the original's, byte for byte. `dtype`: of the export (bf16, …), None for the original's.
+    `run_folder`: where the run wrote its metrics and plot.
     """
     copy_companions(hf_dir, folder)
     _edit_config(checkpoint, architecture, dtype, folder / "config.json")
@@ -26,20 +34,20 @@ def write_companions(
     if not training:
         return
     template = training.get("chat_template")
-    if template and template != chat_template_of(folder):
+    if template and template != read_chat_template(folder):
         write_chat_template(folder, template)
-        print("chat template: the one that the model was trained with, which is not the original's")
+        print("chat template: that of the training data, which differs from the original model's")
     _edit_end_tokens(training, folder)
     if (folder / "README.md").exists():
         (folder / "README.md").rename(folder / "README.original.md")
-    curve = find_curve(checkpoint, run_folder)
+    curve = _find_curve(checkpoint, run_folder)
     if curve:
         (folder / CURVE).write_bytes(curve.read_bytes())
-    write_text(folder / "README.md", model_card(checkpoint, training, run_folder, hf_dir, curve is not None))
+    write_text(folder / "README.md", _model_card(checkpoint, training, run_folder, hf_dir, curve is not None))
 
 
 def write_chat_template(folder: Path, template: str) -> None:
-    """Write a template where the folder keeps its own: chat_template.jinja, tokenizer_config.json, or both of them."""
+    """Write a template to where the folder has one: chat_template.jinja, tokenizer_config.json, or both."""
     config_path = folder / "tokenizer_config.json"
     config = read_json(config_path, "tokenizer configuration", "take the original") if config_path.exists() else None
     in_config = config is not None and "chat_template" in config
@@ -55,28 +63,75 @@ def _edit_config(checkpoint: Checkpoint, architecture: Architecture, dtype: str 
     if config["vocab_size"] != architecture.vocab_size:
         changes["vocab_size"] = architecture.vocab_size
     field = "torch_dtype" if "torch_dtype" in config else "dtype"
-    # What the conversion or this export was asked for.
+    # The dtype that the export or the conversion was asked for.
     converted = checkpoint.manifest.get("source", {}).get("config", {}).get(field)
-    wanted = dtype_name(NAMES[dtype]) if dtype else converted
+    wanted = dtype_name(DTYPE_OPTIONS[dtype]) if dtype else converted
     if wanted and config.get(field) != wanted:
         changes[field] = wanted
     if changes:
         write_json(path, {**config, **changes})
-        print(f"config.json: {', '.join(f'{name} is {value} now' for name, value in changes.items())}")
+        print(f"config.json: {', '.join(f'{name} is now {value}' for name, value in changes.items())}")
 
 
 def _edit_end_tokens(training: dict[str, Any], folder: Path) -> None:
-    """Let generation stop at the tokens that ended the trained answers."""
+    """Make generation stop at the tokens that end the trained answers."""
     ends = training.get("data", {}).get("end_of_turn_ids") or []
     path = folder / "generation_config.json"
     config: dict[str, Any] = read_json(path, "generation configuration", "take the original") if path.exists() else {}
     known = config.get("eos_token_id")
     if known is None:
         known = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    there = [known] if isinstance(known, int) else list(known or [])
-    missing = [token for token in ends if token not in there]
+    existing = [known] if isinstance(known, int) else list(known or [])
+    missing = [token for token in ends if token not in existing]
     if missing:
-        # The trained token first: some programs look at the first only.
-        tokens = [*missing, *there]
+        # The trained token first: some programs read only the first.
+        tokens = [*missing, *existing]
         write_json(path, {**config, "eos_token_id": tokens[0] if len(tokens) == 1 else tokens})
         print(f"generation_config.json: generation also stops at token {', '.join(map(str, missing))}, as trained")
+
+
+def _find_curve(checkpoint: Checkpoint, run_folder: Path) -> Path | None:
+    """The run's plot of its loss, None if it was not drawn."""
+    return next((p for p in (run_folder / CURVE, checkpoint.path.parent / CURVE) if p.exists()), None)
+
+
+def _model_card(checkpoint: Checkpoint, training: dict[str, Any], run_folder: Path, hf_dir: Path, curve: bool) -> str:
+    """The page as Markdown, with the metadata block that model hubs read."""
+    source = checkpoint.manifest.get("source", {})
+    base = source.get("config", {}).get("_name_or_path") or Path(source.get("path", hf_dir)).name
+    data, options = training.get("data", {}), training.get("options", {})
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
+    lines += [f"# {base}, fine-tuned", "", f"Supervised fine-tuning of `{base}` with Megatron-SFT.", ""]
+    lines += ["## Data", "", f"`{Path(str(data.get('prefix', 'unknown'))).name}`", ""]
+    counts = {name: data[name] for name in ("rows", "conversations", "tokens", "trained_tokens") if name in data}
+    lines += [f"- {name.replace('_', ' ')}: {value:,}" for name, value in counts.items()]
+    lines += [f"- checksum (SHA-256): `{data['bin_sha256']}`"] if "bin_sha256" in data else []
+    lines += ["", "## Training", "", f"- steps: {checkpoint.iteration:,} of {training.get('train_iters', 0):,}"]
+    lines += [f"- rows seen: {training['consumed_rows']:,}"] if "consumed_rows" in training else []
+    loss = _last_loss(checkpoint, run_folder)
+    lines += [f"- loss at the last step: {loss:.4f}"] if loss is not None else []
+    if options.get("recipe"):
+        lines += [f"- recipe: `{Path(options['recipe']).name}`"]
+    lines += ["", "| setting | value |", "|---|---|"]
+    lines += [f"| {name.replace('_', '-')} | {options[name]} |" for name in _RECIPE if name in options]
+    if curve:
+        lines += ["", f"![loss]({CURVE})"]
+    return "\n".join(lines) + "\n"
+
+
+def _last_loss(checkpoint: Checkpoint, run_folder: Path) -> float | None:
+    """The training loss that the run's metrics give for the checkpoint's step, or the nearest logged before it."""
+    path = next(
+        (p for p in (run_folder / "metrics.jsonl", checkpoint.path.parent / "metrics.jsonl") if p.exists()), None
+    )
+    if path is None:
+        return None
+    last = None
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the last line of an interrupted run
+        if "loss" in record and record.get("iteration", 0) <= checkpoint.iteration:
+            last = float(record["loss"])
+    return last

@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,18 @@ from megatron.sft.runtime.errors import UserError
 TOLERANCE = 1e-3
 
 
-def probe(source: HFFolder) -> list[np.ndarray]:
-    """Random conversations, one of them longer than a small sliding window."""
+def random_conversations(source: HFFolder) -> list[np.ndarray]:
+    """Token ids of random conversations, the same every time; one is longer than the sliding window of a tiny model."""
     generator = np.random.default_rng(1234)
     return [generator.integers(0, source.rows_on_disk, size=length) for length in (37, 1, 90)]
 
 
 def compare_whole(checkpoint: checkpoint_folder.Checkpoint, source: HFFolder) -> tuple[float, float]:
-    """Largest difference of logits, and largest logit, of the whole model in this process. Too large a one is a `UserError`.
+    """Largest difference of logits and largest logit of the whole model in this process. `UserError` beyond TOLERANCE.
 
     One model is in memory at a time, in float32.
     """
-    conversations = probe(source)
+    conversations = random_conversations(source)
     theirs = transformers_logits(source.path, conversations)
     gc.collect()
     with process_groups.parallel(Layout()):
@@ -40,35 +39,35 @@ def compare_whole(checkpoint: checkpoint_folder.Checkpoint, source: HFFolder) ->
 
 
 def difference_of(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> tuple[float, float]:
-    """Largest difference and largest logit; `tolerance` is absolute for logits up to 10 and relative above."""
-    ours = ours[:, : theirs.shape[1]]  # rows that a grown vocabulary has more
+    """Largest difference and largest logit; a difference that is not `within` the tolerance is a `UserError`."""
+    ours = ours[:, : theirs.shape[1]]  # without rows that were added to the vocabulary
     difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     if not within(difference, largest, tolerance):
         raise UserError(
             f"logits differ from transformers' by {difference:.3g} (largest {largest:.3g}), more than the tolerance "
-            f"{tolerance:.3g}: tools/compare_logits shows the layer where it begins"
+            f"{tolerance:.3g}: tools/compare_logits shows the layer where it starts"
         )
     return difference, largest
 
 
 def within(difference: float, largest: float, tolerance: float) -> bool:
-    """False for NaN too."""
+    """Whether the difference is small enough: `tolerance` for logits up to 10, in proportion above. False for NaN."""
     return difference <= tolerance * max(1.0, largest / 10)
 
 
 def layer_table(checkpoint: checkpoint_folder.Checkpoint, source: HFFolder, conversations: list[np.ndarray]) -> str:
-    """How far the hidden states behind each layer lie apart, a line a layer, for the whole model in one process."""
+    """Differences of the hidden states after each layer, a line per layer, for the whole model in one process."""
     ours: list[torch.Tensor] = []
     theirs: list[torch.Tensor] = []
     megatron_logits(checkpoint, source, Layout(), conversations, hidden=ours)
     transformers_logits(source.path, conversations, hidden=theirs)
     lines = ["layer  largest difference  largest value"]
     per_layer = len(ours)
-    for number, state in enumerate(ours):
-        # transformers went through the layers once a conversation.
-        other = torch.cat(theirs[number::per_layer])
+    for index, state in enumerate(ours):
+        # transformers runs the layers once for each conversation.
+        other = torch.cat(theirs[index::per_layer])
         difference = (state[: len(other)] - other).abs().max().item()
-        lines.append(f"{number:5d}  {difference:18.3g}  {other.abs().max().item():13.3g}")
+        lines.append(f"{index:5d}  {difference:18.3g}  {other.abs().max().item():13.3g}")
     return "\n".join(lines)
 
 
@@ -89,16 +88,16 @@ def megatron_logits(
 ) -> torch.Tensor | None:
     """[tokens of all conversations, vocabulary] in float32 on one process of the last pipeline stage, None elsewhere.
 
-    `hidden`, where given, gets what each layer puts out.
+    `hidden`: if given, the output of each layer is appended, [tokens, hidden size] in float32.
     """
     from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron.sft.checkpoint.weights_io import load_weights
+    from megatron.sft.checkpoint.model_shards import load_weights
     from megatron.sft.data.tokenized import Row
     from megatron.sft.model.config import transformer_config
     from megatron.sft.model.gpt import build_model
     from megatron.sft.model.inputs import MicroBatch
+    from megatron.sft.model.pipeline import run_schedule
     from megatron.sft.training.batches import make_micro_batch
 
     model = build_model(source.architecture, layout, transformer_config(source.architecture, layout))
@@ -112,19 +111,10 @@ def megatron_logits(
     batch = make_micro_batch([row], layout.tensor_parallel, "token", device.current())
 
     def forward_step(batches: Iterator[MicroBatch], stage: Any) -> tuple[torch.Tensor, Any]:
-        return stage(batch=next(batches), logits=True), partial(lambda output, non_loss_data: output)
+        return stage(batch=next(batches), logits=True), lambda output, non_loss_data: output
 
     with torch.no_grad():
-        outputs = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter([batch]),
-            model=[model],
-            num_microbatches=1,
-            seq_length=batch.tokens.shape[1],
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+        outputs = run_schedule([model], [batch], forward_step, forward_only=True, collect_non_loss_data=True)
     if not parallel_state.is_pipeline_last_stage() or parallel_state.get_tensor_model_parallel_rank() != 0:
         return None
     logits: torch.Tensor = outputs[0][: len(tokens)].float().cpu()
@@ -134,7 +124,7 @@ def megatron_logits(
 def transformers_logits(
     hf_dir: Path, conversations: list[np.ndarray], hidden: list[torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """The same conversations through transformers in float32, each alone: [tokens of all conversations, vocabulary]."""
+    """Logits of transformers in float32, each conversation by itself: [tokens of all conversations, vocabulary]."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, trust_remote_code=False).eval()

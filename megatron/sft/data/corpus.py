@@ -1,8 +1,9 @@
-"""Carries a source through reading, rendering and tokenising, a batch at a time, and counts what becomes of its rows."""
+"""Carries a source through reading, rendering and tokenising, a batch at a time, and counts what becomes of its records."""
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from megatron.sft.chat.bpe_cache import WordEncoder, word_encoder
 from megatron.sft.chat.conversations import Example, RowReader
@@ -11,69 +12,81 @@ from megatron.sft.chat.groups import group_of
 from megatron.sft.chat.rounds import joined_rounds, pieces_of_text, rounds_of
 from megatron.sft.chat.template import ChatTemplate, CorrectionNeeded, Rendered
 from megatron.sft.data.mixture import Source
-from megatron.sft.data.progress import Progress
-from megatron.sft.data.rejected import RejectedRows
-from megatron.sft.data.sources import SourceRow
-from megatron.sft.data.workers import in_order
+from megatron.sft.data.sources import SourceRecord
+from megatron.sft.data.workers import Progress, in_order
 from megatron.sft.runtime.errors import UserError
 
 OVERLONG = ("drop", "truncate", "split", "error")
 BATCH_BYTES, BATCH_CONVERSATIONS = 1 << 19, 256
-BYTES_FOR_WORDS = 4 << 20  # of a source; less is done before a WordEncoder has been tried out
-BYTES_OF_OTHER_ROWS = 2000  # about, of rows that are not JSON text
+BYTES_FOR_WORDS = 4 << 20  # of a source: a smaller one is tokenised before a WordEncoder has been tried out
+BYTES_OF_OTHER_RECORDS = 2000  # an estimate, for records that are not JSON text
 CHECK_FIRST, CHECK_EVERY = 16, 500  # conversations whose tokens are compared with transformers' own
-BAD_ROW = "bad row"
+BAD_RECORD = "bad row"  # as manifests have called it since format 1
 
 
 @dataclass
 class Counts:
-    """What became of the rows of a source: num_read = num_kept + the sum of dropped."""
+    """What became of the records of a source: num_read = num_kept + the sum of dropped."""
 
     num_read: int = 0
     num_kept: int = 0
     num_truncated: int = 0
-    num_split: int = 0  # rows of which several conversations were made
-    num_parts: int = 0  # conversations made of them
-    num_parts_dropped: int = 0  # parts of kept rows that are too long or have nothing trained
-    num_merged_starts: int = 0  # answers whose first token holds a part of the header, too, and is not trained
-    num_with_control_tokens: int = 0  # conversations with the template's own special tokens in their texts
-    num_without_group: int = 0  # rows without the field by which rows are grouped
-    dropped: Counter[str] = field(default_factory=Counter)
+    num_split: int = 0  # records that became several conversations
+    num_parts: int = 0  # conversations made of those
+    num_parts_dropped: int = 0  # parts of kept records that are too long or have nothing trained
+    num_merged_starts: int = 0  # answers whose first token also holds a part of the header, and is not trained
+    num_with_control_tokens: int = 0  # conversations with the template's special tokens in their texts
+    num_without_group: int = 0  # records without the field that records are grouped by
+    dropped: Counter[str] = field(default_factory=Counter)  # by the reason
 
     def add(self, others: "Counts") -> None:
-        for one in fields(self):
-            if one.name == "dropped":
+        for count in fields(self):
+            if count.name == "dropped":
                 self.dropped.update(others.dropped)
             else:
-                setattr(self, one.name, getattr(self, one.name) + getattr(others, one.name))
+                setattr(self, count.name, getattr(self, count.name) + getattr(others, count.name))
+
+
+def cut_or_dropped(conversation: Encoded, seq_length: int, overlong: str, counts: Counts) -> Encoded | None:
+    """The conversation, cut if it is too long and `overlong` is truncate; None if it is dropped, which is counted."""
+    if len(conversation.tokens) <= seq_length:
+        return conversation
+    if overlong == "drop":
+        counts.dropped[f"longer than {seq_length} tokens"] += 1
+        return None
+    cut = conversation.cut(seq_length)
+    if not cut.num_trained:
+        counts.dropped[f"no trained token among the first {seq_length}"] += 1
+        return None
+    counts.num_truncated += 1
+    return cut
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows that are worked on together; `first` is the number of the first among all of the source."""
+    """Records that one worker works on; `first` is the index of the first among all of the source."""
 
     first: int
-    rows: list[SourceRow]
+    records: list[SourceRecord]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a chunk: the conversations that are kept, and what is to be added to counts and sets. If there is an
-    `error`, the run ends after these conversations."""
+    """What became of a chunk: the conversations that are kept, and what to add to counts and sets. If there is an `error`,
+    the run ends after these conversations."""
 
     conversations: list[Encoded]
     counts: Counts
-    seen: tuple[Counter[str], Counter[str]]  # the reader's formats and ignored fields
-    learned: tuple[set[str], set[int], set[str]]  # the template's notes, end-of-turn ids and control tokens
-    rejected: list[tuple[int, str]]  # row of the chunk, reason
+    learned: list[Any]  # see `Corpus._learned`
+    rejected: list[tuple[int, str]]  # index in the chunk, reason
     error: UserError | None
 
 
 @dataclass(frozen=True)
-class Batched:
-    """A conversation that waits for its batch to be tokenised."""
+class Pending:
+    """A rendered conversation that waits for its batch to be tokenised."""
 
-    row: SourceRow
+    record: SourceRecord
     index: int  # in its chunk
     example: Example
     rendered: Rendered
@@ -82,20 +95,21 @@ class Batched:
 
 @dataclass
 class Corpus:
-    """One source, and what to do with its conversations. Iterating gives those that are kept, in the order of the rows.
+    """One source and how to make conversations of it. Iterating gives those that are kept, in the order of the records.
 
-    Bad rows end it, unless `rejected` is there to take them. `number` is the source's place among several.
+    reject: takes each bad record and its reason; without it the first bad record is a `UserError`.
+    index: the source's place among all.
     """
 
     source: Source
     template: ChatTemplate
     reader: RowReader
-    length: int
+    seq_length: int
     overlong: str
     group_key: str = ""
     seed: int = 0
-    number: int = 0
-    rejected: RejectedRows | None = None
+    index: int = 0
+    reject: Callable[[SourceRecord, str], None] | None = None
     num_workers: int = 1
     words: WordEncoder | None = None
     counts: Counts = field(default_factory=Counts)
@@ -103,8 +117,8 @@ class Corpus:
     def __iter__(self) -> Iterator[Encoded]:
         if self.source.num_bytes >= BYTES_FOR_WORDS:
             self.words = word_encoder(self.template.tokenizer)
-        progress = Progress(max(self.source.num_bytes, 1))
-        chunks: deque[Chunk] = deque()  # those that are being worked on
+        progress = Progress(self.source.num_bytes)
+        chunks: deque[Chunk] = deque()  # those in the hands of workers
         try:
             for outcome in in_order(self._outcome, self._chunks(chunks), self.num_workers):
                 chunk = chunks.popleft()
@@ -112,143 +126,136 @@ class Corpus:
                 yield from outcome.conversations
                 if outcome.error:
                     raise outcome.error
-                progress.update(len(chunk.rows), chunk.rows[-1].end)
+                progress.update(len(chunk.records), chunk.records[-1].end)
         finally:
             progress.close()
 
-    def _chunks(self, chunks: "deque[Chunk]") -> Iterator["Chunk"]:
-        """The rows in pieces, for one worker each; they are appended to `chunks`, too."""
+    def _chunks(self, chunks: deque[Chunk]) -> Iterator[Chunk]:
+        """The records in chunks, each of which is appended to `chunks` as well."""
         first = num_bytes = 0
-        rows: list[SourceRow] = []
-        for row in self.source.rows(self.seed, self.number):
-            rows.append(row)
-            num_bytes += len(row.content) if isinstance(row.content, bytes) else BYTES_OF_OTHER_ROWS
-            if num_bytes >= BATCH_BYTES or len(rows) >= BATCH_CONVERSATIONS:
-                chunks.append(Chunk(first, rows))
+        records: list[SourceRecord] = []
+        for record in self.source.records(self.seed, self.index):
+            records.append(record)
+            num_bytes += len(record.content) if isinstance(record.content, bytes) else BYTES_OF_OTHER_RECORDS
+            if num_bytes >= BATCH_BYTES or len(records) >= BATCH_CONVERSATIONS:
+                chunks.append(Chunk(first, records))
                 yield chunks[-1]
-                first, num_bytes, rows = first + len(rows), 0, []
-        if rows:
-            chunks.append(Chunk(first, rows))
+                first, num_bytes, records = first + len(records), 0, []
+        if records:
+            chunks.append(Chunk(first, records))
             yield chunks[-1]
 
     def _outcome(self, chunk: Chunk) -> Outcome:
-        """What becomes of a chunk. Runs in a worker, with counts of its own."""
+        """What becomes of a chunk. Runs in a worker, so it counts separately."""
         reader = replace(self.reader, formats=Counter(), ignored_fields=Counter())
+        part = replace(self, reader=reader, counts=Counts())
         rejected: list[tuple[int, str]] = []
-        part = replace(self, reader=reader, counts=Counts(), rejected=None)
         conversations: list[Encoded] = []
         error: UserError | None = None
         try:
-            conversations.extend(part._conversations(chunk, rejected if self.rejected else None))
+            conversations.extend(part._conversations(chunk, rejected if self.reject else None))
         except UserError as stopped:
             error = stopped
-        template = self.template
-        learned = (template.notes, template.end_of_turn_ids, template.control_tokens)
-        seen = (reader.formats, reader.ignored_fields)
-        return Outcome(conversations, part.counts, seen, learned, rejected, error)
+        return Outcome(conversations, part.counts, part._learned(), rejected, error)
+
+    def _learned(self) -> list[Any]:
+        """The counters and sets that reading and rendering fill; `update` adds to each of them."""
+        reader, template = self.reader, self.template
+        counters = [reader.formats, reader.ignored_fields]
+        return [*counters, template.notes, template.end_of_turn_ids, template.control_tokens]
 
     def _add(self, chunk: Chunk, outcome: Outcome) -> None:
         self.counts.add(outcome.counts)
-        template = self.template
-        for mine, others in zip((self.reader.formats, self.reader.ignored_fields), outcome.seen, strict=True):
+        for mine, others in zip(self._learned(), outcome.learned, strict=True):
             mine.update(others)
-        template.notes |= outcome.learned[0]
-        template.end_of_turn_ids |= outcome.learned[1]
-        template.control_tokens |= outcome.learned[2]
         for index, reason in outcome.rejected:
-            assert self.rejected is not None
-            self.rejected.add(chunk.rows[index], reason)
+            assert self.reject is not None
+            self.reject(chunk.records[index], reason)
 
     def _conversations(self, chunk: Chunk, rejected: list[tuple[int, str]] | None) -> Iterator[Encoded]:
-        """The conversations of some rows. Bad rows go to `rejected`; without it the first one is an error."""
-        batch = self._batch(chunk.rows, rejected)
-        encodings = encode(self.template.tokenizer, [one.rendered for one in batch], self.words)
-        for one in batch:
+        """The conversations of a chunk. Bad records go to `rejected`; without it the first one is an error."""
+        batch = self._batch(chunk.records, rejected)
+        encodings = encode(self.template.tokenizer, [pending.rendered for pending in batch], self.words)
+        for pending in batch:
             try:
                 encoded = next(encodings)
-                number = chunk.first + one.index
-                if number < CHECK_FIRST or number % CHECK_EVERY == 0:
-                    check_against_template(self.template, one.example, encoded)
-                fitting = self._fitting(one, encoded)
+                index = chunk.first + pending.index
+                if index < CHECK_FIRST or index % CHECK_EVERY == 0:
+                    check_against_template(self.template, pending.example, encoded)
+                kept = self._kept(pending.example, encoded)
             except UserError as error:
-                self._refuse(one.row, one.index, error, rejected)
+                self._refuse(pending.record, pending.index, error, rejected)
                 continue
-            self._count(one, encoded)
-            self.counts.num_kept += bool(fitting)
-            for part in fitting:
-                yield replace(part, group=one.group) if one.group is not None else part
+            self._count(pending, encoded)
+            self.counts.num_kept += bool(kept)
+            for conversation in kept:
+                yield replace(conversation, group=pending.group) if pending.group is not None else conversation
 
-    def _batch(self, rows: Sequence[SourceRow], rejected: list[tuple[int, str]] | None) -> list[Batched]:
-        batch: list[Batched] = []
-        for index, row in enumerate(rows):
+    def _batch(self, records: Sequence[SourceRecord], rejected: list[tuple[int, str]] | None) -> list[Pending]:
+        batch: list[Pending] = []
+        for index, record in enumerate(records):
             self.counts.num_read += 1
             try:
-                batch.append(self._rendered(row, index))
+                batch.append(self._rendered(record, index))
             except UserError as error:
-                self._refuse(row, index, error, rejected)
+                self._refuse(record, index, error, rejected)
         return batch
 
-    def _rendered(self, row: SourceRow, index: int) -> Batched:
-        fields = row.fields
+    def _rendered(self, record: SourceRecord, index: int) -> Pending:
+        fields = record.fields
         example = self.reader.example(fields)
         if example.messages:
             rendered = self.template.render(example.messages, example.tools, example.trained)
         else:
             rendered = self.template.render_text(example.text)
         group = group_of(fields, self.group_key, self.reader.renamed_columns) if self.group_key else None
-        return Batched(row, index, example, rendered, group)
+        return Pending(record, index, example, rendered, group)
 
-    def _refuse(self, row: SourceRow, index: int, error: UserError, rejected: list[tuple[int, str]] | None) -> None:
-        """A bad row: put it aside, or stop with its file and line."""
-        reason = str(error).removeprefix(f"{row.place}: ")
+    def _refuse(
+        self, record: SourceRecord, index: int, error: UserError, rejected: list[tuple[int, str]] | None
+    ) -> None:
+        """Set a bad record aside, or stop with its file and line."""
         if isinstance(error, CorrectionNeeded):
-            raise CorrectionNeeded(error.template, f"{row.place}: {error.reason}") from None
+            raise CorrectionNeeded(error.template, f"{record.place}: {error.reason}") from None
+        reason = str(error).removeprefix(f"{record.place}: ")
         if rejected is None:
-            raise UserError(f"{row.place}: {reason}") from None
+            raise UserError(f"{record.place}: {reason}") from None
         rejected.append((index, reason))
-        self.counts.dropped[BAD_ROW] += 1
+        self.counts.dropped[BAD_RECORD] += 1
 
-    def _count(self, one: Batched, encoded: Encoded) -> None:
-        self.counts.num_without_group += one.group is None
+    def _count(self, pending: Pending, encoded: Encoded) -> None:
+        self.counts.num_without_group += pending.group is None
         self.counts.num_merged_starts += encoded.num_merged_starts
-        texts = [message["content"] or "" for message in one.example.messages] or [one.example.text]
+        texts = [message["content"] or "" for message in pending.example.messages] or [pending.example.text]
         if any(token in text for token in self.template.control_tokens for text in texts):
             self.counts.num_with_control_tokens += 1
 
-    def _fitting(self, one: Batched, encoded: Encoded) -> list[Encoded]:
+    def _kept(self, example: Example, encoded: Encoded) -> list[Encoded]:
         """The conversation, cut or split if that was asked for; nothing if it is dropped."""
         if not encoded.num_trained:
             self.counts.dropped["no turn of it is trained"] += 1
             return []
-        if len(encoded.tokens) <= self.length:
-            return [encoded]
-        if self.overlong == "error":
-            raise UserError(
-                f"the conversation has {len(encoded.tokens)} tokens, more than LENGTH {self.length}: "
-                "shorten it, give a greater LENGTH, or set OVERLONG=drop, truncate or split"
-            )
-        if self.overlong == "split":
-            return self._split(one.example, encoded)
-        if self.overlong == "drop":
-            self.counts.dropped[f"longer than {self.length} tokens"] += 1
-            return []
-        cut = encoded.cut(self.length)
-        if not cut.num_trained:
-            self.counts.dropped[f"no trained token among the first {self.length}"] += 1
-            return []
-        self.counts.num_truncated += 1
-        return [cut]
+        if len(encoded.tokens) > self.seq_length:
+            if self.overlong == "error":
+                raise UserError(
+                    f"the conversation has {len(encoded.tokens)} tokens, more than LENGTH {self.seq_length}: "
+                    "shorten it, give a greater LENGTH, or set OVERLONG=drop, truncate or split"
+                )
+            if self.overlong == "split":
+                return self._split(example, encoded)
+        kept = cut_or_dropped(encoded, self.seq_length, self.overlong, self.counts)
+        return [kept] if kept else []
 
     def _split(self, example: Example, encoded: Encoded) -> list[Encoded]:
-        """Parts of a conversation, between its turns, that fit; every part repeats the system text and the functions."""
+        """Parts of a conversation, cut between its rounds, that fit; every part repeats the system text and the functions."""
         if not example.messages:
-            parts = pieces_of_text(encoded, self.length)
+            parts = pieces_of_text(encoded, self.seq_length)
             num_dropped = 0
         else:
             rounds = rounds_of(replace(example, trained=self.template.wanted(example.messages, example.trained)))
             parts, num_dropped = self._parts(rounds)
         if not parts:
-            self.counts.dropped[f"longer than {self.length} tokens in every round of question and answer"] += 1
+            self.counts.dropped[f"longer than {self.seq_length} tokens in every round of question and answer"] += 1
             return []
         self.counts.num_split += 1
         self.counts.num_parts += len(parts)
@@ -256,15 +263,15 @@ class Corpus:
         return parts
 
     def _parts(self, rounds: Sequence[Example]) -> tuple[list[Encoded], int]:
-        """As few parts as possible from the first round on; and the number of those left out."""
-        alone = [len(one.tokens) for one in self._encoded(rounds)]
-        # What a round alone repeats of the system text: the length of two rounds says how much.
+        """As few parts as possible, filled from the first round on, and the number of those that are dropped."""
+        alone = [len(encoded.tokens) for encoded in self._encoded(rounds)]
+        # What every round alone repeats of the system text: the length of the first two together shows it.
         pair = next(self._encoded([joined_rounds(rounds[:2])])) if len(rounds) > 1 else None
         repeated = max(alone[0] + alone[1] - len(pair.tokens), 0) if pair else 0
         spans, start, total = [], 0, alone[0]
         for index in range(1, len(rounds)):
             total += alone[index] - repeated
-            if total > self.length:
+            if total > self.seq_length:
                 spans.append((start, index))
                 start, total = index, alone[index]
         waiting = [*spans, (start, len(rounds))][::-1]
@@ -272,14 +279,14 @@ class Corpus:
         while waiting:
             start, end = waiting.pop()
             part = next(self._encoded([joined_rounds(rounds[start:end])]))
-            if len(part.tokens) <= self.length and part.num_trained:
+            if len(part.tokens) <= self.seq_length and part.num_trained:
                 parts.append(part)
-            elif len(part.tokens) > self.length and end - start > 1:
-                waiting += [(end - 1, end), (start, end - 1)]
+            elif len(part.tokens) > self.seq_length and end - start > 1:
+                waiting += [(end - 1, end), (start, end - 1)]  # the sum of lengths was an estimate
             else:
                 num_dropped += 1
         return parts, num_dropped
 
     def _encoded(self, examples: Sequence[Example]) -> Iterator[Encoded]:
-        rendered = [self.template.render(one.messages, one.tools, one.trained) for one in examples]
+        rendered = [self.template.render(example.messages, example.tools, example.trained) for example in examples]
         return encode(self.template.tokenizer, rendered)

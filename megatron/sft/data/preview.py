@@ -1,47 +1,54 @@
-"""Shows which tokens of a row are trained: in colour on a terminal, in [[ ]] elsewhere."""
+"""Shows which tokens of a row are trained: in color on a terminal, in [[ ]] elsewhere, or as an HTML page with the totals."""
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import IO, Any
 
+import jinja2
 import numpy as np
 
-from megatron.sft.data.tokenized import Row
+from megatron.sft.data.tokenized import Row, TokenizedRows
 
 GREEN, GREY, RESET = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 SAMPLE_TOKENS = 600
+PAGE_TOKENS = 4000  # shown of a conversation on the page; of longer ones the middle is skipped
+INVISIBLE = {
+    ord("\t"): "⇥\t",
+    ord("\r"): "␍",
+    ord("\u00a0"): "⍽",
+    ord("\u200b"): "⟨zero width⟩",
+    ord("\ufeff"): "⟨BOM⟩",
+}
 
 
-def colour_wanted(stream: IO[str] = sys.stdout) -> bool:
-    """FORCE_COLOR and NO_COLOR, as most programs have them; else whether `stream` is a terminal."""
+def color_wanted(stream: IO[str] = sys.stdout) -> bool:
+    """What NO_COLOR and FORCE_COLOR say, as in most programs; otherwise whether `stream` is a terminal."""
     if os.environ.get("NO_COLOR"):
         return False
     return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
 
 
-def legend(colour: bool) -> str:
-    return (
-        f"{GREEN}green{RESET} is trained, {GREY}grey{RESET} is not" if colour else "[[ ]] is trained, the rest is not"
-    )
+def legend(color: bool) -> str:
+    return f"{GREEN}green{RESET} is trained, {GREY}grey{RESET} is not" if color else "[[ ]] is trained, the rest is not"
 
 
 def masked_pieces(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray) -> Iterator[tuple[str, bool]]:
     """The text of [n] tokens, special tokens included, in pieces that are trained (True) or not."""
-    borders = np.flatnonzero(np.diff(trained.astype(np.int8))) + 1
-    for piece, mask in zip(np.split(tokens, borders), np.split(trained, borders), strict=True):
-        yield (
-            tokenizer.decode(piece.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False),
-            bool(mask[0]),
-        )
+    ends = np.flatnonzero(np.diff(trained.astype(np.int8))) + 1
+    for piece, mask in zip(np.split(tokens, ends), np.split(trained, ends), strict=True):
+        text = tokenizer.decode(piece.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        yield text, bool(mask[0])
 
 
-def conversation_text(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray, colour: bool) -> str:
+def conversation_text(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray, color: bool) -> str:
     """The text of [n] tokens, special tokens included, with the trained ones marked."""
     pieces = []
     for text, is_trained in masked_pieces(tokenizer, tokens, trained):
-        if colour:
-            # On every line anew: pagers reset colours at line ends.
+        if color:
+            # Again on every line: pagers reset colors at line ends.
             start = GREEN if is_trained else GREY
             pieces.append("\n".join(f"{start}{line}{RESET}" if line else "" for line in text.split("\n")))
         else:
@@ -49,22 +56,92 @@ def conversation_text(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray, c
     return "".join(pieces)
 
 
-def sample_text(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray, colour: bool) -> str:
-    """`conversation_text`, with the middle left out where it is long."""
+def sample_text(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray, color: bool) -> str:
+    """`conversation_text` without the middle of a long conversation."""
     if len(tokens) <= SAMPLE_TOKENS:
-        return conversation_text(tokenizer, tokens, trained, colour).rstrip("\n")
+        return conversation_text(tokenizer, tokens, trained, color).rstrip("\n")
     half = SAMPLE_TOKENS // 2
-    start = conversation_text(tokenizer, tokens[:half], trained[:half], colour)
-    end = conversation_text(tokenizer, tokens[-half:], trained[-half:], colour).rstrip("\n")
+    start = conversation_text(tokenizer, tokens[:half], trained[:half], color)
+    end = conversation_text(tokenizer, tokens[-half:], trained[-half:], color).rstrip("\n")
     return f"{start}\n… {len(tokens) - 2 * half:,} tokens not shown …\n{end}"
 
 
-def row_text(tokenizer: Any, row: Row, colour: bool) -> Iterator[str]:
-    """A heading and a text for every conversation of the row."""
+def conversations_of(row: Row) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """A heading, the tokens and the mask of every conversation of the row."""
     start = 0
-    for number, length in enumerate(row.conversation_lengths.tolist(), start=1):
+    for index, length in enumerate(row.conversation_lengths.tolist(), start=1):
         part = slice(start, start + length)
-        number_of = f"{number} of {len(row.conversation_lengths)}"
-        yield f"---- conversation {number_of}: {length} tokens, {int(row.trained[part].sum())} trained ----"
-        yield conversation_text(tokenizer, row.tokens[part], row.trained[part], colour).rstrip("\n")
+        tokens, trained = row.tokens[part], row.trained[part]
+        of = f"conversation {index} of {len(row.conversation_lengths)}"
+        yield f"{of}: {length:,} tokens, {int(trained.sum()):,} trained", tokens, trained
         start += length
+
+
+def row_text(tokenizer: Any, row: Row, color: bool) -> Iterator[str]:
+    """A heading and a text for every conversation of the row."""
+    for heading, tokens, trained in conversations_of(row):
+        yield f"---- {heading} ----"
+        yield conversation_text(tokenizer, tokens, trained, color).rstrip("\n")
+
+
+def page(tokenizer: Any, rows: TokenizedRows, indices: Iterable[int]) -> str:
+    """Tokenised data as one HTML page that loads nothing else: totals, lengths of conversations, and the rows `indices`."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    template = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("page.html")
+    manifest = rows.manifest
+    return template.render(
+        title=rows.prefix.name,
+        totals=_totals(manifest),
+        sources=_sources(manifest),
+        notes=manifest.get("notes", []),
+        histogram=manifest.get("conversation_lengths", {}).get("histogram", []),
+        num_rows=len(rows),
+        rows=[(index, rows[index]) for index in indices],
+        conversations_of=conversations_of,
+        pieces=partial(_page_pieces, tokenizer),
+    )
+
+
+def _totals(manifest: dict[str, Any]) -> dict[str, str]:
+    tokens, trained = manifest["tokens"], manifest["trained_tokens"]
+    totals = {
+        "rows": f"{manifest['rows']:,}, of up to {manifest['length']:,} tokens",
+        "conversations": f"{manifest['conversations']:,}",
+        "tokens": f"{tokens:,}",
+        "trained": f"{trained:,} ({100 * trained / tokens:.1f} %)",
+        "fill": f"{100 * manifest.get('fill', tokens / (manifest['rows'] * manifest['length'])):.2f} %",
+        "packing": f"{manifest.get('algorithm', '')}, seed {manifest.get('seed', '')}",
+        "tokenizer": manifest.get("tokenizer", {}).get("name", ""),
+    }
+    if "groups" in manifest:
+        totals["groups"] = f"{manifest['groups']:,} by {manifest.get('group_key')}"
+    if lengths := manifest.get("conversation_lengths"):
+        totals |= {f"length, {name}": f"{lengths[name]:,.0f}" for name in ("mean", "median", "longest")}
+    return totals
+
+
+def _sources(manifest: dict[str, Any]) -> list[list[str]]:
+    """Table lines of inputs and of later packings: path, read, kept, cut, dropped with the reasons."""
+    lines = []
+    for source in manifest.get("sources", []):
+        counts = [source.get(name, 0) for name in ("read", "kept", "truncated")]
+        lines.append((source.get("path", ""), counts, source.get("dropped", {})))
+    for step in manifest.get("repacked", []):
+        before, dropped = step["from_conversations"], step["dropped"]
+        counts = [before, before - sum(dropped.values()), step["truncated"]]
+        lines.append((f"packed again from {step['from']}", counts, dropped))
+    return [
+        [path, *map("{:,}".format, counts), "; ".join(f"{count:,} {why}" for why, count in dropped.items()) or "none"]
+        for path, counts, dropped in lines
+    ]
+
+
+def _page_pieces(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray) -> Iterator[tuple[str, str]]:
+    """(text, kind) with the kinds trained, read and skipped."""
+    num_skipped = len(tokens) - PAGE_TOKENS
+    parts = [slice(None)] if num_skipped <= 0 else [slice(None, PAGE_TOKENS // 2), slice(-(PAGE_TOKENS // 2), None)]
+    for index, part in enumerate(parts):
+        if index:
+            yield f"\n… {num_skipped:,} tokens not shown …\n", "skipped"
+        for text, is_trained in masked_pieces(tokenizer, tokens[part], trained[part]):
+            yield text.translate(INVISIBLE), "trained" if is_trained else "read"

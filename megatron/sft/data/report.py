@@ -1,16 +1,56 @@
-"""What step 3 says of its sources, on the screen and in the manifest: every row that was read is accounted for."""
+"""What step 3 reports of its sources: on the screen, in the manifest, and in a file of bad records."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from megatron.sft.chat.encoding import Encoded
-from megatron.sft.chat.template import ChatTemplate
-from megatron.sft.data.corpus import Corpus
-from megatron.sft.data.preview import colour_wanted, legend, sample_text
+from megatron.sft.data.corpus import Corpus, Counts
+from megatron.sft.data.preview import color_wanted, legend, sample_text
+from megatron.sft.data.sources import SourceRecord
+
+
+class RejectedRecords:
+    """Writes bad records with the reasons to <data>.rejected.jsonl, so that they can be inspected and fixed.
+
+    The file gets its name only when `keep` is called; without bad records `keep` removes an old one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_records = 0
+        self._temporary = path.with_name(f".{path.name}.tmp")
+
+    def __enter__(self) -> "RejectedRecords":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._temporary.unlink(missing_ok=True)
+
+    def add(self, record: SourceRecord, reason: str) -> None:
+        content: Any = record.content
+        if isinstance(content, bytes):
+            content = content.decode("utf-8", errors="backslashreplace")
+        elif not isinstance(content, dict):
+            content = None
+        line = {"file": str(record.path), record.unit: record.number, "reason": reason, "row": content}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._temporary, "ab" if self.num_records else "wb") as file:
+            file.write(orjson.dumps(line, default=repr, option=orjson.OPT_APPEND_NEWLINE))
+        self.num_records += 1
+
+    def keep(self) -> None:
+        if self.num_records:
+            os.replace(self._temporary, self.path)
+        else:
+            self.path.unlink(missing_ok=True)
 
 
 def source_facts(corpus: Corpus) -> dict[str, Any]:
+    """The manifest's entry for a source; `read` = `kept` + the sum of `dropped`."""
     counts, source = corpus.counts, corpus.source
     return {
         "path": source.input.name if source.input.is_on_hub else str(source.input.path.resolve()),
@@ -18,7 +58,7 @@ def source_facts(corpus: Corpus) -> dict[str, Any]:
         "format": " and ".join(sorted(corpus.reader.formats)),
         "file_format": source.file_format,
         "amount": source.input.amount or None,
-        "rows": source.num_rows or counts.num_read,
+        "rows": source.num_records or counts.num_read,
         "read": counts.num_read,
         "kept": counts.num_kept,
         "dropped": dict(counts.dropped),
@@ -30,32 +70,28 @@ def source_facts(corpus: Corpus) -> dict[str, Any]:
 
 def print_sample(number: int, tokenizer: Any, conversation: Encoded) -> None:
     trained = np.repeat(np.arange(len(conversation.runs)) % 2 == 1, conversation.runs)
-    colour = colour_wanted()
-    print(f"---- sample {number}: {len(trained)} tokens; {legend(colour)} ----")
-    print(sample_text(tokenizer, conversation.tokens, trained, colour), flush=True)
+    color = color_wanted()
+    print(f"---- sample {number}: {len(trained)} tokens; {legend(color)} ----")
+    print(sample_text(tokenizer, conversation.tokens, trained, color), flush=True)
 
 
-def print_counts(corpus: Corpus) -> None:
+def print_corpus(corpus: Corpus) -> None:
     """Everything of a source that was read, ignored, dropped or cut, once."""
     counts, source = corpus.counts, corpus.source
-    of = f" ({source.input.amount} of {source.num_rows:,})" if source.wanted is not None else ""
-    print(f"---- read {counts.num_read:,} rows{of} of {source.input.name} ({source.file_format}) ----")
+    of = f" ({source.input.amount} of {source.num_records:,})" if source.wanted is not None else ""
+    print(f"---- read {counts.num_read:,} records{of} of {source.input.name} ({source.file_format}) ----")
     for name, count in sorted(corpus.reader.formats.items()):
-        print(f"format: {name}, {count:,} rows")
+        print(f"format: {name}, {count:,} records")
     for name, count in corpus.reader.ignored_fields.most_common():
         if name != corpus.group_key:
-            print(f"not used: field {name!r} of {count} rows")
-    for reason, count in counts.dropped.items():
-        print(f"dropped {count} conversations: {reason}")
-    if counts.num_truncated:
-        print(f"cut {counts.num_truncated} conversations at {corpus.length} tokens: their last answer has no end")
+            print(f"not used: field {name!r} of {count} records")
+    print_dropped(counts, corpus.seq_length)
     if counts.num_split:
         dropped = f", {counts.num_parts_dropped} parts dropped" if counts.num_parts_dropped else ""
-        print(
-            f"split {counts.num_split} conversations into {counts.num_parts} of at most {corpus.length} tokens{dropped}"
-        )
+        parts = f"{counts.num_parts} of at most {corpus.seq_length} tokens{dropped}"
+        print(f"split {counts.num_split} conversations into {parts}")
     if corpus.group_key and counts.num_without_group:
-        print(f"note: {counts.num_without_group} rows have no field {corpus.group_key!r}: each is a group of its own")
+        print(f"note: {counts.num_without_group} records have no field {corpus.group_key!r}: each is its own group")
     if counts.num_with_control_tokens:
         count = counts.num_with_control_tokens
         print(f"note: {count} conversations have the chat template's own special tokens in their texts")
@@ -63,6 +99,8 @@ def print_counts(corpus: Corpus) -> None:
         print(f"note: {counts.num_merged_starts} answers begin inside a token of the header, which is not trained")
 
 
-def print_notes(template: ChatTemplate) -> None:
-    for note in sorted(template.notes):
-        print(f"note: {note}")
+def print_dropped(counts: Counts, seq_length: int) -> None:
+    for reason, count in counts.dropped.items():
+        print(f"dropped {count} conversations: {reason}")
+    if counts.num_truncated:
+        print(f"cut {counts.num_truncated} conversations at {seq_length} tokens: their last answer has no end")

@@ -1,7 +1,7 @@
-"""Reads the rows of data files: JSON lines, JSON arrays, CSV or parquet, plain or compressed, alone or in folders.
+"""Reads the records of data files: JSON lines, JSON arrays, CSV or parquet, plain or compressed, alone or in folders.
 
-What a file is shows from its first bytes (CSV from its name). Memory is bounded by the longest row, never by the file, and
-every row keeps the file and the line that it starts on, for messages.
+The first bytes of a file show its format (CSV shows from the name). Memory is bounded by the longest record, never by the file,
+and every record keeps its file and line for messages.
 """
 
 import csv
@@ -16,12 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from megatron.sft.chat.fields import json_type
-from megatron.sft.data import json_rows
-from megatron.sft.data.json_rows import BYTE_ORDER_MARK, WHITESPACE, array_elements, decoded_row, lines
+from megatron.sft.data import json_records
+from megatron.sft.data.json_records import BYTE_ORDER_MARK, WHITESPACE, array_elements, decoded_record, lines, text_of
 from megatron.sft.runtime.errors import UserError
-
-__all__ = ["SourceRow", "count_rows", "data_files", "file_format", "json_type", "read_rows"]
 
 GZIP, ZSTANDARD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 OTHER_FORMATS = {
@@ -32,13 +29,12 @@ OTHER_FORMATS = {
     b"\xfe\xff": "UTF-16 text: save it as UTF-8",
 }
 DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-COMPRESSED_ENDINGS = (".gz", ".zst")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-PARQUET_ROWS_AT_ONCE = 128
+PARQUET_BATCH = 128  # records that are in memory at a time
+ZSTANDARD_BYTES = 1 << 14  # packed bytes read at a time: they may unpack to a thousand times as many
 LONE_SURROGATE = re.compile("[\\ud800-\\udfff]")
-ZSTANDARD_BYTES = 1 << 14
-# Beside data, but none: what step 3 itself writes, and what the `datasets` library puts into its folders.
-NO_DATA = (
+# JSON files in data folders that are not data: what step 3 itself writes, and what the `datasets` library adds.
+NOT_DATA = (
     "Tokenized-*_text_document.json",
     "*.rejected.jsonl",
     "dataset_info.json",
@@ -48,38 +44,51 @@ NO_DATA = (
 
 
 @dataclass(frozen=True, slots=True)
-class SourceRow:
-    """One row, decoded when asked for. `line` counts from 1; `end` is the byte offset just after it, for progress."""
+class SourceRecord:
+    """One record, decoded when asked for.
 
-    line: int
+    content: JSON text, the fields of a table's line, or what is wrong with this record.
+    number: its line, or where there are no lines (parquet, the hub) its place among the records; both from 1.
+    end: how far the file is read, in bytes, for progress.
+    """
+
+    number: int
     content: "bytes | dict[str, Any] | UserError"
     end: int
     path: Path
-    unit: str = "line"
+    unit: str = "line"  # or "record": what `number` counts
 
     @property
     def place(self) -> str:
-        return f"{self.path}, {self.unit} {self.line}"
+        return f"{self.path}, {self.unit} {self.number}"
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The row's fields. A row that cannot be read is a `UserError` with its file and line."""
+        """The record's fields. One that cannot be read is a `UserError` with its file and line."""
         if isinstance(self.content, bytes):
-            return decoded_row(self.content, self.place)
+            return decoded_record(self.content, self.place)
         if isinstance(self.content, UserError):
             raise UserError(f"{self.place}: {self.content}")
         return self.content
 
 
+def uncompressed(name: str) -> str:
+    """A file's name without .gz or .zst."""
+    return name.removesuffix(".gz").removesuffix(".zst")
+
+
+def has_data_name(path: Path) -> bool:
+    return uncompressed(path.name).endswith(DATA_ENDINGS)
+
+
 def data_files(path: Path) -> list[Path]:
-    """The file itself, or the data files below a folder, sorted. Hidden files and what is no data are left out."""
+    """The file itself, or the data files below a folder, sorted; hidden ones are skipped."""
     if not path.is_dir():
         return [path]
     found = []
     for file in sorted(path.rglob("*")):
-        name = file.name.removesuffix(".gz").removesuffix(".zst")
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.is_file() and not hidden and name.endswith(DATA_ENDINGS) and not any(map(file.match, NO_DATA)):
+        is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.is_file() and not is_hidden and has_data_name(file) and not any(map(file.match, NOT_DATA)):
             found.append(file)
     if not found:
         raise UserError(f"folder {path} has no data file ({', '.join(DATA_ENDINGS)}, or those with .gz or .zst)")
@@ -87,75 +96,62 @@ def data_files(path: Path) -> list[Path]:
 
 
 def file_format(path: Path) -> str:
-    """`json array`, `json lines`, `csv` or `parquet`. Refuses missing and empty files and other formats."""
+    """`json array`, `json lines`, `csv` or `parquet`. Another format, or a missing, empty or damaged file is a `UserError`."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(16)
-        if not start:
-            raise UserError(f"data file {path} is empty: it needs at least one row")
-        if start.startswith(PARQUET):
-            return "parquet"
         with opened(path) as (content, _):
-            return text_format(path, content)
+            start = content.read(json_records.PIECE_SIZE)
+            first = start.removeprefix(BYTE_ORDER_MARK).lstrip(WHITESPACE)[:1]
+            while not first and (piece := content.read(1 << 20)):
+                first = piece.lstrip(WHITESPACE)[:1]
     except FileNotFoundError:
         raise UserError(
             f"data file {path} does not exist: check the path, or get it with scripts/1_download.sh"
         ) from None
     except OSError as error:
         raise UserError(f"data file {path} cannot be read: {error.strerror or error}") from None
-
-
-def text_format(path: Path, content: BinaryIO) -> str:
-    """What the text of a file is, by its name and its first character."""
-    start = b""
-    while piece := content.read(json_rows.PIECE_BYTES if not start else 1 << 20):
-        start += piece
-        if start.removeprefix(BYTE_ORDER_MARK).lstrip(WHITESPACE):
-            break
     for magic, what in OTHER_FORMATS.items():
         if start.startswith(magic):
             raise UserError(f"data file {path} is {what}")
-    first = start.removeprefix(BYTE_ORDER_MARK).lstrip(WHITESPACE)[:1]
     if not first:
-        raise UserError(f"data file {path} is empty: it needs at least one row")
-    if separator_of(path):
+        raise UserError(f"data file {path} is empty: it needs at least one record")
+    if start.startswith(PARQUET):
+        return "parquet"
+    if _separator(path):
         return "csv"
     return "json array" if first == b"[" else "json lines"
 
 
-def read_rows(path: Path) -> Iterator[SourceRow]:
-    """The rows of a file, or of all data files of a folder, in order."""
+def read_records(path: Path) -> Iterator[SourceRecord]:
+    """The records of a file, or of all data files of a folder, in order."""
+    readers = {"json array": array_elements, "json lines": lines, "csv": _csv_records}
     for file in data_files(path):
         kind = file_format(file)
         if kind == "parquet":
-            yield from _parquet_rows(file)
-        elif kind == "csv":
-            yield from _csv_rows(file)
-        else:
-            elements = array_elements if kind == "json array" else lines
-            with opened(file) as (content, raw):
-                is_compressed = content is not raw
-                for line, row, end in elements(content, file):
-                    yield SourceRow(line, row, raw.tell() if is_compressed else end, file)
+            yield from _parquet_records(file)
+            continue
+        with opened(file) as (content, raw):
+            for line, record in readers[kind](content, file):
+                yield SourceRecord(line, record, raw.tell(), file)
 
 
-def count_rows(path: Path) -> int:
-    """How many rows `read_rows` gives; nothing is decoded."""
-    num_rows = 0
+def count_records(path: Path) -> int:
+    """How many records `read_records` gives, without decoding them."""
+    num_records = 0
     for file in data_files(path):
         if file_format(file) == "parquet":
-            with _parquet_errors(file):
-                import pyarrow.parquet
-
-                num_rows += int(pyarrow.parquet.ParquetFile(file).metadata.num_rows)
+            with _parquet_file(file) as table:
+                num_records += int(table.metadata.num_rows)
         else:
-            num_rows += sum(1 for _ in read_rows(file))
-    return num_rows
+            num_records += sum(1 for _ in read_records(file))
+    return num_records
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The unpacked content of a file, and the file itself, whose position says how much has been read."""
+    """The unpacked content of a file, and the file itself, whose position says how much has been read.
+
+    A `UserError` where a compressed file is cut short or damaged.
+    """
     with open(path, "rb") as raw:
         start = raw.read(4)
         raw.seek(0)
@@ -163,7 +159,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             if start.startswith(GZIP):
                 yield cast(BinaryIO, gzip.GzipFile(fileobj=raw)), raw
             elif start.startswith(ZSTANDARD):
-                yield cast(BinaryIO, io.BufferedReader(_ZstandardStream(raw), json_rows.PIECE_BYTES)), raw
+                yield cast(BinaryIO, io.BufferedReader(_ZstandardStream(raw), json_records.PIECE_SIZE)), raw
             else:
                 yield raw, raw
         except EOFError:
@@ -173,7 +169,10 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 class _ZstandardStream(io.RawIOBase):
-    """The unpacked content of a .zst file of one or more frames. One that ends within a frame is an EOFError."""
+    """The unpacked content of a .zst file of one or more frames.
+
+    EOFError where the file ends within a frame, which zstandard's own `stream_reader` passes over in silence.
+    """
 
     def __init__(self, raw: BinaryIO) -> None:
         import zstandard
@@ -181,73 +180,68 @@ class _ZstandardStream(io.RawIOBase):
         self.raw = raw
         self.library = zstandard
         self.frame = self._new_frame()
-        self.left = b""  # unpacked and not read
-        self.is_started = False
+        self.unread = b""  # unpacked bytes
 
     def _new_frame(self) -> Any:
+        # Files packed with `zstd --long=31` need the largest window.
         return self.library.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self.left:
+        while not self.unread:
             packed = self.frame.unused_data or self.raw.read(ZSTANDARD_BYTES)
-            if not packed and (self.frame.eof or not self.is_started):
-                return 0
             if not packed:
+                if self.frame.eof:
+                    return 0
                 raise EOFError
             if self.frame.eof:
                 self.frame = self._new_frame()
-            self.is_started = True
             try:
-                self.left = self.frame.decompress(packed)
+                self.unread = self.frame.decompress(packed)
             except self.library.ZstdError as error:
                 raise zlib.error(str(error)) from None
-        size = min(len(buffer), len(self.left))
-        buffer[:size], self.left = self.left[:size], self.left[size:]
+        size = min(len(buffer), len(self.unread))
+        buffer[:size], self.unread = self.unread[:size], self.unread[size:]
         return size
 
 
-def separator_of(path: Path) -> str | None:
-    name = path.name.removesuffix(".gz").removesuffix(".zst")
-    return next((separator for ending, separator in SEPARATORS.items() if name.endswith(ending)), None)
+def _separator(path: Path) -> str | None:
+    """Of a table's columns, by the file's name; None for a file that is not a table."""
+    return SEPARATORS.get(Path(uncompressed(path.name)).suffix)
 
 
-def _csv_rows(path: Path) -> Iterator[SourceRow]:
-    """Rows of a file with a header line; every value stays text."""
+def _csv_records(file: BinaryIO, path: Path) -> Iterator[tuple[int, "dict[str, Any] | UserError"]]:
+    """(line it starts on, fields) of the records below a header line. Every value stays text: "NA" is not null."""
     csv.field_size_limit(sys.maxsize)
-    with opened(path) as (content, raw):
-        # A byte that is no UTF-8 becomes a lone surrogate, which no UTF-8 text has: only its own row is refused.
-        text = io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(text, delimiter=separator_of(path) or ",", strict=True)
-        names = _csv_names(path, reader)
-        line = reader.line_num + 1
-        try:
-            for values in reader:
-                if values:
-                    yield SourceRow(line, _csv_fields(names, values), raw.tell(), path)
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise UserError(f"{path}, line {line}: not valid CSV ({error}): correct its quotes") from None
-        finally:
-            text.detach()
+    reader = csv.reader(text_of(file), delimiter=_separator(path) or ",", strict=True)
+    names = _csv_header(path, reader)
+    line = reader.line_num + 1
+    try:
+        for values in reader:
+            if values:
+                yield line, _csv_fields(names, values)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}, line {line}: not valid CSV ({error}): correct its quotes") from None
 
 
-def _csv_names(path: Path, reader: Any) -> list[str]:
+def _csv_header(path: Path, reader: Any) -> list[str]:
     try:
         names: list[str] = next(reader)
     except (csv.Error, StopIteration) as error:
         raise UserError(f"{path}, line 1: no header line ({error})") from None
     if len(set(names)) != len(names):
-        raise UserError(f"{path}, line 1: a column is named twice in the header ({', '.join(names)}): rename one")
+        raise UserError(f"{path}, line 1: the header names a column twice ({', '.join(names)}): rename one")
     return names
 
 
 def _csv_fields(names: list[str], values: list[str]) -> "dict[str, Any] | UserError":
-    """The row's fields, or what is wrong with it."""
     if len(values) != len(names):
-        return UserError(f"the row has {len(values)} values, the header {len(names)}: correct its separators or quotes")
+        return UserError(
+            f"the record has {len(values)} values, the header {len(names)}: correct its separators or quotes"
+        )
     for name, value in zip(names, values, strict=True):
         if not value.isascii() and LONE_SURROGATE.search(value):
             return UserError(f"field {name!r} is not UTF-8: save the file as UTF-8")
@@ -255,34 +249,35 @@ def _csv_fields(names: list[str], values: list[str]) -> "dict[str, Any] | UserEr
 
 
 @contextmanager
-def _parquet_errors(path: Path) -> Iterator[None]:
-    import pyarrow
-
-    try:
-        yield
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"data file {path} is no readable parquet file ({reason}): get it again") from None
-
-
-def _parquet_rows(path: Path) -> Iterator[SourceRow]:
-    """Rows are numbered from 1, as a parquet file has no lines. Fields that are null are left out."""
+def _parquet_file(path: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
-    with _parquet_errors(path):
-        file = pyarrow.parquet.ParquetFile(path)
-        total, size = max(file.metadata.num_rows, 1), path.stat().st_size
+    try:
+        yield pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"data file {path} is not a readable parquet file ({reason}): get it again") from None
+
+
+def _parquet_records(path: Path) -> Iterator[SourceRecord]:
+    with _parquet_file(path) as table:
+        num_records, num_bytes = max(table.metadata.num_rows, 1), path.stat().st_size
         number = 0
-        for batch in file.iter_batches(PARQUET_ROWS_AT_ONCE):
-            for row in batch.to_pylist():
+        for batch in table.iter_batches(PARQUET_BATCH):
+            for cells in batch.to_pylist():
                 number += 1
-                yield SourceRow(number, without_nulls(row), size * number // total, path, "row")
+                yield SourceRecord(number, table_fields(cells), num_bytes * number // num_records, path, "record")
 
 
-def without_nulls(value: Any) -> Any:
-    """A table's cell holds every field that the same cell of any other row has, as null: those are not there."""
+def table_fields(cells: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a typed table's line (Arrow). A column without a value is null, as in a JSON file that names it; within a
+    cell null stands for "not there", since every object has the fields of all other objects in its column."""
+    return {name: _without_nulls(value) for name, value in cells.items()}
+
+
+def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: without_nulls(one) for name, one in value.items() if one is not None}
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [without_nulls(one) for one in value]
+        return [_without_nulls(item) for item in value]
     return value

@@ -1,6 +1,6 @@
 """Writes tokenised data: conversations go to a scratch file as they come, then row by row, as packed, into the result.
 
-Everything is written under temporary names beside the result and renamed at the end, the manifest last.
+Everything is written under temporary names next to the result and renamed at the end, the manifest last.
 """
 
 import fcntl
@@ -8,15 +8,13 @@ import hashlib
 import os
 from array import array
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
 
 from megatron.sft.chat.encoding import Encoded
 from megatron.sft.data.packing import Packing, pack_groups, pack_rows, single_rows, single_rows_of_groups
-from megatron.sft.data.tokenized import MODE_FIRST, MODE_JOINED, MODE_TRAINED, file_of, write_index
-from megatron.sft.data.totals import totals_of
+from megatron.sft.data.tokenized import MODE_CONTINUES_GROUP, MODE_FIRST, MODE_TRAINED, data_file, write_index
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import sealed, sha256_of_file, write_json
 
@@ -24,26 +22,24 @@ from megatron.sft.runtime.manifest import sealed, sha256_of_file, write_json
 class ConversationStore:
     """Tokens of conversations in a scratch file, and their lengths and runs in memory (about 16 bytes a turn).
 
-    grouped: whether conversations that were added with the same `group` are to stay together.
-    num_sources: of how many sources they are; several are told apart in a file of their own.
+    grouped: whether conversations that are added with the same `group` stay together.
+    num_sources: how many sources they come from; with several, a .sources file has the source of each conversation.
 
-    A context manager: whatever happens, the temporary files are gone at its end. Those of a process that died are
-    written over; those of a process that lives are locked, and a second writer is refused.
+    A context manager that removes the temporary files at its end, whatever happens. Those of a process that died are
+    overwritten; those of a living process are locked, and a second writer is a `UserError`.
     """
 
     def __init__(self, prefix: Path, dtype: "np.dtype[Any]", grouped: bool = False, num_sources: int = 1) -> None:
         if num_sources > np.iinfo(np.int16).max:
-            raise UserError(
-                f"{num_sources} inputs are too many to be told apart: put them in one folder, or in fewer files"
-            )
+            raise UserError(f"{num_sources} inputs are too many for one run: put them in one folder, or in fewer files")
         self.prefix = prefix
         self.has_sources = num_sources > 1
         self.sources = array("h")
         self.dtype = dtype
         self.grouped = grouped
-        self.group_hashes = array("Q")  # of each conversation, where they are grouped
+        self.group_hashes = array("Q")  # of each conversation, if they are grouped
         self.lengths = array("q")
-        self.runs = array("q")  # alternately not trained and trained, for all conversations one after another
+        self.runs = array("q")  # lengths, alternately not trained and trained, of all conversations in sequence
         self.num_runs = array("q")
         self.num_tokens = 0
         self.num_trained = 0
@@ -67,9 +63,7 @@ class ConversationStore:
         self._file.truncate()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for name in ("bin", "idx", "groups", "sources", "json", "tokens"):
             self._temporary(name).unlink(missing_ok=True)
         self._file.close()
@@ -87,29 +81,43 @@ class ConversationStore:
         self.max_token_id = max(self.max_token_id, int(tokens.max()))
         self.sources.append(conversation.source)
         if self.grouped:
-            # Its own number, scrambled, is as unlike all other hashes as these are unlike one another.
+            # A conversation without a group gets its index, scrambled so that it equals another's hash as rarely as any two do.
             alone = len(self.group_hashes) * 0x9E3779B97F4A7C15 + 1
             self.group_hashes.append((alone if conversation.group is None else conversation.group) % (1 << 64))
 
     @property
     def groups(self) -> np.ndarray:
-        """[conversations] int64: the group of each, numbered from 0 on."""
-        _, numbers = np.unique(np.frombuffer(self.group_hashes, dtype=np.uint64), return_inverse=True)
-        return numbers.astype(np.int64)
+        """[conversations] int64: the group of each, numbered from 0."""
+        _, groups = np.unique(np.frombuffer(self.group_hashes, dtype=np.uint64), return_inverse=True)
+        return groups.astype(np.int64)
 
-    def pack(self, row_length: int, seed: int, packing: bool) -> Packing:
-        """Rows of at most `row_length` tokens, groups kept together; packing: False gives one conversation a row."""
+    def pack(self, seq_length: int, seed: int, packing: bool) -> Packing:
+        """Rows of at most `seq_length` tokens, groups kept together; packing: False gives one conversation a row."""
         lengths = np.frombuffer(self.lengths, dtype=np.int64)
         if self.grouped:
             groups = self.groups
-            return pack_groups(lengths, groups, row_length, seed) if packing else single_rows_of_groups(groups, seed)
-        return pack_rows(lengths, row_length, seed) if packing else single_rows(len(lengths), seed)
+            return pack_groups(lengths, groups, seq_length, seed) if packing else single_rows_of_groups(groups, seed)
+        return pack_rows(lengths, seq_length, seed) if packing else single_rows(len(lengths), seed)
 
-    def totals(self, packing: Packing, row_length: int) -> dict[str, Any]:
-        """What the manifest says of these conversations and rows as a whole."""
+    def totals(self, packing: Packing, seq_length: int) -> dict[str, Any]:
+        """What the manifest says of these conversations and rows as a whole: counts, fill, lengths. `row_units` counts the row
+        groups by their number of rows."""
         lengths = np.frombuffer(self.lengths, dtype=np.int64)
-        totals = totals_of(lengths, self.num_trained, self.max_token_id, packing, row_length)
-        return totals | {"dtype": self.dtype.name} | ({"groups": int(self.groups.max()) + 1} if self.grouped else {})
+        totals = {
+            "length": seq_length,
+            "rows": packing.num_rows,
+            "conversations": len(lengths),
+            "tokens": self.num_tokens,
+            "trained_tokens": self.num_trained,
+            "fill": self.num_tokens / (packing.num_rows * seq_length),
+            "max_token_id": self.max_token_id,
+            "conversation_lengths": length_statistics(lengths) | {"histogram": length_histogram(lengths)},
+            "dtype": self.dtype.name,
+        }
+        if packing.continues_group.any():
+            sizes, counts = np.unique(np.bincount(np.cumsum(~packing.continues_group) - 1), return_counts=True)
+            totals["row_units"] = dict(zip(map(str, sizes.tolist()), counts.tolist(), strict=True))
+        return totals | ({"groups": int(self.groups.max()) + 1} if self.grouped else {})
 
     def write(self, packing: Packing, manifest: dict[str, Any]) -> None:
         """Write the rows of `packing` and put the finished files in place. `manifest` gets `files` added."""
@@ -119,34 +127,34 @@ class ConversationStore:
             "bin": {"bytes": num_bytes, "sha256": digest},
             "idx": {"bytes": self._temporary("idx").stat().st_size, "sha256": sha256_of_file(self._temporary("idx"))},
         }
-        for name, numbers in self._numbers().items():
-            path = self._temporary(name)
-            numbers[packing.conversations].tofile(path)
-            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+        for ending, values in self._values_per_conversation().items():
+            path = self._temporary(ending)
+            values[packing.conversations].tofile(path)
+            files[ending] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
         write_json(self._temporary("json"), sealed(manifest | {"files": files}))
         self._put_in_place()
 
-    def _numbers(self) -> dict[str, np.ndarray]:
-        """What is kept of each conversation in a file of its own, by the file's ending."""
-        numbers = {"groups": self.groups} if self.grouped else {}
-        return numbers | ({"sources": np.frombuffer(self.sources, dtype=np.int16)} if self.has_sources else {})
+    def _values_per_conversation(self) -> dict[str, np.ndarray]:
+        """[conversations] arrays in the order of adding, by the ending of the file that holds them."""
+        values = {"groups": self.groups} if self.grouped else {}
+        return values | ({"sources": np.frombuffer(self.sources, dtype=np.int16)} if self.has_sources else {})
 
     def _put_in_place(self) -> None:
         """Rename the finished files, the manifest last: without it, .bin and .idx count as unfinished."""
-        file_of(self.prefix, "json").unlink(missing_ok=True)
+        data_file(self.prefix, "json").unlink(missing_ok=True)
         for name in ("groups", "sources"):
-            file_of(self.prefix, name).unlink(missing_ok=True)
-        endings = ("bin", "idx", *self._numbers(), "json")
+            data_file(self.prefix, name).unlink(missing_ok=True)
+        endings = ("bin", "idx", *self._values_per_conversation(), "json")
         try:
             for name in endings:
-                os.replace(self._temporary(name), file_of(self.prefix, name))
+                os.replace(self._temporary(name), data_file(self.prefix, name))
         except BaseException:
             for name in endings[:-1]:
-                file_of(self.prefix, name).unlink(missing_ok=True)
+                data_file(self.prefix, name).unlink(missing_ok=True)
             raise
 
     def _write_rows(self, packing: Packing) -> tuple[int, str]:
-        """Copy the conversations from the scratch file in packed order. Gives the number of bytes and their SHA-256."""
+        """Copy the conversations from the scratch file in packed order; returns the number of bytes and their SHA-256."""
         self._file.flush()
         scratch = np.memmap(self._scratch, dtype=self.dtype, mode="r")
         lengths = np.frombuffer(self.lengths, dtype=np.int64)
@@ -155,7 +163,7 @@ class ConversationStore:
         with open(self._temporary("bin"), "wb") as file:
             for row in range(packing.num_rows):
                 members = packing.conversations[packing.starts[row] : packing.starts[row + 1]]
-                pieces = [scratch[starts[one] : starts[one] + lengths[one]] for one in members]
+                pieces = [scratch[starts[index] : starts[index] + lengths[index]] for index in members]
                 content = np.concatenate(pieces).tobytes()
                 file.write(content)
                 digest.update(content)
@@ -165,7 +173,7 @@ class ConversationStore:
         return num_bytes, digest.hexdigest()
 
     def _segments(self, packing: Packing) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lengths of all segments in packed order, the first segment of every row and one past the last, and modes."""
+        """Lengths of all segments in packed order, the first segment of every row and one past the last, and the modes."""
         runs = np.frombuffer(self.runs, dtype=np.int64)
         num_runs = np.frombuffer(self.num_runs, dtype=np.int64)
         counts = num_runs[packing.conversations]
@@ -175,8 +183,23 @@ class ConversationStore:
         lengths = runs[np.repeat(first_runs, counts) + place]
         modes = np.where(place % 2 == 1, MODE_TRAINED, 0) + np.where(place == 0, MODE_FIRST, 0)
         first_segments = ends[packing.starts]
-        modes[first_segments[:-1][packing.joined]] |= MODE_JOINED
+        modes[first_segments[:-1][packing.continues_group]] |= MODE_CONTINUES_GROUP
         return lengths, first_segments, modes.astype(np.int8)
 
     def _temporary(self, name: str) -> Path:
         return self.prefix.with_name(f".{self.prefix.name}.{name}.tmp")
+
+
+def length_statistics(lengths: np.ndarray) -> dict[str, Any]:
+    """lengths: [n], at least one. The percentiles are lengths that occur."""
+    shortest, median, p90, p99, longest = np.percentile(lengths, [0, 50, 90, 99, 100], method="lower").tolist()
+    mean = float(lengths.mean())
+    return {"mean": mean, "shortest": shortest, "median": median, "p90": p90, "p99": p99, "longest": longest}
+
+
+def length_histogram(lengths: np.ndarray) -> list[list[int]]:
+    """[[up_to, count], …]: how many lengths are at most `up_to` and above the previous `up_to`; four steps per doubling."""
+    steps = np.unique(np.round(2 ** (np.arange(1, 4 * 40) / 4)).astype(np.int64))
+    counts = np.bincount(np.searchsorted(steps, lengths))
+    first = int(np.flatnonzero(counts)[0])
+    return [[int(steps[index]), int(count)] for index, count in enumerate(counts.tolist()) if index >= first]

@@ -1,9 +1,9 @@
-"""Reads tokenised data: the .bin and .idx files of Megatron's IndexedDataset, and the .json manifest beside them.
+"""Reads tokenised data: the .bin and .idx files of Megatron's IndexedDataset, and their .json manifest.
 
-A document of the two files is a packed row, a sequence is a segment (a run of tokens with one role in training), and a
-sequence's mode byte says MODE_TRAINED, MODE_FIRST and MODE_JOINED. Needs numpy alone, so that training can import it.
-Where conversations are in groups, a .groups file has each one's group number, int64, in the order of the .bin file; where
-there are several sources, a .sources file has the number of each one's source in the manifest's list, int16.
+A document of the two files is a packed row, a sequence is a segment (a run of tokens with one role in training), and the mode
+byte of a sequence has the bits MODE_TRAINED, MODE_FIRST and MODE_CONTINUES_GROUP. Needs only numpy, so that training can import
+it. With grouped conversations, a .groups file has the group of each, int64, in the order of the .bin file; with several
+sources, a .sources file has the index of each conversation's source in the manifest's list, int16.
 """
 
 import struct
@@ -22,11 +22,11 @@ FORMAT = 1
 REBUILD = "run scripts/3_tokenize.sh again"
 MODE_TRAINED = 1  # the loss is taken on predicting the tokens of this segment
 MODE_FIRST = 2  # the first segment of a conversation
-MODE_JOINED = 4  # the first segment of a row that training must keep together with the row before it
-# Of the manifest: what it must say, as whole numbers.
+MODE_CONTINUES_GROUP = 4  # the first segment of a row that training keeps together with the row before it
+# What a manifest must have, as whole numbers.
 COUNTS = ("rows", "tokens", "length", "conversations", "trained_tokens", "max_token_id")
-# Files beside the manifest, and the bytes that each has a conversation, where that is known.
-BYTES_A_CONVERSATION = {"bin": None, "idx": None, "groups": 8, "sources": 2}
+# Endings of the files that a manifest names, and their bytes per conversation where those are fixed.
+BYTES_PER_CONVERSATION = {"bin": None, "idx": None, "groups": 8, "sources": 2}
 
 # The .idx file: this header, then int32 lengths and int64 byte offsets of the sequences, int64 first sequences of the
 # documents and one past the last, int8 modes of the sequences.
@@ -57,37 +57,37 @@ class Index:
 
 
 def token_dtype(vocabulary_size: int) -> "np.dtype[Any]":
-    """Megatron's rule for what holds every token id: 2 bytes below 65,500 tokens, else 4."""
+    """The dtype of token ids, by Megatron's rule: 2 bytes below 65,500 tokens, else 4."""
     return np.dtype(np.uint16 if vocabulary_size < 65500 else np.int32)
 
 
-def file_of(prefix: Path, ending: str) -> Path:
-    """`prefix` + `.bin`, `.idx` or `.json`; a prefix may have dots of its own."""
+def data_file(prefix: Path, ending: str) -> Path:
+    """`prefix` + `.bin`, `.idx` or `.json`; the prefix itself may have dots."""
     return prefix.with_name(f"{prefix.name}.{ending}")
 
 
-def prefix_of(path: Path) -> Path:
+def data_prefix(path: Path) -> Path:
     """The prefix, given it or one of its files."""
     endings = (".bin", ".idx", ".json")
     return path.with_name(path.stem) if path.suffix in endings else path
 
 
 class TokenizedRows:
-    """The rows of `prefix`.bin, .idx, .json. Opening refuses unfinished or damaged sets; a row costs a few slices."""
+    """The rows of `prefix`.bin, .idx, .json, mapped into memory. Opening unfinished or damaged data is a `UserError`."""
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
-        self.manifest: dict[str, Any] = read_json(file_of(prefix, "json"), "manifest of tokenised data", REBUILD)
-        check_manifest(file_of(prefix, "json"), self.manifest, FORMAT)
+        self.manifest: dict[str, Any] = read_json(data_file(prefix, "json"), "manifest of tokenised data", REBUILD)
+        check_data_manifest(data_file(prefix, "json"), self.manifest, FORMAT)
         check_sizes(self.files, REBUILD)
-        self._index = read_index(file_of(prefix, "idx"))
+        self._index = read_index(data_file(prefix, "idx"))
         num_tokens = int(self._index.lengths.sum(dtype=np.int64))
         found = {"rows": len(self._index.documents) - 1, "tokens": num_tokens, "dtype": self._index.dtype.name}
         for name, value in found.items():
             if value != self.manifest.get(name):
                 raise UserError(f"{prefix}.idx has {name} {value}, its manifest {self.manifest.get(name)}: {REBUILD}")
-        check_structure(file_of(prefix, "idx"), self._index, self.manifest)
-        self._tokens = np.memmap(file_of(prefix, "bin"), dtype=self._index.dtype, mode="r")
+        check_structure(data_file(prefix, "idx"), self._index, self.manifest)
+        self._tokens = np.memmap(data_file(prefix, "bin"), dtype=self._index.dtype, mode="r")
         if len(self._tokens) != num_tokens:
             raise UserError(f"{prefix}.bin has {len(self._tokens)} tokens, its .idx {num_tokens}: {REBUILD}")
 
@@ -98,23 +98,23 @@ class TokenizedRows:
         return map(self.__getitem__, range(len(self)))
 
     @property
-    def joined(self) -> np.ndarray:
-        """[rows] bool, True: the row is of one unit with the row before it, so training shuffles them as one."""
-        return (self._index.modes[self._index.documents[:-1]] & MODE_JOINED) != 0
+    def continues_group(self) -> np.ndarray:
+        """[rows] bool, True: the row is in one row group with the row before it, so training shuffles them as one."""
+        return (self._index.modes[self._index.documents[:-1]] & MODE_CONTINUES_GROUP) != 0
 
     @property
     def groups(self) -> np.ndarray | None:
-        """[conversations] int64, the group of each in the order of the rows; None if they were not grouped."""
+        """[conversations] int64, the group of each in the order of the rows; None if they are not grouped."""
         if "groups" not in self.manifest["files"]:
             return None
-        return np.fromfile(file_of(self.prefix, "groups"), dtype=np.int64)
+        return np.fromfile(data_file(self.prefix, "groups"), dtype=np.int64)
 
     @cached_property
     def sources(self) -> np.ndarray | None:
-        """[conversations] int16, each one's place in the manifest's list of sources; None if there is one source only."""
+        """[conversations] int16, the index of each one's source in the manifest's list; None if there is only one source."""
         if "sources" not in self.manifest["files"]:
             return None
-        path = file_of(self.prefix, "sources")
+        path = data_file(self.prefix, "sources")
         sources = np.fromfile(path, dtype=np.int16)
         if len(sources) != self.manifest["conversations"] or not np.all((sources >= 0) & (sources < self.num_sources)):
             raise UserError(f"{path} does not fit its manifest: {REBUILD}")
@@ -122,12 +122,12 @@ class TokenizedRows:
 
     @property
     def num_sources(self) -> int:
-        """Sources that conversations are told apart by; 0 if they are not."""
+        """The number of sources if each conversation's is known, else 0."""
         return len(self.manifest["sources"]) if "sources" in self.manifest["files"] else 0
 
     @cached_property
     def _first_conversations(self) -> np.ndarray:
-        """[rows] int64, how many conversations there are before each row."""
+        """[rows] int64, the number of conversations before each row."""
         before = np.concatenate([[0], np.cumsum((self._index.modes & MODE_FIRST) != 0)])
         return np.asarray(before[self._index.documents[:-1]])
 
@@ -148,12 +148,27 @@ class TokenizedRows:
 
     @property
     def files(self) -> Files:
-        """The files beside the manifest, and what it says of each."""
-        return {file_of(self.prefix, ending): facts for ending, facts in self.manifest["files"].items()}
+        """The data files with their sizes and checksums, as the manifest has them."""
+        return {data_file(self.prefix, ending): facts for ending, facts in self.manifest["files"].items()}
+
+
+def is_finished(prefix: Path, fingerprint: str) -> bool:
+    """Whether whole tokenised data with this fingerprint, a hash of all that decides the result, is in place; prints why other
+    data there is replaced."""
+    if not data_file(prefix, "json").is_file():
+        return False
+    try:
+        is_same = bool(TokenizedRows(prefix).manifest.get("fingerprint") == fingerprint)
+    except UserError as error:
+        print(f"writing it again: {error}")
+        return False
+    if not is_same:
+        print(f"writing it again: {prefix}.json is of other data, another tokenizer or other options")
+    return is_same
 
 
 def read_index(path: Path) -> Index:
-    """Map an .idx file; nothing is copied."""
+    """Map an .idx file without copying it. One that is cut short or of another format is a `UserError`."""
     try:
         content = np.memmap(path, mode="r")
         magic, version, code, num_segments, num_documents = INDEX_HEADER.unpack(content[: INDEX_HEADER.size].tobytes())
@@ -167,12 +182,8 @@ def read_index(path: Path) -> Index:
     if len(content) != INDEX_HEADER.size + 13 * num_segments + 8 * num_documents:
         raise UserError(f"{path} has {len(content)} bytes, not what its header says: {REBUILD}")
     parts, offset = [], INDEX_HEADER.size
-    for kind, count in (
-        (np.int32, num_segments),
-        (np.int64, num_segments),
-        (np.int64, num_documents),
-        (np.int8, num_segments),
-    ):
+    counts = (num_segments, num_segments, num_documents, num_segments)
+    for kind, count in zip((np.int32, np.int64, np.int64, np.int8), counts, strict=True):
         parts.append(np.frombuffer(content, dtype=kind, count=count, offset=offset))
         offset += parts[-1].nbytes
     return Index(np.dtype(names[code]), *parts)
@@ -181,19 +192,24 @@ def read_index(path: Path) -> Index:
 def write_index(
     path: Path, dtype: "np.dtype[Any]", lengths: np.ndarray, documents: np.ndarray, modes: np.ndarray
 ) -> None:
-    """Write an .idx file, byte for byte what megatron-core's IndexedDatasetBuilder(multimodal=True) writes, without its
-    lists of Python numbers. Lengths and modes of the segments; `documents` as in `Index`."""
-    pointers = np.zeros(len(lengths), dtype=np.int64)
-    np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-    pointers *= dtype.itemsize
+    """Write an .idx file, byte for byte what megatron-core's IndexedDatasetBuilder(multimodal=True) writes, but without its
+    lists of Python numbers. lengths, modes: [segments]; documents: as in `Index`."""
+    pointers = _pointers(lengths, dtype)
     with open(path, "wb") as file:
         file.write(INDEX_HEADER.pack(INDEX_MAGIC, 1, DTYPE_CODES[dtype.name], len(lengths), len(documents)))
         for part, kind in ((lengths, np.int32), (pointers, np.int64), (documents, np.int64), (modes, np.int8)):
             file.write(np.ascontiguousarray(part, dtype=kind).tobytes())
 
 
-def check_manifest(path: Path, manifest: Any, version: int) -> None:
-    """Refuse a manifest that is not of tokenised data, or that lacks what training takes from it."""
+def _pointers(lengths: np.ndarray, dtype: "np.dtype[Any]") -> np.ndarray:
+    """[segments] int64: the byte offset of each segment in a .bin file that holds them one after another."""
+    pointers = np.zeros(len(lengths), dtype=np.int64)
+    np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
+    return pointers * dtype.itemsize
+
+
+def check_data_manifest(path: Path, manifest: Any, version: int) -> None:
+    """Refuse a manifest that is not of tokenised data, or lacks what training takes from it."""
     if not isinstance(manifest, dict) or manifest.get("format") != version:
         raise UserError(f"{path} is not a manifest of tokenised data, format {version}: {REBUILD}")
     if not seal_holds(manifest):
@@ -201,17 +217,17 @@ def check_manifest(path: Path, manifest: Any, version: int) -> None:
     for name in COUNTS:
         value = manifest.get(name)
         if type(value) is not int or value < 0:
-            raise UserError(f"{path} says {name} {value!r} where a whole number belongs: {REBUILD}")
+            raise UserError(f"{path} has {name} {value!r} instead of a whole number: {REBUILD}")
     files = manifest.get("files")
-    if not isinstance(files, dict) or not {"bin", "idx"} <= files.keys() <= BYTES_A_CONVERSATION.keys():
-        raise UserError(f"{path} does not name the .bin and .idx files, or names others: {REBUILD}")
+    if not isinstance(files, dict) or not {"bin", "idx"} <= files.keys() <= BYTES_PER_CONVERSATION.keys():
+        raise UserError(f"{path} does not name the .bin and .idx files, or names unknown ones: {REBUILD}")
     for ending, facts in files.items():
         if not isinstance(facts, dict) or type(facts.get("bytes")) is not int or not _is_sha256(facts.get("sha256")):
             raise UserError(f"{path} has no size and checksum of .{ending}: {REBUILD}")
-        each = BYTES_A_CONVERSATION[ending]
-        if each and facts["bytes"] != each * manifest["conversations"]:
+        size = BYTES_PER_CONVERSATION[ending]
+        if size and facts["bytes"] != size * manifest["conversations"]:
             raise UserError(
-                f"{path} has {manifest['conversations']} conversations, not as many in .{ending}: {REBUILD}"
+                f"{path} has {manifest['conversations']} conversations, .{ending} another number: {REBUILD}"
             )
 
 
@@ -220,22 +236,19 @@ def _is_sha256(value: Any) -> bool:
 
 
 def check_structure(path: Path, index: Index, manifest: dict[str, Any]) -> None:
-    """Refuse an .idx file whose rows do not tile the .bin file, or that marks what no conversation has as trained."""
+    """Refuse an .idx file whose rows do not cover the .bin file exactly, or whose modes no conversation can have."""
     lengths, documents, modes = index.lengths, index.documents, index.modes
     if documents[0] != 0 or documents[-1] != len(lengths) or not (documents[1:] > documents[:-1]).all():
         raise UserError(f"{path} has rows that do not follow one another: {REBUILD}")
     if not (lengths > 0).all():
         raise UserError(f"{path} has a segment without tokens: {REBUILD}")
-    pointers = np.zeros(len(lengths), dtype=np.int64)
-    np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-    pointers *= index.dtype.itemsize
-    if not np.array_equal(pointers, index.pointers):
-        raise UserError(f"{path} has segments that do not lie one after another in the .bin file: {REBUILD}")
+    if not np.array_equal(_pointers(lengths, index.dtype), index.pointers):
+        raise UserError(f"{path} has segments that do not follow one another in the .bin file: {REBUILD}")
     row_starts = documents[:-1]
     trained, first = (modes & MODE_TRAINED) != 0, (modes & MODE_FIRST) != 0
-    known = MODE_TRAINED | MODE_FIRST | MODE_JOINED
-    joined = np.flatnonzero(modes & MODE_JOINED)
-    if (modes & ~known).any() or not np.isin(joined, row_starts[1:]).all():
+    known = MODE_TRAINED | MODE_FIRST | MODE_CONTINUES_GROUP
+    continues_group = np.flatnonzero(modes & MODE_CONTINUES_GROUP)
+    if (modes & ~known).any() or not np.isin(continues_group, row_starts[1:]).all():
         raise UserError(f"{path} has a segment of an unknown kind: {REBUILD}")
     if not first[row_starts].all():
         raise UserError(f"{path} has a row that does not begin with a conversation: {REBUILD}")

@@ -1,4 +1,8 @@
-"""A model's architecture as config.json states it: sizes, pieces, and the mixture of experts if there is one."""
+"""What config.json says of a model, in one form for all families: sizes, the pieces of a layer, and how positions are rotated.
+
+A new kind of model needs a new field here, with a default that means "as before"; its family sets it, `model/config.py` builds
+it, and export compares it between checkpoint and original.
+"""
 
 from dataclasses import dataclass
 
@@ -7,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the long wave lengths of RoPE (`rope_type: llama3`)."""
+    """Llama 3.1's stretching of RoPE's long wavelengths (`rope_type: llama3`); config.json's names, see families/rope.py."""
 
     factor: float
     low_freq_factor: float
@@ -17,18 +21,18 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """The mixture of experts that stands in place of every layer's MLP."""
+    """The mixture of experts that replaces every layer's MLP."""
 
     num_experts: int
     experts_per_token: int
     ffn_hidden_size: int
-    # True: the weights of a token's experts sum to 1, so softmax before or after the choice of experts is the same.
+    # The weights of a token's experts sum to 1, so softmax before or after choosing the experts gives the same.
     normalized: bool
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model's architecture, read from Hugging Face's config.json by its family and from nowhere else."""
+    """A model's architecture. `registry.read_architecture` makes it from config.json, the only source of these numbers."""
 
     family: str
     num_layers: int
@@ -45,7 +49,7 @@ class Architecture:
     qkv_bias: bool
     torch_dtype: torch.dtype
     rope_scaling: RopeScaling | None = None
-    # A token attends to itself and this many tokens less one before it; None: to all before it.
+    # Tokens that a token attends to: itself and those just before it. None: all before it.
     sliding_window: int | None = None
     qk_norm: bool = False
     moe: MoEConfig | None = None

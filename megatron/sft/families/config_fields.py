@@ -1,6 +1,6 @@
-"""Which fields of config.json are understood: used, allowed at one value only, or without meaning for the weights.
+"""Which fields of config.json are known: used, supported at one value only, or without effect on what the model computes.
 
-A field outside these is refused by name where its value could mean anything.
+Any other field is refused by name, unless its value is empty.
 """
 
 from collections.abc import Collection
@@ -14,9 +14,9 @@ USED = {
     "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_theta",
     "rope_scaling", "rope_parameters", "dtype", "torch_dtype", "layer_types",
 }  # fmt: skip
-# Of every family built here. Another value is refused.
+# Field -> the only value that is supported, in every family.
 FIXED = {"hidden_act": "silu", "attention_dropout": 0.0, "partial_rotary_factor": 1.0}
-# Who made the file, how to generate, how training once started: nothing that a forward pass depends on.
+# The file's origin, how to generate, how training started: nothing that a forward pass depends on.
 IMMATERIAL = {
     "architectures", "transformers_version", "_name_or_path", "name_or_path", "bos_token_id", "eos_token_id",
     "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id", "forced_bos_token_id",
@@ -26,19 +26,20 @@ IMMATERIAL = {
     "prefix", "tokenizer_class", "model_max_length", "chunk_size_feed_forward", "num_beams", "max_length", "do_sample",
     "temperature", "top_p", "top_k", "repetition_penalty", "length_penalty", "unsloth_fixed", "unsloth_version",
 }  # fmt: skip
-# Refused with a reason of their own.
+# Refused with another reason than that they are unknown.
 _REASONS = {
     "quantization_config": "the weights are quantised: take the model in its original precision",
-    "auto_map": "the folder brings code of its own, which is not run",
+    "auto_map": "the folder contains Python code, which is not run",
 }
 
 
 def check_fields(
     config: dict[str, Any], where: str, used: Collection[str], fixed: dict[str, Any], immaterial: Collection[str]
 ) -> None:
-    """Refuse by name a field with another value than the one that is built, and a field that nobody knows.
+    """A `UserError` for a field with an unsupported value, and for an unknown field.
 
-    An unknown field that says nothing (null, false, an empty list) is passed over.
+    `used`, `fixed`, `immaterial`: the family's, in addition to those above. An unknown field that is null, false or empty is
+    ignored. `where` names the file in messages.
     """
     model_type = config.get("model_type")
     for field, wanted in {**FIXED, **fixed}.items():

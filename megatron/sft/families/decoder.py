@@ -1,4 +1,7 @@
-"""The rows that every family of today shares: a decoder with RMSNorm, grouped-query attention and a gated MLP."""
+"""Rules that families share: a decoder with RMSNorm, grouped-query attention, and a gated MLP or experts.
+
+A family that differs in one part combines these functions with its own rules (see mixtral.py).
+"""
 
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.rules import QKV, GateUp, Rename, Rule
@@ -8,12 +11,12 @@ _MEGATRON = "decoder.layers.{layer}."
 
 
 def table(architecture: Architecture) -> tuple[Rule, ...]:
-    """The whole table of a dense model: biases, norms of query and key, and an output layer where `shape` has them."""
+    """The whole table of a dense model: biases, norms of query and key, and an output layer where the architecture has them."""
     return (*outer(architecture), *attention(architecture), *mlp())
 
 
 def outer(architecture: Architecture) -> tuple[Rule, ...]:
-    """Embedding, last norm and, where it is a matrix of its own, the output layer."""
+    """Embedding, last norm and, unless it is tied to the embedding, the output layer."""
     rules: tuple[Rule, ...] = (
         Rename("embedding.word_embeddings.weight", "model.embed_tokens.weight", tp_dim=0),
         Rename("decoder.final_layernorm.weight", "model.norm.weight"),
@@ -24,7 +27,7 @@ def outer(architecture: Architecture) -> tuple[Rule, ...]:
 
 
 def attention(architecture: Architecture) -> tuple[Rule, ...]:
-    """One layer's attention with its norm, which bears megatron-core's name for the norm fused with linear_qkv."""
+    """A layer's attention with its norm, under megatron-core's name for a norm that is fused with linear_qkv."""
     ours, theirs = f"{_MEGATRON}self_attention.", f"{_HF}self_attn."
     rules: tuple[Rule, ...] = (
         Rename(f"{ours}linear_qkv.layer_norm_weight", f"{_HF}input_layernorm.weight"),
@@ -44,7 +47,7 @@ def _projections(kind: str) -> tuple[str, str, str]:
 
 
 def mlp() -> tuple[Rule, ...]:
-    """One layer's MLP with its norm, which bears megatron-core's name for the norm fused with linear_fc1."""
+    """A layer's MLP with its norm, under megatron-core's name for a norm that is fused with linear_fc1."""
     ours, theirs = f"{_MEGATRON}mlp.", f"{_HF}mlp."
     return (
         Rename(f"{ours}linear_fc1.layer_norm_weight", f"{_HF}post_attention_layernorm.weight"),
@@ -54,12 +57,12 @@ def mlp() -> tuple[Rule, ...]:
 
 
 def experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    """One layer's mixture of experts: `block` is Hugging Face's name of it, the others those of an expert's projections."""
+    """A layer's mixture of experts with its norm. Hugging Face's names: of the module (`block`), of an expert's matrices."""
     ours, theirs = f"{_MEGATRON}mlp.", f"{_HF}{block}."
-    one, hf_one = f"{ours}experts.experts.{{expert}}.", f"{theirs}experts.{{expert}}."
+    expert, hf_expert = f"{ours}experts.experts.{{expert}}.", f"{theirs}experts.{{expert}}."
     return (
         Rename(f"{_MEGATRON}pre_mlp_layernorm.weight", f"{_HF}post_attention_layernorm.weight"),
         Rename(f"{ours}router.weight", f"{theirs}gate.weight"),
-        GateUp(f"{one}linear_fc1.weight", f"{hf_one}{gate}.weight", f"{hf_one}{up}.weight"),
-        Rename(f"{one}linear_fc2.weight", f"{hf_one}{down}.weight", tp_dim=1),
+        GateUp(f"{expert}linear_fc1.weight", f"{hf_expert}{gate}.weight", f"{hf_expert}{up}.weight"),
+        Rename(f"{expert}linear_fc2.weight", f"{hf_expert}{down}.weight", tp_dim=1),
     )

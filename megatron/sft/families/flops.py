@@ -1,7 +1,7 @@
-"""Floating-point operations that training on packed rows needs, for TFLOP/s and MFU in the log.
+"""Floating-point operations of training on packed rows, for TFLOP/s and MFU in the log.
 
-Counted as the field does: two operations a multiply-add, three times the forward pass for forward and backward, nothing for
-recomputation, norms and activations. Attention counts what a causal mask over each conversation's real length lets through.
+Counted as usual in the field: two operations per multiply-add, three times the forward pass for forward and backward, nothing
+for recomputation, norms and activations. Attention counts the pairs that a causal mask over each conversation lets through.
 """
 
 from megatron.sft.families.architecture import Architecture

@@ -4,7 +4,7 @@ from megatron.sft.families import decoder
 
 MODEL_TYPE = "qwen2"
 FIXED = {"use_sliding_window": False, "use_mrope": False}
-# What only counts with use_sliding_window.
+# They have an effect only with use_sliding_window.
 IMMATERIAL = {"sliding_window", "max_window_layers"}
 QKV_BIAS = True
 rules = decoder.table

@@ -1,7 +1,10 @@
-"""The families by `model_type`, and the architecture that one of them reads out of a config.json.
+"""The families by `model_type`, and the `Architecture` that a config.json describes.
 
-To add a family: a file with MODEL_TYPE and rules(), and its name in `FAMILIES`. What else a file may say, and what holds where
-it does not, stands in `_OPTIONAL`.
+To add a family:
+1. a file with MODEL_TYPE, config.json's `model_type`, and `rules(architecture)`, its table of weights (often `decoder.table`);
+2. whatever differs from the defaults in `_OPTIONAL`: names that config.json may have, defaults of transformers' class, pieces;
+3. its name in `FAMILIES`, and a tiny random model in FAMILIES of the tests' tiny.py, which is compared with transformers'.
+A field of config.json that the family does not list is refused by name, so read the model's own config.json.
 """
 
 from types import ModuleType
@@ -23,22 +26,22 @@ FAMILIES: dict[str, ModuleType] = {
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _OPTIONAL: dict[str, Any] = {
-    "FIXED": {},  # field of config.json: the only value that is built
+    "FIXED": {},  # field of config.json -> the only value that is supported
     "USED": set(),  # fields that the family reads itself
-    "IMMATERIAL": set(),  # fields without meaning here
-    "DEFAULTS": {},  # values of transformers' class for fields that a config.json may leave out
+    "IMMATERIAL": set(),  # fields that do not change what the model computes
+    "DEFAULTS": {},  # field -> the default of transformers' class, for fields that a config.json may lack
     "QKV_BIAS": False,
     "QK_NORM": False,
-    "SLIDING_WINDOW": False,  # the field sliding_window counts
-    "ROPE_SCALING": set(),
-    "moe": None,  # config.json to `MoEConfig`
+    "SLIDING_WINDOW": False,  # the field sliding_window has a meaning
+    "ROPE_SCALING": set(),  # supported values of rope_type besides default
+    "moe": None,  # function: config -> `MoEConfig`
 }
 
 
 def read_architecture(config: dict[str, Any], where: str) -> Architecture:
     """The `Architecture` of a model from the content of its config.json; `where` names the file in messages.
 
-    Refused by name: another model_type, and every field or value whose meaning this project does not build.
+    A `UserError` for another model_type, and for every field or value that is unknown or not supported.
     """
     model_type = config.get("model_type")
     family = FAMILIES.get(str(model_type))
@@ -62,7 +65,7 @@ def read_architecture(config: dict[str, Any], where: str) -> Architecture:
 
 
 def family_rules(architecture: Architecture) -> tuple[Rule, ...]:
-    """The family's table of weights, `{layer}` and `{expert}` standing for their numbers."""
+    """The family's table of weights, with `{layer}` and `{expert}` in the names."""
     rules: tuple[Rule, ...] = FAMILIES[architecture.family].rules(architecture)
     return rules
 
@@ -114,7 +117,7 @@ def _check_numbers(architecture: Architecture, config: dict[str, Any], where: st
 
 def _sliding_window(config: dict[str, Any]) -> int | None:
     window = config.get("sliding_window")
-    # A window that no row can exceed is none.
+    # A window as long as the longest row is the same as none.
     return None if window is None or int(window) >= int(config["max_position_embeddings"]) else int(window)
 
 

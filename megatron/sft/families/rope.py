@@ -1,4 +1,7 @@
-"""Rotary positions: what config.json says of them, in transformers' old and new spelling, and the frequencies that follow."""
+"""Rotary positions: base and scaling in config.json, in transformers' old and new spelling, and the frequencies they give.
+
+A further scaling is a case of `read_rope`, a record in architecture.py and a case of `inverse_frequencies`.
+"""
 
 import math
 from typing import Any
@@ -14,8 +17,8 @@ _KNOWN = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_LLAMA3}
 
 
 def read_rope(config: dict[str, Any], where: str, kinds: set[str]) -> tuple[float, RopeScaling | None]:
-    """The base and the scaling. `kinds` are the family's scalings; another one or an unknown parameter is refused by name."""
-    # transformers 5 writes rope_parameters, older ones rope_theta beside an optional rope_scaling.
+    """The base and the scaling. `kinds`: the family's rope_types; another one, or an unknown parameter, is a `UserError`."""
+    # transformers 5 writes rope_parameters, older versions rope_theta and an optional rope_scaling.
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default" and kind not in kinds:
@@ -43,10 +46,11 @@ def read_rope(config: dict[str, Any], where: str, kinds: set[str]) -> tuple[floa
 
 
 def inverse_frequencies(architecture: Architecture, device: torch.device) -> Tensor:
-    """[head_dim / 2] in float32: radians that each pair of dimensions turns by from one position to the next.
+    """[head_dim / 2] float32: radians by which each pair of dimensions turns from one position to the next.
 
-    With `llama3` scaling (the formula of Meta's Llama 3.1 reference) turns that take less than original / high positions stay,
-    those that take more than original / low are slowed by `factor`, and between them the slowing grows smoothly.
+    With `llama3` scaling (the formula of Meta's Llama 3.1 reference), wavelengths shorter than original / high_freq_factor
+    positions keep their frequency, those longer than original / low_freq_factor have it divided by `factor`, and frequencies
+    between them are interpolated. original: original_max_position_embeddings.
     """
     exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32, device=device) / architecture.head_dim
     frequencies = 1.0 / (architecture.rope_theta**exponents)

@@ -1,7 +1,7 @@
-"""The kinds of correspondence between a Megatron parameter and Hugging Face tensors, each usable in both directions.
+"""Rules: how a Megatron parameter is made of Hugging Face tensors, and the inverse.
 
-A rule names the whole (never tensor-parallel) parameter in the spelling of megatron-core's distributed checkpoints, with
-`{layer}` and `{expert}` for the numbers that megatron-core keeps as leading dimensions of one stored tensor.
+A rule names the whole parameter, before any tensor parallelism, as megatron-core's distributed checkpoints do, with `{layer}`
+and `{expert}` for indices: layers and experts are leading dimensions of one stored tensor there.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from megatron.sft.families.architecture import Architecture
 
 
 class Rule(Protocol):
-    """One Megatron parameter and the Hugging Face tensors that it is made of."""
+    """A Megatron parameter and the Hugging Face tensors that it is made of, as templates of names."""
 
     @property
     def megatron(self) -> str:
@@ -26,17 +26,17 @@ class Rule(Protocol):
 
     @property
     def tp_dim(self) -> int | None:
-        """The dimension that tensor parallelism splits, None where every rank holds the whole."""
+        """The dimension that tensor parallelism splits; None: every rank holds the whole parameter."""
 
     @property
     def num_fused(self) -> int:
-        """Blocks along `tp_dim` of each of which every rank holds its part."""
+        """Number of blocks along `tp_dim` that tensor parallelism splits one by one."""
 
     def to_megatron(self, architecture: Architecture, *tensors: Tensor) -> Tensor:
-        """The Megatron parameter made of the Hugging Face tensors."""
+        """The Megatron parameter made of the Hugging Face tensors. Shapes that do not fit raise a RuntimeError."""
 
     def to_hf(self, architecture: Architecture, parameter: Tensor) -> tuple[Tensor, ...]:
-        """The Hugging Face tensors that the Megatron parameter holds. Inverse of `to_megatron`."""
+        """The Hugging Face tensors that the Megatron parameter holds, as views where possible. Inverse of `to_megatron`."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Rename:
 
 @dataclass(frozen=True)
 class QKV:
-    """Query, key and value projections (weights or biases) in one parameter, grouped by key/value head.
+    """Query, key and value projections (weights or biases) in one parameter, grouped by KV head.
 
-    Megatron stores for every key/value head its query heads, then the key, then the value, so that a tensor-parallel rank's
-    part is one contiguous chunk.
+    Megatron stores the query heads of each KV head, then its key, then its value, so a tensor-parallel rank's part is one
+    contiguous chunk: [KV heads x (query heads per KV head + 2) x head_dim, hidden size].
     """
 
     megatron: str
@@ -80,10 +80,8 @@ class QKV:
 
     def to_megatron(self, architecture: Architecture, *tensors: Tensor) -> Tensor:
         rest = tensors[0].shape[1:]
-        parts = [
-            t.reshape(architecture.num_kv_heads, -1, architecture.head_dim, *rest) for t in tensors
-        ]  # [kv heads, heads, dim, ...]
-        return torch.cat(parts, dim=1).reshape(-1, *rest)
+        shape = (architecture.num_kv_heads, -1, architecture.head_dim, *rest)  # [KV heads, heads of each, dim, ...]
+        return torch.cat([tensor.reshape(shape) for tensor in tensors], dim=1).reshape(-1, *rest)
 
     def to_hf(self, architecture: Architecture, parameter: Tensor) -> tuple[Tensor, ...]:
         rest = parameter.shape[1:]
@@ -95,7 +93,7 @@ class QKV:
 
 @dataclass(frozen=True)
 class GateUp:
-    """The gate and up projections of a gated MLP, one after the other in one parameter; a rank holds a part of each."""
+    """The gate and up projections of a gated MLP in one parameter, gate first; a tensor-parallel rank holds a part of each."""
 
     megatron: str
     gate: str
@@ -116,7 +114,7 @@ class GateUp:
 
 
 def tensor_parallel_part(rule: Rule, parameter: Tensor, rank: int, size: int) -> Tensor:
-    """What tensor-parallel rank `rank` of `size` holds of a whole parameter."""
+    """The part of a whole parameter that tensor-parallel rank `rank` of `size` holds."""
     if rule.tp_dim is None or size == 1:
         return parameter
     blocks = parameter.chunk(rule.num_fused, dim=rule.tp_dim)
@@ -124,7 +122,7 @@ def tensor_parallel_part(rule: Rule, parameter: Tensor, rank: int, size: int) ->
 
 
 def join_tensor_parallel(rule: Rule, parts: list[Tensor]) -> Tensor:
-    """The whole parameter of all ranks' parts. Inverse of `tensor_parallel_part`."""
+    """The whole parameter of all ranks' parts, in the order of ranks. Inverse of `tensor_parallel_part`."""
     if rule.tp_dim is None or len(parts) == 1:
         return parts[0]
     blocks = [part.chunk(rule.num_fused, dim=rule.tp_dim) for part in parts]  # ranks x blocks

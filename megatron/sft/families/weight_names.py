@@ -1,4 +1,7 @@
-"""Weights between Hugging Face and Megatron names, by the family's table, with nothing left over on either side."""
+"""The weights of a whole model, one entry per Megatron parameter: the family's table with layers and experts filled in.
+
+Both sides are checked for completeness: every parameter and every Hugging Face tensor must be in the table.
+"""
 
 import re
 from collections.abc import Iterator
@@ -11,8 +14,8 @@ from megatron.sft.families.registry import family_rules
 from megatron.sft.families.rules import Rule
 from megatron.sft.runtime.errors import UserError
 
-# What live modules call what the tables spell as checkpoints do: norms that are modules of their own without Transformer
-# Engine (the second only before a dense MLP), experts one by one, and experts whose matrices lie in one module.
+# Names of live modules -> names of the tables: norms, which are separate modules without Transformer Engine (the second only
+# before a dense MLP), experts as modules, and experts whose matrices lie in one module.
 _INPUT_NORM = (".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight")
 _MLP_NORM = (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")
 _LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
@@ -25,7 +28,7 @@ _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 
 @dataclass(frozen=True)
 class WeightEntry:
-    """A rule for one layer and expert (or for the model's outer weights): names filled in."""
+    """A rule applied to one layer and expert, or to the weights outside the layers: full names on both sides."""
 
     rule: Rule
     megatron: str
@@ -35,17 +38,17 @@ class WeightEntry:
 
     @property
     def stored_key(self) -> str:
-        """The name in a distributed checkpoint: without the numbers of layer and expert, which are places in the tensor."""
+        """The tensor's name in a distributed checkpoint: without layer and expert, which are indices in the tensor."""
         return _EXPERT.sub("", _LAYER.sub("", self.megatron))
 
     @property
     def place(self) -> tuple[int, ...]:
-        """The leading indices of the parameter in the distributed checkpoint's tensor `stored_key`."""
-        return tuple(number for number in (self.layer, self.expert) if number is not None)
+        """The parameter's leading indices in the stored tensor: () or (layer,) or (layer, expert)."""
+        return tuple(index for index in (self.layer, self.expert) if index is not None)
 
 
 def weight_entries(architecture: Architecture) -> Iterator[WeightEntry]:
-    """Every parameter of the whole model, in the order of Hugging Face's layers."""
+    """Every parameter of the whole model: those outside the layers first, then layer by layer."""
     rules = family_rules(architecture)
     for rule in (rule for rule in rules if "{layer}" not in rule.megatron):
         yield WeightEntry(rule, rule.megatron, rule.hf)
@@ -58,9 +61,9 @@ def weight_entries(architecture: Architecture) -> Iterator[WeightEntry]:
 
 
 def checkpoint_name(module_name: str, first_layer: int = 0, first_expert: int = 0, experts: bool = False) -> str:
-    """A live parameter's name as the tables spell it, layers counted over all pipeline stages, experts over all ranks.
+    """The table's name of a live parameter. `first_layer`, `first_expert`: of this process, counted over the whole model.
 
-    `experts` says that the model's layers have a mixture of experts, whose norm keeps a name of its own.
+    `experts`: the layers have a mixture of experts, whose norm is not fused with a linear layer.
     """
     for separate, fused in (_INPUT_NORM,) if experts else (_INPUT_NORM, _MLP_NORM):
         if module_name.endswith(separate):
@@ -73,7 +76,7 @@ def checkpoint_name(module_name: str, first_layer: int = 0, first_expert: int = 
 
 
 def whole_parameters(model: nn.Module, architecture: Architecture) -> dict[str, nn.Parameter]:
-    """The parameters of an unsplit model by their names in the table. Both sides must hold the same names."""
+    """The parameters of an unsplit model by the table's names. The model must have exactly the parameters of the table."""
     experts = architecture.moe is not None
     parameters = {checkpoint_name(name, experts=experts): parameter for name, parameter in model.named_parameters()}
     expected = {entry.megatron for entry in weight_entries(architecture)}
@@ -82,7 +85,7 @@ def whole_parameters(model: nn.Module, architecture: Architecture) -> dict[str, 
 
 
 def checked_to_megatron(entry: WeightEntry, architecture: Architecture, tensors: list[Tensor], where: str) -> Tensor:
-    """The Megatron parameter of Hugging Face tensors; a `UserError` where their shapes do not go together."""
+    """The Megatron parameter made of Hugging Face tensors; a `UserError` if their shapes do not fit. `where`: the folder."""
     try:
         return entry.rule.to_megatron(architecture, *tensors)
     except RuntimeError:
@@ -91,15 +94,15 @@ def checked_to_megatron(entry: WeightEntry, architecture: Architecture, tensors:
 
 
 def check_hf_names(architecture: Architecture, names: set[str], where: str) -> list[str]:
-    """Compare the tensors of a Hugging Face folder with the table; returns the ones that may be passed over.
+    """Compare the names of a Hugging Face folder's tensors with the table; returns those that need not be converted.
 
-    A missing or unknown tensor is a `UserError`.
+    A missing or unknown tensor is a `UserError`. `where`: the folder, for the message.
     """
     expected = {name for entry in weight_entries(architecture) for name in entry.hf}
-    passed_over = sorted(name for name in names - expected if _COMPUTED.search(name))
+    skipped = sorted(name for name in names - expected if _COMPUTED.search(name))
     if architecture.tied_embeddings and "lm_head.weight" in names:
-        passed_over.append("lm_head.weight")
-    missing, unknown = expected - names, names - expected - set(passed_over)
+        skipped.append("lm_head.weight")
+    missing, unknown = expected - names, names - expected - set(skipped)
     if missing:
         raise UserError(
             f"{where}: {len(missing)} tensors are missing, {min(missing)} among them: download the model again"
@@ -107,6 +110,6 @@ def check_hf_names(architecture: Architecture, names: set[str], where: str) -> l
     if unknown:
         raise UserError(
             f"{where}: {len(unknown)} tensors are not known for {architecture.family}, {min(unknown)} among them: "
-            "this model is not of the architecture that its config.json names"
+            "the model does not have the architecture that its config.json names"
         )
-    return passed_over
+    return skipped

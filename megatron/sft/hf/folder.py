@@ -23,11 +23,16 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 class HFFolder:
-    """A Hugging Face model on disk, opened for reading. `shape` has a vocabulary row for every token of the tokenizer."""
+    """A Hugging Face model on disk, opened for reading; a damaged or incomplete one is a `UserError`.
+
+    `architecture` has a vocabulary row for every token of the tokenizer; `rows_on_disk` are the embedding's.
+    """
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
-            raise UserError(f"model folder {path} does not exist: run scripts/1_download.sh model ID, or mend the path")
+            raise UserError(
+                f"model folder {path} does not exist: run scripts/1_download.sh model ID, or correct the path"
+            )
         self.path = path
         self.config: dict[str, Any] = read_json(
             path / "config.json", "model configuration", "give a Hugging Face model folder (scripts/1_download.sh)"
@@ -40,7 +45,7 @@ class HFFolder:
         self._files = self._find_files()
 
     def _find_files(self) -> dict[str, SafetensorsFile]:
-        """Tensor name to file."""
+        """Tensor name -> file."""
         if (self.path / INDEX).exists():
             return self._indexed_files()
         single = self.path / SINGLE
@@ -82,18 +87,17 @@ class HFFolder:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the weight files."""
+        """Bytes of the weight files."""
         return sum(path.stat().st_size for path in self.weight_files)
 
     def dtype_and_shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        entry = self._files[name].entries[name]
-        return entry.dtype, entry.shape
+        return self._files[name].entries[name]
 
     def tensor(self, name: str) -> Tensor:
         """One tensor in its dtype on disk, mapped from the file."""
         return self._files[name].tensor(name)
 
-    def describe(self) -> dict[str, Any]:
+    def manifest_entry(self) -> dict[str, Any]:
         """What a manifest says of the source: the configuration, and checksums of tokenizer and chat template."""
         return {
             "path": str(self.path),
@@ -112,30 +116,30 @@ def num_tokens(folder: Path) -> int:
     ids = [int(token["id"]) for token in content.get("added_tokens", [])]
     if isinstance(vocabulary, dict):
         return 1 + max([*ids, *vocabulary.values()], default=-1)
-    return max([len(vocabulary), *(one + 1 for one in ids)])  # a list of tokens with their scores
+    return max([len(vocabulary), *(id + 1 for id in ids)])  # a list of tokens with their scores
 
 
 def write_weights(
     folder: Path, plan: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write `tensors` as they come, as safetensors shards of at most `max_shard_bytes`, with an index if several.
+    """Write `tensors` as they come, in safetensors files of at most `max_shard_bytes`, with an index if there are several.
 
-    `plan` has the dtype and shape (a meta tensor) of each, in the same order.
+    `plan`: name to dtype and shape (a meta tensor), in the order of `tensors`. One tensor is in memory at a time.
     """
     shards: list[dict[str, Tensor]] = [{}]
-    room = max_shard_bytes
+    free = max_shard_bytes
     for name, tensor in plan.items():
-        if shards[-1] and tensor.nbytes > room:
+        if shards[-1] and tensor.nbytes > free:
             shards.append({})
-            room = max_shard_bytes
+            free = max_shard_bytes
         shards[-1][name] = tensor
-        room -= tensor.nbytes
+        free -= tensor.nbytes
     if len(shards) == 1:
         write_file(folder / SINGLE, plan, tensors)
         return
     weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    for index, shard in enumerate(shards, start=1):
+        name = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
         write_file(folder / name, shard, tensors)
         weight_map.update(dict.fromkeys(shard, name))
     total = sum(tensor.nbytes for tensor in plan.values())
@@ -143,10 +147,10 @@ def write_weights(
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy all files of a model folder but weights, kept originals (*.orig) and the download's record. Returns the names."""
-    left_out = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".index.json", ".orig")
+    """Copy all files of a model folder but weights, kept originals (*.orig) and the download's record; returns their names."""
+    skipped = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".index.json", ".orig")
     files = (path for path in source.iterdir() if path.is_file() and not path.name.startswith(".download."))
-    names = sorted(path.name for path in files if not path.name.endswith(left_out))
+    names = sorted(path.name for path in files if not path.name.endswith(skipped))
     for name in names:
         shutil.copyfile(source / name, target / name)
     return names

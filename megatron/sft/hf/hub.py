@@ -1,4 +1,4 @@
-"""The one module that talks to the model hub: what a repository holds, fetching its files, and what its errors mean."""
+"""Talks to the model hub, as the only module: lists a repository's files, fetches them, and explains the hub's errors."""
 
 import errno
 import os
@@ -31,7 +31,7 @@ class Repository:
     id: str
     commit: str
     files: dict[str, int]
-    # SHA-256 of the large ones; the hub keeps none of the others.
+    # SHA-256 of the large files; the hub has none of the others.
     checksums: dict[str, str] = field(default_factory=dict)
 
 
@@ -41,7 +41,7 @@ def endpoint() -> str:
 
 
 def find_repository(kind: str, id: str, revision: str) -> Repository:
-    """Ask the hub what `id` holds at a branch, tag or commit."""
+    """Ask the hub for the files of `id` at a branch, tag or commit. A `UserError` if it cannot be reached or refuses."""
     with explained(kind, id, revision):
         info = huggingface_hub.HfApi().repo_info(
             id, repo_type=kind, revision=revision, timeout=ANSWER_TIMEOUT_S, files_metadata=True
@@ -53,14 +53,14 @@ def find_repository(kind: str, id: str, revision: str) -> Repository:
 
 
 def check_names(kind: str, id: str, names: list[str]) -> None:
-    """Refuse a repository with a file that would be written outside its folder."""
+    """Refuse a repository with a file that would be written outside of its folder."""
     for name in names:
         if not name or "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise UserError(f"{kind} {id} has a file {name!r}, which lies outside its folder: do not use it")
 
 
 def fetch_files(repository: Repository, names: list[str], folder: Path) -> None:
-    """Bring these files of the repository to `folder`. Those that an earlier try finished are not fetched again."""
+    """Bring these files of the repository to `folder`; those that an earlier try finished are not fetched again."""
     with explained(repository.kind, repository.id, repository.commit):
         for tries_left in reversed(range(TRIES)):
             try:
@@ -69,14 +69,14 @@ def fetch_files(repository: Repository, names: list[str], folder: Path) -> None:
             except Exception as error:
                 if not (_is_of_the_network(error) and tries_left):
                     raise
-                print(f"the connection broke ({error}): going on", flush=True)
+                print(f"the connection broke ({error}): trying again", flush=True)
                 time.sleep(1)
-    # When the connection breaks, some versions return the part that they have.
+    # When the connection breaks, some versions of huggingface_hub return the part that they have.
     for name in names:
         path = folder / name
         if not path.is_file() or path.stat().st_size != repository.files[name]:
             raise UserError(
-                f"{name} of {repository.kind} {repository.id} did not arrive whole: run the same command again"
+                f"{name} of {repository.kind} {repository.id} did not arrive completely: run the same command again"
             )
 
 
@@ -86,7 +86,7 @@ def _fetch_snapshot(repository: Repository, names: list[str], folder: Path) -> N
         repo_type=repository.kind,
         revision=repository.commit,
         local_dir=folder,
-        # Names are patterns to snapshot_download; brackets are the only pattern signs that file names contain.
+        # snapshot_download takes names as patterns; brackets are the only pattern characters in file names.
         allow_patterns=[name.replace("[", "[[]") for name in names],
     )
 
@@ -110,7 +110,7 @@ def explained(kind: str, id: str, revision: str) -> Iterator[None]:
 
 
 def _meaning(error: BaseException, kind: str, id: str, revision: str) -> str | None:
-    """What follows `model ID` in the message; None for an error that is no answer of the hub or the network."""
+    """What follows `model ID` in the message; None for an error that is not from the hub or the network."""
     token = "the token in use was refused" if huggingface_hub.get_token() else "no token is set"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, hub_errors.GatedRepoError):
@@ -139,7 +139,7 @@ def _meaning(error: BaseException, kind: str, id: str, revision: str) -> str | N
     if isinstance(error, hub_errors.LocalEntryNotFoundError):
         return _meaning(error.__cause__, kind, id, revision) if error.__cause__ else ": the connection broke: try again"
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
-        return ": a file did not arrive whole: run the same command again; finished files are kept"
+        return ": a file did not arrive completely: run the same command again; finished files are kept"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Names of folders made from hub ids, and sizes and paths as messages show them."""
+"""Where models and data are kept, names of folders made from hub ids, and sizes and paths as messages show them."""
 
 import os
 from pathlib import Path
@@ -22,5 +22,5 @@ def gigabytes(num_bytes: int) -> str:
 
 
 def shown(path: Path) -> str:
-    """A path as a user would type it: relative where it lies below the current folder."""
+    """A path as a user would type it: relative if it is below the current folder."""
     return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron.sft.families.architecture import Architecture
-from megatron.sft.families.casting import Caster
+from megatron.sft.families.parameters import Caster
 from megatron.sft.families.weight_names import WeightEntry, checked_to_megatron, weight_entries
 from megatron.sft.hf.folder import HFFolder
 from megatron.sft.hf.safetensors_file import tensor_bytes
@@ -17,8 +17,8 @@ from megatron.sft.runtime.manifest import sha256_of_text
 class HFParameters:
     """The parameters of a Hugging Face folder, cast to `dtype` if one is given.
 
-    Rows that the tokenizer has beyond the embedding's get the mean of the old rows and a little seeded noise. `crc32` holds,
-    for every Hugging Face tensor read so far, the checksum of what was handed on.
+    Tokens of the tokenizer beyond the embedding's rows get new rows (`with_new_rows`). `crc32`: name of each Hugging Face
+    tensor read so far -> CRC-32 of the bytes that were returned. Several threads may read.
     """
 
     def __init__(self, folder: HFFolder, dtype: torch.dtype | None) -> None:
@@ -34,7 +34,7 @@ class HFParameters:
         return checked_to_megatron(entry, self.architecture, tensors, str(self.folder.path))
 
     def hf_meta(self, name: str) -> Tensor:
-        """Dtype and shape of a Hugging Face tensor as it is handed on."""
+        """Dtype and shape of a Hugging Face tensor as `hf_tensor` returns it. One of whole numbers is a `UserError`."""
         dtype, shape = self.folder.dtype_and_shape(name)
         if not dtype.is_floating_point:
             raise UserError(f"{self.folder.path}: tensor {name} is of dtype {dtype}: quantised weights are not read")
@@ -47,7 +47,7 @@ class HFParameters:
         return checked_to_megatron(entry, self.architecture, tensors, str(self.folder.path))
 
     def hf_tensor(self, name: str) -> Tensor:
-        """A Hugging Face tensor as it is handed on. A value that is not a number is a `UserError`."""
+        """A Hugging Face tensor, with new rows and cast. A value that is not finite is a `UserError`."""
         on_disk = tensor = self.folder.tensor(name)
         self._check(name)
         if self._is_embedding(name) and len(tensor) < self.architecture.vocab_size:
@@ -58,13 +58,13 @@ class HFParameters:
         return tensor
 
     def check_all(self) -> None:
-        """Look through all tensors on disk. May run beside reading, which then need not look itself."""
+        """Check all tensors on disk for NaN and infinity. May run in another thread while parameters are read."""
         for entry in weight_entries(self.architecture):
             for name in entry.hf:
                 self._check(name)
 
     def _check(self, name: str) -> None:
-        """Take a tensor's checksum; a value that is not a finite number is a `UserError`."""
+        """Note the checksum of a tensor on disk; a value that is not finite is a `UserError`."""
         if name in self._crc32_on_disk:
             return
         tensor = self.folder.tensor(name)
@@ -75,7 +75,7 @@ class HFParameters:
         self._crc32_on_disk[name] = zlib.crc32(tensor_bytes(tensor))
 
     def fingerprint(self) -> str:
-        """A checksum of all tensors on disk, read or not."""
+        """SHA-256 of the checksums of all tensors on disk, read or not."""
         self.check_all()
         return sha256_of_text(repr(sorted(self._crc32_on_disk.items())))
 
@@ -84,7 +84,7 @@ class HFParameters:
 
 
 def with_new_rows(rows: Tensor, num_rows: int, seed: int = 1234) -> Tensor:
-    """[num_rows, width]: the old rows, then different rows near their mean, a tenth of each column's spread away."""
+    """[num_rows, width]: the rows, then new rows: each column's mean plus noise of a tenth of its standard deviation."""
     total = torch.zeros(rows.shape[1])
     squares = torch.zeros(rows.shape[1])
     for part in rows.split(4096):

@@ -1,4 +1,4 @@
-"""What is known of a recipe's model before it is converted: its own config.json, or the published one in assets/models.json."""
+"""A model's architecture before it is downloaded or converted: from config.json, or as published in assets/models.json."""
 
 import re
 from pathlib import Path
@@ -6,22 +6,22 @@ from typing import Any
 
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.registry import read_architecture
-from megatron.sft.hf.names import model_folder_name
+from megatron.sft.hf.names import ASSETS, model_folder_name
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import read_json
 
-# Hub id to the fields of its config.json that say how large the model is, as its authors publish them.
-PUBLISHED = Path(__file__).resolve().parents[3] / "assets" / "models.json"
+# Hub id -> the fields of config.json that give the model's size, as its authors published them.
+PUBLISHED = ASSETS / "models.json"
 
 
 def published_configs() -> dict[str, dict[str, Any]]:
-    """Hub id to configuration, of the models that the recipes name."""
+    """Hub id -> config.json of the models that the recipes name."""
     configs: dict[str, dict[str, Any]] = read_json(PUBLISHED, "table of models", "take it from the repository")
     return configs
 
 
 def find_architecture(name: str) -> tuple[Architecture, str]:
-    """The shape of a model given by its folder, its config.json or its hub id, and where it was read."""
+    """The architecture of a model given by its folder, config.json or hub id, and where it was read; else a `UserError`."""
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
@@ -37,7 +37,7 @@ def find_architecture(name: str) -> tuple[Architecture, str]:
 
 
 def unconverted(checkpoint: Path) -> tuple[Architecture | None, str, str]:
-    """For a converted model that is not there: its architecture if known, where that is from, and the command that makes it.
+    """For a converted model that does not exist: its architecture if known, where that is from, and the command that makes it.
 
     The names are those that scripts/1_download.sh and 2_convert.sh give: <folder of the hub id>_Megatron_TP<n>PP<n>.
     """

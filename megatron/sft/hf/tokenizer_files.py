@@ -1,4 +1,4 @@
-"""The files of a tokenizer in a Hugging Face folder, and what tells one tokenizer and chat template from another."""
+"""The files of a tokenizer in a Hugging Face folder, and checksums that identify a tokenizer and a chat template."""
 
 import json
 from pathlib import Path
@@ -17,13 +17,13 @@ def tokenizer_sha256(folder: Path) -> str | None:
 
 
 def chat_template_sha256(folder: Path) -> str | None:
-    """SHA-256 of the text of the folder's chat template; None if it has none."""
-    text = chat_template_of(folder)
+    """SHA-256 of the text of the folder's chat template, None without one."""
+    text = read_chat_template(folder)
     return None if text is None else sha256_of_text(text)
 
 
-def chat_template_of(folder: Path) -> str | None:
-    """The chat template as transformers takes it: chat_template.jinja, else the (default) one of tokenizer_config.json."""
+def read_chat_template(folder: Path) -> str | None:
+    """The template that transformers uses: chat_template.jinja, else the (default) one of tokenizer_config.json, else None."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     try:
@@ -31,5 +31,5 @@ def chat_template_of(folder: Path) -> str | None:
     except (OSError, ValueError, AttributeError):
         return None
     if isinstance(template, list):  # several, by name
-        template = {one.get("name"): one.get("template") for one in template}.get("default")
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
     return template if isinstance(template, str) else None

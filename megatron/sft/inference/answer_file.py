@@ -1,80 +1,124 @@
-"""Lets a model answer a data file. What is answered is kept as it comes, so that a run that was cut off goes on there."""
+"""Lets a model answer the questions of a data file. Answers are kept as they come, so that an interrupted run continues."""
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.data.sources import read_rows
+from megatron.sft.chat.conversations import FORMAT_FIELDS, Conversation, RowReader
+from megatron.sft.data.sources import read_records
+from megatron.sft.inference.backends import Decoding
 from megatron.sft.inference.chat_model import Answer, ChatModel
-from megatron.sft.inference.decoding import Decoding
-from megatron.sft.inference.questions import read_questions
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import sha256_of_file, sha256_of_text, write_text
 
+_PLACEHOLDER = "-"  # the answer of a record without one, because the reader of records requires it
+
 
 @dataclass(frozen=True)
-class Kept:
-    """Answers of an unfinished run: a first line that says of what, then one answer a line with its question's number."""
+class Question:
+    """A conversation up to the answer that is asked for. reference: that answer, where the data has it."""
 
-    path: Path
-    fingerprint: str
+    messages: Conversation
+    reference: str | None
 
-    def read(self) -> dict[int, Answer]:
-        """The answers that are there, none if they are of other data or settings. A line that was cut off is dropped."""
-        answers: dict[int, Answer] = {}
+
+def read_questions(path: Path, with_reference: bool) -> list[Question]:
+    """The records of a data file, in order. The reference is a final assistant turn, or `output` and its like.
+
+    `UserError` with the line for a record that cannot be read or, if `with_reference`, has no reference.
+    """
+    reader = RowReader()
+    questions = []
+    for record in read_records(path):
         try:
-            first, *lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            if json.loads(first) == {"fingerprint": self.fingerprint}:
-                for line in lines:
-                    if line.endswith("\n"):
-                        number, text, finished = json.loads(line)
-                        answers[number] = Answer(text, finished)
-        except (OSError, ValueError):
-            pass
-        text = json.dumps({"fingerprint": self.fingerprint}) + "\n"
-        write_text(self.path, text + "".join(map(_line, answers.items())))
-        return answers
-
-    def add(self, answers: dict[int, Answer]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(map(_line, answers.items())))
+            fields, has_answer = (record.fields, True) if with_reference else _with_answer(record.fields)
+            conversation = reader.conversation(fields)
+        except UserError as error:
+            raise UserError(f"{record.place}: {error}") from None
+        questions.append(Question(conversation[:-1], conversation[-1]["content"] if has_answer else None))
+    return questions
 
 
-def _line(item: tuple[int, Answer]) -> str:
-    number, answer = item
-    return json.dumps([number, answer.text, answer.finished], ensure_ascii=False) + "\n"
+def _with_answer(fields: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The record with an answer in any case, and whether that was in the data."""
+    for name, role, text, answerer in (
+        ("messages", "role", "content", "assistant"),
+        ("conversations", "from", "value", "gpt"),
+    ):
+        turns = fields.get(name)
+        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+            if turns[-1].get(role) not in ("user", "human", "tool", "observation"):
+                return fields, True
+            return {**fields, name: [*turns, {role: answerer, text: _PLACEHOLDER}]}, False
+    for kind in ("instruction", "query", "prompt"):
+        question, answer = FORMAT_FIELDS[kind]
+        if isinstance(fields.get(question), str) and not fields.get(answer):
+            return {**fields, answer: _PLACEHOLDER}, False
+    return fields, True
 
 
 def answer_file(chat_model: ChatModel, data: Path, output: Path, decoding: Decoding, settings: dict[str, Any]) -> None:
-    """Write the rows of `data`, in their order, as JSON lines with an `answer` more, and `finished` false where the limit
-    cut it. settings: what decides the answers beside the data and `decoding`; `control` among them."""
+    """Write the records of `data`, in order, as JSON lines with two more fields: `answer`, and `finished`, which is false where
+    the token limit cut the answer.
+
+    settings: what else decides the answers: `control`, the model, the seed. With other ones nothing that was kept is used.
+    """
     questions = read_questions(data, with_reference=False)
     if output.resolve() == data.resolve():
         raise UserError(f"OUTPUT {output} is the data file itself: give another name")
     output.parent.mkdir(parents=True, exist_ok=True)
     fingerprint = sha256_of_text(json.dumps([sha256_of_file(data), settings, asdict(decoding)]))
-    kept = Kept(output.with_name(f".{output.name}.unfinished"), fingerprint)
-    answers = kept.read()
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    answers = {index: Answer(text, finished) for index, text, finished in kept_values(unfinished, fingerprint)[1:]}
+    # Written again even if nothing is new: after a line that was cut off nothing can be appended.
+    write_text(unfinished, _json_lines([{"fingerprint": fingerprint}, *_numbered(answers)]))
     if answers:
-        print(f"goes on after {len(answers):,} answers of a run that did not finish", file=sys.stderr, flush=True)
-    missing = [number for number in range(len(questions)) if number not in answers]
+        print(f"continuing an interrupted run after {len(answers):,} answers", file=sys.stderr, flush=True)
+    missing = [index for index in range(len(questions)) if index not in answers]
 
     def progress(new: dict[int, Answer]) -> None:
-        numbered = {missing[place]: answer for place, answer in new.items()}
-        answers.update(numbered)
-        kept.add(numbered)
+        added = {missing[index]: answer for index, answer in new.items()}
+        answers.update(added)
+        with open(unfinished, "a", encoding="utf-8") as file:
+            file.write(_json_lines(_numbered(added)))
         print(f"answered {len(answers):,} of {len(questions):,}", file=sys.stderr, flush=True)
 
     if missing:
-        conversations = [questions[number].messages for number in missing]
+        conversations = [questions[index].messages for index in missing]
         chat_model.answers(conversations, str(settings["control"]), decoding, progress)
-    rows = [
-        {**row.fields, "answer": answers[number].text, "finished": answers[number].finished}
-        for number, row in enumerate(read_rows(data))
+    answered = [
+        {**record.fields, "answer": answers[index].text, "finished": answers[index].finished}
+        for index, record in enumerate(read_records(data))
     ]
-    write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    kept.path.unlink()
+    write_text(output, _json_lines(answered))
+    unfinished.unlink()
     num_cut = sum(not answer.finished for answer in answers.values())
-    print(f"wrote {len(rows):,} answers to {output}, {num_cut:,} of them cut at {decoding.max_new_tokens} tokens")
+    print(f"wrote {len(answered):,} answers to {output}, {num_cut:,} of them cut at {decoding.max_new_tokens} tokens")
+
+
+def _numbered(answers: dict[int, Answer]) -> list[list[Any]]:
+    return [[index, answer.text, answer.finished] for index, answer in answers.items()]
+
+
+def _json_lines(values: Iterable[Any]) -> str:
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+
+
+def kept_values(path: Path, fingerprint: str) -> list[Any]:
+    """The JSON values of a file, each followed by a newline, if the first is an object with this `fingerprint`; else none.
+
+    A last value that was cut off (killed process, full disk) is dropped.
+    """
+    values: list[Any] = []
+    with contextlib.suppress(OSError, ValueError):
+        text, start = path.read_text(encoding="utf-8", errors="replace"), 0
+        while start < len(text):
+            value, end = json.JSONDecoder().raw_decode(text, start)
+            values.append(value)
+            start = end + 1
+    is_of_these = bool(values) and isinstance(values[0], dict) and values[0].get("fingerprint") == fingerprint
+    return values if is_of_these else []

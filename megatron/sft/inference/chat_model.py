@@ -1,6 +1,6 @@
-"""A chat model that answers: a Hugging Face folder, prompted with its own chat template, run by transformers or vLLM.
+"""A chat model that answers: a Hugging Face folder, prompted with its chat template, run by transformers or vLLM.
 
-A control token (`<think>`, `<short>`) is put after the generation prompt: the model goes on as if it had chosen it itself.
+A control token (`<think>`, `<short>`) is put after the generation prompt: the model continues as if it had chosen it itself.
 """
 
 import contextlib
@@ -8,12 +8,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron.sft.chat.conversations import Conversation
 from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.chat.template import ChatTemplate
-from megatron.sft.inference.decoding import Decoding
+from megatron.sft.inference.backends import Backend, Decoding
 from megatron.sft.runtime.errors import UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -28,50 +28,37 @@ class Answer:
     finished: bool
 
 
-class Backend(Protocol):
-    """What runs the model. longest_prompt: the most tokens that it can still answer to, None where it does not say."""
-
-    @property
-    def longest_prompt(self) -> int | None: ...
-
-    def generate(
-        self, prompts: Sequence[list[int]], decoding: Decoding, on_token: Callable[[int], None] | None
-    ) -> list[list[int]]:
-        """What follows each prompt, a stop token and anything after it included. on_token: for a single prompt, is called
-        with each new token as it comes."""
-
-
 @dataclass(frozen=True)
 class ChatModel:
-    """A model with its tokenizer. `stop_ids` end an answer."""
+    """A model with its tokenizer. stop_ids: the tokens that end an answer."""
 
     tokenizer: Any
     backend: Backend
     stop_ids: tuple[int, ...]
 
     def prompt(self, messages: Conversation, control: str = "") -> str:
-        """The text that the model goes on from."""
+        """The text that the model continues."""
         text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text + control
 
     def generate(
         self, prompts: Sequence[str], decoding: Decoding, on_token: Callable[[int], None] | None = None
-    ) -> list[tuple[str, bool]]:
-        """What follows each prompt, and whether it ended by itself. The prompts are one batch."""
+    ) -> list[Answer]:
+        """What the model adds to each prompt, up to a stop token. The prompts are one batch.
+
+        Special tokens other than stop tokens stay visible. on_token: for a single prompt, is called with each new token as it
+        comes. `UserError` for a prompt that is longer than the model reads.
+        """
         encoded = [self.tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
         longest, limit = max(map(len, encoded)), self.backend.longest_prompt
         if limit and longest > limit:
             raise UserError(f"a prompt has {longest} tokens, the model reads at most {limit + 1}: shorten it")
-        return [self.text_of(ids) for ids in self.backend.generate(encoded, decoding, on_token)]
-
-    def text_of(self, new_ids: list[int]) -> tuple[str, bool]:
-        """The text before the first stop token, and whether there is one. Other special tokens stay visible."""
-        stop = next((place for place, token in enumerate(new_ids) if token in self.stop_ids), None)
-        return self.decoded(new_ids[:stop]), stop is not None
-
-    def decoded(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        return text
+        answers = []
+        for new_ids in self.backend.generate(encoded, decoding, on_token):
+            stop = next((index for index, token in enumerate(new_ids) if token in self.stop_ids), None)
+            text = self.tokenizer.decode(new_ids[:stop], clean_up_tokenization_spaces=False)
+            answers.append(Answer(text, stop is not None))
+        return answers
 
     def answers(
         self,
@@ -80,9 +67,11 @@ class ChatModel:
         decoding: Decoding,
         progress: Callable[[dict[int, Answer]], None] = lambda answers: None,
     ) -> list[Answer]:
-        """Answers in the order of the conversations, made in batches of similar length, longest first.
+        """Answers in the order of the conversations, each begun with `control`.
 
-        progress: is called after each batch with its answers by their conversation's number.
+        Batches are of similar length, longest first, so that too little memory shows in the first one.
+        progress: is called after each batch with its answers by the index of their conversation. `UserError` for an unknown
+        control token.
         """
         check_control(self.tokenizer, control)
         prompts = [self.prompt(messages, control) for messages in conversations]
@@ -90,15 +79,17 @@ class ChatModel:
         answers: dict[int, Answer] = {}
         for start in range(0, len(order), decoding.batch_size):
             batch = order[start : start + decoding.batch_size]
-            texts = self.generate([prompts[index] for index in batch], decoding)
-            new = {index: Answer(control + text, ended) for index, (text, ended) in zip(batch, texts, strict=True)}
+            replies = self.generate([prompts[index] for index in batch], decoding)
+            new = {
+                index: Answer(control + reply.text, reply.finished) for index, reply in zip(batch, replies, strict=True)
+            }
             answers |= new
             progress(new)
         return [answers[index] for index in range(len(prompts))]
 
 
 def check_control(tokenizer: Any, control: str) -> None:
-    """A control text must begin with an added token: a mistyped one would be read as common text."""
+    """`UserError` unless a control text begins with an added token: a mistyped one would be read as plain text."""
     added = tokenizer.get_added_vocab()
     if control and not any(control.startswith(token) for token in added):
         known = " ".join(token for token in added if token not in tokenizer.all_special_tokens) or "none"
@@ -106,18 +97,20 @@ def check_control(tokenizer: Any, control: str) -> None:
 
 
 def check_model_folder(folder: Path) -> None:
+    """`UserError` if there is no Hugging Face model in a folder."""
     if not folder.is_dir():
-        raise UserError(f"model folder {folder} does not exist: export one with scripts/5_export.sh, or mend the path")
+        raise UserError(f"model folder {folder} does not exist: run scripts/5_export.sh, or correct the path")
     if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder} has no config.json: give a Hugging Face model folder (scripts/5_export.sh makes one)"
-        )
+        raise UserError(f"{folder} has no config.json: give a model folder, such as scripts/5_export.sh writes")
 
 
 def load_chat_model(
     folder: Path, dtype: str = "auto", backend: str = "transformers", seed: int = 1234, num_gpus: int = 1
 ) -> ChatModel:
-    """Load a model folder. No code from the folder is run and no network is used. num_gpus: vLLM's."""
+    """Load a model folder. No code from the folder is run and no network is used.
+
+    dtype: of DTYPES; auto is the folder's. backend: of BACKENDS. seed: for sampling. num_gpus: for vLLM; transformers uses one.
+    """
     if backend not in BACKENDS:
         raise UserError(f"BACKEND={backend} is not known: give {' or '.join(BACKENDS)}")
     check_model_folder(folder)
@@ -133,19 +126,19 @@ def load_chat_model(
 
 
 def _stop_ids(tokenizer: Any, folder: Path) -> tuple[int, ...]:
-    """The folder's end tokens, and the one that the chat template writes after an answer, which training teaches."""
+    """The folder's end tokens, and those that the chat template writes after an answer, which training teaches."""
     template = ChatTemplate(tokenizer)
-    with contextlib.suppress(UserError):  # a template that cannot be trained with may still be talked to
+    with contextlib.suppress(UserError):  # a template that cannot be trained with can still be used here
         template.render([{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}])
-    stop_ids = {*_named_in(folder / "generation_config.json"), *_named_in(folder / "config.json")}
+    stop_ids = {*_eos_ids(folder / "generation_config.json"), *_eos_ids(folder / "config.json")}
     stop_ids |= {*template.end_of_turn_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
     if not stop_ids:
         raise UserError(f"{tokenizer.name_or_path} names no end token: set eos_token in tokenizer_config.json")
     return tuple(sorted(stop_ids))
 
 
-def _named_in(path: Path) -> list[int]:
-    """The end tokens that a configuration names; none where it is missing or cannot be read, which loading finds itself."""
+def _eos_ids(path: Path) -> list[int]:
+    """The end tokens that a configuration names; none if it is missing or damaged, which loading the model reports."""
     try:
         eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
     except (OSError, ValueError, AttributeError):

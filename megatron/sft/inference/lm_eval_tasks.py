@@ -1,4 +1,4 @@
-"""Benchmarks by name, run by lm-eval, which is imported only where a task of it is asked for."""
+"""Benchmarks by name, run by lm-eval, which is imported only if one of its tasks is asked for."""
 
 import contextlib
 import io
@@ -13,14 +13,14 @@ from megatron.sft.inference.scores import Score
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError, first_line
 
-# Names that other projects' scripts use, and lm-eval's.
+# Names that the scripts of other projects use, and lm-eval's names for the same tasks.
 ALIASES = {"ceval": "ceval-valid", "arc": "ai2_arc", "arc_c": "arc_challenge", "arc_e": "arc_easy"}
 END_THINK = "</think>"
 
 
 @dataclass(frozen=True)
-class BenchmarkSettings:
-    """num_fewshot: None is the task's own. max_new_tokens: 0 is the task's own. include: a folder of task files."""
+class LmEvalSettings:
+    """num_fewshot: None for the task's number. max_new_tokens: 0 for the task's limit. include: a folder of more task files."""
 
     num_fewshot: int | None = None
     limit: int | None = None
@@ -35,23 +35,26 @@ class BenchmarkSettings:
 
 
 @dataclass
-class Benchmarks:
-    """One model as lm-eval asks it, loaded at the first task. control: what every answer begins with."""
+class LmEvalModel:
+    """One model as lm-eval asks it, loaded at the first task. control: the token that every answer begins with, or empty."""
 
     folder: Path
-    settings: BenchmarkSettings
+    settings: LmEvalSettings
     control: str = ""
     _model: Any = field(default=None, repr=False)
 
     def run(self, task: str) -> dict[str, Any]:
-        """lm-eval's results of a task or group, without its samples, and the scores to be shown."""
-        lm_eval = imported()
+        """lm-eval's results of a task or group without its samples, the settings, and `scores` as JSON; prints each score.
+
+        `UserError` for an unknown task, or if its data or a package is missing.
+        """
+        lm_eval = import_lm_eval()
         settings = self.settings
         manager = lm_eval.tasks.TaskManager(verbosity="ERROR", include_path=settings.include or None)
         name = _known_task(task, manager.all_tasks)
         tokens = {"max_gen_toks": settings.max_new_tokens} if settings.max_new_tokens else None
         try:
-            with _without_bars():
+            with _bars_on_terminal_only():
                 self._model = self._model or self._load(lm_eval)
                 results = lm_eval.simple_evaluate(
                     model=self._model,
@@ -71,35 +74,31 @@ class Benchmarks:
         except (OSError, ConnectionError, ValueError, ImportError) as error:
             raise UserError(f"task {name} cannot be run ({first_line(error)}): {_advice(error)}") from error
         kept = {key: results.get(key) for key in ("results", "groups", "versions", "n-shot", "n-samples")}
-        scores = scores_of(results, self.control)
+        scores = task_scores(results, self.control)
         for score in scores:
             print(f"{score.task}: {score.metric} {score.text}", flush=True)
         return {"task": name, "settings": asdict(settings), **kept, "scores": [asdict(score) for score in scores]}
 
     def _load(self, lm_eval: Any) -> Any:
         settings = self.settings
+        arguments: dict[str, Any] = {"pretrained": str(self.folder), "dtype": settings.dtype}
         if settings.backend == "vllm":
             if self.control:
-                raise UserError(f"CONTROL={self.control} works with BACKEND=transformers only: leave one of them out")
-            arguments = {
-                "pretrained": str(self.folder),
-                "dtype": settings.dtype,
-                "tensor_parallel_size": settings.num_gpus,
-                "seed": settings.seed,
-            }
+                raise UserError(f"CONTROL={self.control} works with BACKEND=transformers only: unset one of them")
+            arguments |= {"tensor_parallel_size": settings.num_gpus, "seed": settings.seed}
             return lm_eval.api.registry.get_model("vllm")(**arguments)
+        tokenizer = self._tokenizer()
         return lm_eval.api.registry.get_model("hf")(
-            pretrained=str(self.folder),
-            tokenizer=self._tokenizer(),
+            **arguments,
+            tokenizer=tokenizer,
             device=str(device.current()),
-            dtype=settings.dtype,
             batch_size=settings.batch_size,
             trust_remote_code=False,
-            think_end_token=END_THINK if END_THINK in self._tokenizer().get_vocab() else None,
+            think_end_token=END_THINK if END_THINK in tokenizer.get_vocab() else None,
         )
 
     def _tokenizer(self) -> Any:
-        """With a chat template that has every answer begin with the control token."""
+        """The model's tokenizer; its chat template ends the prompt with the control token."""
         from megatron.sft.chat.encoding import load_tokenizer
 
         tokenizer = load_tokenizer(self.folder, template_needed=self.settings.chat_template)
@@ -108,8 +107,8 @@ class Benchmarks:
         return tokenizer
 
 
-def imported() -> Any:
-    """The package lm_eval, quiet."""
+def import_lm_eval() -> Any:
+    """The package lm_eval with its log off. `UserError` if it is not installed."""
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
     try:
         import lm_eval
@@ -123,55 +122,46 @@ def imported() -> Any:
     return lm_eval
 
 
-def _without_bars() -> contextlib.AbstractContextManager[object]:
-    """lm-eval draws its bars into log files, too, and has no setting for it; what goes wrong it raises."""
+def _bars_on_terminal_only() -> contextlib.AbstractContextManager[object]:
+    """Hides stderr if it is a log file: lm-eval draws progress bars there and has no setting for it. Errors it raises."""
     return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
 
 
 def check_tasks(tasks: Sequence[str], include: str) -> None:
-    """Refuse what lm-eval does not have, before any model is loaded."""
-    all_tasks = imported().tasks.TaskManager(verbosity="ERROR", include_path=include or None).all_tasks
+    """`UserError` for a task that lm-eval does not have; loads no model."""
+    all_tasks = import_lm_eval().tasks.TaskManager(verbosity="ERROR", include_path=include or None).all_tasks
     for task in tasks:
         _known_task(task, all_tasks)
 
 
 def _known_task(task: str, all_tasks: Sequence[str]) -> str:
-    """lm-eval's name of a task. An unknown one is refused with those that are like it."""
+    """lm-eval's name of a task. `UserError`, with similar names, for an unknown one."""
     import difflib
 
     name = ALIASES.get(task, task)
     if name not in all_tasks:
         near = difflib.get_close_matches(name, all_tasks, n=5, cutoff=0.5)
-        like = f"; it has {', '.join(near)}" if near else ""
-        raise UserError(f"{task} is no file, and no task of lm-eval{like}: correct it (lm-eval ls tasks lists all)")
+        similar = f"; similar ones are {', '.join(near)}" if near else ""
+        raise UserError(f"{task} is neither a file nor a task of lm-eval{similar}: see `lm-eval ls tasks`")
     return name
 
 
-def scores_of(results: dict[str, Any], control: str) -> list[Score]:
-    """The groups' figures, and those of tasks that are in no group that has figures."""
+def task_scores(results: dict[str, Any], control: str) -> list[Score]:
+    """Scores from lm-eval's results: of groups, and of tasks that are not in a group with figures."""
     groups = results.get("groups") or {}
     members = {name for group in groups for name in results.get("group_subtasks", {}).get(group, [])}
-    shown = {**results["results"], **groups}
     scores = []
-    for task, values in shown.items():
-        if task in members:
-            continue
+    for task, values in {**results["results"], **groups}.items():
         directions = results.get("higher_is_better", {}).get(task, {})
         for key, value in values.items():
-            metric, _, filter_name = key.partition(",")
-            if metric.endswith("_stderr") or not isinstance(value, int | float) or not filter_name:
+            # METRIC,FILTER or METRIC_stderr,FILTER; what has no filter, such as `alias`, is not a score.
+            metric, _, kind = key.partition(",")
+            if task in members or metric.endswith("_stderr") or not kind or not isinstance(value, int | float):
                 continue
-            name = metric if filter_name == "none" else f"{metric}, {filter_name}"
-            error = values.get(f"{metric}_stderr,{filter_name}")
-            scores.append(
-                Score(
-                    task,
-                    f"{name}, {control}" if control else name,
-                    float(value),
-                    error if isinstance(error, float) else None,
-                    directions.get(metric),
-                )
-            )
+            name = ", ".join(filter(None, (metric, "" if kind == "none" else kind, control)))
+            error = values.get(f"{metric}_stderr,{kind}")
+            error = error if isinstance(error, float) else None  # "N/A" where it is not known
+            scores.append(Score(task, name, float(value), error, directions.get(metric)))
     return scores
 
 

@@ -1,16 +1,18 @@
-"""Scores of models side by side: a table as Markdown and as a PNG."""
+"""Scores of several models in one table, as Markdown and as a PNG."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-GOOD, BAD, BAR, HEAD = "#15803d", "#b91c1c", "#cfe0f3", "#1f3a5f"
+from megatron.sft.runtime.manifest import write_bytes
+
+BETTER, WORSE, HEADER = "#15803d", "#b91c1c", "#cfe0f3"
 
 
 @dataclass(frozen=True)
 class Score:
-    """One figure of one model. error: its standard error, where there is one. higher_is_better: None where nobody says."""
+    """One figure of one model. error: its standard error, if known. higher_is_better: None if unknown."""
 
     task: str
     metric: str
@@ -20,7 +22,7 @@ class Score:
 
     @property
     def is_share(self) -> bool:
-        """Between 0 and 1, to be shown in per cent."""
+        """Whether it is between 0 and 1 and shown in per cent."""
         return 0 <= self.value <= 1 and self.higher_is_better is not False
 
     @property
@@ -32,8 +34,8 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table; a model without the figure has None."""
+class TableLine:
+    """One metric of one task. scores: of each model; None for a model without this figure."""
 
     task: str
     metric: str
@@ -47,83 +49,61 @@ class Row:
 
     @property
     def change_text(self) -> str:
+        """In percentage points for shares."""
         if self.change is None:
             return ""
-        known = [score for score in self.scores if score]
-        return f"{100 * self.change:+.1f}" if all(score.is_share for score in known) else f"{self.change:+.4g}"
+        is_share = all(score.is_share for score in self.scores if score)
+        return f"{100 * self.change:+.1f}" if is_share else f"{self.change:+.4g}"
 
     @property
     def is_better(self) -> bool | None:
-        """None where nothing changed or nobody says which way is better."""
+        """Whether the change is for the better; None if nothing changed or the better direction is unknown."""
         direction = next((score.higher_is_better for score in self.scores if score), None)
         return None if not self.change or direction is None else (self.change > 0) == direction
 
 
-def rows_of(scores: Sequence[Sequence[Score]]) -> list[Row]:
-    """Rows in the order in which the models' scores come first."""
-    by_key = [{(score.task, score.metric): score for score in each} for each in scores]
-    keys = dict.fromkeys(key for each in by_key for key in each)
-    return [Row(*key, tuple(each.get(key) for each in by_key)) for key in keys]
+def table_lines(scores: Sequence[Sequence[Score]]) -> list[TableLine]:
+    """The scores of each model as lines, in the order in which tasks and metrics first appear."""
+    by_key = [{(score.task, score.metric): score for score in of_model} for of_model in scores]
+    keys = dict.fromkeys(key for of_model in by_key for key in of_model)
+    return [TableLine(*key, tuple(of_model.get(key) for of_model in by_key)) for key in keys]
 
 
 def header(models: Sequence[str]) -> list[str]:
     return ["task", "metric", *models, *(["change"] if len(models) > 1 else [])]
 
 
-def cells(row: Row) -> list[str]:
-    values = ["-" if score is None else score.text for score in row.scores]
-    return [row.task, row.metric, *values, *([row.change_text] if len(row.scores) > 1 else [])]
+def cells(line: TableLine) -> list[str]:
+    values = ["-" if score is None else score.text for score in line.scores]
+    return [line.task, line.metric, *values, *([line.change_text] if len(line.scores) > 1 else [])]
 
 
-def markdown(models: Sequence[str], rows: Sequence[Row]) -> str:
-    """Shares are per cent, with their standard error; changes of them are percentage points."""
-    lines = [header(models), ["---"] * 2 + ["---:"] * (len(header(models)) - 2), *map(cells, rows)]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+def markdown(models: Sequence[str], lines: Sequence[TableLine]) -> str:
+    """Shares are in per cent, with their standard error; changes of them are in percentage points."""
+    table = [header(models), ["---"] * 2 + ["---:"] * (len(header(models)) - 2), *map(cells, lines)]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in table)
 
 
-def draw(models: Sequence[str], rows: Sequence[Row], output: Path) -> None:
-    """The table as a PNG, with a bar behind every share."""
-    import matplotlib
+def draw(models: Sequence[str], lines: Sequence[TableLine], output: Path) -> None:
+    """The table as a PNG; changes for the better are green, others red."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    table = [header(models), *map(cells, rows)]
-    widths = [max(0.09 * max(len(line[column]) for line in table) + 0.35, 0.9) for column in range(len(table[0]))]
-    lefts = [sum(widths[:column]) for column in range(len(widths))]
-    height = 0.34
-    figure = plt.figure(figsize=(sum(widths), height * len(table) + 0.1))
-    axes: Any = figure.add_axes((0, 0, 1, 1))
-    axes.set_xlim(0, sum(widths))
-    axes.set_ylim(height * len(table), -0.1)
+    names = header(models)
+    figure = Figure(figsize=(0.1, 0.1))  # savefig fits the picture to the table
+    axes = figure.subplots()
     axes.axis("off")
-    axes.axhspan(-0.1, height, color=HEAD)
-    for number, line in enumerate(table):
-        middle = height * (number + 0.5)
-        for column, (text, left, width) in enumerate(zip(line, lefts, widths, strict=True)):
-            if number:
-                _bar(axes, rows[number - 1], column, left, width, height * number, height)
-            colour = "white" if number == 0 else _colour(rows[number - 1], column, len(line))
-            place, align = (left + 0.12, "left") if column < 2 else (left + width - 0.12, "right")
-            weight = "bold" if number == 0 else "normal"
-            axes.text(place, middle, text, ha=align, va="center", color=colour, fontsize=10, weight=weight)
-        axes.axhline(height * (number + 1), color="#c8ced6", linewidth=0.6)
+    colours = [[HEADER] * len(names), *([["white"] * len(names)] * len(lines))]
+    table = axes.table([names, *map(cells, lines)], colours, loc="center")
+    table.auto_set_font_size(False)
+    table.auto_set_column_width(range(len(names)))
+    table.scale(1, 1.5)
+    for index in range(len(lines) + 1):
+        for column in (0, 1):
+            table[index, column].set_text_props(ha="left")
+    for index, line in enumerate(lines, start=1):
+        if len(models) > 1 and line.is_better is not None:
+            table[index, len(names) - 1].set_text_props(color=BETTER if line.is_better else WORSE)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format="png", bbox_inches="tight")
     output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".{output.name}.tmp")
-    figure.savefig(beside, dpi=150, format="png")
-    plt.close(figure)
-    beside.replace(output)
-
-
-def _bar(axes: Any, row: Row, column: int, left: float, width: float, top: float, height: float) -> None:
-    score = row.scores[column - 2] if 2 <= column < 2 + len(row.scores) else None
-    if score is not None and score.is_share:
-        axes.barh(
-            top + height / 2, score.value * (width - 0.1), height=0.8 * height, left=left + 0.05, color=BAR, zorder=0
-        )
-
-
-def _colour(row: Row, column: int, num_columns: int) -> str:
-    if len(row.scores) < 2 or column != num_columns - 1 or row.is_better is None:
-        return "black"
-    return GOOD if row.is_better else BAD
+    write_bytes(output, picture.getvalue())

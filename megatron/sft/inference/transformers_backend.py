@@ -1,4 +1,4 @@
-"""A model that answers, run by transformers on one GPU or the CPU."""
+"""A chat model run by transformers, on one GPU or the CPU."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from megatron.sft.inference.decoding import Decoding
+from megatron.sft.inference.backends import Decoding
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
 class TransformersBackend:
-    """See `answers.Backend`."""
+    """See `backends.Backend`."""
 
     model: Any
     pad_id: int
@@ -28,16 +28,12 @@ class TransformersBackend:
         self, prompts: Sequence[list[int]], decoding: Decoding, on_token: Callable[[int], None] | None
     ) -> list[list[int]]:
         longest = max(map(len, prompts))
-        ids = torch.tensor([[self.pad_id] * (longest - len(each)) + each for each in prompts])  # [prompts, longest]
-        mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts])
-        sampling: dict[str, Any] = {"do_sample": False}
+        # Padded on the left, so that the answers begin in one column.  [prompts, longest]
+        ids = torch.tensor([[self.pad_id] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        sampling: dict[str, Any] = {"do_sample": bool(decoding.temperature)}
         if decoding.temperature:
-            sampling = {
-                "do_sample": True,
-                "temperature": decoding.temperature,
-                "top_p": decoding.top_p,
-                "top_k": decoding.top_k,
-            }
+            sampling |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
         with torch.inference_mode():
             output = self.model.generate(
                 input_ids=ids.to(self.model.device),
@@ -46,8 +42,8 @@ class TransformersBackend:
                 streamer=_Streamer(on_token) if on_token else None,
                 **sampling,
             )
-        rows: list[list[int]] = output[:, longest:].tolist()
-        return rows
+        new_ids: list[list[int]] = output[:, longest:].tolist()
+        return new_ids
 
 
 class _Streamer:
@@ -67,7 +63,10 @@ class _Streamer:
 
 
 def load(folder: Path, dtype: str, seed: int, tokenizer: Any, stop_ids: Sequence[int]) -> TransformersBackend:
-    """Load to the GPU if there is one. No code from the folder is run and no network is used."""
+    """Load onto the GPU if there is one. No code from the folder is run and no network is used.
+
+    dtype: of `chat_model.DTYPES`. `UserError` if transformers cannot load the folder.
+    """
     import transformers
 
     torch.manual_seed(seed)
@@ -79,10 +78,10 @@ def load(folder: Path, dtype: str, seed: int, tokenizer: Any, stop_ids: Sequence
             local_files_only=True,
             trust_remote_code=False,
         )
-    except Exception as error:  # transformers raises what it likes for a damaged folder
+    except Exception as error:  # for a damaged folder transformers raises errors of any type
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model {folder} cannot be loaded ({reason}): export or download it again") from None
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
-    # The folder's own sampling settings are put aside: answers are greedy unless a temperature is asked for.
+    # Replaces the folder's sampling settings: answers are greedy unless a temperature is asked for.
     model.generation_config = transformers.GenerationConfig(eos_token_id=list(stop_ids), pad_token_id=pad_id)
     return TransformersBackend(model.to(device.current()).eval(), pad_id)

@@ -53,10 +53,12 @@ def run_schedule(
     batches: Sequence[MicroBatch],
     forward_step: Callable[[Iterator[MicroBatch], Any], tuple[Any, Any]],
     forward_only: bool,
+    collect_non_loss_data: bool = False,
 ) -> list[Any]:
     """Forward and, unless `forward_only`, backward of all micro-batches through this process's model chunks.
 
-    Returns what the loss function that `forward_step` names reports of each micro-batch, on the last stage.
+    Returns what the loss function that `forward_step` names reports of each micro-batch, on the last stage. With
+    `collect_non_loss_data` that function returns any tensor, not a loss.
     """
     options: dict[str, Any] = {}
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -71,6 +73,7 @@ def run_schedule(
         seq_length=0,  # shapes are the communicator's
         micro_batch_size=1,
         forward_only=forward_only,
+        collect_non_loss_data=collect_non_loss_data,
         **options,
     )
     return outputs

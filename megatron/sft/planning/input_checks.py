@@ -13,7 +13,7 @@ from megatron.sft.families.architecture import Architecture
 from megatron.sft.planning.run_plan import RunPlan
 from megatron.sft.runtime.checksum_cache import check_once
 from megatron.sft.runtime.errors import UserError
-from megatron.sft.runtime.manifest import check_sizes, files_of
+from megatron.sft.runtime.manifest import check_sizes, listed_files
 
 CONVERT_AGAIN = "run scripts/2_convert.sh again, into another folder"
 # Set by the launcher for the processes that it starts after the check.
@@ -35,17 +35,17 @@ def check_rows(rows: TokenizedRows, save: Path) -> None:
     save: the folder of the run, where checksums are remembered if the data's own folder cannot be written to.
     """
     prefix = rows.prefix
-    memories = (prefix.with_name(f".{prefix.name}.checked.json"), save / ".data.checked.json")
-    check_once(rows.files, REBUILD, memories)
+    caches = (prefix.with_name(f".{prefix.name}.checked.json"), save / ".data.checked.json")
+    check_once(rows.files, REBUILD, caches)
 
 
 def check_checkpoint(checkpoint: Checkpoint, architecture: Architecture, checksums: bool = True) -> None:
     """Compare a converted checkpoint with its manifest, and that with the model's configuration in it."""
-    from megatron.sft.checkpoint.verification import check_manifest
+    from megatron.sft.checkpoint.verification import check_checkpoint_manifest
     from megatron.sft.hf.folder import architecture_record
 
     manifest = checkpoint.path / MANIFEST
-    check_manifest(checkpoint.path, checkpoint.manifest, checkpoint.iteration)
+    check_checkpoint_manifest(checkpoint.path, checkpoint.manifest, checkpoint.iteration)
     stated = checkpoint.manifest.get("shape", {})
     for name, value in architecture_record(architecture).items():
         # The weights may have been cast while they were converted.
@@ -53,7 +53,7 @@ def check_checkpoint(checkpoint: Checkpoint, architecture: Architecture, checksu
             raise UserError(
                 f"{manifest} has {name} {stated[name]} for the weights and {value} in its configuration: {CONVERT_AGAIN}"
             )
-    files = files_of(checkpoint.path, manifest, checkpoint.manifest.get("files"))
+    files = listed_files(checkpoint.path, manifest, checkpoint.manifest.get("files"))
     check_sizes(files, CONVERT_AGAIN)
     if not checksums:
         return

@@ -65,5 +65,5 @@ def gpu_memory(options: TrainOptions) -> tuple[int, str]:
     if device.has_gpu():
         import torch
 
-        return int(torch.cuda.get_device_properties(0).total_memory), device.describe()
+        return int(torch.cuda.get_device_properties(0).total_memory), device.device_name()
     return 0, ""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from megatron.sft.checkpoint.folder import TRACKER, Checkpoint
-from megatron.sft.data.tokenized import TokenizedRows, file_of, prefix_of
+from megatron.sft.data.tokenized import TokenizedRows, data_file, data_prefix
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.hf.published_configs import unconverted
 from megatron.sft.model.layout import Layout, check_layout
@@ -149,15 +149,15 @@ def _resolve_processes(found: Resolution) -> None:
     found.add(
         "processes",
         f"{found.num_processes} = TP {layout.tensor_parallel} x PP {layout.pipeline_parallel} x CP "
-        f"{layout.context_parallel} x DP {found.data_parallel or '?'} on {device.describe()}",
+        f"{layout.context_parallel} x DP {found.data_parallel or '?'} on {device.device_name()}",
     )
     if found.architecture and len(found.problems) == num_problems and layout.pipeline_parallel > 1:
         found.add("layers a stage", ", ".join(map(str, layout.stage_layers(found.architecture))))
 
 
 def _resolve_data(found: Resolution) -> None:
-    prefix = prefix_of(found.options.data_path)
-    if not file_of(prefix, "json").exists():
+    prefix = data_prefix(found.options.data_path)
+    if not data_file(prefix, "json").exists():
         found.problems.append(f"DATA_PATH {prefix} does not exist: make it with scripts/3_tokenize.sh")
         found.to_do.append(f"bash scripts/3_tokenize.sh TOKENIZER DATA {found.options.seq_length or 'LENGTH'}")
         found.add("data", "not there yet")
@@ -178,7 +178,7 @@ def _resolve_data(found: Resolution) -> None:
 
 def _resolve_steps(found: Resolution) -> None:
     options, num_rows = found.options, 0
-    if found.rows is not None and (parts := found.attempt(split, options, found.rows.joined)):
+    if found.rows is not None and (parts := found.attempt(split, options, found.rows.continues_group)):
         found.training_rows, found.validation_rows = parts
         num_rows = len(parts[0])
         found.add("rows", f"{num_rows:,} for training, {len(parts[1]):,} for validation")

@@ -158,7 +158,7 @@ def number_problems(options: TrainOptions) -> Iterator[str]:
         yield f"MIN_LR={options.min_lr} must lie between 0 and LR={options.lr}"
 
 
-def split(options: TrainOptions, joined: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def split(options: TrainOptions, continues_group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the training rows and of the validation rows."""
     if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?){0,2}", options.split):
         raise UserError(f"SPLIT={options.split!r} is not up to three shares like 999,1,0")
@@ -166,7 +166,7 @@ def split(options: TrainOptions, joined: np.ndarray) -> tuple[np.ndarray, np.nda
     if shares[0] <= 0:
         raise UserError(f"SPLIT={options.split!r} leaves no rows for training")
     total = sum(shares)
-    return split_rows(len(joined), shares[0] / total, shares[1] / total, options.seed, joined)
+    return split_rows(len(continues_group), shares[0] / total, shares[1] / total, options.seed, continues_group)
 
 
 def eval_iters(options: TrainOptions, num_validation_rows: int) -> int:

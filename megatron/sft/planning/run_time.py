@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.sft.data.tokenized import MODE_FIRST, Index, TokenizedRows, file_of, read_index
+from megatron.sft.data.tokenized import MODE_FIRST, Index, TokenizedRows, data_file, read_index
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.flops import training_flops
-from megatron.sft.reporting import metrics
+from megatron.sft.reporting.curves import METRICS
 from megatron.sft.runtime import device
 
 ASSUMED_MFU = 0.40
@@ -34,7 +34,7 @@ def full_rows(seq_length: int) -> RowLoad:
 
 def measured_rows(rows: TokenizedRows) -> RowLoad:
     """The average over all rows of tokenised data."""
-    lengths = conversation_lengths(read_index(file_of(rows.prefix, "idx")))
+    lengths = conversation_lengths(read_index(data_file(rows.prefix, "idx")))
     num_rows, manifest = len(rows), rows.manifest
     squares = float((lengths.astype(np.float64) ** 2).sum())
     return RowLoad(manifest["tokens"] / num_rows, manifest["trained_tokens"] / num_rows, squares / num_rows)
@@ -52,8 +52,8 @@ def tokens_per_second(
     """Tokens a second of all processes together, and the source of that figure in words."""
     if given:
         return given, "TOKENS_PER_SECOND"
-    if measured := _logged_speed(run_folder / metrics.FILE):
-        return measured, f"the median of {run_folder / metrics.FILE}"
+    if measured := _logged_speed(run_folder / METRICS):
+        return measured, f"the median of {run_folder / METRICS}"
     peak = device.peak_tflops()
     tokens, trained, squares = map(round, (load.tokens, load.trained_tokens, load.sum_squared_lengths))
     operations = training_flops(architecture, tokens, trained, squares) / max(tokens, 1)

@@ -1,4 +1,4 @@
-"""What a run shows while it goes and afterwards: log lines, metrics.jsonl, trackers, curves.
+"""What a run shows while it trains and afterwards: log lines, metrics.jsonl, trackers, loss curves.
 
-Nothing here may stop a run.
+A failure of a tracker or a picture is reported once and never stops a run.
 """

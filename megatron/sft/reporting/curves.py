@@ -1,4 +1,4 @@
-"""A run's figures step by step, read from its metrics.jsonl."""
+"""A run's metrics step by step, read from its metrics.jsonl."""
 
 import json
 import statistics
@@ -16,7 +16,11 @@ METRICS = "metrics.jsonl"
 
 @dataclass
 class Curve:
-    """One run's figures by iteration. tokens: of one step at each logged one. sources: (iteration, loss) by name."""
+    """One run's metrics at its logged iterations.
+
+    tokens: of one step, there the mean since the last logged one. speeds: tokens a second, where logged. sources: (iteration,
+    loss) by the name of the data source. validation_losses: without those that were not finite.
+    """
 
     name: str
     iterations: list[int] = field(default_factory=list)
@@ -30,16 +34,18 @@ class Curve:
     validation_losses: list[float] = field(default_factory=list)
 
     def x(self, axis: str) -> list[float]:
-        """Where the logged steps stand on an axis: `iteration`, `epoch`, or `tokens`, in millions, since the beginning."""
+        """The logged steps on an axis: `iteration`, `epoch`, or `tokens`, in millions since the beginning of the run."""
         if axis == "epoch":
             return self.epochs
         if axis == "tokens":
             steps = [now - before for before, now in zip([0, *self.iterations], self.iterations, strict=False)]
-            return [total / 1e6 for total in accumulate(n * each for n, each in zip(steps, self.tokens, strict=True))]
+            return [
+                total / 1e6 for total in accumulate(n * tokens for n, tokens in zip(steps, self.tokens, strict=True))
+            ]
         return [float(iteration) for iteration in self.iterations]
 
     def validation_x(self, axis: str) -> list[float]:
-        """The same for the validations: each stands at the step that was logged last before it."""
+        """The validations on the same axis, each at the last step that was logged before it."""
         x = [0.0, *self.x(axis)]
         return [x[bisect_right(self.iterations, iteration)] for iteration in self.validation_iterations]
 
@@ -50,24 +56,23 @@ class Curve:
 
 
 def read_curve(run_path: Path, name: str) -> Curve:
-    """The curve of a run's folder or of its metrics.jsonl. A last line that is still being written is passed over."""
+    """The curve of a run's folder or of its metrics.jsonl. A last line that is still being written is skipped.
+
+    `UserError` if there is no such file, it is not metrics, or has no step yet.
+    """
     path = run_path / METRICS if run_path.is_dir() else run_path
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a run's folder, which scripts/4_train.sh writes it to") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no text: give the file that training writes") from None
+        raise UserError(f"{path} is not a text file: give training's metrics.jsonl") from None
     curve = Curve(name)
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             _add(curve, json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{path}, line {number} is no line of metrics: give the file that training writes"
-            ) from None
+            raise UserError(f"{path}, line {number} is not metrics: give training's metrics.jsonl") from None
     if not curve.iterations:
         raise UserError(f"{path} has no training step yet: wait for the first log line")
     return curve
@@ -92,7 +97,7 @@ def _add(curve: Curve, values: dict[str, Any]) -> None:
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """Each run's folder name, with as much of the path before it as tells the runs apart."""
+    """Each run's folder name, with as many parent folders as distinguish the runs."""
     folders = [(path.parent if path.suffix == ".jsonl" else path).resolve() for path in paths]
     for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-depth:]) for folder in folders]

@@ -1,4 +1,4 @@
-"""loss.png of a run that is going on, drawn anew by a process of its own, so that training neither waits nor stops for it."""
+"""loss.png of a run that is still training, drawn by a separate process, so that training neither waits nor stops for it."""
 
 import os
 import subprocess
@@ -8,11 +8,11 @@ from pathlib import Path
 from megatron.sft.runtime import ranks
 
 PICTURE = "loss.png"
-LAST_SECONDS = 60.0  # that the end of a run waits for its last picture
+LAST_SECONDS = 60.0  # for which the end of a run waits for its last picture
 
 
-class LossPicture:
-    """Draws the picture of a run's folder; on the first process only. A failure is said once, and that is all of it."""
+class LivePlot:
+    """Draws the picture of a run's folder, on rank 0 only. A failure is logged once, and nothing is drawn after it."""
 
     def __init__(self, folder: Path) -> None:
         self._command = [sys.executable, "-m", "megatron.sft.plot", str(folder), "--output", str(folder / PICTURE)]
@@ -20,10 +20,10 @@ class LossPicture:
         self._has_failed = not ranks.is_rank_0()
 
     def redraw(self) -> None:
-        """Start drawing, unless the picture before it is not finished."""
+        """Start drawing, unless the last picture is still being drawn."""
         if self._has_failed or not self._is_finished(0.0):
             return
-        # Nothing of this run's: neither its error file nor its place among the processes.
+        # Without torchrun's variables: an error would be written to this rank's error file.
         hidden = ("TORCHELASTIC_", "RANK", "LOCAL_RANK", "WORLD_SIZE")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
         try:
@@ -35,14 +35,14 @@ class LossPicture:
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
-                start_new_session=True,  # Ctrl-C is for the run
+                start_new_session=True,  # Ctrl-C is meant for the run
             )
             os.setpriority(os.PRIO_PROCESS, self._drawing.pid, 10)
         except OSError as error:
             self._give_up(str(error))
 
     def close(self) -> None:
-        """The picture as the run ends."""
+        """Draw the final picture and wait for it, LAST_SECONDS for each step at most."""
         if not self._has_failed and self._is_finished(LAST_SECONDS):
             self.redraw()
             self._is_finished(LAST_SECONDS)

@@ -1,58 +1,52 @@
-"""The loss curve of one run or several as a PNG, and the runs as a table."""
+"""The loss curve of one run or several as a PNG, and a table that compares runs."""
 
+import io
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from megatron.sft.reporting.curves import Curve
+from megatron.sft.runtime.manifest import write_bytes
 
 COLOURS = ("#1f5fa8", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490")
-DASHES = ("-", "--", "-.", (0, (1, 1)))
+DASHES = ("-", "--", "-.", (0, (1, 1)))  # of one colour's runs, once there are more runs than colours
 SIZE_INCHES, DOTS_PER_INCH = (9.0, 5.0), 120
-
-
 SMOOTHING_SHARE = 1 / 25  # of the steps, in one mean
 AXES = {"iteration": "iteration", "epoch": "epoch", "tokens": "tokens (million)"}
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """The mean of each value and its neighbours; fewer neighbours near both ends, the same number on either side."""
+    """The mean of each value and its neighbours: as many on either side, fewer near both ends. Takes linear time."""
     reach = int(len(values) * SMOOTHING_SHARE / 2)
     sums = [0.0, *accumulate(values)]
     means = []
-    for place in range(len(values)):
-        near = min(reach, place, len(values) - 1 - place)
-        means.append((sums[place + near + 1] - sums[place - near]) / (2 * near + 1))
+    for index in range(len(values)):
+        near = min(reach, index, len(values) - 1 - index)
+        means.append((sums[index + near + 1] - sums[index - near]) / (2 * near + 1))
     return means
 
 
 def draw(curves: Sequence[Curve], output: Path, title: str, axis: str = "iteration", by_source: bool = False) -> None:
     """Write the PNG: raw and smoothed losses, validation points, and the learning rate on the right-hand axis.
 
-    by_source: with the smoothed loss of every source of the data.
+    axis: of AXES. by_source: with the smoothed loss of every source of the data.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=SIZE_INCHES, layout="constrained")
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    axes = figure.subplots()
     lr_axes = axes.twinx()
-    for number, curve in enumerate(curves):
-        _draw_run(axes, lr_axes, curve, _style(number), len(curves) > 1, axis)
+    for index, curve in enumerate(curves):
+        style = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}
+        _draw_run(axes, lr_axes, curve, style, len(curves) > 1, axis)
         if by_source:
-            _draw_sources(axes, curve, number, len(curves), axis)
-    _dress(axes, lr_axes, curves, title, axis)
+            _draw_sources(axes, curve, index, len(curves), axis)
+    _add_labels(axes, lr_axes, curves, title, axis)
     output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".{output.name}.tmp")
-    figure.savefig(beside, dpi=DOTS_PER_INCH, format="png")
-    plt.close(figure)
-    beside.replace(output)
-
-
-def _style(number: int) -> dict[str, Any]:
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=DOTS_PER_INCH, format="png")
+    write_bytes(output, picture.getvalue())
 
 
 def _draw_run(axes: Any, lr_axes: Any, curve: Curve, style: dict[str, Any], is_one_of_several: bool, axis: str) -> None:
@@ -68,18 +62,18 @@ def _draw_run(axes: Any, lr_axes: Any, curve: Curve, style: dict[str, Any], is_o
     lr_axes.plot(x, curve.lrs, color=colour, alpha=0.6, linewidth=1.0, linestyle=":")
 
 
-def _draw_sources(axes: Any, curve: Curve, number: int, num_runs: int, axis: str) -> None:
-    place_of = dict(zip(curve.iterations, curve.x(axis), strict=True))
-    for index, (name, points) in enumerate(curve.sources.items(), start=1):
-        x = [place_of[iteration] for iteration, _ in points]
-        style = {"color": COLOURS[(number + index) % len(COLOURS)], "linestyle": "--"}
+def _draw_sources(axes: Any, curve: Curve, run_index: int, num_runs: int, axis: str) -> None:
+    x_of_iteration = dict(zip(curve.iterations, curve.x(axis), strict=True))
+    for index, (name, points) in enumerate(curve.sources.items(), start=run_index + 1):
+        x = [x_of_iteration[iteration] for iteration, _ in points]
+        style = {"color": COLOURS[index % len(COLOURS)], "linestyle": "--"}
         label = f"{curve.name}: {name}" if num_runs > 1 else f"source {name}"
         axes.plot(x, smoothed([loss for _, loss in points]), **style, linewidth=1.2, label=label)
 
 
-def _dress(axes: Any, lr_axes: Any, curves: Sequence[Curve], title: str, axis: str) -> None:
+def _add_labels(axes: Any, lr_axes: Any, curves: Sequence[Curve], title: str, axis: str) -> None:
     losses = [loss for curve in curves for loss in curve.losses + curve.validation_losses]
-    if min(losses) > 0 and max(losses) / min(losses) > 20:
+    if min(losses) > 0 and max(losses) / min(losses) > 20:  # a linear axis would show only the first steps
         axes.set_yscale("log")
     axes.plot([], [], color="grey", linewidth=1.0, linestyle=":", label="learning rate (right)")
     axes.set_xlabel(AXES[axis])
@@ -87,7 +81,7 @@ def _dress(axes: Any, lr_axes: Any, curves: Sequence[Curve], title: str, axis: s
     axes.set_title(title)
     axes.grid(alpha=0.25)
     axes.legend(loc="upper right", framealpha=0.9)
-    axes.set_zorder(lr_axes.get_zorder() + 1)
+    axes.set_zorder(lr_axes.get_zorder() + 1)  # losses and legend above the learning rate
     axes.patch.set_visible(False)
     lr_axes.set_ylabel("learning rate")
     lr_axes.set_ylim(bottom=0)
@@ -95,7 +89,7 @@ def _dress(axes: Any, lr_axes: Any, curves: Sequence[Curve], title: str, axis: s
 
 
 def title_of(curves: Sequence[Curve]) -> str:
-    """What a run came to; for several runs only their number."""
+    """A run's first and last loss and its steps; for several runs only their number."""
     if len(curves) > 1:
         return f"Loss of {len(curves)} runs"
     curve = curves[0]
@@ -109,7 +103,7 @@ def final_loss(curve: Curve) -> float:
 
 
 def comparison(curves: Sequence[Curve]) -> str:
-    """The runs side by side as a Markdown table."""
+    """The runs as a Markdown table, one a line."""
     lines = [
         "| run | steps | million tokens | loss at the end | best validation | tokens/s |",
         "|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""The run as it can be watched: a log line a step, and metrics.jsonl, the record that every plot is made from."""
+"""A run's log lines, and metrics.jsonl, from which every plot is made: one line for each logged step."""
 
 import json
 import math
@@ -15,17 +15,15 @@ from megatron.sft.reporting.trackers import Tracker
 from megatron.sft.runtime import device, ranks
 from megatron.sft.runtime.manifest import write_text
 
-FILE = METRICS
-
 
 @dataclass(frozen=True)
-class StepRecord:
-    """What one training step came to, or the mean of several: `seconds` and all counts of tokens are of one step.
+class StepMetrics:
+    """One training step, or the mean of the steps since the last line: `seconds` and all counts of tokens are of one step.
 
-    tokens: without padding. trained_tokens: those with a loss. sum_squared_lengths: over the step's conversations, for the
-    operations of attention. num_processes: GPUs that did the work. skipped_steps: left out so far, of the whole run.
-    source_losses: name of a source of the data to its mean loss per trained token and its trained tokens, of all steps since
-    the last line. loss_scale: fp16's. memory_bytes: the largest peak of a process.
+    loss: per trained token. tokens: without padding. trained_tokens: those with a loss. sum_squared_lengths: over the step's
+    conversations, for the operations of attention. num_processes: those that share the work, one a GPU. skipped_steps: in the
+    whole run so far. source_losses: name of a data source to its mean loss per trained token and its trained tokens, of all
+    steps since the last line. loss_scale: of fp16. memory_bytes: the largest peak of a process.
     """
 
     iteration: int
@@ -46,9 +44,9 @@ class StepRecord:
 
 @dataclass
 class MetricsLog:
-    """Writes lines of one run. Only the first process prints and writes.
+    """Writes the metrics of one run: to the log, metrics.jsonl and the trackers. Only rank 0 prints and writes.
 
-    architecture: of the model, for TFLOP/s. trackers: get every figure, too; only the first process has any.
+    start_iteration: after which this process began, for the ETA. architecture: of the model, for TFLOP/s.
     """
 
     folder: Path
@@ -59,93 +57,81 @@ class MetricsLog:
     trackers: Sequence[Tracker] = ()
     _started: float = field(default_factory=time.monotonic)
 
-    def step(self, record: StepRecord) -> None:
-        """One line on the screen, one in the file, and the same figures for every tracker."""
-        tflops = self._tflops(record)
+    def step(self, step: StepMetrics) -> None:
+        """Write one step: a line in the log and in metrics.jsonl, and to every tracker."""
+        tflops = self._tflops(step)
         peak = device.peak_tflops()
         mfu = tflops / peak if peak else None
-        ranks.print_rank_0(self._line(record, tflops, mfu))
-        rate = record.tokens / record.seconds
+        ranks.print_rank_0(self._line(step, tflops, mfu))
+        sources = {name: values for name, values in step.source_losses.items() if values[1]}
         values = {
-            "iteration": record.iteration,
-            "epoch": round(self._epoch(record), 6),
-            "consumed_rows": record.consumed_rows,
-            "loss": record.loss,
-            "lr": record.lr,
-            "grad_norm": record.grad_norm if math.isfinite(record.grad_norm) else None,
-            "seconds": round(record.seconds, 6),
-            "tokens_per_second": round(rate, 2),
-            "tokens": record.tokens,
-            "trained_tokens": record.trained_tokens,
+            **vars(step),
+            "epoch": round(self._epoch(step), 6),
+            "grad_norm": step.grad_norm if math.isfinite(step.grad_norm) else None,
+            "seconds": round(step.seconds, 6),
+            "tokens_per_second": round(step.tokens / step.seconds, 2),
             "tflops_per_process": round(tflops, 4),
             "mfu": None if mfu is None else round(mfu, 4),
-            "memory_bytes": record.memory_bytes,
-            "skipped_steps": record.skipped_steps,
-            "loss_scale": record.loss_scale,
-            "sources": {
-                name: {"loss": loss, "trained_tokens": tokens}
-                for name, (loss, tokens) in record.source_losses.items()
-                if tokens
-            },
+            "sources": {name: {"loss": loss, "trained_tokens": tokens} for name, (loss, tokens) in sources.items()},
         }
-        self._write({name: value for name, value in values.items() if value not in (None, {})})
+        hidden = ("sum_squared_lengths", "num_processes", "source_losses")
+        self._write({name: value for name, value in values.items() if name not in hidden and value not in (None, {})})
 
     def validation(self, iteration: int, loss: float, trained_tokens: int) -> None:
-        """The mean loss on the validation rows after `iteration` steps."""
-        ranks.print_rank_0(
-            f"validation after iteration {iteration} | loss {loss:.4f} | {trained_tokens:,} trained tokens"
-        )
+        """Write the mean loss per trained token on the validation rows after `iteration` steps."""
+        line = f"validation after iteration {iteration} | loss {loss:.4f} | {trained_tokens:,} trained tokens"
+        ranks.print_rank_0(line)
         self._write({"iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens})
 
     def close(self) -> None:
-        """Have the trackers write what they hold."""
+        """Flush and close the trackers."""
         for tracker in self.trackers:
             tracker.close()
 
-    def _epoch(self, record: StepRecord) -> float:
-        return record.consumed_rows / self.rows_an_epoch
+    def _epoch(self, step: StepMetrics) -> float:
+        return step.consumed_rows / self.rows_an_epoch
 
-    def _tflops(self, record: StepRecord) -> float:
-        """Of one process, mean over the step."""
-        operations = training_flops(self.architecture, record.tokens, record.trained_tokens, record.sum_squared_lengths)
-        return operations / record.seconds / record.num_processes / 1e12
+    def _tflops(self, step: StepMetrics) -> float:
+        """TFLOP/s of one process, as a mean over the step."""
+        operations = training_flops(self.architecture, step.tokens, step.trained_tokens, step.sum_squared_lengths)
+        return operations / step.seconds / step.num_processes / 1e12
 
-    def _line(self, record: StepRecord, tflops: float, mfu: float | None) -> str:
-        rate = record.tokens / record.seconds
-        done = record.iteration - self.start_iteration
-        eta = (time.monotonic() - self._started) / max(done, 1) * (self.train_iters - record.iteration)
-        each = f" ({_short(rate / record.num_processes)} each)" if record.num_processes > 1 else ""
+    def _line(self, step: StepMetrics, tflops: float, mfu: float | None) -> str:
+        rate = step.tokens / step.seconds
+        done = step.iteration - self.start_iteration
+        eta = (time.monotonic() - self._started) / max(done, 1) * (self.train_iters - step.iteration)
+        each = f" ({_short(rate / step.num_processes)} each)" if step.num_processes > 1 else ""
         efficiency = f", MFU {100 * mfu:.1f} %" if mfu is not None else ""
         parts = [
-            f"iteration {record.iteration:>{len(str(self.train_iters))}}/{self.train_iters}",
-            f"epoch {self._epoch(record):.2f}",
-            f"loss {record.loss:.4f}",
-            f"lr {record.lr:.2e}",
-            f"grad norm {record.grad_norm:.2f}",
-            f"{record.seconds:.2f} s",
+            f"iteration {step.iteration:>{len(str(self.train_iters))}}/{self.train_iters}",
+            f"epoch {self._epoch(step):.2f}",
+            f"loss {step.loss:.4f}",
+            f"lr {step.lr:.2e}",
+            f"grad norm {step.grad_norm:.2f}",
+            f"{step.seconds:.2f} s",
             f"{_short(rate)} tokens/s{each}",
             f"{tflops:.3g} TFLOP/s per {'GPU' if device.has_gpu() else 'process'}{efficiency}",
-            f"memory {record.memory_bytes / 2**30:.1f} GiB",
-            f"trained {100 * record.trained_tokens / max(record.tokens, 1):.0f} %",
-            *([f"skipped {record.skipped_steps}"] if record.skipped_steps else []),
-            *([f"loss scale {record.loss_scale:g}"] if record.loss_scale is not None else []),
+            f"memory {step.memory_bytes / 2**30:.1f} GiB",
+            f"trained {100 * step.trained_tokens / max(step.tokens, 1):.0f} %",
+            *([f"skipped {step.skipped_steps}"] if step.skipped_steps else []),
+            *([f"loss scale {step.loss_scale:g}"] if step.loss_scale is not None else []),
             f"ETA {clock(eta)}",
         ]
         return " | ".join(parts)
 
     def _write(self, values: dict[str, Any]) -> None:
         if ranks.is_rank_0():
-            # JSON has no word for a number that is not finite.
+            # JSON has no number that is not finite.
             line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            with open(self.folder / FILE, "a", encoding="utf-8") as file:
+            with open(self.folder / METRICS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             for tracker in self.trackers:
                 tracker.write(values)
 
 
 def forget_after(folder: Path, iteration: int) -> None:
-    """Drop lines of steps after `iteration`, which a resumed run will do again, from metrics.jsonl."""
-    path = folder / FILE
+    """Drop from metrics.jsonl the steps after `iteration`, which a resumed run repeats, and a truncated last line."""
+    path = folder / METRICS
     if not ranks.is_rank_0() or not path.exists():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _is_kept(line, iteration)]
@@ -154,13 +140,13 @@ def forget_after(folder: Path, iteration: int) -> None:
 
 def has_validation(folder: Path, iteration: int) -> bool:
     """Whether metrics.jsonl has the validation after `iteration` steps."""
-    path = folder / FILE
+    path = folder / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return any("validation_loss" in line and json.loads(line)["iteration"] == iteration for line in lines)
 
 
 def _is_kept(line: str, iteration: int) -> bool:
-    """Not so where a process that was killed, or a full disk, left a part of a line."""
+    """False for a step after `iteration`, and if the line is truncated (killed process, full disk)."""
     try:
         return line.endswith("\n") and int(json.loads(line)["iteration"]) <= iteration
     except (ValueError, KeyError, TypeError):

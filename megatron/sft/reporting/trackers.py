@@ -1,24 +1,25 @@
-"""Where a run's figures go beside metrics.jsonl: TensorBoard's event files, and Weights & Biases where it is asked for.
+"""Where a run's metrics go besides metrics.jsonl: TensorBoard's event files, and Weights & Biases if it is asked for.
 
-What goes wrong in a tracker is said once and does not stop the training: metrics.jsonl has every figure anyway.
+A failure of a tracker is reported once and does not stop the training: metrics.jsonl has all metrics anyway.
 """
 
+import contextlib
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron.sft.runtime import ranks
-from megatron.sft.runtime.errors import first_line
+from megatron.sft.runtime.errors import cause_of, first_line
 from megatron.sft.runtime.manifest import write_text
 
 TENSORBOARD = "tensorboard"
 RUN_ID = "wandb_run_id.txt"
-INIT_SECONDS = 30  # that Weights & Biases may take to answer
+INIT_SECONDS = 30  # how long Weights & Biases may take to answer
 
-# A line's figure: the name that trackers show it under.
+# Field of a line of metrics.jsonl to its name in the trackers.
 _NAMES = {
     "loss": "train/loss",
     "validation_loss": "validation/loss",
@@ -36,22 +37,22 @@ _NAMES = {
 
 
 class Tracker(Protocol):
-    """Takes the figures of one line of metrics.jsonl."""
+    """Takes lines of metrics.jsonl, as dicts."""
 
     def write(self, values: dict[str, Any]) -> None: ...
 
     def close(self) -> None: ...
 
 
-def figures_of(values: dict[str, Any]) -> dict[str, float]:
-    """The figures of a line by the names that trackers show them under."""
-    figures = {name: float(values[key]) for key, name in _NAMES.items() if values.get(key) is not None}
+def tracked_values(values: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line of metrics.jsonl by their names in the trackers."""
+    tracked = {name: float(values[key]) for key, name in _NAMES.items() if values.get(key) is not None}
     sources = values.get("sources", {}).items()
-    return figures | {f"loss by source/{name}": float(source["loss"]) for name, source in sources}
+    return tracked | {f"loss by source/{name}": float(source["loss"]) for name, source in sources}
 
 
 class TensorBoard:
-    """Event files. What an earlier process wrote of steps from `first_iteration` on is not shown any more."""
+    """Event files. Steps from `first_iteration` on that an earlier process wrote are hidden."""
 
     def __init__(self, folder: Path, first_iteration: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -59,8 +60,8 @@ class TensorBoard:
         self._writer: Any = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_iteration, flush_secs=20)
 
     def write(self, values: dict[str, Any]) -> None:
-        for name, figure in figures_of(values).items():
-            self._writer.add_scalar(name, figure, values["iteration"])
+        for name, value in tracked_values(values).items():
+            self._writer.add_scalar(name, value, values["iteration"])
 
     def close(self) -> None:
         self._writer.close()
@@ -69,45 +70,45 @@ class TensorBoard:
 class WeightsAndBiases:
     """One run of Weights & Biases, whose id is kept in the run's folder, so that a resumed run continues it.
 
-    The key is read by wandb itself from the environment; nothing here passes it on.
+    wandb reads its key from the environment; nothing here touches it.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        arguments: dict[str, Any] = {
-            "project": os.environ.get("WANDB_PROJECT", "megatron-sft"),
-            "name": os.environ.get("WANDB_NAME", folder.resolve().name),
-            "id": run_id(folder),
-            "resume": "allow",
-            "dir": str(folder),
-            "config": settings,
-            "settings": wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS),
-        }
+        init = partial(
+            wandb.init,
+            project=os.environ.get("WANDB_PROJECT", "megatron-sft"),
+            name=os.environ.get("WANDB_NAME", folder.resolve().name),
+            id=run_id(folder),
+            resume="allow",
+            dir=str(folder),
+            config=settings,
+            settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS),
+        )
         try:
-            self._run: Any = wandb.init(**arguments)
-        except Exception as error:  # a compute node without a way out, a key that is not valid any more
-            ranks.print_rank_0(
-                f"note: Weights & Biases cannot be reached ({first_line(error)}): the run is kept offline"
-            )
+            self._run: Any = init()
+        except Exception as error:  # a compute node without internet, an expired key
+            reason = first_line(error)
+            ranks.print_rank_0(f"note: Weights & Biases cannot be reached ({reason}): the run is kept offline")
             wandb.teardown()  # or the id would count as in use
-            self._run = wandb.init(**arguments, mode="offline")
+            self._run = init(mode="offline")
         offline = bool(self._run.settings._offline)
         place = f"offline; upload it with `wandb sync {folder}/wandb/offline-*`" if offline else self._run.url
         ranks.print_rank_0(f"Weights & Biases: run {self._run.id}, {place}")
 
     def write(self, values: dict[str, Any]) -> None:
-        # A resumed run does again what was not saved, with the same figures: those steps are there already.
+        # A resumed run repeats the steps that were not saved, with the same results: wandb has them already.
         if values["iteration"] >= self._run.step:
-            self._run.log(figures_of(values), step=values["iteration"])
+            self._run.log(tracked_values(values), step=values["iteration"])
 
     def close(self) -> None:
         self._run.finish()
 
 
 def run_id(folder: Path) -> str:
-    """The id of the run in this folder, made at the first call."""
+    """The Weights & Biases id of the run in this folder, created by the first call."""
     path = folder / RUN_ID
     if not path.is_file():
         write_text(path, secrets.token_hex(4) + "\n")
@@ -115,43 +116,45 @@ def run_id(folder: Path) -> str:
 
 
 class _Guarded:
-    """A tracker that is given up at its first failure, which is said."""
+    """Disables a tracker after its first failure, with one warning."""
 
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
         self._name = name
         self._tracker: Tracker | None = None
-        self._try(lambda: setattr(self, "_tracker", make()))
+        with self._guard():
+            self._tracker = make()
 
     def write(self, values: dict[str, Any]) -> None:
-        if self._tracker:
-            self._try(partial(self._tracker.write, values))
+        with self._guard():
+            if self._tracker:
+                self._tracker.write(values)
 
     def close(self) -> None:
-        if self._tracker:
-            self._try(self._tracker.close)
+        with self._guard():
+            if self._tracker:
+                self._tracker.close()
 
-    def _try(self, act: Callable[[], object]) -> None:
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
         try:
-            act()
-        except ImportError as error:
-            package = error.name or self._name
-            ranks.print_rank_0(
-                f"note: {self._name} is left out, the package {package} is not there: pip install {package}"
-            )
-            self._tracker = None
+            yield
         except Exception as error:
-            ranks.print_rank_0(f"warning: {self._name} is given up ({type(error).__name__}: {first_line(error)})")
             self._tracker = None
+            message = f"warning: {self._name} is disabled ({cause_of(error)})"
+            if isinstance(error, ImportError):
+                package = error.name or self._name
+                message = f"note: {self._name} is skipped, the package {package} is missing: pip install {package}"
+            ranks.print_rank_0(message)
 
 
 def wandb_wanted() -> bool:
-    """True where a key is set, or a run that is to be kept offline is asked for."""
+    """Whether a key is set, or WANDB_MODE=offline."""
     mode = os.environ.get("WANDB_MODE", "online")
     return mode == "offline" or (mode != "disabled" and bool(os.environ.get("WANDB_API_KEY")))
 
 
 def open_trackers(folder: Path, iteration: int, settings: dict[str, Any]) -> list[Tracker]:
-    """The trackers of a run that goes on after `iteration`; none on any process but the first."""
+    """The trackers of a run that continues after `iteration`; none on ranks other than 0. settings: for Weights & Biases."""
     if not ranks.is_rank_0():
         return []
     trackers: list[Tracker] = [_Guarded("TensorBoard", lambda: TensorBoard(folder, iteration + 1))]

@@ -1,7 +1,8 @@
 """The one module that knows CPU from GPU: which device there is, and what megatron-core needs to run without CUDA.
 
-megatron-core's sources name CUDA in many places. On a machine without a GPU `prepare()` sends those names to the CPU, so
-that the same model, schedules, optimizer and checkpoints run there over gloo.
+megatron-core calls CUDA by name in many places. So that the same model, schedules, optimizer and checkpoints run over gloo on a
+machine without a GPU, `prepare()` replaces about 15 names of torch and megatron-core there, for the life of the process; with a
+GPU it replaces none. docs/seams.md lists them, with what each is for.
 """
 
 import contextlib
@@ -36,8 +37,8 @@ def backend() -> str:
     return "nccl" if has_gpu() else "gloo"
 
 
-def describe() -> str:
-    """One phrase for the log: `NVIDIA H200, 139 GiB` or `CPU`."""
+def device_name() -> str:
+    """The device with its size, for people: `NVIDIA H200, 139 GiB` or `CPU, 2 thread(s) a process`."""
     if not has_gpu():
         return f"CPU, {torch.get_num_threads()} thread(s) a process"
     properties = torch.cuda.get_device_properties(current())
@@ -45,7 +46,7 @@ def describe() -> str:
 
 
 def peak_tflops() -> float | None:
-    """Dense bf16 peak of the GPU in TFLOP/s, or None where it is not known (CPU, other cards)."""
+    """Dense bf16 peak of the GPU in TFLOP/s; None where it is not known (CPU, other cards)."""
     if not has_gpu():
         return None
     name = torch.cuda.get_device_name()
@@ -53,24 +54,24 @@ def peak_tflops() -> float | None:
 
 
 def peak_memory_bytes() -> int:
-    """Largest number of bytes that torch held on the GPU so far; on CPU the process's largest resident set."""
+    """The most bytes that torch's allocator has held on the GPU so far; on CPU the process's largest resident set."""
     if has_gpu():
         return torch.cuda.max_memory_reserved()
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def synchronize() -> None:
-    """Wait until the GPU has done what it was given; nothing on CPU."""
+    """Wait until the GPU has finished all work; does nothing on CPU."""
     if has_gpu():
         torch.cuda.synchronize()
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Reads `device="cuda"`, `.cuda()` and device numbers as the CPU, and names CPU tensor types `torch.cuda.*`.
+    """Makes `device="cuda"`, `.cuda()` and device numbers mean the CPU, and calls the types of CPU tensors `torch.cuda.*`.
 
-    The last is what megatron-core's gradient buckets compare types with.
+    The last is for megatron-core's gradient buckets, which compare types with such names.
     """
 
     def __torch_function__(
@@ -98,7 +99,7 @@ def _names_cuda(device: Any) -> bool:
 
 
 class _NoStream:
-    """Stands where megatron-core asks for a CUDA stream or event: everything on CPU is already in order."""
+    """In place of a CUDA stream or event: on CPU everything runs in order anyway."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -118,7 +119,10 @@ _prepared = False
 
 
 def prepare() -> None:
-    """Make torch and megatron-core ready for this process's device. Safe to call more than once."""
+    """Set up torch and megatron-core for this process's device. Further calls do nothing.
+
+    Call it before megatron-core is imported: some of its modules read these names at import.
+    """
     global _prepared
     if _prepared:
         return
@@ -129,10 +133,10 @@ def prepare() -> None:
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         return
-    # Where Transformer Engine is installed, megatron-core would take its CUDA kernels for sums and norms.
+    # Where Transformer Engine is installed, megatron-core would use its CUDA kernels for sums and norms: now its import fails.
     sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
-    # Compiled functions would ask the names that are replaced below what the GPU can do. megatron-core has some compiled when
-    # it is imported, which loads a compiler that is not used.
+    # The compiler would query the GPU through the names that are replaced below; megatron-core compiles some functions when it
+    # is imported.
     torch._dynamo.config.disable = True
     torch.compile = _not_compiled  # type: ignore[assignment]
     _CudaMeansCpu().__enter__()
@@ -157,7 +161,7 @@ def prepare() -> None:
 
 
 def _with_split_lists(all_to_all: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's all_to_all_single for split sizes that are tensors, which megatron-core makes arrays of on a GPU only."""
+    """torch's all_to_all_single, which also takes split sizes as tensors: megatron-core converts them on a GPU only."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         for name in ("output_split_sizes", "input_split_sizes"):
@@ -169,24 +173,19 @@ def _with_split_lists(all_to_all: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _quieten() -> None:
-    """Silence notices of torch and megatron-core that a user of this project can do nothing about."""
-    for text in (
-        "Transformer Engine and Apex are not installed",
-        "Apex is not installed",
-        "transformer_engine",
-        ".*deprecat.*",
-        "Setting the shape",
-        "TypedStorage is deprecated",
-        "The .grad attribute of a Tensor that is not a leaf",
-    ):
-        warnings.filterwarnings("ignore", message=text)
+    """Silence warnings of torch and megatron-core that a user of this project can do nothing about."""
+    texts = "Transformer Engine and|Apex is not|transformer_engine|.*deprecat|Setting the shape|The .grad attribute"
+    warnings.filterwarnings("ignore", message=texts)
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
 
 
 @contextlib.contextmanager
 def process_group(timeout_minutes: float = 10.0) -> Iterator[None]:
-    """Join the process group that torchrun describes in the environment (one process without it) and leave it at the end."""
+    """Join the process group that torchrun describes in the environment and leave it at the end; without torchrun, one process.
+
+    timeout_minutes: of a collective, after which torch.distributed raises.
+    """
     prepare()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -201,7 +200,7 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[None]:
         yield
         failed = False
     finally:
-        # After an error the others may be waiting for this process, and it for them: it just ends, which they notice.
+        # After an error the others may be waiting for this process, and leaving would wait for them: it just ends.
         if not failed or torch.distributed.get_world_size() == 1:
             torch.distributed.destroy_process_group()
 
@@ -213,7 +212,5 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    if has_gpu():
-        tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    else:
-        tensor_parallel.model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True)
+    # On CPU the inference tracker, whose `fork` does nothing: there are no CUDA generators to switch between.
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, inference_rng_tracker=not has_gpu())

@@ -1,4 +1,4 @@
-"""How this project speaks to its user when something is wrong: one line with the thing, its value and the next step."""
+"""Errors as users see them: one line with the thing, its value and the next step."""
 
 import argparse
 import json
@@ -11,19 +11,25 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """Something that the user can put right. The message names the thing, its value and the next step."""
+    """Something that the user can fix. The message has the thing, its value and the next step, on one line."""
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose complaint is a `UserError` of one line, without a page of usage."""
+    """An argument parser whose errors are a `UserError` of one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (-h explains the options)")
 
 
 def first_line(error: BaseException) -> str:
-    """What another library says of its error, without the advice that may follow on more lines."""
+    """The first line of an error's text; other libraries put advice on the lines after it."""
     return str(error).strip().partition("\n")[0]
+
+
+def cause_of(error: BaseException) -> str:
+    """The first line of an error's text, after its type where that adds something (not `UserError`, `OSError`)."""
+    is_clear = isinstance(error, UserError | OSError) or type(error) is RuntimeError
+    return first_line(error) if is_clear else f"{type(error).__name__}: {first_line(error)}"
 
 
 def fail(message: str) -> NoReturn:
@@ -33,8 +39,8 @@ def fail(message: str) -> NoReturn:
 
 
 def leave_message(message: str) -> None:
-    """Say why this process ends: `error: message` on stderr, or in a multi-process run in the error file that torchrun gave
-    it, of which `megatron.sft.launch` prints one.
+    """Report why this process ends: `error: message` on stderr or, in a multi-process run, in the error file that torchrun gave
+    it. `megatron.sft.launch` prints one of those files.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not error_file:
@@ -45,10 +51,10 @@ def leave_message(message: str) -> None:
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Call a command's `main` and end the process with the status that it returns.
+    """Call a command's `main` and exit with the status that it returns.
 
-    A `UserError` becomes one line and exit status 2, any other error keeps its trace. In a multi-process run mostly every rank
-    finds the same error; it is printed once.
+    A `UserError` becomes one line and status 2, Ctrl-C status 130; any other error keeps its trace. In a multi-process run
+    every rank usually finds the same error, which is printed once.
     """
     try:
         status = main()

@@ -1,9 +1,13 @@
-"""Manifests: the JSON file that a step writes last, which says that the step finished and what it wrote."""
+"""Manifests: the JSON file that a step writes last, which means that the step finished and lists what it wrote.
+
+Also checksums, small files that appear whole or not at all, and free space.
+"""
 
 import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,15 +15,15 @@ from typing import Any
 
 from megatron.sft.runtime.errors import UserError
 
-# A manifest, a configuration or a tokenizer is far smaller; JSON takes many times its size in memory.
-_SEAL = "sha256"
+_SEAL = "sha256"  # the manifest's field with the checksum of its other fields
+# Far more than a manifest, a configuration or a tokenizer has; parsed JSON takes many times its size in memory.
 MAX_JSON_BYTES = 256 << 20
-# Of each file that a manifest names: {"bytes": its size, "sha256": its checksum}.
+# Path of each file that a manifest names to {"bytes": its size, "sha256": its checksum}.
 Files = Mapping[Path, Mapping[str, Any]]
 
 
 def sha256_of_file(path: Path, report: Callable[[int], None] = lambda num_bytes: None) -> str:
-    """Hexadecimal SHA-256 of a file's bytes, read in pieces of 8 MiB; `report` is told of each."""
+    """Hexadecimal SHA-256 of a file's bytes, read in pieces of 8 MiB; `report` gets the size of each."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while piece := file.read(8 << 20):
@@ -29,12 +33,12 @@ def sha256_of_file(path: Path, report: Callable[[int], None] = lambda num_bytes:
 
 
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest with a checksum of its own content."""
+    """The manifest with a checksum of its content."""
     return {**manifest, _SEAL: _content_sum(manifest)}
 
 
 def seal_holds(manifest: Mapping[str, Any]) -> bool:
-    """Whether the manifest says what it said when it was written."""
+    """Whether the content of a sealed manifest is what was sealed."""
     return bool(manifest.get(_SEAL) == _content_sum(manifest))
 
 
@@ -43,8 +47,11 @@ def _content_sum(manifest: Mapping[str, Any]) -> str:
     return sha256_of_text(json.dumps(content, sort_keys=True, separators=(",", ":")))
 
 
-def files_of(folder: Path, manifest: Path, files: Any) -> Files:
-    """The files that a manifest names, none of which may lie outside `folder`; `files` is what it says of them."""
+def listed_files(folder: Path, manifest: Path, files: Any) -> Files:
+    """The files that a manifest names; `files` is its field with them, not yet checked.
+
+    `UserError` if it is not of that form, or a file lies outside `folder` (a manifest may come from someone else).
+    """
     known = isinstance(files, dict) and all(
         isinstance(facts, dict) and type(facts.get("bytes")) is int and isinstance(facts.get("sha256"), str)
         for facts in files.values()
@@ -59,17 +66,19 @@ def files_of(folder: Path, manifest: Path, files: Any) -> Files:
 
 
 def check_sizes(files: Files, advice: str) -> None:
-    """The first file that is missing or has another size than its manifest says is a `UserError`."""
+    """`UserError`, ending in `advice`, for the first file that is missing or whose size is not its manifest's."""
     for path, facts in files.items():
         if not path.is_file():
-            raise UserError(f"{path} is missing, which the manifest beside it names: {advice}")
+            raise UserError(f"{path} is missing, which the manifest next to it names: {advice}")
         size = path.stat().st_size
         if size != facts["bytes"]:
             raise UserError(f"{path} has {size} bytes, its manifest says {facts['bytes']}: {advice}")
 
 
 def check_sums(files: Files, advice: str, report: Callable[[int], None] = lambda num_bytes: None) -> None:
-    """Read the files, several at a time; the first whose checksum is not as its manifest says is a `UserError`."""
+    """Hash the files, several at a time. `UserError`, ending in `advice`, for the first that cannot be read or whose checksum
+    is not its manifest's. report: as in `sha256_of_file`, called from several threads.
+    """
 
     def checksum(path: Path) -> str:
         try:
@@ -88,18 +97,23 @@ def sha256_of_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old text or the new one, never a part: beside, flushed, renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a small file so that a reader, or the disk after a crash, has the old content or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -108,7 +122,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path, what: str, next_step: str) -> Any:
-    """Read a JSON file. A missing or damaged one is a `UserError` that says `what` it is and the `next_step`."""
+    """Read a JSON file. `UserError`, with `what` it is and the `next_step`, if it is missing, damaged or huge."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(MAX_JSON_BYTES + 1)
@@ -121,3 +135,17 @@ def read_json(path: Path, what: str, next_step: str) -> Any:
         raise UserError(f"{what} {path} cannot be read ({error.strerror}): {next_step}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} {path} is not valid JSON ({error}): {next_step}") from None
+
+
+def check_free_space(folder: Path, num_bytes: int, what: str) -> None:
+    """`UserError`, with both sizes, if fewer than `num_bytes` are free for `what` on the disk of `folder` or, if that does
+    not exist, of its nearest parent.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise UserError(
+            f"{what} needs {num_bytes / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free: "
+            "make room there, or give an output folder on another disk"
+        )

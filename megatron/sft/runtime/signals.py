@@ -114,12 +114,18 @@ def name_of(code: int) -> str:
 
 
 def _end_with_launcher() -> None:
-    """Ask the kernel to end this process when the launcher is killed, so that half a run does not continue to write."""
+    """So that half a run does not continue to write when the launcher is killed."""
     launcher = os.environ.get(LAUNCHER_PID)
-    if launcher is None or not sys.platform.startswith("linux"):
+    if launcher is not None:
+        end_with_parent(int(launcher))
+
+
+def end_with_parent(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent, the process `parent`, ends, however that happens. Linux only."""
+    if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() != int(launcher):  # it was gone before the kernel knew
+    if os.getppid() != parent:  # it ended before the kernel knew
         os._exit(128 + signal.SIGKILL)
 
 

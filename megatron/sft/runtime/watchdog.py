@@ -1,5 +1,5 @@
-"""The watchdog: a thread in every process that knows which part of which step it is in, says so to the others, and ends a
-run that stands still, with one line that names the process and the part.
+"""The watchdog: a thread in every process that reports to the others which part of which step the process is in, and ends a
+run that hangs with one line that names the process and the part.
 """
 
 import contextlib
@@ -13,24 +13,27 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-# The exit status of a process that the watchdog ended: timeout(1)'s.
+from megatron.sft.runtime.errors import leave_message
+
+# The exit status of a process that the watchdog ended: what timeout(1) uses.
 HUNG = 124
-# Where the first failure's reason is kept in the store that torchrun's processes share.
+# Key of the first failure's reason in the store that torchrun's processes share.
 FAILED = "megatron-sft/failed"
-# A process whose watchdog is silent for so long is stopped, dead, or out of reach. Only looked at while this one waits.
+# A process whose watchdog is silent for this long is stopped, dead, or out of reach. Only checked while this process waits.
 SILENT_SECONDS = 30.0
-_WAITING_SECONDS = 5.0
-# Start-up, saves and the first step, in which kernels are compiled, may take so many times as long as any other part.
+_WAITING_SECONDS = 5.0  # in one part, after which this process counts as waiting; most parts take less than a second
+# How many times the limit these parts may take, and any part of the first step, in which kernels are compiled.
 PATIENCE = {"start-up": 3.0, "save": 3.0}
 _FIRST_STEP_PATIENCE = 3.0
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a process last said of itself.
+    """A process's last report.
 
-    count: grows by one a beat. seconds: how long it had stood there. place: the line of this project that it was in. waits:
-    whether that line waits for other processes, as far as Python can tell.
+    count: one more in each beat. part: as given to `enter`. seconds: since it entered that part. place: the line of this
+    project that it was in, as `file:line`, where it had waited for some seconds. waits: whether that line was in a call of
+    torch.distributed, that is, waited for other processes as far as Python can see.
     """
 
     count: int
@@ -58,7 +61,7 @@ _running: "Watchdog | None" = None
 
 
 def enter(part: str, iteration: int | None = None) -> None:
-    """The main thread begins another part, of `iteration` if that is another. Costs a few assignments."""
+    """The main thread begins `part`, of the same iteration if none is given. Called several times a step: a few assignments."""
     if iteration is not None:
         _now.first_iteration = _now.first_iteration or iteration
         _now.iteration = iteration
@@ -67,31 +70,31 @@ def enter(part: str, iteration: int | None = None) -> None:
 
 
 def touch() -> None:
-    """The part goes on: another micro-batch, another file."""
+    """Progress within the part (another micro-batch, another file): start its clock again."""
     _now.since = time.monotonic()
 
 
 def start(minutes: float) -> None:
-    """Watch this process from here on; `minutes` in one part are too long, 0 watches the other processes only."""
+    """Start the thread. It ends the run after `minutes` in one part; with 0 only where another process falls silent."""
     global _running
     _running = Watchdog(minutes * 60 if minutes > 0 else float("inf"))
     _running.start()
 
 
 def stop() -> None:
-    """The process ends in good order: the others need not wait for its beats."""
+    """Clean shutdown: the others stop expecting beats from this rank."""
     if _running is not None:
         _running.finish()
 
 
 def report_failure(reason: str) -> None:
-    """Tell the processes on other machines, whose launchers do not see this one, why this process ends."""
+    """Give the processes on other machines, whose launchers do not see this one, the reason why this process ends."""
     if _running is not None:
-        _running.tell(reason)
+        _running.report_failure(reason)
 
 
 class Watchdog(threading.Thread):
-    """Beats into the store that torchrun's processes share, and looks at the others' beats while this process waits."""
+    """Writes beats to the store that torchrun's processes share, and reads the others' beats while this process waits."""
 
     def __init__(self, limit_seconds: float) -> None:
         super().__init__(name="watchdog", daemon=True)
@@ -100,34 +103,32 @@ class Watchdog(threading.Thread):
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.main = threading.main_thread().ident
         self._count = 0
-        self._ended = threading.Event()
+        self._finished = threading.Event()
         self._store: Any = None
-        self._heard: dict[int, tuple[Beat, float]] = {}  # the others' last beats and when they came
+        self._heard: dict[int, tuple[Beat, float]] = {}  # rank to its last beat and when that arrived
 
     def run(self) -> None:
         self._store = open_store() if self.world > 1 else None
         last = time.monotonic()
-        while not self._ended.wait(self.interval):
+        while not self._finished.wait(self.interval):
             now = time.monotonic()
             if now - last > self.interval + 5.0:
-                # This process was stopped itself, perhaps with the whole job: what it knows is stale.
+                # This process was stopped itself, perhaps with the whole job: what it has heard is stale.
                 touch()
                 self._heard.clear()
             last = now
-            with contextlib.suppress(
-                RuntimeError
-            ):  # the store is gone: the launcher ends this process, or a peer's error does
+            # Without the store, which is gone by then, the launcher ends this process, or a peer's error does.
+            with contextlib.suppress(RuntimeError):
                 self._beat()
-            verdict = self._verdict()
-            if verdict:
+            if verdict := self._verdict():
                 self._end(verdict)
 
     def finish(self) -> None:
-        self._ended.set()
+        self._finished.set()
         with contextlib.suppress(RuntimeError):
-            self._say(Beat(self._count + 1, "done", _now.iteration, 0.0))
+            self._write(Beat(self._count + 1, "done", _now.iteration, 0.0))
 
-    def tell(self, reason: str) -> None:
+    def report_failure(self, reason: str) -> None:
         with contextlib.suppress(RuntimeError):
             if self._store is not None:
                 self._store.compare_set(FAILED, "", reason)
@@ -136,29 +137,29 @@ class Watchdog(threading.Thread):
         self._count += 1
         seconds = time.monotonic() - _now.since
         place = self._place() if seconds > min(_WAITING_SECONDS, self.limit / 2) else ("", False)
-        self._say(Beat(self._count, _now.part, _now.iteration, seconds, *place))
+        self._write(Beat(self._count, _now.part, _now.iteration, seconds, *place))
         if self._store is not None and self._store.check([FAILED]):
-            # On one machine the launcher has the reason from the process itself.
+            # From another machine; on this one the launcher has the reason from the process itself.
             self._end(self._store.get(FAILED).decode(), status=1)
 
-    def _say(self, beat: Beat) -> None:
+    def _write(self, beat: Beat) -> None:
         if self._store is not None:
             self._store.set(_key(f"beat/{self.rank}"), json.dumps(vars(beat)))
 
     def _verdict(self) -> str:
-        """Who stands still, if anybody does, in one line."""
+        """One line on the process that hangs, empty if none does."""
         seconds = time.monotonic() - _now.since
         if seconds < min(_WAITING_SECONDS, self.limit):
             self._heard.clear()
             return ""
         if self.world > 1 and self._store is not None:
             with contextlib.suppress(RuntimeError):
-                self._listen()
+                self._read_beats()
         over = seconds >= self.limit * self._patience()
         for rank, (beat, when) in self._heard.items():
             quiet = time.monotonic() - when
             if beat.part != "done" and quiet > (max(5.0, 4 * self.interval) if over else SILENT_SECONDS):
-                return f"rank {rank} gives no sign of life for {quiet:.0f} s: it was last in {beat}"
+                return f"rank {rank} has been silent for {quiet:.0f} s, last in {beat}"
         if not over:
             return ""
         beats = {rank: beat for rank, (beat, _) in self._heard.items() if beat.part != "done"}
@@ -169,7 +170,7 @@ class Watchdog(threading.Thread):
         first = _FIRST_STEP_PATIENCE if _now.iteration == _now.first_iteration else 1.0
         return max(first, PATIENCE.get(_now.part, 1.0))
 
-    def _listen(self) -> None:
+    def _read_beats(self) -> None:
         others = [rank for rank in range(self.world) if rank != self.rank]
         known = [rank for rank in others if self._store.check([_key(f"beat/{rank}")])]
         for rank in known:
@@ -178,21 +179,19 @@ class Watchdog(threading.Thread):
                 self._heard[rank] = (beat, time.monotonic())
 
     def _place(self) -> tuple[str, bool]:
-        """The innermost line of this project that the main thread is in, and whether it called torch.distributed."""
+        """The innermost line of this project that the main thread is in, and whether it is in a call of torch.distributed."""
         frame, waits = sys._current_frames().get(self.main or 0), False
         while frame is not None:
             path = Path(frame.f_code.co_filename)
             waits = waits or path.parts[-3:-1] == ("torch", "distributed")
-            if "sft" in path.parts[-3:-1]:
+            if "sft" in path.parts[-4:-1]:  # ROOM/FOLDER/file.py at most
                 return f"{path.name}:{frame.f_lineno}", waits
             frame = frame.f_back
         return "", waits
 
     def _end(self, verdict: str, status: int = HUNG) -> None:
-        from megatron.sft.runtime.errors import leave_message
-
         if self._store is not None:
-            # All of them say what the first one found.
+            # Processes that find it at the same time all report what the first one found.
             with contextlib.suppress(RuntimeError):
                 found = self._store.compare_set(_key("verdict"), "", verdict)
                 verdict = found.decode() or verdict
@@ -201,17 +200,20 @@ class Watchdog(threading.Thread):
 
 
 def describe_stall(beats: dict[int, Beat]) -> str:
-    """One line about processes of which none makes progress: the one that is furthest behind holds up the others, and of those
-    that are equally far one that does not wait for another, or the one that got there first."""
+    """One line on processes of which none makes progress, by rank. Blamed is the one in the earliest iteration; of several
+    there one that does not wait for another process, and of those the process that has been there longest."""
     behind = min(beats, key=lambda rank: (beats[rank].iteration, beats[rank].waits, -beats[rank].seconds))
-    line = f"rank {behind} stands still for {beats[behind].seconds:.0f} s in {beats[behind]}"
+    line = f"rank {behind} hung for {beats[behind].seconds:.0f} s in {beats[behind]}"
     waiting = [f"rank {rank} in {beat}" for rank, beat in sorted(beats.items()) if rank != behind]
     more = f" and {len(waiting) - 3} more" if len(waiting) > 3 else ""
     return line + (f"; waiting: {'; '.join(waiting[:3])}{more}" if waiting else "")
 
 
 def open_store(address: str | None = None, port: int | None = None, seconds: float = 300.0) -> Any:
-    """A connection of its own to the store that torchrun's processes meet at; None without one within so many seconds."""
+    """A new connection to the store at which torchrun's processes meet; None if there is none within `seconds`.
+
+    A shared connection would not do: another thread's blocking call holds it up. Address and port default to torchrun's.
+    """
     from torch.distributed import TCPStore
 
     address, port = address or os.environ.get("MASTER_ADDR"), port or int(os.environ.get("MASTER_PORT", "0"))

@@ -22,7 +22,7 @@ from megatron.sft.planning.memory import GIB, cheapest_recompute
 from megatron.sft.planning.memory_fit import gpu_memory, memory_settings
 from megatron.sft.planning.run_plan import RunPlan
 from megatron.sft.runtime import ranks, watchdog
-from megatron.sft.training.optimizer import build_optimizer, wrap_model
+from megatron.sft.training.optimizer import build_optimizer, clip_in_place, wrap_model
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,10 @@ class Engine:
 
         The norm is on the CPU already, on every rank, so that looking at it costs no wait for the device.
         """
-        norm = float(type(self.optimizer).get_grad_norm(self.optimizer))
+        if self.plan.options.optimizer_precision == "bf16":
+            norm = clip_in_place(self.optimizer, self.plan.options.clip_grad)
+        else:
+            norm = float(type(self.optimizer).get_grad_norm(self.optimizer))
         if not math.isfinite(norm):
             raise _NotFiniteError(norm)
         return norm

@@ -3,7 +3,7 @@
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from megatron.sft.data.row_order import RowOrder, num_torn_units
+from megatron.sft.data.row_order import RowOrder, num_split_groups
 from megatron.sft.data.tokenized import Row
 from megatron.sft.model.context_parallel import ContextPart
 from megatron.sft.planning.run_plan import RunPlan
@@ -23,9 +23,9 @@ class Feeder:
         from megatron.core import parallel_state
 
         self.plan = plan
-        joined = plan.rows.joined[plan.training_rows]
-        self.order = RowOrder(plan.training_rows, plan.options.seed, joined, plan.options.global_batch_size)
-        if joined.any() and (torn := num_torn_units(self.order)):
+        continues_group = plan.rows.continues_group[plan.training_rows]
+        self.order = RowOrder(plan.training_rows, plan.options.seed, continues_group, plan.options.global_batch_size)
+        if continues_group.any() and (torn := num_split_groups(self.order)):
             ranks.print_rank_0(
                 f"{torn:,} groups are larger than a global batch or do not fit into one: each is split between two"
             )
@@ -50,7 +50,7 @@ class Feeder:
 
     def training_numbers(self, consumed: int) -> list[Numbers]:
         """The row numbers of this process's micro-batches in the step that starts after `consumed` rows."""
-        return self._shared([self.order.at(consumed + i) for i in range(self.plan.options.global_batch_size)])
+        return self._shared([self.order.row_at(consumed + i) for i in range(self.plan.options.global_batch_size)])
 
     def validation(self, index: int) -> list["MicroBatch"]:
         """The micro-batches of the `index`-th global batch of validation rows; missing rows at the end are blank."""

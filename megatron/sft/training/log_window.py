@@ -13,7 +13,7 @@ from megatron.sft.training.engine import StepResult
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums and means of a window over all processes and steps. source_losses: as in `StepRecord`."""
+    """Sums and means of a window over all processes and steps. source_losses: as in `StepMetrics`."""
 
     loss: float
     tokens: int

@@ -8,12 +8,12 @@ from typing import NoReturn
 
 import torch
 
-from megatron.sft.data.source_names import source_names
+from megatron.sft.data.mixture import source_names
 from megatron.sft.planning.memory import num_parameters
 from megatron.sft.planning.options import options_record
 from megatron.sft.planning.run_plan import RunPlan
 from megatron.sft.reporting import metrics
-from megatron.sft.reporting.live_plot import LossPicture
+from megatron.sft.reporting.live_plot import LivePlot
 from megatron.sft.reporting.trackers import open_trackers
 from megatron.sft.runtime import device, ranks, watchdog
 from megatron.sft.runtime.errors import UserError
@@ -71,7 +71,7 @@ class Run:
         trackers = open_trackers(save, self.iteration, options_record(self.options))
         num_rows = len(plan.training_rows)
         self.log = metrics.MetricsLog(save, plan.train_iters, num_rows, self.iteration, plan.architecture, trackers)
-        self.picture = LossPicture(save)
+        self.picture = LivePlot(save)
         self.stop.begin(self.options.exit_after_minutes)
         code = self._stop_requested()
         if pending and not code:
@@ -177,7 +177,7 @@ class Run:
                 "tools/show_sample"
             )
         self.log.step(
-            metrics.StepRecord(
+            metrics.StepMetrics(
                 iteration=self.iteration,
                 consumed_rows=self.consumed,
                 loss=totals.loss,

@@ -1,17 +1,21 @@
 """AdamW over megatron-core's distributed optimizer, and the gradient buffers that it reads."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import megatron.core.optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron.sft.checkpoint.optimizer_state import inner_optimizers
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
+from megatron.sft.training.adamw import InPlaceAdamW
 
 
 def wrap_model(
@@ -40,14 +44,11 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """The optimizer of these model chunks. OPTIMIZER_PRECISION=bf16 keeps gradients and moments in 16 bits."""
     fields: dict[str, Any] = {}
-    if options.optimizer_precision == "bf16":
-        if not _has_fused_adam() or dtype != torch.bfloat16:
-            raise UserError(
-                "OPTIMIZER_PRECISION=bf16 needs PRECISION=bf16 or fp8, a GPU and Transformer Engine's optimizer: take fp32"
-            )
-        half = torch.bfloat16
-        fields |= {"use_precision_aware_optimizer": True, "main_grads_dtype": half}
-        fields |= {"exp_avg_dtype": half, "exp_avg_sq_dtype": half}
+    in_place = options.optimizer_precision == "bf16"
+    if in_place and dtype != torch.bfloat16:
+        raise UserError(
+            f"OPTIMIZER_PRECISION=bf16 needs PRECISION=bf16 or fp8, and PRECISION is {options.precision}: take fp32"
+        )
     if options.optimizer_offload:
         if not _has_fused_adam() or options.optimizer_precision == "bf16":
             raise UserError(
@@ -59,34 +60,79 @@ def build_optimizer(
             "overlap_cpu_optimizer_d2h_h2d": True,
         }
         fields |= {"use_precision_aware_optimizer": True}
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=options.lr,
-            min_lr=options.min_lr,
-            weight_decay=options.weight_decay,
-            adam_beta1=options.adam_beta1,
-            adam_beta2=options.adam_beta2,
-            adam_eps=options.adam_eps,
-            clip_grad=options.clip_grad,
-            bf16=dtype == torch.bfloat16,
-            fp16=dtype == torch.float16,
-            initial_loss_scale=options.initial_loss_scale,
-            loss_scale_window=options.loss_scale_window,
-            params_dtype=dtype,
-            use_distributed_optimizer=True,
-            overlap_param_gather=True,
-            **fields,
-        ),
-        list(models),
-        use_gloo_process_groups=False,
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=0.0 if in_place else options.clip_grad,  # InPlaceAdamW clips while it reads the gradients
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        initial_loss_scale=options.initial_loss_scale,
+        loss_scale_window=options.loss_scale_window,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+        overlap_param_gather=True,
+        **fields,
     )
+    with _in_place_adamw(config) if in_place else contextlib.nullcontext():
+        optimizer = get_megatron_optimizer(config, list(models), use_gloo_process_groups=False)
     if device.has_gpu():
         for group in optimizer.param_groups:
             if "fused" in group:
                 # torch's own AdamW would otherwise make several passes over the state.
                 group["fused"], group["foreach"] = True, False
     return optimizer
+
+
+@contextlib.contextmanager
+def _in_place_adamw(config: OptimizerConfig) -> Iterator[None]:
+    """Make megatron-core build its distributed optimizer around `InPlaceAdamW` instead of Transformer Engine's AdamW.
+
+    The fields are set after megatron-core has checked the configuration, which insists on Transformer Engine.
+    """
+    config.use_precision_aware_optimizer = True
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+    config.store_param_remainders = True
+    config.main_grads_dtype = config.exp_avg_dtype = config.exp_avg_sq_dtype = torch.bfloat16
+    package: Any = megatron.core.optimizer
+    replaced: list[tuple[Any, str, Any]] = [
+        (package, "Adam", InPlaceAdamW),
+        (package.distrib_optimizer, "Adam", InPlaceAdamW),
+    ]
+    replaced += [(package, "USING_PYTORCH_OPTIMIZER", False), (package, "is_te_min_version", lambda version: False)]
+    before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
+    for module, name, value in replaced:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def clip_in_place(optimizer: MegatronOptimizer, clip_grad: float) -> float:
+    """The norm of all ranks' gradients, summed in float32; sets how much of them every `InPlaceAdamW` takes.
+
+    Without Transformer Engine, megatron-core would sum in the dtype of the gradients. Every rank must call it.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=device.current())
+    inner = inner_optimizers(optimizer)
+    for part in inner:
+        gradients = part.get_main_grads_for_grad_norm()
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        square = torch.stack(norms).square().sum() if norms else torch.zeros_like(total)
+        torch.distributed.all_reduce(square, group=part.get_grad_stats_parallel_group())
+        total += square
+    norm = float(total.sqrt())
+    scale = min(1.0, clip_grad / (norm + 1e-6)) if clip_grad > 0 else 1.0
+    for part in inner:
+        if isinstance(part.optimizer, InPlaceAdamW):
+            part.optimizer.grad_scale = scale
+    return norm
 
 
 def _has_fused_adam() -> bool:

@@ -1,4 +1,4 @@
-"""Whether a run that goes on is the run that was saved: data, order and batches make the position mean the same rows."""
+"""Whether a run continues the run that was saved: with the same data, order and batches the position means the same rows."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from megatron.sft.runtime.errors import UserError
 
 # What RESUME_WITH may name.
 CHANGEABLE = ("data", "tokenizer", "seq_length", "global_batch_size", "seed", "split", "loss_average")
-# Settings that may change without a word, and are said because the numbers change with them.
-_NOTED = (
+# Settings allowed to change; changes are reported because they affect results.
+REPORTED_SETTINGS = (
     "precision", "lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "lr_wsd_decay_iters",
     "lr_wsd_decay_style", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
 )  # fmt: skip
@@ -35,29 +35,29 @@ def data_record(plan: RunPlan) -> dict[str, Any]:
 
 
 def check_same_run(checkpoint: Checkpoint, plan: RunPlan) -> list[str]:
-    """Refuse what would make the position in the data mean other rows, unless RESUME_WITH names it.
+    """A `UserError` for a change that makes the position in the data mean other rows, unless RESUME_WITH names it.
 
-    Returns lines that say what else has changed.
+    Returns a line for each allowed change.
     """
     allowed = allowed_changes(plan.options.resume_with)
-    before, now = _facts(checkpoint.manifest["training"]), _facts(_training_now(plan))
+    before, now = settings_record(checkpoint.manifest["training"]), settings_record(_training_now(plan))
     for name in CHANGEABLE:
         old, new = before[name], now[name]
         if None in (old, new) or old == new or name in allowed:
             continue
         raise UserError(
-            f"{_title(name)} was {_short(old)} in {checkpoint.path} and is {_short(new)} now: set it back to resume, say "
-            f"RESUME_WITH={name} to go on with the new one at the same position, or start a new run in another OUTPUT_PATH"
+            f"{_title(name)} was {_short(old)} in {checkpoint.path} and is {_short(new)} now: set it back to resume, set "
+            f"RESUME_WITH={name} to continue with the new one at the same position, or start a new run in another OUTPUT_PATH"
         )
     return _changes(checkpoint, plan, before, now)
 
 
 def allowed_changes(text: str) -> set[str]:
-    """The names in RESUME_WITH."""
+    """The names in RESUME_WITH, separated by commas. An unknown name is a `UserError`."""
     names = {name.strip().lower().replace("-", "_") for name in text.split(",") if name.strip()}
     unknown = sorted(names - set(CHANGEABLE))
     if unknown:
-        raise UserError(f"RESUME_WITH={text!r}: {unknown[0]!r} is none of {', '.join(CHANGEABLE)}")
+        raise UserError(f"RESUME_WITH={text!r}: {unknown[0]!r} is not one of {', '.join(CHANGEABLE)}")
     return names
 
 
@@ -65,11 +65,12 @@ def _training_now(plan: RunPlan) -> dict[str, Any]:
     return {"options": options_record(plan.options), "data": data_record(plan)}
 
 
-def _facts(training: dict[str, Any]) -> dict[str, Any]:
+def settings_record(training: dict[str, Any]) -> dict[str, Any]:
+    """The value of each name in CHANGEABLE, None if unknown. `training`: as in the manifest, with `options` and `data`."""
     data, options = training["data"], training["options"]
-    facts = {name: options.get(name) for name in CHANGEABLE}
-    facts["data"] = (data["bin_sha256"], data["idx_sha256"]) if "idx_sha256" in data else None
-    return {**facts, "tokenizer": data.get("tokenizer_sha256"), "seq_length": data.get("length")}
+    record = {name: options.get(name) for name in CHANGEABLE}
+    record["data"] = (data["bin_sha256"], data["idx_sha256"]) if "idx_sha256" in data else None
+    return {**record, "tokenizer": data.get("tokenizer_sha256"), "seq_length": data.get("length")}
 
 
 def _changes(checkpoint: Checkpoint, plan: RunPlan, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -80,7 +81,9 @@ def _changes(checkpoint: Checkpoint, plan: RunPlan, before: dict[str, Any], now:
         if None not in (before[name], now[name]) and before[name] != now[name]
     ]
     changed += [
-        f"{_title(name)} from {old[name]} to {new[name]}" for name in _NOTED if old.get(name, new[name]) != new[name]
+        f"{_title(name)} from {old[name]} to {new[name]}"
+        for name in REPORTED_SETTINGS
+        if old.get(name, new[name]) != new[name]
     ]
     steps = checkpoint.manifest["training"].get("train_iters", plan.train_iters)
     if steps != plan.train_iters:

@@ -1,8 +1,8 @@
-"""Saving a run's checkpoints, so that each is whole or absent, while training goes on (ASYNC_SAVE=1) or in between.
+"""Saving a run's checkpoints, so that each is whole or absent, during training (ASYNC_SAVE=1) or while it waits.
 
-A save has three parts. In the main thread all processes agree that it can begin and copy their state into CPU memory. A thread
-in each process writes that copy, and the first process's thread makes one checkpoint of what all have written. The main
-threads take note of the end at the same step.
+A save has three parts. In the main thread all processes agree that it can start, and copy their state into CPU memory. A thread
+in each process writes that copy, and rank 0's thread assembles one checkpoint of all parts. The main threads learn the result
+at the same step.
 """
 
 import itertools
@@ -12,26 +12,27 @@ import os
 import shutil
 import time
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
-from megatron.sft.checkpoint.background import Exchange, Job, Outcome
+from megatron.sft.checkpoint.background import SaveResult, SaveTask, StoreMailbox
 from megatron.sft.checkpoint.folder import check_room, clear_leftovers, iteration_path, unfinished_path
-from megatron.sft.checkpoint.pieces import Piece
-from megatron.sft.checkpoint.staging import Preparation, Staging, staged_bytes
+from megatron.sft.checkpoint.shard_slice import ShardSlice
+from megatron.sft.checkpoint.staging import BackgroundAllocation, Staging, staged_bytes
 from megatron.sft.runtime import device, ranks
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.training.engine import Engine
-from megatron.sft.training.state import run_manifest, run_pieces
+from megatron.sft.training.state import run_manifest, run_slices
 
-# Of all saves of this process: what was said of one must not be taken for another's.
+# Counts all saves of this process: texts about one must not be taken for another's.
 _save_numbers = itertools.count(1)
 
 
 class Saver:
     """Writes the checkpoints of one run. Every rank calls the same methods in the same order.
 
-    `last_saved` is the iteration of the newest checkpoint that is whole on disk, None before the first of this process; set it
-    after resuming, so that nothing is saved twice.
+    `last_saved` is the iteration of the newest whole checkpoint, None before this process's first; set it after resuming, so
+    that nothing is saved twice.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -40,77 +41,72 @@ class Saver:
         self._options = engine.plan.options
         self._root = self._options.save
         self._staging = Staging()
-        self._preparation: Preparation | None = None
-        self._job: Job | None = None
-        self._exchange: Exchange | None = None
+        self._allocation: BackgroundAllocation | None = None
+        self._task: SaveTask | None = None
+        self._mailbox: StoreMailbox | None = None
         self._polls = 0
-        # Files are compared by checksums of their own; torch's would be computed beside them.
-        torch.serialization.set_crc32_options(False)
         if ranks.is_rank_0() and self._root.is_dir():
             clear_leftovers(self._root)
 
     def save(self, iteration: int, consumed_rows: int) -> None:
-        """Write a checkpoint, or begin to if saving is asynchronous; waits for one that is still being written.
+        """Write a checkpoint, or start to if saving is asynchronous, after a save that is still running has ended.
 
-        A `UserError` on every rank where it cannot be written; the tracker and the checkpoints before stay good.
+        A `UserError` on every rank if it cannot be written; the tracker and earlier checkpoints stay valid.
         """
         self.finish()
         if self.last_saved == iteration:
             return
-        if self._preparation is not None:
-            self._preparation.wait()
+        if self._allocation is not None:
+            self._allocation.wait()
         started = time.monotonic()
         with self.engine.gathered_parameters():
-            pieces = run_pieces(self.engine)
-            staged = self._begin(iteration, pieces)
+            slices = run_slices(self.engine)
+            staged = self._start(iteration, slices)
             manifest = run_manifest(self.engine, consumed_rows)
             if staged:
-                pieces = self._staging.copy(pieces)
+                slices = self._staging.copy(slices)
             number = next(_save_numbers)
-            self._exchange = Exchange(number)
+            self._mailbox = StoreMailbox(number)
             timeout = 60 * self._options.distributed_timeout_minutes
             kept = self._options.keep_last, self._options.keep_every
-            self._job = Job(self._root, iteration, pieces, manifest, *kept, Exchange(number), timeout)
-            self._job.start(started)
-            self._job.stood_still = time.monotonic() - started
+            self._task = SaveTask(self._root, iteration, slices, manifest, *kept, StoreMailbox(number), timeout)
+            self._task.start(started)
+            self._task.stalled_seconds = time.monotonic() - started
             if not staged:
                 self.finish()
 
     def poll(self) -> None:
-        """Call after every step: takes note of a save that ended meanwhile. A `UserError` on every rank if it failed."""
+        """Call after every step: reports a save that has ended meanwhile. A `UserError` on every rank if it failed."""
         self._polls += 1
         if self._polls == 1 and self._options.async_save:
-            # Memory takes time to get, page-locked memory seconds; the first save would stand still for it.
-            pieces = run_pieces(self.engine)
-            if _has_memory(self._staging, pieces):
-                self._preparation = Preparation(self._staging, pieces)
-        if self._job is None:
+            # Page-locked memory takes seconds to allocate; the first save would stall for it.
+            slices = run_slices(self.engine)
+            if _has_memory(self._staging, slices):
+                self._allocation = BackgroundAllocation(self._staging, slices)
+        if self._task is None:
             return
-        outcome = self._look()
-        # Ranks are never more than a step apart, so all of them have seen by the next poll what the first announces now.
-        if outcome is not None and outcome.poll <= self._polls:
-            self._conclude(outcome)
+        result = self._poll_result()
+        # Ranks are never more than a step apart, so at the next poll all of them see what rank 0 announces now.
+        if result is not None and result.poll <= self._polls:
+            self._finish(result)
 
     def finish(self) -> None:
-        """Wait for the running save, if there is one; as `poll` if it failed. Call it at every exit that can be caught."""
-        while self._job is not None:
-            outcome = self._look()
-            if outcome is not None:
-                self._conclude(outcome)
+        """Wait for the running save, if there is one; raises as `poll`. Call it at every exit that can be caught."""
+        while self._task is not None:
+            result = self._poll_result()
+            if result is not None:
+                self._finish(result)
             else:
                 time.sleep(0.01)
 
-    def _begin(self, iteration: int, pieces: list[Piece]) -> bool:
-        """Make an empty folder if the disk has room. Returns whether the state can be copied first, alike on all ranks."""
-        num_bytes = sum(piece.num_bytes for piece in pieces)
-        facts = torch.tensor(
-            [num_bytes, not self._options.async_save or not _has_memory(self._staging, pieces)],
-            dtype=torch.float64,
-            device=device.current(),
-        )
-        torch.distributed.all_reduce(facts)
-        total, lacking = (int(number) for number in facts.tolist())
-        verdict: list[str | None] = [None]
+    def _start(self, iteration: int, slices: list[ShardSlice]) -> bool:
+        """Make the folder, if the disk has room. Returns whether to copy the state first, the same on all ranks."""
+        num_bytes = sum(part.num_bytes for part in slices)
+        waits = not self._options.async_save or not _has_memory(self._staging, slices)
+        sums = torch.tensor([num_bytes, waits], dtype=torch.float64, device=device.current())
+        torch.distributed.all_reduce(sums)
+        total, num_waiting = (int(value) for value in sums.tolist())
+        problem: list[str | None] = [None]
         if ranks.is_rank_0():
             try:
                 self._root.mkdir(parents=True, exist_ok=True)
@@ -118,71 +114,64 @@ class Saver:
                 check_room(self._root, total, iteration)
                 unfinished_path(self._root, iteration).mkdir()
             except (UserError, OSError) as error:
-                verdict = [str(error)]
-        torch.distributed.broadcast_object_list(verdict, src=0)
-        if verdict[0] is not None:
-            raise UserError(f"nothing was written of iteration {iteration}: {verdict[0]}{self._what_is_left()}")
+                problem = [str(error)]
+        torch.distributed.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise UserError(f"nothing was written of iteration {iteration}: {problem[0]}{self._advice()}")
         if self.last_saved is None:
-            self._foresee(iteration, total)
-        if lacking and self._options.async_save and self.last_saved is None:
-            ranks.print_rank_0(
-                "the state is saved while training waits: a copy of it does not fit into the CPU's memory"
-            )
-        return not lacking
+            self._warn_if_disk_too_small(iteration, total)
+            if num_waiting and self._options.async_save:
+                ranks.print_rank_0("training waits for each save: a copy of the state does not fit into CPU memory")
+        return not num_waiting
 
-    def _foresee(self, iteration: int, num_bytes: int) -> None:
-        """Say at the first save if the disk has no room for all that are to come."""
-        options, saves = (
-            self._options,
-            math.ceil((self.engine.plan.train_iters - iteration) / self._options.save_interval),
-        )
-        # One more than are kept is there while it is written.
-        count = min(saves, options.keep_last or saves) + 1
-        free = shutil.disk_usage(self._root).free if ranks.is_rank_0() else 0
-        if ranks.is_rank_0() and count * num_bytes > free:
+    def _warn_if_disk_too_small(self, iteration: int, num_bytes: int) -> None:
+        """Warn at the first save if the disk has no room for all later ones. `num_bytes`: of one checkpoint."""
+        if not ranks.is_rank_0():
+            return
+        saves = math.ceil((self.engine.plan.train_iters - iteration) / self._options.save_interval)
+        # One more than are kept exists while it is written.
+        count = min(saves, self._options.keep_last or saves) + 1
+        free = shutil.disk_usage(self._root).free
+        if count * num_bytes > free:
             ranks.print_rank_0(
                 f"warning: {count} checkpoints of {num_bytes / 1e9:.2f} GB do not fit into the {free / 1e9:.2f} GB that "
                 f"{self._root} has free: set KEEP_LAST to a smaller number, or make room before they are written"
             )
 
-    def _look(self) -> Outcome | None:
-        """How the running save ended, once the first process has announced it."""
-        assert self._job is not None and self._exchange is not None
-        self._job.report_death()
-        text = self._exchange.get("outcome")
-        if text is None and ranks.is_rank_0() and self._job.outcome is not None:
-            text = json.dumps({**self._job.outcome, "poll": self._polls + 1})
-            self._exchange.put("outcome", text)
-        return None if text is None else Outcome(**json.loads(text))
+    def _poll_result(self) -> SaveResult | None:
+        """How the running save ended, once rank 0 has announced it, else None."""
+        assert self._task is not None and self._mailbox is not None
+        self._task.report_death()
+        text = self._mailbox.get("result")
+        if text is None and ranks.is_rank_0() and self._task.result is not None:
+            text = json.dumps({**self._task.result, "poll": self._polls + 1})
+            self._mailbox.put("result", text)
+        return None if text is None else SaveResult(**json.loads(text))
 
-    def _conclude(self, outcome: Outcome) -> None:
-        job, self._job = self._job, None
-        assert job is not None
-        job.cancel()
-        if outcome.error:
+    def _finish(self, result: SaveResult) -> None:
+        task, self._task = self._task, None
+        assert task is not None
+        task.cancel()
+        if result.error:
             if ranks.is_rank_0():
-                shutil.rmtree(unfinished_path(self._root, job.iteration), ignore_errors=True)
+                shutil.rmtree(unfinished_path(self._root, task.iteration), ignore_errors=True)
             raise UserError(
-                f"the checkpoint of iteration {job.iteration} was not written: {outcome.error}{self._what_is_left()}"
+                f"the checkpoint of iteration {task.iteration} was not written: {result.error}{self._advice()}"
             )
-        self.last_saved = job.iteration
-        still = f", training stood still for {job.stood_still:.1f} s" if job.stood_still < 0.9 * outcome.seconds else ""
-        ranks.print_rank_0(f"saved {iteration_path(self._root, job.iteration)} in {outcome.seconds:.1f} s{still}")
-        for note in outcome.notes:
+        self.last_saved = task.iteration
+        saved = f"saved {iteration_path(self._root, task.iteration)} in {result.seconds:.1f} s"
+        was_async = task.stalled_seconds < 0.9 * result.seconds
+        ranks.print_rank_0(saved + (f", training stalled for {task.stalled_seconds:.1f} s" if was_async else ""))
+        for note in result.notes:
             ranks.print_rank_0(note)
 
-    def _what_is_left(self) -> str:
+    def _advice(self) -> str:
         kept = f"; iteration {self.last_saved} is kept" if self.last_saved else ""
-        return f"{kept} (mend it, then run the same command)"
+        return f"{kept} (fix this, then run the same command)"
 
 
-def _has_memory(staging: Staging, pieces: list[Piece]) -> bool:
+def _has_memory(staging: Staging, slices: list[ShardSlice]) -> bool:
     """Whether a copy of the state fits into this machine's memory, with as much for each of its other processes."""
-    if staging.fits(pieces):
+    if staging.has_capacity(slices):
         return True
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    return staged_bytes(pieces) * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < 0.8 * available
+    return staged_bytes(slices) * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < 0.8 * psutil.virtual_memory().available

@@ -7,11 +7,11 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron.sft.checkpoint.folder import TORCH_DIST
-from megatron.sft.checkpoint.fp8_state import load_scaling, scaling_pieces
-from megatron.sft.checkpoint.optimizer_state import load_optimizer, optimizer_pieces, optimizer_record
-from megatron.sft.checkpoint.piece_reader import PieceReader
-from megatron.sft.checkpoint.pieces import Piece, model_tensors, piece_of, shared_out
-from megatron.sft.checkpoint.weights_io import load_weights
+from megatron.sft.checkpoint.fp8_state import load_scaling, scaling_slices
+from megatron.sft.checkpoint.model_shards import load_weights, model_tensors, tensors_to_write, to_slice
+from megatron.sft.checkpoint.optimizer_state import load_optimizer, optimizer_record, optimizer_slices
+from megatron.sft.checkpoint.reading import SliceReader
+from megatron.sft.checkpoint.shard_slice import ShardSlice
 from megatron.sft.planning.options import options_record
 from megatron.sft.planning.run_plan import RunPlan
 from megatron.sft.runtime import device, ranks
@@ -20,16 +20,16 @@ from megatron.sft.training.engine import Engine
 from megatron.sft.training.same_run import check_same_run, data_record
 
 
-def run_pieces(engine: Engine) -> list[Piece]:
-    """What this process writes of a checkpoint. Parameters must be gathered while the values are taken."""
+def run_slices(engine: Engine) -> list[ShardSlice]:
+    """What this process writes of a checkpoint. The engine's parameters must be gathered while `values()` are called."""
     tensors = model_tensors(engine.chunks)
-    weights = [piece_of(tensor) for tensor in shared_out(tensors)]
-    others = [*scaling_pieces(engine.chunks), *_random_pieces(_random_states())]
-    return [*weights, *optimizer_pieces(engine.optimizer, tensors), *others]
+    weights = [to_slice(tensor) for tensor in tensors_to_write(tensors)]
+    others = [*scaling_slices(engine.chunks), *_random_slices(_random_states())]
+    return [*weights, *optimizer_slices(engine.optimizer, tensors), *others]
 
 
 def run_manifest(engine: Engine, consumed_rows: int) -> dict[str, Any]:
-    """What the manifest says beside the files."""
+    """What the manifest says besides the files. `consumed_rows`: the position in the data."""
     plan, start = engine.plan, engine.plan.start.manifest
     return {
         "checkpoint_format": TORCH_DIST,
@@ -49,23 +49,26 @@ def run_manifest(engine: Engine, consumed_rows: int) -> dict[str, Any]:
 
 
 def load_start(engine: Engine) -> None:
-    """Weights only, from the converted model: iteration 0 of a run."""
+    """Load the weights of the converted model: iteration 0 of a run."""
     load_weights(engine.plan.start, engine.chunks, engine.plan.layout)
     engine.optimizer.reload_model_params()
 
 
 def load(engine: Engine) -> tuple[int, int]:
-    """Continue from the plan's checkpoint; returns (iteration, consumed rows)."""
+    """Load everything from the plan's checkpoint to continue its run; returns (iteration, consumed rows).
+
+    A checkpoint without training state, or of a run that `check_same_run` refuses, is a `UserError`.
+    """
     checkpoint = engine.plan.start
     training = checkpoint.manifest.get("training")
     if checkpoint.format != TORCH_DIST or training is None:
         raise UserError(f"{checkpoint.path} has no training state to resume from: start a new run with it (train)")
     for change in check_same_run(checkpoint, engine.plan):
         ranks.print_rank_0(change)
-    reader = PieceReader(checkpoint.path)
+    reader = SliceReader(checkpoint.path)
     tensors = model_tensors(engine.chunks)
-    reader.fill([piece_of(tensor) for tensor in tensors])
-    # One that a step was left out for has taken fewer steps than the schedule.
+    reader.fill([to_slice(tensor) for tensor in tensors])
+    # An optimizer whose steps were skipped has taken fewer than the schedule.
     record = training.get("optimizer", {"step": checkpoint.iteration})
     load_optimizer(engine.optimizer, tensors, reader.fill, record)
     load_scaling(engine.chunks, reader)
@@ -96,19 +99,19 @@ def _random_states() -> dict[str, torch.Tensor]:
     return {f"random.{name}": state.cpu() for name, state in states.items()}
 
 
-def _random_pieces(states: dict[str, torch.Tensor]) -> list[Piece]:
-    """A row for every process, restored where a run goes on in the same layout."""
+def _random_slices(states: dict[str, torch.Tensor]) -> list[ShardSlice]:
+    """[processes, bytes] of each generator, a row for every process; restored if a run continues in the same layout."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return [
-        Piece(key, (rank, 0), (1, len(state)), (world, len(state)), state.dtype, partial(torch.Tensor.view, state, -1))
+        ShardSlice(key, (rank, 0), (1, len(state)), (world, len(state)), state.dtype, partial(states.__getitem__, key))
         for key, state in states.items()
     ]
 
 
-def _load_random_states(reader: PieceReader) -> None:
-    # A run that began on another kind of device has other generators.
+def _load_random_states(reader: SliceReader) -> None:
+    # A run that started on another kind of device has other generators.
     states = {key: torch.empty_like(state) for key, state in _random_states().items() if key in reader}
-    reader.fill(_random_pieces(states))
+    reader.fill(_random_slices(states))
     torch.set_rng_state(states["random.torch"])
     if device.has_gpu() and "random.cuda" in states:
         torch.cuda.set_rng_state(states["random.cuda"])

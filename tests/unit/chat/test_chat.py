@@ -130,7 +130,7 @@ def test_a_conversation_begins_with_one_bos(name: str) -> None:
     assert tokens.count(tokenizer.bos_token_id) == 1
 
 
-def test_white_space_that_a_template_trims_is_no_obstacle() -> None:
+def test_white_space_that_a_template_trims_does_not_matter() -> None:
     tokenizer = tokenizer_of("llama3_1")
     messages = turns("  Hello \n", "\n\n Hi there.\n")
     assert trained_texts(tokenizer, encoded(tokenizer, messages)) == ["Hi there.<|eot_id|>"]

@@ -128,7 +128,7 @@ def test_placeholders_are_filled_and_never_left() -> None:
         RowReader(replaced={"{{NAME}}": "Bo", "{{AUTHOR}}": None}).example(row)
 
 
-def test_a_column_can_be_left_out_and_what_is_ignored_is_counted() -> None:
+def test_a_column_can_be_skipped_and_what_is_ignored_is_counted() -> None:
     row = {"prompt": "x", "messages": [ASKED | {"time": 1}, ANSWERED], "id": 3}
     with pytest.raises(UserError, match=r'several formats \(messages and prompt\).*MAP_COLUMNS="prompt=-"'):
         RowReader().example(row)

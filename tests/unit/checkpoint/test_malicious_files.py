@@ -22,8 +22,8 @@ from megatron.sft import export
 from megatron.sft.checkpoint import torch_file
 from megatron.sft.checkpoint.folder import open_checkpoint
 from megatron.sft.checkpoint.metadata_file import read_metadata
-from megatron.sft.checkpoint.piece_reader import PieceReader
-from megatron.sft.checkpoint.pieces import Piece
+from megatron.sft.checkpoint.reading import SliceReader
+from megatron.sft.checkpoint.shard_slice import ShardSlice
 from megatron.sft.runtime.errors import UserError
 from tests.support import malicious, tiny
 
@@ -96,9 +96,9 @@ def test_a_tensor_that_is_called_an_object_is_not_unpickled(
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     malicious.forge_manifest(folder, {})
     (folder.parent / "latest_checkpointed_iteration.txt").write_text("1")
-    piece = Piece(key, (0,), (64,), (64,), torch.float32, lambda: torch.zeros(64))
+    wanted = ShardSlice(key, (0,), (64,), (64,), torch.float32, lambda: torch.zeros(64))
     with pytest.raises(UserError, match=key):
-        PieceReader(folder).fill([piece])
+        SliceReader(folder).fill([wanted])
     with pytest.raises(UserError, match=key):
         malicious.call_main(
             monkeypatch, export.main, "--load", folder.parent, "--hf-dir", tiny_qwen2, "--output", tmp_path / "out"
@@ -229,3 +229,14 @@ def test_a_tracker_names_an_iteration_and_nothing_else(said: str, converted: Pat
     (root / "latest_checkpointed_iteration.txt").write_text(said)
     with pytest.raises(UserError, match=str(root)):
         open_checkpoint(root)
+
+
+def test_a_checkpoint_with_fewer_layers_than_the_model_is_refused(converted: Path) -> None:
+    """A slice beyond the stored tensor is never returned unfilled."""
+    reader = SliceReader(converted / "iter_0000001")
+    key = "decoder.layers.mlp.linear_fc2.weight"
+    layers, *shape = reader.tensors[key].size
+    offsets, sizes, whole = (layers, 0, 0), (1, *shape), (layers + 1, *shape)
+    for use in (reader.read, lambda wanted: reader.fill([wanted])):
+        with pytest.raises(UserError, match=key):
+            use(ShardSlice(key, offsets, sizes, whole, torch.float32, lambda: torch.zeros(sizes)))

@@ -1,4 +1,4 @@
-"""Rows that cannot be used: each is reported with its file, line, field and fix; none is lost, none trained in silence."""
+"""Records that cannot be used: each is reported with file, line, field and fix; none is lost, none is trained silently."""
 
 import gzip
 import json
@@ -17,14 +17,14 @@ from megatron.sft.chat.conversations import RowReader
 from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus
-from megatron.sft.data.mixture import examined, parse_inputs
-from megatron.sft.data.rejected import RejectedRows
+from megatron.sft.data.mixture import parse_inputs, validated_source
+from megatron.sft.data.report import RejectedRecords
 from megatron.sft.data.tokenized import TokenizedRows
 from megatron.sft.runtime.errors import UserError, run
 from tests.support.material import smollm2_folder
 
-Row = dict[str, Any]
-MAKERS: dict[str, Callable[[int], Row]] = {
+Record = dict[str, Any]
+MAKERS: dict[str, Callable[[int], Record]] = {
     "instruction": lambda i: {"instruction": f"q{i}", "output": f"a{i}"},
     "alpaca": lambda i: {"instruction": f"q{i}", "input": "x", "output": f"a{i}", "history": [["b", "c"]]},
     "query": lambda i: {"query": f"q{i}", "response": f"a{i}"},
@@ -48,7 +48,7 @@ ANSWER_FIELD = {
 }
 
 
-def answer_holder(kind: str, row: Row) -> tuple[Row, str]:
+def answer_holder(kind: str, row: Record) -> tuple[Record, str]:
     """The object that holds the answer's text, and its field."""
     if kind in ANSWER_FIELD:
         return row, ANSWER_FIELD[kind]
@@ -57,8 +57,8 @@ def answer_holder(kind: str, row: Row) -> tuple[Row, str]:
     )
 
 
-def with_answer(value: Any) -> Callable[[str, Row], bytes]:
-    def spoil(kind: str, row: Row) -> bytes:
+def with_answer(value: Any) -> Callable[[str, Record], bytes]:
+    def spoil(kind: str, row: Record) -> bytes:
         holder, name = answer_holder(kind, row)
         holder[name] = value
         return json.dumps(row).encode()
@@ -66,23 +66,23 @@ def with_answer(value: Any) -> Callable[[str, Row], bytes]:
     return spoil
 
 
-def without_answer(kind: str, row: Row) -> bytes:
+def without_answer(kind: str, row: Record) -> bytes:
     holder, name = answer_holder(kind, row)
     del holder[name]
     return json.dumps(row).encode()
 
 
-def twice(kind: str, row: Row) -> bytes:
+def twice(kind: str, row: Record) -> bytes:
     name = next(iter(row))
     return json.dumps(row).encode()[:-1] + f', "{name}": {json.dumps(row[name])}}}'.encode()
 
 
-def of_two_formats(kind: str, row: Row) -> bytes:
-    more: Row = {"text": "t"} if kind != "text" else {"messages": []}
+def of_two_formats(kind: str, row: Record) -> bytes:
+    more: Record = {"text": "t"} if kind != "text" else {"messages": []}
     return json.dumps(row | more).encode()
 
 
-def out_of_order(kind: str, row: Row) -> bytes:
+def out_of_order(kind: str, row: Record) -> bytes:
     for name in ("messages", "conversations"):
         if name in row:
             row[name] = row[name][::-1]
@@ -90,7 +90,7 @@ def out_of_order(kind: str, row: Row) -> bytes:
     return json.dumps({"messages": [{"role": "user", "content": "alone"}]}).encode()
 
 
-SPOILERS: dict[str, Callable[[str, Row], bytes]] = {
+SPOILERS: dict[str, Callable[[str, Record], bytes]] = {
     "cut short": lambda kind, row: json.dumps(row).encode()[:-3],
     "no quotes": lambda kind, row: json.dumps(row).encode().replace(b'"', b"'"),
     "not UTF-8": lambda kind, row: json.dumps(row).encode().replace(b"a", b"\xff\xfe", 1).replace(b"t", b"\xe9", 1),
@@ -126,12 +126,13 @@ def template() -> ChatTemplate:
     return ChatTemplate(load_tokenizer(smollm2_folder()))
 
 
-def corpus_of(path: Path, template: ChatTemplate, rejected: RejectedRows | None = None) -> Corpus:
+def corpus_of(path: Path, template: ChatTemplate, rejected: RejectedRecords | None = None) -> Corpus:
     (given,) = parse_inputs([str(path)])
-    return Corpus(examined(given), template, RowReader(), 512, "drop", rejected=rejected)
+    reject = rejected.add if rejected else None
+    return Corpus(validated_source(given), template, RowReader(), 512, "drop", reject=reject)
 
 
-def test_each_of_300_bad_rows_ends_the_run_with_its_file_and_line(tmp_path: Path, template: ChatTemplate) -> None:
+def test_each_of_300_bad_records_ends_the_run_with_its_file_and_line(tmp_path: Path, template: ChatTemplate) -> None:
     draw = random.Random(1)
     for number, (kind, spoiler) in enumerate(CASES):
         lines = [json.dumps(MAKERS[kind](index)).encode() for index in range(6)]
@@ -152,7 +153,7 @@ def test_each_of_300_bad_rows_ends_the_run_with_its_file_and_line(tmp_path: Path
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_all_of_them_are_put_aside_and_all_good_ones_kept(tmp_path: Path, template: ChatTemplate, packed: bool) -> None:
+def test_all_of_them_are_set_aside_and_all_good_ones_kept(tmp_path: Path, template: ChatTemplate, packed: bool) -> None:
     draw = random.Random(2)
     lines, bad = [], {}
     for kind, spoiler in CASES:
@@ -162,7 +163,7 @@ def test_all_of_them_are_put_aside_and_all_good_ones_kept(tmp_path: Path, templa
     path = tmp_path / ("all.jsonl.gz" if packed else "all.jsonl")
     content = b"\n" + b"\n".join(lines)
     path.write_bytes(gzip.compress(content) if packed else content)
-    with RejectedRows(tmp_path / "all.rejected.jsonl") as rejected:
+    with RejectedRecords(tmp_path / "all.rejected.jsonl") as rejected:
         corpus = corpus_of(path, template, rejected)
         kept = list(corpus)
         rejected.keep()
@@ -194,7 +195,7 @@ def test_skipping_says_so_and_the_next_good_run_clears_up(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl"]
     assert f"error: {data}, line 2: not valid JSON" in capsys.readouterr().err
     assert here(monkeypatch, data, "--bad-rows", "skip") == 0
-    assert f"bad rows: 1, with the reasons in {tmp_path}/data.rejected.jsonl" in capsys.readouterr().out
+    assert f"bad records: 1, with the reasons in {tmp_path}/data.rejected.jsonl" in capsys.readouterr().out
     (source,) = TokenizedRows(tmp_path / "Tokenized-data-SmolLM2-135M-Instruct-256_text_document").manifest["sources"]
     assert (source["read"], source["kept"], source["dropped"]) == (3, 2, {"bad row": 1})
     data.write_text(f"{good}\n{good}\n")
@@ -202,7 +203,7 @@ def test_skipping_says_so_and_the_next_good_run_clears_up(
     assert not (tmp_path / "data.rejected.jsonl").exists()
 
 
-def test_nothing_but_bad_rows_is_refused_and_leaves_the_reasons(
+def test_nothing_but_bad_records_is_refused_and_leaves_the_reasons(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data.jsonl"
@@ -212,15 +213,15 @@ def test_nothing_but_bad_rows_is_refused_and_leaves_the_reasons(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "data.rejected.jsonl"]
 
 
-def test_a_file_that_breaks_off_ends_the_run_even_where_bad_rows_are_skipped(
+def test_a_file_that_is_cut_short_ends_the_run_even_where_bad_records_are_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What comes after cannot be read, so it cannot be accounted for."""
     good = json.dumps([MAKERS["instruction"](index) for index in range(50)]).encode()
     for name, content, message in (
-        ("data.json", good[:-20], "the file ends inside this row"),
+        ("data.json", good[:-20], "the file ends inside this record"),
         ("data.json.gz", gzip.compress(good)[:-20], "it is cut short"),
-        ("data.json", good.replace(b"}, {", b"} {", 1), "expected `,` or `]` after a row"),
+        ("data.json", good.replace(b"}, {", b"} {", 1), "expected `,` or `]` after a record"),
     ):
         data = tmp_path / name
         data.write_bytes(content)
@@ -230,16 +231,16 @@ def test_a_file_that_breaks_off_ends_the_run_even_where_bad_rows_are_skipped(
         assert not list(tmp_path.iterdir())
 
 
-def test_bad_rows_of_tables_have_their_line_or_number(tmp_path: Path, template: ChatTemplate) -> None:
+def test_bad_records_of_tables_have_their_line_or_number(tmp_path: Path, template: ChatTemplate) -> None:
     table = tmp_path / "data.csv"
     table.write_bytes(b'instruction,output\nq,a\n"q\n2",a\nq,\nq,a,more\nq,\xff\n')
-    with RejectedRows(tmp_path / "r.jsonl") as rejected:
+    with RejectedRecords(tmp_path / "r.jsonl") as rejected:
         assert len(list(corpus_of(table, template, rejected))) == 2
         rejected.keep()
     found = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert [(row["line"], row["reason"].split(":")[0]) for row in found] == [
         (5, "field 'output' is empty"),
-        (6, "the row has 3 values, the header 2"),
+        (6, "the record has 3 values, the header 2"),
         (7, "field 'output' is not UTF-8"),
     ]
     parquet = tmp_path / "data.parquet"
@@ -247,10 +248,10 @@ def test_bad_rows_of_tables_have_their_line_or_number(tmp_path: Path, template: 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), parquet)
     with pytest.raises(UserError) as error:
         list(corpus_of(parquet, template))
-    assert str(error.value).startswith(f"{parquet}, row 2: the last turn is 'user'")
+    assert str(error.value).startswith(f"{parquet}, record 2: the last turn is 'user'")
 
 
-def test_a_row_of_10_megabytes_is_a_row_like_others(tmp_path: Path, template: ChatTemplate) -> None:
+def test_a_record_of_10_megabytes_is_a_record_like_others(tmp_path: Path, template: ChatTemplate) -> None:
     path = tmp_path / "data.jsonl"
     rows = [MAKERS["instruction"](1), {"instruction": "long", "output": "many words " * 1_000_000}]
     path.write_text("\n".join(map(json.dumps, rows)))

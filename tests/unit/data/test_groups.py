@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from megatron.sft.chat.encoding import Encoded
 from megatron.sft.chat.groups import group_of
 from megatron.sft.data.packing import Packing, pack_groups, pack_rows, single_rows_of_groups
-from megatron.sft.data.row_order import RowOrder, num_torn_units, split_rows
+from megatron.sft.data.row_order import RowOrder, num_split_groups, split_rows
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import TokenizedRows, token_dtype
 
 
 def row_of_each(packing: Packing) -> np.ndarray:
-    """[conversations]: the row that each conversation stands in."""
+    """[conversations]: the row of each conversation."""
     rows = np.empty(len(packing.conversations), dtype=np.int64)
     rows[packing.conversations] = np.repeat(np.arange(packing.num_rows), np.diff(packing.starts))
     return rows
@@ -51,23 +51,23 @@ def test_a_group_that_fits_is_in_one_row_and_any_other_in_one_unit(
     assert sorted(packing.conversations.tolist()) == list(range(len(lengths)))
     assert np.add.reduceat(lengths[packing.conversations], packing.starts[:-1]).max() <= row_length
     rows = row_of_each(packing)
-    units = np.cumsum(~packing.joined)
+    units = np.cumsum(~packing.continues_group)
     for group in range(groups.max() + 1):
         members = groups == group
         assert len(set(units[rows[members]])) == 1
         assert (len(set(rows[members])) == 1) == (lengths[members].sum() <= row_length)
     alone = single_rows_of_groups(groups, seed)
-    assert np.array_equal(np.cumsum(~alone.joined)[-1], groups.max() + 1)
-    assert len(set(zip(groups.tolist(), np.cumsum(~alone.joined)[row_of_each(alone)].tolist(), strict=True))) == (
-        groups.max() + 1
-    )
+    assert np.array_equal(np.cumsum(~alone.continues_group)[-1], groups.max() + 1)
+    assert len(
+        set(zip(groups.tolist(), np.cumsum(~alone.continues_group)[row_of_each(alone)].tolist(), strict=True))
+    ) == (groups.max() + 1)
 
 
 def test_groups_of_one_are_packed_as_tightly_as_no_groups() -> None:
     lengths = np.random.default_rng(0).integers(1, 4097, 5000)
     grouped = pack_groups(lengths, np.arange(5000), 4096, seed=1)
     assert grouped.num_rows == pack_rows(lengths, 4096, seed=1).num_rows
-    assert not grouped.joined.any()
+    assert not grouped.continues_group.any()
 
 
 @pytest.mark.parametrize("sigma", [0.6, 1.0])
@@ -75,7 +75,7 @@ def test_pairs_of_a_hybrid_corpus_fill_their_rows(sigma: float) -> None:
     lengths, groups = hybrid_pairs(50_000, sigma)
     packing = pack_groups(lengths, groups, 16384, seed=1234)
     assert lengths.sum() / (16384 * packing.num_rows) >= 0.99
-    assert 0 < packing.joined.mean() < 0.05
+    assert 0 < packing.continues_group.mean() < 0.05
 
 
 def write_groups(
@@ -96,7 +96,7 @@ def batches_of_groups(rows: TokenizedRows, order: RowOrder, batch_size: int, epo
     found: dict[int, list[int]] = {}
     num_rows = len(order.rows)
     for position in range(epoch * num_rows, (epoch + 1) * num_rows):
-        row = rows[order.at(position)]
+        row = rows[order.row_at(position)]
         for first in (np.cumsum(row.conversation_lengths) - row.conversation_lengths).tolist():
             found.setdefault(int(row.tokens[first]), []).append(position // batch_size)
     return found
@@ -108,12 +108,12 @@ def test_every_pair_meets_in_one_global_batch(tmp_path: Path, packing: bool, bat
     random = np.random.default_rng(5)
     lengths = np.concatenate([random.integers(2, 20, 400), random.integers(2, 101, 400)])
     rows = write_groups(tmp_path / "data", lengths, np.tile(np.arange(400), 2), 100, packing)
-    joined = rows.joined
-    assert joined.sum() > 10
-    training, validation = split_rows(len(rows), 0.9, 0.1, seed=3, joined=joined)
+    continues_group = rows.continues_group
+    assert continues_group.sum() > 10
+    training, validation = split_rows(len(rows), 0.9, 0.1, seed=3, continues_group=continues_group)
     assert not set(training) & set(validation)
-    order = RowOrder(training, 1234, joined[training], batch_size)
-    assert num_torn_units(order) == 0
+    order = RowOrder(training, 1234, continues_group[training], batch_size)
+    assert num_split_groups(order) == 0
     seen: set[int] = set()
     for epoch in range(3):
         batches = batches_of_groups(rows, order, batch_size, epoch)
@@ -124,14 +124,14 @@ def test_every_pair_meets_in_one_global_batch(tmp_path: Path, packing: bool, bat
 
 
 def test_every_row_is_trained_once_an_epoch_in_another_order_each(tmp_path: Path) -> None:
-    joined = np.random.default_rng(1).random(1000) < 0.2
-    joined[0] = False
-    order = RowOrder(np.arange(1000), 5, joined, 16)
-    epochs = [[order.at(1000 * epoch + place) for place in range(1000)] for epoch in range(3)]
+    continues_group = np.random.default_rng(1).random(1000) < 0.2
+    continues_group[0] = False
+    order = RowOrder(np.arange(1000), 5, continues_group, 16)
+    epochs = [[order.row_at(1000 * epoch + place) for place in range(1000)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(1000)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    again = RowOrder(np.arange(1000), 5, joined, 16)
-    assert [again.at(2000 + place) for place in range(1000)] == epochs[2]
+    again = RowOrder(np.arange(1000), 5, continues_group, 16)
+    assert [again.row_at(2000 + place) for place in range(1000)] == epochs[2]
     correlation = np.corrcoef(epochs[0], np.arange(1000))[0, 1]
     assert abs(correlation) < 0.15
 
@@ -139,22 +139,22 @@ def test_every_row_is_trained_once_an_epoch_in_another_order_each(tmp_path: Path
 def test_without_units_of_several_rows_the_order_is_the_plain_shuffle() -> None:
     rows = np.arange(50, 150)
     plain, with_units = RowOrder(rows, 1), RowOrder(rows, 1, np.zeros(100, dtype=bool), 8)
-    assert [plain.at(i) for i in range(250)] == [with_units.at(i) for i in range(250)]
+    assert [plain.row_at(i) for i in range(250)] == [with_units.row_at(i) for i in range(250)]
 
 
 def test_units_that_no_batch_can_hold_are_counted() -> None:
-    joined = np.array([False, True, True, True, True, False, False, True])
-    assert num_torn_units(RowOrder(np.arange(8), 1, joined, 4)) == 1
+    continues_group = np.array([False, True, True, True, True, False, False, True])
+    assert num_split_groups(RowOrder(np.arange(8), 1, continues_group, 4)) == 1
     pairs = np.tile([False, True], 30)
-    assert num_torn_units(RowOrder(np.arange(60), 1, pairs, 3)) == 10  # one pair of two in every second batch
-    assert num_torn_units(RowOrder(np.arange(60), 1, pairs, 4)) == 0
+    assert num_split_groups(RowOrder(np.arange(60), 1, pairs, 3)) == 10  # one pair of two in every second batch
+    assert num_split_groups(RowOrder(np.arange(60), 1, pairs, 4)) == 0
 
 
 def test_the_files_say_which_rows_belong_together_and_who_is_in_which_group(tmp_path: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     rows = write_groups(tmp_path / "data", np.array([9, 3, 8, 2, 2]), np.array([0, 1, 0, 1, 2]), 10, packing=True)
-    assert rows.joined.tolist() in ([False, True, False], [False, False, True])
+    assert rows.continues_group.tolist() in ([False, True, False], [False, False, True])
     assert rows.manifest["row_units"] == {"1": 1, "2": 1}
     assert rows.groups is not None
     first_tokens = [

@@ -1,4 +1,4 @@
-"""Several inputs in one run: which rows are taken, and what is said of them."""
+"""Several inputs in one run: which records are taken, and what is reported of them."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron.sft import tokenize
-from megatron.sft.data.mixture import Input, examined, parse_inputs
+from megatron.sft.data.mixture import Input, parse_inputs, validated_source
 from megatron.sft.data.tokenized import TokenizedRows
 from megatron.sft.runtime.errors import UserError
 from tests.support.fork_server import SERVER
@@ -30,7 +30,7 @@ def write(path: Path, num_rows: int, name: str = "row") -> Path:
 
 def taken(text: str, seed: int = 1, number: int = 0) -> list[str]:
     (given,) = parse_inputs([text])
-    return [row.fields["instruction"] for row in examined(given).rows(seed, number)]
+    return [row.fields["instruction"] for row in validated_source(given).records(seed, number)]
 
 
 def test_a_count_or_a_share_is_sampled_without_replacement_by_the_seed(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_more_than_there_are_is_whole_passes_and_a_sampled_rest(tmp_path: Path) 
         assert sum(times.values()) == count
 
 
-def test_every_row_is_as_likely(tmp_path: Path) -> None:
+def test_every_record_is_equally_likely(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", 20)
     times = Counter(row for seed in range(600) for row in taken(f"{path}#5", seed))
     assert min(times.values()) > 100 and max(times.values()) < 200  # of 150 expected, standard deviation 10.6
@@ -84,10 +84,10 @@ def test_one_text_names_one_input_or_several(tmp_path: Path, monkeypatch: pytest
         ("data/nowhere.jsonl", "data file data/nowhere.jsonl does not exist"),
         ("a.jsonl b c.jsonl", "data file b does not exist.*paths with spaces"),
         ("a.jsonl#", "data file a.jsonl# does not exist"),
-        ("a.jsonl#0", "'0' is no number of rows"),
-        ("a.jsonl#-5", "'-5' is no number of rows"),
-        ("a.jsonl#5x", "'5x' is no number of rows"),
-        ("a.jsonl#0%", "'0%' is no number of rows"),
+        ("a.jsonl#0", "'0' is not a number of records"),
+        ("a.jsonl#-5", "'-5' is not a number of records"),
+        ("a.jsonl#5x", "'5x' is not a number of records"),
+        ("a.jsonl#0%", "'0%' is not a number of records"),
         (" ", "no data is named"),
     ],
 )
@@ -100,10 +100,10 @@ def test_an_input_that_means_nothing_is_refused(
         parse_inputs([text])
 
 
-def test_a_share_of_less_than_a_row_is_refused(tmp_path: Path) -> None:
+def test_a_share_of_less_than_a_record_is_refused(tmp_path: Path) -> None:
     (given,) = parse_inputs([f"{write(tmp_path / 'a.jsonl', 10)}#1%"])
-    with pytest.raises(UserError, match="1% of 10 rows is not one row"):
-        examined(given)
+    with pytest.raises(UserError, match="1% of 10 records is less than one"):
+        validated_source(given)
 
 
 def test_a_hub_id_without_a_network_gets_one_clear_message() -> None:
@@ -114,7 +114,7 @@ def test_a_hub_id_without_a_network_gets_one_clear_message() -> None:
     )
     assert result.returncode == 2
     (message,) = result.stderr.splitlines()
-    assert message.startswith("error: owner/name is no file or folder here, and as a hub id: ")
+    assert message.startswith("error: owner/name is not a file or folder here, and as a hub id: ")
 
 
 def test_the_manifest_counts_every_source_and_a_folder_is_one(tmp_path: Path) -> None:
@@ -131,8 +131,8 @@ def test_the_manifest_counts_every_source_and_a_folder_is_one(tmp_path: Path) ->
     assert (first["read"], first["rows"], first["amount"]) == (20, 50, "20")
     assert (second["read"], second["rows"], second["amount"]) == (30, 60, "50%")
     assert manifest["conversations"] == 50 == first["kept"] + second["kept"]
-    assert "---- read 20 rows (20 of 50) of a.jsonl (json lines) ----" in result.stdout
-    assert "format: instruction, 30 rows" in result.stdout
+    assert "---- read 20 records (20 of 50) of a.jsonl (json lines) ----" in result.stdout
+    assert "format: instruction, 30 records" in result.stdout
 
 
 def test_the_result_of_a_mixture_is_the_same_for_any_number_of_workers(

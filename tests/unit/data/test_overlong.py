@@ -10,7 +10,7 @@ from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus
 from megatron.sft.data.mixture import Input, Source
-from megatron.sft.data.sources import SourceRow
+from megatron.sft.data.sources import SourceRecord
 from megatron.sft.runtime.errors import UserError
 from tests.support.material import npm_tokenizer, smollm2_folder
 
@@ -22,23 +22,26 @@ def tokenizer_of(name: str) -> Any:
     return load_tokenizer(smollm2_folder() if name == "SmolLM2" else npm_tokenizer(name))
 
 
-class Rows(Source):
-    """Rows in memory."""
+class Records(Source):
+    """Records in memory."""
 
-    def rows(self, seed: int, number: int) -> Any:
-        return (SourceRow(line, row, line, self.input.path) for line, row in enumerate(ROWS[self.sha256], start=1))
+    def records(self, seed: int, index: int) -> Any:
+        return (
+            SourceRecord(line, fields, line, self.input.path)
+            for line, fields in enumerate(RECORDS[self.sha256], start=1)
+        )
 
 
-ROWS: dict[str, list[dict[str, Any]]] = {}
+RECORDS: dict[str, list[dict[str, Any]]] = {}
 
 
 def kept(
     rows: list[dict[str, Any]], length: int, overlong: str, name: str = "SmolLM2", train_on: str = "all_assistant"
 ) -> tuple[list[str], Corpus]:
     """The texts of the conversations that are kept, trained parts in [[ ]]."""
-    ROWS["rows"] = rows
+    RECORDS["records"] = rows
     template = ChatTemplate(tokenizer_of(name), train_on=train_on)
-    corpus = Corpus(Rows(Input("rows"), "rows", "rows", 1), template, RowReader(), length, overlong)
+    corpus = Corpus(Records(Input("records"), "records", "records", 1), template, RowReader(), length, overlong)
     texts = []
     for encoded in corpus:
         assert len(encoded.tokens) <= length
@@ -88,7 +91,7 @@ def test_a_split_repeats_the_functions() -> None:
     assert all(text.count('"name": "look_up"') == 1 for text in texts)
 
 
-def test_a_round_that_is_too_long_by_itself_is_left_out_and_counted() -> None:
+def test_a_round_that_is_too_long_by_itself_is_skipped_and_counted() -> None:
     row = conversation(3)
     row["messages"][4]["content"] = "long " * 200
     texts, corpus = kept([row], 80, "split")
@@ -130,6 +133,6 @@ def test_a_row_without_a_trained_token_is_dropped_and_counted() -> None:
 
 def test_an_error_names_the_row_and_the_choices() -> None:
     with pytest.raises(
-        UserError, match=r"rows, line 2: the conversation has \d+ tokens.*OVERLONG=drop, truncate or split"
+        UserError, match=r"records, line 2: the conversation has \d+ tokens.*OVERLONG=drop, truncate or split"
     ):
         kept([conversation(1), conversation(10)], 60, "error")

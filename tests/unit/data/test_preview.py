@@ -10,9 +10,8 @@ import pytest
 
 from megatron.sft import show_sample
 from megatron.sft.chat.encoding import Encoded, load_tokenizer
-from megatron.sft.data.store import ConversationStore
-from megatron.sft.data.tokenized import TokenizedRows, prefix_of, token_dtype
-from megatron.sft.data.totals import length_histogram, length_statistics
+from megatron.sft.data.store import ConversationStore, length_histogram, length_statistics
+from megatron.sft.data.tokenized import TokenizedRows, data_prefix, token_dtype
 from megatron.sft.runtime.errors import run
 from tests.support.material import smollm2_folder
 
@@ -133,7 +132,7 @@ def test_rows_and_files_that_are_not_there_are_named(
 
 
 def test_a_prefix_may_have_dots() -> None:
-    assert [prefix_of(Path(name)).name for name in ("a.v1", "a.v1.bin", "a.v1.idx", "a.v1.json")] == ["a.v1"] * 4
+    assert [data_prefix(Path(name)).name for name in ("a.v1", "a.v1.bin", "a.v1.idx", "a.v1.json")] == ["a.v1"] * 4
 
 
 def test_lengths_are_counted_in_four_steps_a_doubling() -> None:

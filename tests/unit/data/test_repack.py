@@ -1,4 +1,4 @@
-"""Packing anew: other lengths, seeds and packings from the files alone, every conversation as it was."""
+"""Packing again: other lengths, seeds and packings from the files alone, every conversation as it was."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 from megatron.sft import repack
 from megatron.sft.chat.encoding import Encoded
 from megatron.sft.data.store import ConversationStore
-from megatron.sft.data.tokenized import TokenizedRows, file_of, token_dtype
+from megatron.sft.data.tokenized import TokenizedRows, data_file, token_dtype
 from megatron.sft.runtime.errors import run
 from tests.support.fork_server import SERVER
 
@@ -94,10 +94,10 @@ def test_the_same_again_does_nothing_and_the_same_seed_gives_the_same_bytes(
     for name in ("one", "two"):
         assert here(monkeypatch, source, "--seq-length", 256, "--output-prefix", tmp_path / name) == 0
     for ending in ("bin", "idx"):
-        assert file_of(tmp_path / "one", ending).read_bytes() == file_of(tmp_path / "two", ending).read_bytes()
+        assert data_file(tmp_path / "one", ending).read_bytes() == data_file(tmp_path / "two", ending).read_bytes()
     capsys.readouterr()
     assert here(monkeypatch, source, "--seq-length", 256, "--output-prefix", tmp_path / "one") == 0
-    assert capsys.readouterr().out.startswith("already packed so")
+    assert capsys.readouterr().out.startswith("already packed")
 
 
 def test_longer_conversations_are_dropped_cut_or_refused_and_counted(
@@ -125,7 +125,7 @@ def test_longer_conversations_are_dropped_cut_or_refused_and_counted(
         content = contents(prefix)
         assert here(monkeypatch, source, "--seq-length", 40, "--overlong", "error", "--seed", 3) == 2
         assert contents(prefix) == content
-    assert "tokens, more than 40: give a greater length" in capsys.readouterr().err
+    assert "tokens, more than 40: " in capsys.readouterr().err
     assert here(monkeypatch, source, "--seq-length", 3) == 2
     assert "no conversation of" in capsys.readouterr().err
     assert len(list(tmp_path.iterdir())) == 6
@@ -138,7 +138,7 @@ def test_groups_stay_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, l
     rows = TokenizedRows(tmp_path / NAME.format(length))
     assert rows.manifest["groups"] == 150
     assert rows.groups is not None
-    unit_of_row = np.cumsum(~rows.joined)
+    unit_of_row = np.cumsum(~rows.continues_group)
     units = np.repeat(unit_of_row, [len(row.conversation_lengths) for row in rows])
     lengths = np.concatenate([row.conversation_lengths for row in rows])
     numbers = np.repeat(np.arange(len(rows)), [len(row.conversation_lengths) for row in rows])
@@ -152,8 +152,8 @@ def test_groups_stay_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, l
     "arguments, reason",
     [
         (["nowhere"], "manifest of tokenised data nowhere.json is missing"),
-        (["--seq-length", "0", "x"], "argument --seq-length: '0' is not a whole number from 1 on"),
-        (["--seed", "x", "x"], "argument --seed: 'x' is not a whole number from 0 on"),
+        (["--seq-length", "0", "x"], "argument --seq-length: '0' is not a whole number, at least 1"),
+        (["--seed", "x", "x"], "argument --seed: 'x' is not a whole number, at least 0"),
     ],
 )
 def test_bad_arguments_are_named(

@@ -1,4 +1,4 @@
-"""Rows and conversations: what is read from a file, and what every bad row is told."""
+"""Records and conversations: what is read from a file, and how every bad record is refused."""
 
 import gzip
 import json
@@ -12,8 +12,9 @@ import pytest
 import zstandard
 
 from megatron.sft.chat.conversations import Conversation, RowReader
-from megatron.sft.data import json_rows
-from megatron.sft.data.sources import count_rows, data_files, file_format, read_rows
+from megatron.sft.data import json_records
+from megatron.sft.data.hub_records import Selection, open_records, write_records
+from megatron.sft.data.sources import count_records, data_files, file_format, read_records
 from megatron.sft.runtime.errors import UserError
 
 
@@ -31,7 +32,7 @@ def random_value(draw: random.Random, depth: int = 0) -> Any:
 def test_lines_and_arrays_of_any_shape_are_read_in_pieces_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
 ) -> None:
-    monkeypatch.setattr(json_rows, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(json_records, "PIECE_SIZE", piece_bytes)
     draw = random.Random(piece_bytes)
     path = tmp_path / "data.json"
     for _ in range(40):
@@ -43,60 +44,83 @@ def test_lines_and_arrays_of_any_shape_are_read_in_pieces_of_any_size(
             "\r\n\n".join(map(json.dumps, rows)) + "\n",
         ):
             path.write_bytes(draw.choice([b"", b"\xef\xbb\xbf"]) + text.encode())
-            assert [row.fields for row in read_rows(path)] == rows
+            assert [record.fields for record in read_records(path)] == rows
 
 
-def test_an_array_is_recognised_by_content_and_rows_know_their_lines(tmp_path: Path) -> None:
+def test_a_bad_element_of_an_array_is_refused_by_itself_and_those_after_it_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    bad = [
+        b'{"a": 1, "a": 2}',
+        b'{"a": NaN}',
+        b'{"a": "\\ud83d"}',
+        b'{"a": "\xff"}',
+        b'{"a": Infinity}',
+        b'["a"]',
+        b"7",
+        b"null",
+    ]
+    good = [{"a": 18446744073709551615}, {"a": 0.1, "b": [-0.0, 1e5]}, {"a": "😀 ]},{"}]
+    content = b",\n".join(bad + [json.dumps(record).encode() for record in good])
+    path.write_bytes(b"\xef\xbb\xbf[\n" + content + b"]")
+    records = list(read_records(path))
+    assert [record.number for record in records] == list(range(2, 13))
+    for record in records[: len(bad)]:
+        with pytest.raises(UserError, match=f"data.json, line {record.number}: "):
+            assert record.fields
+    assert [record.fields for record in records[len(bad) :]] == good
+
+
+def test_an_array_is_recognised_by_content_and_records_know_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('\n [\n {"a": 1},\n\n {"a":\n 2}, {"a": 3}]\n')
     assert file_format(path) == "json array"
-    assert [(row.line, row.fields["a"]) for row in read_rows(path)] == [(3, 1), (5, 2), (6, 3)]
+    assert [(record.number, record.fields["a"]) for record in read_records(path)] == [(3, 1), (5, 2), (6, 3)]
     path.write_text('{"a": 1}\n\n{"a": 2}')
     assert file_format(path) == "json lines"
-    assert [(row.line, row.end) for row in read_rows(path)] == [(1, 9), (3, 18)]
+    assert [(record.number, record.end) for record in read_records(path)] == [(1, 9), (3, 18)]
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
         (b'{"a": 1}\n{"a":', "line 2: not valid JSON"),
-        (b'{"a": 1}\n[1]\n', "line 2: the row is a list"),
-        (b'{"a": "\xff"}', "line 1: byte 8 of the row is not UTF-8"),
+        (b'{"a": 1}\n[1]\n', "line 2: the record is a list"),
+        (b'{"a": "\xff"}', "line 1: byte 8 of the record is not UTF-8"),
         (b'{"a": "\\ud83d"}', "line 1: not valid JSON"),
         (b'{"a": NaN}', "line 1: not valid JSON"),
         (b'[{"a": 1}\n,]', "line 2: `,` before the end"),
         (b'[{"a": 1}\n{"b": 2}]', "line 2: expected `,` or `]`"),
         (b'[{"a": 1}', "not closed with `]`"),
         (b'[{"a": 1},', "not closed with `]`"),
-        (b'[\n{"a": "x', "line 2: the file ends inside this row"),
+        (b'[\n{"a": "x', "line 2: the file ends inside this record"),
         (b'[\n{"a": [1}, {"a": 2}]', "line 2: not valid JSON"),
         (b'[\n{"a": "x\n"}]', "line 2: not valid JSON"),
-        (b"[\n1, 2]", "line 2: the row is a number"),
-        (b"[{}]\n x", "line 2: b'x' after the end"),
+        (b"[\n1, 2]", "line 2: the record is a number"),
+        (b"[{}]\n x", "line 2: 'x' after the end"),
         (b" \n ", "is empty"),
         (b"\x1f\x8b\x08", "cut short"),
-        (b"PAR1", "no readable parquet file"),
+        (b"PAR1", "not a readable parquet file"),
         (b"PK\x03\x04", "a zip archive: unpack it"),
         (b"\xff\xfe{\x00", "UTF-16"),
     ],
 )
-def test_a_file_that_is_no_data_is_refused_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_file_that_is_not_data_is_refused_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "data.json"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        [row.fields for row in read_rows(path)]
+        [record.fields for record in read_records(path)]
     assert message in str(error.value)
     assert str(path) in str(error.value)
 
 
-def test_memory_is_bounded_by_rows_and_not_by_the_file(tmp_path: Path) -> None:
+def test_memory_is_bounded_by_records_and_not_by_the_file(tmp_path: Path) -> None:
     import tracemalloc
 
     path = tmp_path / "data.json"
     row = json.dumps({"instruction": "q" * 1000, "output": "a" * 1000})
     path.write_text("[" + ",\n".join([row] * 10_000) + "]")
     tracemalloc.start()
-    assert sum(1 for _ in read_rows(path)) == 10_000
+    assert sum(1 for _ in read_records(path)) == 10_000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 << 20  # of 20 MB
@@ -105,7 +129,7 @@ def test_memory_is_bounded_by_rows_and_not_by_the_file(tmp_path: Path) -> None:
 ROWS = [{"a": f"é {index}", "b": [{"c": index}, {"c": 1, "d": "x"}]} for index in range(300)]
 
 
-def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
+def test_every_kind_of_file_gives_the_same_records(tmp_path: Path) -> None:
     lines = "\n".join(json.dumps(row) for row in ROWS).encode()
     array = json.dumps(ROWS, indent=1).encode()
     half = lines.index(b"\n", len(lines) // 2) + 1
@@ -121,15 +145,42 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "g.parquet", row_group_size=70)
     for file in sorted(tmp_path.iterdir()):
-        assert [row.fields for row in read_rows(file)] == ROWS, file.name
-        assert count_rows(file) == 300
-        assert 0 < list(read_rows(file))[-1].end <= max(file.stat().st_size, len(array))
+        assert [record.fields for record in read_records(file)] == ROWS, file.name
+        assert count_records(file) == 300
+        assert 0 < list(read_records(file))[-1].end <= max(file.stat().st_size, len(array))
+
+
+def test_in_a_typed_table_null_is_a_value_of_a_column_and_nothing_within_a_cell(tmp_path: Path) -> None:
+    rows = [{"a": "NA", "b": [{"c": 1}]}, {"a": None, "b": [{"d": {"e": None, "f": "x"}}, None]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert [record.fields for record in read_records(tmp_path / "a.parquet")] == [
+        {"a": "NA", "b": [{"c": 1}]},
+        {"a": None, "b": [{"d": {"f": "x"}}, None]},
+    ]
+
+
+def test_a_file_gives_the_same_records_directly_and_through_a_download(tmp_path: Path) -> None:
+    rows = [{"a": "NA", "b": [{"c": "1"}], "e": None}, {"a": None, "b": [{"d": "2"}], "e": "x"}]
+    data = tmp_path / "data"
+    for name in ("parquet", "json", "csv", "csv.gz"):
+        (data / name).mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data / "parquet" / "train.parquet")
+    (data / "json" / "train.json").write_text(json.dumps(rows))
+    (data / "csv" / "train.csv").write_text('a,b\nNA,"x, y"\n"",null\n')
+    (data / "csv.gz" / "train.csv.gz").write_bytes(gzip.compress((data / "csv" / "train.csv").read_bytes()))
+    for file in sorted(data.rglob("train.*")):
+        expected = [record.fields for record in read_records(file)]
+        assert expected[0]["a"] == "NA"
+        for source in (file, file.parent):  # alone, and as `datasets` finds it in a folder
+            target = tmp_path / "out" / file.parent.name / "data.json"
+            write_records(open_records(source, Selection(), "main", tmp_path / "cache"), {}, target)
+            assert [record.fields for record in read_records(target)] == expected, source
 
 
 def test_a_table_has_text_in_every_cell(tmp_path: Path) -> None:
     path = tmp_path / "data.tsv"
     path.write_text('\ufeffa\tb\n"x\ny"\t\n\n"say ""hi"""\t2\n', encoding="utf-8")
-    assert [(row.line, row.fields) for row in read_rows(path)] == [
+    assert [(record.number, record.fields) for record in read_records(path)] == [
         (2, {"a": "x\ny", "b": ""}),
         (5, {"a": 'say "hi"', "b": "2"}),
     ]
@@ -142,7 +193,7 @@ def test_a_folder_is_its_data_files_in_order(tmp_path: Path) -> None:
     (tmp_path / "Tokenized-x-model-64_text_document.json").write_text("{}")
     (tmp_path / "b" / "x.rejected.jsonl").write_text("{}")
     assert [str(file.relative_to(tmp_path)) for file in data_files(tmp_path)] == ["a.csv", "b/1.json", "b/2.jsonl"]
-    assert [row.place for row in read_rows(tmp_path)] == [f"{tmp_path}/a.csv, line 2"] + [
+    assert [record.place for record in read_records(tmp_path)] == [f"{tmp_path}/a.csv, line 2"] + [
         f"{tmp_path}/b/{name}, line 1" for name in ("1.json", "2.jsonl")
     ]
     (tmp_path / "empty").mkdir()
@@ -158,7 +209,7 @@ def test_a_packed_file_that_is_cut_short_or_damaged_is_refused(tmp_path: Path, n
     for content in (packed[:-5], packed[: len(packed) // 2], packed[:100] + b"\0" * 50 + packed[150:]):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"cut short|damaged"):
-            list(read_rows(path))
+            list(read_records(path))
 
 
 def test_memory_of_packed_and_columnar_files_is_bounded_too(tmp_path: Path) -> None:
@@ -172,21 +223,21 @@ def test_memory_of_packed_and_columnar_files_is_bounded_too(tmp_path: Path) -> N
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
     for file in sorted(tmp_path.iterdir()):
         tracemalloc.start()
-        assert sum(1 for _ in read_rows(file)) == 10_000
+        assert sum(1 for _ in read_records(file)) == 10_000
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 8 << 20, file.name
 
 
-def test_a_field_that_is_there_twice_is_refused_and_what_looks_like_one_is_not(tmp_path: Path) -> None:
+def test_a_repeated_field_is_refused_and_what_looks_like_one_is_not(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     fine = [{"a": 'he said ": \\": x'}, {"a": ":", "b": {"a": ": "}}, {"a": [{"b": 1}, {"b": 2}]}, {'k":': '"'}]
     path.write_text("\n".join(map(json.dumps, fine)) + '\n{"a" : 1, "b":[{ "c":1,"d" :2}]}')
-    assert [row.fields for row in read_rows(path)][:4] == fine
+    assert [record.fields for record in read_records(path)][:4] == fine
     for text in ('{"a": 1, "a": 2}', '{"b": {"a": 1, "a": 1}}', '{"b": [{"a" : "x\\":", "a" : 1}]}'):
         path.write_text(text)
-        with pytest.raises(UserError, match="line 1: field 'a' is there twice"):
-            [row.fields for row in read_rows(path)]
+        with pytest.raises(UserError, match="line 1: field 'a' is repeated"):
+            [record.fields for record in read_records(path)]
 
 
 ASKED = {"role": "user", "content": "Q"}

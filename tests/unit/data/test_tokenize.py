@@ -33,7 +33,7 @@ def command(data: Path, length: object = 512, *options: str) -> list[str]:
 
 
 def process(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """The entry module in a process of its own."""
+    """The entry module in a separate process."""
     environment = os.environ | SERVER.python()
     line = [SERVER.python()["MEGATRON_SFT_PYTHON"], "-m", "megatron.sft.tokenize", *arguments]
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
@@ -78,7 +78,7 @@ def test_real_rows_become_packed_rows_and_the_numbers_add_up(tmp_path: Path) -> 
     conversations, fill = manifest["conversations"], 100 * manifest["fill"]
     assert f"packed {conversations} conversations into {manifest['rows']} rows ({fill:.1f} % full)" in lines
     assert f"trained {share:.1f} % of {manifest['tokens']:,} tokens" in lines
-    assert "not used: field 'id' of 600 rows" in lines
+    assert "not used: field 'id' of 600 records" in lines
     assert lines[-1] == "next: scripts/4_train.sh"
     assert sum(line.startswith("---- sample") for line in lines) == 2
     assert f"[[{rows[0]['output']}<|im_end|>]]" in result.stdout
@@ -208,7 +208,7 @@ def test_a_bad_row_stops_with_file_line_field_and_fix_and_leaves_nothing(
 @pytest.mark.parametrize(
     "changed, reason",
     [
-        ({"--seq-length": "4k"}, "LENGTH is '4k': give the number of tokens in a row"),
+        ({"--seq-length": "4k"}, "LENGTH is '4k': give"),
         ({"--seq-length": "0"}, "LENGTH is '0'"),
         ({"--seq-length": "-5"}, "LENGTH is '-5'"),
         ({"--input": "nowhere.json"}, "nowhere.json does not exist"),

@@ -9,7 +9,7 @@ import pytest
 from megatron.sft.chat.encoding import Encoded
 from megatron.sft.data.packing import Packing, pack_rows
 from megatron.sft.data.store import ConversationStore
-from megatron.sft.data.tokenized import TokenizedRows, file_of, token_dtype, write_index
+from megatron.sft.data.tokenized import TokenizedRows, data_file, token_dtype, write_index
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import sealed
 
@@ -87,7 +87,7 @@ def test_the_files_are_those_that_megatron_cores_builder_writes(tmp_path: Path) 
     builder.add_document(torch.tensor([20, 21, 22, 23, 24, 25]), [1, 1, 2, 1, 1], [2, 1, 0, 1, 0])
     builder.finalize(str(tmp_path / "theirs.idx"))
     for ending in ("bin", "idx"):
-        assert file_of(prefix, ending).read_bytes() == (tmp_path / f"theirs.{ending}").read_bytes()
+        assert data_file(prefix, ending).read_bytes() == (tmp_path / f"theirs.{ending}").read_bytes()
 
 
 def test_offsets_beyond_2_gib_do_not_overflow(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_finished_files_stay_when_writing_them_anew_fails(tmp_path: Path) -> None:
+def test_finished_files_stay_when_writing_them_again_fails(tmp_path: Path) -> None:
     prefix = write(tmp_path / "data")
     with pytest.raises(IndexError):
         fail_to_write(prefix)
@@ -159,22 +159,22 @@ def test_a_second_writer_of_the_same_files_is_refused(tmp_path: Path) -> None:
 
 
 def damaged(prefix: Path, damage: str) -> None:
-    manifest = json.loads(file_of(prefix, "json").read_text())
+    manifest = json.loads(data_file(prefix, "json").read_text())
     if damage == "no manifest":
-        file_of(prefix, "json").unlink()
+        data_file(prefix, "json").unlink()
     elif damage == "no bin":
-        file_of(prefix, "bin").unlink()
+        data_file(prefix, "bin").unlink()
     elif damage == "short bin":
-        file_of(prefix, "bin").write_bytes(b"1234")
+        data_file(prefix, "bin").write_bytes(b"1234")
     elif damage == "short idx":
-        file_of(prefix, "idx").write_bytes(file_of(prefix, "idx").read_bytes()[:40])
+        data_file(prefix, "idx").write_bytes(data_file(prefix, "idx").read_bytes()[:40])
     elif damage == "other manifest":
-        file_of(prefix, "json").write_text('{"format": 7}')
+        data_file(prefix, "json").write_text('{"format": 7}')
     elif damage == "other count":
-        file_of(prefix, "json").write_text(json.dumps(sealed(manifest | {"rows": 3})))
+        data_file(prefix, "json").write_text(json.dumps(sealed(manifest | {"rows": 3})))
     elif damage == "not an index":
-        content = file_of(prefix, "idx").read_bytes()
-        file_of(prefix, "idx").write_bytes(b"X" + content[1:])
+        content = data_file(prefix, "idx").read_bytes()
+        data_file(prefix, "idx").write_bytes(b"X" + content[1:])
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron.sft.inference.answer_file import answer_file
+from megatron.sft.generate import chat
+from megatron.sft.inference.answer_file import answer_file, read_questions
+from megatron.sft.inference.backends import Decoding
 from megatron.sft.inference.chat_model import Answer, ChatModel, load_chat_model
-from megatron.sft.inference.decoding import Decoding
-from megatron.sft.inference.questions import read_questions
 from megatron.sft.runtime.errors import UserError
 from tests.support.fork_server import SERVER
 from tests.support.taught import PROMPT, TAUGHT, taught_folder, untrained_folder
@@ -101,7 +101,7 @@ def test_prompt_is_answered_on_standard_output():
     assert (done.returncode, done.stdout) == (0, TAUGHT[3][2] + "\n"), done.stderr
 
 
-def test_file_is_answered_beside_it(tmp_path):
+def test_file_is_answered_next_to_it(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text(
         "".join(json.dumps({"instruction": row[0], "id": place}) + "\n" for place, row in enumerate(TAUGHT))
@@ -123,6 +123,29 @@ def test_chat_switches_the_mode_and_starts_again():
     assert done.stdout.splitlines() == [TAUGHT[0][1], TAUGHT[1][2], refusal]
 
 
+def test_chat_survives_an_answer_that_is_stopped_cut_or_impossible(taught, monkeypatch, capsys):
+    lines = iter(["stop me", " Ada" * 600, TAUGHT[3][0]])
+    backend_generate = taught.backend.generate
+
+    def stopped_once(prompts, decoding, on_token):
+        if "stop me" in taught.tokenizer.decode(prompts[0]):
+            raise KeyboardInterrupt
+        return backend_generate(prompts, decoding, on_token)
+
+    def next_line(prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", next_line)
+    backend = SimpleNamespace(longest_prompt=taught.backend.longest_prompt, generate=stopped_once)
+    chat(ChatModel(taught.tokenizer, backend, taught.stop_ids), "<think>", Decoding(4))
+    stopped, too_long, cut = capsys.readouterr().out.splitlines()
+    assert "stopped" in stopped and "the model reads at most 512" in too_long
+    assert TAUGHT[3][2].startswith(cut.removesuffix(" [cut at MAX_NEW_TOKENS]")) and cut.endswith("MAX_NEW_TOKENS]")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -140,7 +163,7 @@ def test_mistake_gets_one_line(arguments, message):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_file_that_was_cut_off_goes_on_where_it_was(tmp_path):
+def test_file_that_was_cut_off_continues_where_it_was(tmp_path):
     """The first answers are kept in a hidden file beside the output; one of them is changed, to see that it is used."""
     data, output = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
     data.write_text("".join(json.dumps({"prompt": row[0]}) + "\n" for row in TAUGHT))

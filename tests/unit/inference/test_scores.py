@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron.sft.evaluate import named_models
-from megatron.sft.inference.lm_eval_tasks import scores_of
-from megatron.sft.inference.scores import Score, draw, markdown, rows_of
+from megatron.sft.inference.lm_eval_tasks import task_scores
+from megatron.sft.inference.scores import Score, draw, markdown, table_lines
 from megatron.sft.inference.serving import serve_hint
 from megatron.sft.runtime.errors import UserError
 from tests.support.fork_server import SERVER
@@ -25,7 +25,7 @@ def test_table_has_a_line_a_figure_and_what_changed():
         Score("wiki", "perplexity", 10.0, None, False),
         Score("x", "acc", 1.0),
     ]
-    rows = rows_of([before, after])
+    rows = table_lines([before, after])
     assert markdown(["before", "after"], rows) == (
         "| task | metric | before | after | change |\n"
         "| --- | --- | ---: | ---: | ---: |\n"
@@ -37,9 +37,13 @@ def test_table_has_a_line_a_figure_and_what_changed():
 
 
 def test_picture_grows_with_the_table(tmp_path: Path):
-    rows = rows_of([[Score(f"task{number}", "acc", number / 10)] for number in range(1)])
+    rows = table_lines([[Score(f"task{number}", "acc", number / 10)] for number in range(1)])
     draw(["one"], rows, tmp_path / "a" / "one.png")
-    draw(["one"], rows_of([[Score(f"task{number}", "acc", number / 10) for number in range(9)]]), tmp_path / "nine.png")
+    draw(
+        ["one"],
+        table_lines([[Score(f"task{number}", "acc", number / 10) for number in range(9)]]),
+        tmp_path / "nine.png",
+    )
     heights = [
         int.from_bytes(path.read_bytes()[20:24], "big") for path in (tmp_path / "a" / "one.png", tmp_path / "nine.png")
     ]
@@ -58,7 +62,7 @@ def test_groups_stand_for_their_tasks():
         "group_subtasks": {"mmlu": ["mmlu_law"]},
         "higher_is_better": {"mmlu": {"acc": True}, "gsm8k": {"exact_match": True}},
     }
-    assert sorted(scores_of(results, "<short>"), key=lambda score: score.task) == [
+    assert sorted(task_scores(results, "<short>"), key=lambda score: score.task) == [
         Score("gsm8k", "exact_match, strict-match, <short>", 0.4, None, True),
         Score("mmlu", "acc, <short>", 0.3, 0.05, True),
     ]
@@ -70,7 +74,7 @@ def test_models_are_named(tmp_path: Path):
     a, b, c = tmp_path / "a/run", tmp_path / "b/run", tmp_path / "c=d"
     assert named_models([f"before={a}", f"after={b}"]) == (["before", "after"], [a, b])
     assert named_models([str(a), str(b), str(c)])[0] == ["a/run", "b/run", f"{tmp_path.name}/c=d"]
-    with pytest.raises(UserError, match="are not told apart: name them, such as before="):
+    with pytest.raises(UserError, match=r"models are named x, x.* before="):
         named_models([f"x={a}", f"x={b}"])
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron.sft.checkpoint.folder import open_checkpoint
-from megatron.sft.data.tokenized import TokenizedRows, file_of, read_index, write_index
+from megatron.sft.data.tokenized import TokenizedRows, data_file, read_index, write_index
 from megatron.sft.planning import input_checks
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.planning.resolution import plan_run
@@ -33,7 +33,7 @@ def data(packed_rows: Path, tmp_path: Path) -> Path:
 def copy_of_data(prefix: Path, folder: Path) -> Path:
     folder.mkdir()
     for ending in ("bin", "idx", "json"):
-        shutil.copy(file_of(prefix, ending), folder)
+        shutil.copy(data_file(prefix, ending), folder)
     return folder / prefix.name
 
 
@@ -44,19 +44,19 @@ def plan_of(converted: Path, data: Path, save: Path) -> Any:
 
 def rewritten(prefix: Path, edit: Edit) -> Path:
     """The .idx written anew with other contents, and a manifest that agrees with it: damage that no checksum shows."""
-    index = read_index(file_of(prefix, "idx"))
+    index = read_index(data_file(prefix, "idx"))
     parts = {name: np.array(getattr(index, name)) for name in ("lengths", "documents", "modes")}
     edit(parts)
-    write_index(file_of(prefix, "idx"), index.dtype, *parts.values())
+    write_index(data_file(prefix, "idx"), index.dtype, *parts.values())
     correct_checksums(prefix)
     return prefix
 
 
 def correct_checksums(prefix: Path) -> None:
-    path = file_of(prefix, "json")
+    path = data_file(prefix, "json")
     manifest = json.loads(path.read_text())
     for ending, facts in manifest["files"].items():
-        file = file_of(prefix, ending)
+        file = data_file(prefix, ending)
         facts |= {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
     path.write_text(json.dumps(sealed(manifest)))
 
@@ -107,7 +107,7 @@ def test_an_index_that_contradicts_itself_is_refused_though_its_checksum_agrees(
     ],
 )
 def test_a_manifest_that_lacks_or_contradicts_something_is_refused(data: Path, changes: dict[str, Any]) -> None:
-    path = file_of(data, "json")
+    path = data_file(data, "json")
     path.write_text(json.dumps(sealed(json.loads(path.read_text()) | changes)))
     with pytest.raises(UserError, match=r"packed\.v1\.(json|idx) "):
         TokenizedRows(data)
@@ -123,7 +123,7 @@ def age(folder: Path) -> None:
 def test_checksums_are_computed_once_and_again_after_a_change(
     converted: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checksum_cache, "_SETTLED_NS", 0)
+    monkeypatch.setattr(checksum_cache, "MTIME_GRANULARITY_NS", 0)
     read: list[str] = []
     check_sums = checksum_cache.check_sums
     monkeypatch.setattr(
@@ -136,12 +136,12 @@ def test_checksums_are_computed_once_and_again_after_a_change(
     assert sorted(read) == [".bin", ".idx"]
     input_checks.check_rows(plan.rows, plan.options.save)
     assert sorted(read) == [".bin", ".idx"]
-    os.utime(file_of(data, "idx"))
+    os.utime(data_file(data, "idx"))
     input_checks.check_rows(plan.rows, plan.options.save)
     assert sorted(read) == [".bin", ".idx", ".idx"]
-    content = bytearray(file_of(data, "bin").read_bytes())
+    content = bytearray(data_file(data, "bin").read_bytes())
     content[1000] ^= 1
-    file_of(data, "bin").write_bytes(content)
+    data_file(data, "bin").write_bytes(content)
     with pytest.raises(UserError, match=r"packed\.v1\.bin is damaged \(its checksum differs"):
         input_checks.check_rows(plan.rows, plan.options.save)
 
@@ -155,17 +155,19 @@ def test_a_file_that_changed_just_now_is_not_remembered(converted: Path, data: P
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"files": 3}', '{"files": {"x": 1}}', "[" * 100_000, "\x00"])
 def test_a_damaged_memory_means_hashing_again(converted: Path, data: Path, tmp_path: Path, content: str) -> None:
     (data.parent / ".packed.v1.checked.json").write_text(content)
-    file_of(data, "bin").write_bytes(file_of(data, "bin").read_bytes()[::-1])
+    data_file(data, "bin").write_bytes(data_file(data, "bin").read_bytes()[::-1])
     with pytest.raises(UserError, match="is damaged"):
         input_checks.check(plan_of(converted, data, tmp_path / "out"))
 
 
-def test_a_forged_memory_leaves_out_the_checksum_and_nothing_else(converted: Path, data: Path, tmp_path: Path) -> None:
+def test_a_forged_memory_skips_the_checksum_and_nothing_else(converted: Path, data: Path, tmp_path: Path) -> None:
     """Who can write it can write the data; sizes and structure are still looked at."""
     rewritten(data, STRUCTURE["a trained first token"][0])
     facts = TokenizedRows.__new__(TokenizedRows)
-    facts.prefix, facts.manifest = data, json.loads(file_of(data, "json").read_text())
-    memory = {checksum_cache._name(path): checksum_cache._identity(path, entry) for path, entry in facts.files.items()}
+    facts.prefix, facts.manifest = data, json.loads(data_file(data, "json").read_text())
+    memory = {
+        checksum_cache.cache_key(path): checksum_cache.file_stamp(path, entry) for path, entry in facts.files.items()
+    }
     (data.parent / ".packed.v1.checked.json").write_text(json.dumps({"files": memory}))
     with pytest.raises(UserError, match="marks the first token"):
         plan_of(converted, data, tmp_path / "out")
@@ -174,7 +176,7 @@ def test_a_forged_memory_leaves_out_the_checksum_and_nothing_else(converted: Pat
 def test_where_the_data_folder_cannot_be_written_the_memory_is_in_the_output_folder(
     converted: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checksum_cache, "_SETTLED_NS", 0)
+    monkeypatch.setattr(checksum_cache, "MTIME_GRANULARITY_NS", 0)
     write_json = checksum_cache.write_json
 
     def read_only(path: Path, content: Any) -> None:  # as root, whom no permission stops
@@ -215,9 +217,9 @@ def test_a_start_checkpoint_that_is_not_what_was_converted_is_refused(converted:
 def test_all_processes_of_a_node_end_with_one_line_and_one_of_them_reads(
     converted: Path, data: Path, tmp_path: Path
 ) -> None:
-    content = bytearray(file_of(data, "bin").read_bytes())
+    content = bytearray(data_file(data, "bin").read_bytes())
     content[77] ^= 8
-    file_of(data, "bin").write_bytes(content)
+    data_file(data, "bin").write_bytes(content)
     output = tiny.launch(
         *(2, "train", "train", "--load", converted, "--data-path", data, "--save", tmp_path / "out"),
         *("--precision", "fp32", "--train-iters", "1", "--global-batch-size", "8", "--micro-batch-size", "2"),

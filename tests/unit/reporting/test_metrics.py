@@ -14,8 +14,8 @@ import torch
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.reporting import metrics, trackers
 from megatron.sft.reporting.curves import read_curve
-from megatron.sft.reporting.live_plot import LossPicture
-from megatron.sft.reporting.metrics import MetricsLog, StepRecord
+from megatron.sft.reporting.live_plot import LivePlot
+from megatron.sft.reporting.metrics import MetricsLog, StepMetrics
 from tests.support import tiny
 
 SHAPE = Architecture(
@@ -34,7 +34,7 @@ SHAPE = Architecture(
     qkv_bias=True,
     torch_dtype=torch.float32,
 )
-RECORD = StepRecord(
+RECORD = StepMetrics(
     iteration=5,
     consumed_rows=40,
     loss=1.25,
@@ -182,26 +182,26 @@ def test_weights_and_biases_is_not_imported_unless_asked_for(tmp_path: Path) -> 
 def test_missing_package_and_broken_tracker_are_said_once_and_stop_nothing(tmp_path: Path) -> None:
     (tmp_path / "wandb.py").write_text("raise ModuleNotFoundError('No module', name='wandb')")
     said, _ = track(tmp_path, 0, PYTHONPATH=f"{tiny.ROOT}:{tmp_path}", WANDB_MODE="offline")
-    assert said == "note: Weights & Biases is left out, the package wandb is not there: pip install wandb\n"
+    assert said == "note: Weights & Biases is skipped, the package wandb is missing: pip install wandb\n"
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "tensorboard").write_text("a file where the folder should be")
     said, _ = track(folder, 0)
-    assert said.startswith("warning: TensorBoard is given up (") and len(said.splitlines()) == 1
+    assert said.startswith("warning: TensorBoard is disabled (") and len(said.splitlines()) == 1
 
 
-def test_picture_is_drawn_beside_the_run_and_its_failure_is_said_once(
+def test_picture_is_drawn_next_to_the_run_and_its_failure_is_said_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tiny.ROOT))
-    picture = LossPicture(tmp_path)
+    picture = LivePlot(tmp_path)
     for _ in range(3):
         picture.redraw()  # there is no metrics.jsonl
         picture.close()
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith(f"warning: loss.png is not drawn (error: {tmp_path}/metrics.jsonl does not exist")
     MetricsLog(tmp_path, 100, 80, 0, SHAPE).step(RECORD)
-    picture = LossPicture(tmp_path)
+    picture = LivePlot(tmp_path)
     picture.redraw()
     picture.close()
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"

@@ -29,7 +29,7 @@ def png_size(path: Path) -> tuple[int, int]:
     return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
 
 
-def test_training_and_validation_lines_are_told_apart(tmp_path):
+def test_training_and_validation_lines_are_distinguished(tmp_path):
     curve = read_curve(write_metrics(tmp_path / "run", 30), "run")
     assert (curve.iterations[0], curve.iterations[-1], len(curve.losses)) == (1, 30, 30)
     assert (curve.validation_iterations, curve.validation_losses) == ([20], [0.3])
@@ -63,7 +63,7 @@ def test_several_runs_make_one_picture(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["loss.png"]
 
 
-def test_tool_writes_beside_the_metrics(tmp_path):
+def test_tool_writes_next_to_the_metrics(tmp_path):
     folder = write_metrics(tmp_path / "run")
     line = ["bash", str(ROOT / "tools/plot_loss"), str(folder)]
     done = subprocess.run(
@@ -83,11 +83,11 @@ def test_tool_writes_beside_the_metrics(tmp_path):
     [
         (None, "does not exist: give a run's folder"),
         ("", "has no training step yet"),
-        ("hello\n", "line 1 is no line of metrics"),
-        ('{"iteration": 1}\n', "line 1 is no line of metrics"),
+        ("hello\n", "line 1 is not metrics"),
+        ('{"iteration": 1}\n', "line 1 is not metrics"),
     ],
 )
-def test_file_that_is_no_record_is_refused(tmp_path, content, message):
+def test_file_that_is_not_a_record_is_refused(tmp_path, content, message):
     path = tmp_path / "metrics.jsonl"
     if content is not None:
         path.write_text(content)

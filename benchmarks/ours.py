@@ -1,0 +1,111 @@
+"""The benchmark's own side: training steps through the engine and the feeder that train users' models."""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu import peak_bytes
+from benchmarks.rows import BenchmarkRows
+from megatron.sft.checkpoint.folder import Checkpoint
+from megatron.sft.hf.published_configs import find_architecture
+from megatron.sft.model import process_groups
+from megatron.sft.planning.options import TrainOptions
+from megatron.sft.planning.run_plan import RunPlan
+from megatron.sft.runtime import device
+
+
+def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[list[float], list[float], list[float]]:
+    """Seconds and losses of the timed steps, and `peak_bytes` of the GPU with the most. Every process of the run calls it.
+
+    With --profile the first timed step is profiled instead of timed.
+    """
+    device.prepare()
+    # Imported after `prepare`, which replaces names that megatron-core reads when it is imported.
+    from megatron.sft.training.engine import Engine
+    from megatron.sft.training.feeder import Feeder
+
+    plan = benchmark_plan(arguments, rows)
+    with process_groups.parallel(plan.layout):
+        engine = Engine(plan)
+        _randomize(engine)
+        feeder, size = Feeder(plan), plan.options.global_batch_size
+        seconds, losses, consumed = [], [], 0
+        for step in range(arguments.warm_up + arguments.steps):
+            batches = feeder.training(consumed)
+            consumed += size
+            if arguments.profile and step == arguments.warm_up:
+                _profile(partial(engine.train_step, batches), arguments.profile)
+                continue
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            result = engine.train_step(batches)
+            torch.cuda.synchronize()
+            if step >= arguments.warm_up:
+                seconds.append(time.perf_counter() - started)
+                losses.append(result.loss.reduce()[0])
+        peaks = torch.tensor(peak_bytes(), device=device.current(), dtype=torch.float64)
+        torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
+    return seconds, losses, peaks.tolist()
+
+
+def benchmark_plan(arguments: argparse.Namespace, rows: BenchmarkRows) -> RunPlan:
+    """A run of these rows, as `resolve` would make it of data on disk."""
+    architecture, _ = find_architecture(arguments.model)
+    copies = arguments.layout.data_parallel(arguments.gpus)
+    options = replace(
+        TrainOptions(load=Path(), data_path=Path(), save=Path()),
+        global_batch_size=arguments.micro_batches * copies,
+        precision=arguments.precision,
+        fp8_recipe=arguments.fp8_recipe,
+        recompute=arguments.recompute,
+        optimizer_precision=arguments.optimizer_precision,
+        optimizer_offload=arguments.optimizer_offload,
+    )
+    steps = arguments.warm_up + arguments.steps
+    return RunPlan(
+        options=options,
+        layout=arguments.layout,
+        data_parallel=copies,
+        architecture=architecture,
+        start=Checkpoint(Path(), 0, "", {}),
+        resume=False,
+        rows=rows,  # type: ignore[arg-type]
+        training_rows=np.arange(len(rows)),
+        validation_rows=np.arange(0),
+        train_iters=steps,
+        warmup_iters=1,
+        wsd_decay_iters=1,
+        eval_iters=0,
+    )
+
+
+def _randomize(engine: Any) -> None:
+    """Weights as at the start of pretraining: normal with deviation 0.02; norms 1, biases 0."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for module in engine.chunks:
+            for name, parameter in module.named_parameters():
+                if "norm" in name:
+                    parameter.fill_(1.0)
+                elif name.endswith("bias"):
+                    parameter.zero_()
+                else:
+                    parameter.normal_(0.0, 0.02)
+    engine.optimizer.reload_model_params()
+
+
+def _profile(step: Callable[[], Any], path: str) -> None:
+    """Write a table of one step's GPU time by kernel."""
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=100))
