@@ -224,14 +224,8 @@ def launch(runs: Sequence[Run], steps: int, folder: Path, on_cpu: bool, limit: f
     task = folder / f"task_{runs[0].layout.processes}_{'cpu' if on_cpu else 'gpu'}.json"
     task.write_text(json.dumps({"steps": steps, "limit": limit, "runs": [asdict(run) for run in runs]}))
     processes, module = runs[0].layout.processes, "tests.campaigns.parallel_losses"
-    if on_cpu:
-        tiny.run(processes, module, "--task", task, seconds=limit + 60)
-    else:
-        environment = {**tiny.environment_of_runs(), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-        for name in ("MEGATRON_SFT_DEVICE", "OMP_NUM_THREADS"):
-            environment.pop(name)
-        status, output = tiny.start(processes, module, ["--task", str(task)], environment, limit + 60)
-        assert status == 0, f"status {status}:\n{output[-20000:]}"
+    run_on = tiny.run if on_cpu else tiny.run_on_gpu
+    run_on(processes, module, "--task", task, seconds=limit + 60)
     for run, done in zip(runs, json.loads(task.with_suffix(".done").read_text()), strict=True):
         run.losses, run.norms, run.validation = done["losses"], done["norms"], done["validation"]
 

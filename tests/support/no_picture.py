@@ -3,11 +3,11 @@
 tests/unit/reporting/test_metrics.py and the quickstart's test draw it.
 """
 
-from megatron.sft.reporting.live_plot import LossPicture
+from megatron.sft.reporting.live_plot import LivePlot
 
 
-def _draws_nothing(_: LossPicture) -> None:
+def _draws_nothing(_: LivePlot) -> None:
     pass
 
 
-LossPicture.redraw = LossPicture.close = _draws_nothing  # type: ignore[method-assign]
+LivePlot.redraw = LivePlot.close = _draws_nothing  # type: ignore[method-assign]
