@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -236,14 +236,20 @@ def compare(
     steps: int,
     on_cpu: bool,
     limit: float = LIMIT_SECONDS,
+    only: Mapping[str, Sequence[str]] | None = None,
 ) -> list[tuple[Run, Run]]:
-    """Every variant in every layout, each beside the same variant in one process. One launch a number of processes."""
+    """Every variant in every layout, each with the same variant in one process. One launch a number of processes.
+
+    only: the layouts of each variant, by their names.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_models(folder, {variant.model for variant in variants})
         sizes = SHORT_ROWS if on_cpu else LONG_ROWS
         tiny.write_rows(folder / "rows", rows(*sizes), sizes[0], JOINED)
         runs = [Run(variant, layout) for layout in [ONE, *layouts] for variant in variants if _fits(variant, layout)]
+        if only is not None:
+            runs = [run for run in runs if run.layout == ONE or run.layout.name in only[run.variant.name]]
         for number in sorted({run.layout.processes for run in runs}):
             launch([run for run in runs if run.layout.processes == number], steps, folder, on_cpu, limit)
     ones = {run.variant.name: run for run in runs if run.layout == ONE}
