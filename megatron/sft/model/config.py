@@ -122,8 +122,9 @@ def _parallel_fields(architecture: Architecture, layout: Layout, params_dtype: t
         "pipeline_dtype": params_dtype,
         # Rows differ in length (see `pipeline.RowPipeline`).
         "variable_seq_lengths": layout.pipeline_parallel > 1,
-        # megatron-core refuses them with its default dispatcher, also in a model without experts.
+        # Of dense models too: megatron-core refuses rows of different lengths with its default.
         "moe_token_dispatcher_type": "alltoall",
+        # megatron-core refuses them with its default dispatcher, also in a model without experts.
     }
 
 
