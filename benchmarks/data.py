@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.sft.chat.bpe_cache import word_encoder
-from megatron.sft.chat.conversations import RowReader
+from megatron.sft.chat.conversations import RecordReader
 from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus
@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = load_tokenizer(given.tokenizer)
     (source,) = [examined(one) for one in parse_inputs([given.file])]
     template = ChatTemplate(tokenizer)
-    reader = RowReader()
+    reader = RecordReader()
     examples = [reader.example(row.fields) for row in source.rows(0, 0)]
-    texts = [template.render(one.messages, one.tools, one.trained).text for one in examples]
+    texts = [template.render(one.messages, one.tools, one.loss_flags).text for one in examples]
     num_megabytes = sum(len(text.encode()) for text in texts) / 1e6
     print(
         f"{len(texts):,} rows, {num_megabytes:.1f} MB of text, {given.num_workers} processors, {given.tokenizer.name}"
@@ -76,7 +76,7 @@ def _seconds_of_encoding(tokenizer: Any, texts: list[str]) -> float:
 
 def _seconds_of_step(tokenizer: Any, source: Source, length: int, num_workers: int) -> float:
     started = time.monotonic()
-    corpus = Corpus(source, ChatTemplate(tokenizer), RowReader(), length, "truncate", num_workers=num_workers)
+    corpus = Corpus(source, ChatTemplate(tokenizer), RecordReader(), length, "truncate", num_workers=num_workers)
     dtype = token_dtype(max(tokenizer.get_vocab().values()) + 1)
     with tempfile.TemporaryDirectory() as folder, ConversationStore(Path(folder) / "data", dtype) as store:
         for conversation in corpus:

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megatron.sft.chat.conversations import Conversation, RowReader
+from megatron.sft.chat.conversations import Messages, RecordReader
 from megatron.sft.data import json_rows
 from megatron.sft.data.sources import count_rows, data_files, file_format, read_rows
 from megatron.sft.runtime.errors import UserError
@@ -214,8 +214,8 @@ ANSWERED = {"role": "assistant", "content": "A"}
         ),
     ],
 )
-def test_every_format_becomes_messages(row: dict[str, Any], expected: Conversation) -> None:
-    assert RowReader().conversation(row) == expected
+def test_every_format_becomes_messages(row: dict[str, Any], expected: Messages) -> None:
+    assert RecordReader().conversation(row) == expected
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_every_format_becomes_messages(row: dict[str, Any], expected: Conversati
         ({"instruction": "Q", "output": " \n"}, "field 'output' is empty"),
         ({"instruction": ["Q"], "output": "A"}, "field 'instruction' is a list: it must be text"),
         ({"instruction": "Q", "output": "A", "input": 3}, "field 'input' is a number"),
-        ({"instruction": "Q", "output": "A", "history": [["a"]]}, "history[0] is no pair"),
+        ({"instruction": "Q", "output": "A", "history": [["a"]]}, "history[0] is not a pair"),
         ({"messages": [ASKED, ANSWERED], "history": [["a", "b"]]}, "field 'history' is not supported"),
         ({"instruction": "Q", "output": "A", "messages": []}, "several formats (messages and instruction)"),
         ({"messages": []}, "'messages' is an empty list"),
@@ -249,12 +249,12 @@ def test_every_format_becomes_messages(row: dict[str, Any], expected: Conversati
 )
 def test_a_bad_row_is_refused_with_its_field(row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
-        RowReader().conversation(row)
+        RecordReader().conversation(row)
     assert message in str(error.value)
 
 
 def test_columns_are_renamed_and_unused_ones_counted() -> None:
-    reader = RowReader({"problem": "instruction", "solution": "output"})
+    reader = RecordReader({"problem": "instruction", "solution": "output"})
     rows = [{"problem": "Q", "solution": "A", "id": 1}, {"problem": "Q", "solution": "A", "id": 2, "url": ""}]
     assert [reader.conversation(row) for row in rows] == [[ASKED, ANSWERED]] * 2
     assert reader.ignored_fields == {"id": 2, "url": 1}

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.sft.chat.conversations import Conversation
+from megatron.sft.chat.conversations import Messages
 from megatron.sft.inference.answer_file import answer_file
 from megatron.sft.inference.chat_model import BACKENDS, DTYPES, ChatModel, check_control, load_chat_model
 from megatron.sft.inference.decoding import Decoding
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def stream_answer(chat_model: ChatModel, messages: Conversation, control: str, decoding: Decoding) -> str:
+def stream_answer(chat_model: ChatModel, messages: Messages, control: str, decoding: Decoding) -> str:
     """Print the answer while it is made, and return it."""
     print(control, end="", flush=True)
     prompt = chat_model.prompt(messages, control)
@@ -90,7 +90,7 @@ def chat(chat_model: ChatModel, control: str, decoding: Decoding) -> None:
     on_terminal = sys.stdin.isatty()
     if on_terminal:
         print(CHAT_HELP)
-    messages: Conversation = []
+    messages: Messages = []
     while True:
         try:
             line = input("> " if on_terminal else "").strip()
@@ -107,7 +107,7 @@ def chat(chat_model: ChatModel, control: str, decoding: Decoding) -> None:
             messages = _with_answer(chat_model, [*messages, {"role": "user", "content": line}], control, decoding)
 
 
-def _with_answer(chat_model: ChatModel, messages: Conversation, control: str, decoding: Decoding) -> Conversation:
+def _with_answer(chat_model: ChatModel, messages: Messages, control: str, decoding: Decoding) -> Messages:
     """The conversation with its answer; without its last question where there is none."""
     try:
         answer = stream_answer(chat_model, messages, control, decoding)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.sft.chat.encoding import Encoded
+from megatron.sft.chat.encoding import Conversation
 from megatron.sft.data.packing import ALGORITHM
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import Row, TokenizedRows, file_of, prefix_of
@@ -142,7 +142,7 @@ def repack(source: TokenizedRows, options: Options, prefix: Path, fingerprint: s
     print(f"wrote {prefix}.bin, .idx, .json")
 
 
-def conversations(source: TokenizedRows) -> Iterator[Encoded]:
+def conversations(source: TokenizedRows) -> Iterator[Conversation]:
     """The conversations in the order of the rows."""
     groups, sources = source.groups, source.sources
     number = 0
@@ -153,17 +153,17 @@ def conversations(source: TokenizedRows) -> Iterator[Encoded]:
             number += 1
 
 
-def conversations_of(row: Row) -> Iterator[Encoded]:
+def conversations_of(row: Row) -> Iterator[Conversation]:
     start = 0
     for length in row.conversation_lengths.tolist():
         part = slice(start, start + length)
         trained = row.trained[part]
         ends_of_runs = np.append(np.flatnonzero(np.diff(trained)) + 1, length)
-        yield Encoded(row.tokens[part], np.diff(ends_of_runs, prepend=0).tolist())
+        yield Conversation(row.tokens[part], np.diff(ends_of_runs, prepend=0).tolist())
         start += length
 
 
-def _fitting(all_of_them: Iterator[Encoded], options: Options, counts: Counts) -> Iterator[Encoded]:
+def _fitting(all_of_them: Iterator[Conversation], options: Options, counts: Counts) -> Iterator[Conversation]:
     """Those that fit the new length, and what is left of the others."""
     for conversation in all_of_them:
         length = len(conversation.tokens)

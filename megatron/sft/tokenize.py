@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from megatron.sft.chat.conversations import NOT_A_COLUMN, RowReader
+from megatron.sft.chat.conversations import NOT_A_COLUMN, RecordReader
 from megatron.sft.chat.corrections import difference
 from megatron.sft.chat.encoding import TOKENIZER_FILES, check_tokenizer_folder, load_tokenizer
 from megatron.sft.chat.named_templates import NAMES, chosen_template
@@ -241,7 +241,7 @@ def corpora_of(options: Options, sources: list[Source], template: ChatTemplate, 
         Corpus(
             source,
             template,
-            RowReader(options.columns, options.replaced),
+            RecordReader(options.columns, options.replaced),
             options.length,
             options.overlong,
             options.group_key,

@@ -1,7 +1,8 @@
 """Tokens of rendered conversations, and which of them are trained, by the character offsets of one tokenisation."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from megatron.sft.chat.bpe_cache import WordEncoder
 from megatron.sft.chat.conversations import Example
-from megatron.sft.chat.template import Answer, ChatTemplate, Rendered, template_of
+from megatron.sft.chat.template import Answer, ChatTemplate, RenderedText, template_of
 from megatron.sft.hf.tokenizer_files import VOCABULARY_FILES
 from megatron.sft.runtime.errors import UserError
 
@@ -24,28 +25,34 @@ TOKENIZER_FILES = (
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A conversation's tokens. `runs` are lengths that add up to it: not trained, trained, not trained, and so on."""
+class Conversation:
+    """The tokens of one record. `mask_run_lengths` add up to their number: not trained, trained, not trained, and so on;
+    the first is at least 1, as nothing predicts the first token."""
 
     tokens: np.ndarray  # [n] int64
-    runs: list[int]
-    num_merged_starts: int = 0  # answers whose first token holds a part of the header, too, and is not trained
-    group: int | None = None  # see groups.py
-    source: int = 0  # its place among the inputs
+    mask_run_lengths: list[int]
+    num_merged_starts: int = 0  # answers whose first token also holds the end of the header, and is not trained
+    group: int | None = None  # the group_hash of its record
+    source: int = 0  # index of its source among the inputs
 
-    def cut(self, length: int) -> "Encoded":
+    def cut(self, length: int) -> "Conversation":
         """The first `length` tokens."""
-        runs: list[int] = []
-        left = length
-        for run in self.runs:
-            if left > 0:
-                runs.append(min(run, left))
-            left -= run
-        return Encoded(self.tokens[:length], runs, self.num_merged_starts, self.group, self.source)
+        starts = [0, *accumulate(self.mask_run_lengths)]
+        runs = [
+            min(run, length - start)
+            for run, start in zip(self.mask_run_lengths, starts, strict=False)
+            if start < length
+        ]
+        return replace(self, tokens=self.tokens[:length], mask_run_lengths=runs)
+
+    def pieces(self, length: int) -> "list[Conversation]":
+        """A plain text in pieces of `length` tokens. A last piece of one token is dropped: nothing of it is trained."""
+        pieces = [self.tokens[start : start + length] for start in range(0, len(self.tokens), length)]
+        return [Conversation(tokens, [1, len(tokens) - 1]) for tokens in pieces if len(tokens) > 1]
 
     @property
     def num_trained(self) -> int:
-        return sum(self.runs[1::2])
+        return sum(self.mask_run_lengths[1::2])
 
 
 def check_tokenizer_folder(folder: Path) -> None:
@@ -83,7 +90,9 @@ def load_tokenizer(folder: Path, template_needed: bool = True) -> Any:
     return tokenizer
 
 
-def encode(tokenizer: Any, rendered: Sequence[Rendered], words: WordEncoder | None = None) -> Iterator[Encoded]:
+def encode(
+    tokenizer: Any, rendered: Sequence[RenderedText], words: WordEncoder | None = None
+) -> Iterator[Conversation]:
     """Tokens and trained runs, in the order given; `words` gives the same as the tokenizer. Every conversation is checked
     when it is taken; what is wrong with it is a `UserError`, to which the caller adds file and line."""
     texts = [one.text for one in rendered]
@@ -92,7 +101,7 @@ def encode(tokenizer: Any, rendered: Sequence[Rendered], words: WordEncoder | No
     return map(_encoded, tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False), rendered)
 
 
-def check_against_template(template: ChatTemplate, example: Example, encoded: Encoded) -> None:
+def check_against_template(template: ChatTemplate, example: Example, encoded: Conversation) -> None:
     """The tokens must be those that transformers makes of the conversation (or the text) by itself."""
     if example.messages:
         expected, by = template.tokens_of(example.messages, example.tools), "apply_chat_template(tokenize=True)"
@@ -104,12 +113,12 @@ def check_against_template(template: ChatTemplate, example: Example, encoded: En
         raise UserError(f"the tokens differ from those of tokenizer.{by}: check the tokenizer's files")
 
 
-def _encoded(encoding: Any, rendered: Rendered) -> Encoded:
+def _encoded(encoding: Any, rendered: RenderedText) -> Conversation:
     tokens = np.array(encoding.ids, dtype=np.int64)
     if rendered.everything:
         for answer in rendered.answers:
             _check_end(encoding, answer, encoding.char_to_token(answer.end - 1), answer.end)
-        return Encoded(tokens, [1, len(tokens) - 1] if len(tokens) > 1 else [1])
+        return Conversation(tokens, [1, len(tokens) - 1] if len(tokens) > 1 else [1])
     runs: list[int] = []
     position, num_merged = 0, 0
     for (start, end), answer in zip(rendered.trained, rendered.answers, strict=True):
@@ -125,7 +134,7 @@ def _encoded(encoding: Any, rendered: Rendered) -> Encoded:
         num_merged += merged
     if position < len(tokens):
         runs.append(len(tokens) - position)
-    return Encoded(tokens, runs, num_merged)
+    return Conversation(tokens, runs, num_merged)
 
 
 def _first_token(encoding: Any, text: str, start: int, end: int) -> tuple[int, bool]:

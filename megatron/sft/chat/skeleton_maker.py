@@ -18,7 +18,7 @@ from megatron.sft.chat.skeletons import (
     is_optional,
     marked,
 )
-from megatron.sft.chat.turns import Conversation
+from megatron.sft.chat.turns import Messages
 from megatron.sft.runtime.errors import UserError
 
 FIX = "give another template (CHAT_TEMPLATE=<name or file>) that prints every text in full, or change the data"
@@ -34,7 +34,7 @@ class SkeletonMaker:
     `made` is told of every new skeleton."""
 
     tokenizer: Any
-    render: Callable[[Conversation, Tools, bool], str]
+    render: Callable[[Messages, Tools, bool], str]
     call_style: Callable[[], CallStyle]
     notes: set[str]
     made: Callable[[Skeleton, Shape], None]
@@ -77,7 +77,7 @@ class SkeletonMaker:
         return skeleton
 
     def _answer_start(
-        self, messages: Conversation, turn: int, shape: Shape, text: str, previous_end: int, start: int, has_tools: bool
+        self, messages: Messages, turn: int, shape: Shape, text: str, previous_end: int, start: int, has_tools: bool
     ) -> int:
         """Where the answer begins that the model has to write: at the end of the prompt that inference gives it. `text` is
         the render of `messages`, the turn before ends at `previous_end`, the answer's first text begins at `start`."""
@@ -104,7 +104,7 @@ class SkeletonMaker:
             f"the chat template's prompt for an answer is not what stands before that answer in a whole text: {FIX}"
         )
 
-    def _tail(self, messages: Conversation, turn: int, shape: Shape, tools: Tools) -> str:
+    def _tail(self, messages: Messages, turn: int, shape: Shape, tools: Tools) -> str:
         """What the prompt for answer `turn` has after the text before it, from the last question and the last call alone:
         rendering all that precedes every answer would be quadratic in the number of turns."""
         asked = max(index for index in range(turn) if shape[index].role == "user")

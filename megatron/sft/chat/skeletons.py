@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.sft.chat.turns import Conversation, Message
+from megatron.sft.chat.turns import Message, Messages
 
 THINKING = re.compile(r"\A(\s*<think>\s*)(.*?)(\s*</think>\s*)(.*?)(\s*)\Z", re.DOTALL)
 HOLE = "\0"  # stands for a text in a content's pattern; no text of the data has it
@@ -115,9 +115,9 @@ def dissect(message: Message, exact: bool) -> tuple[TurnShape, list[str]]:
     return shape, texts
 
 
-def marked(shape: Shape, style: CallStyle | None) -> tuple[Conversation, list[list[str]]]:
+def marked(shape: Shape, style: CallStyle | None) -> tuple[Messages, list[list[str]]]:
     """A conversation of this shape with marks in place of all texts, and those marks for every turn."""
-    messages: Conversation = []
+    messages: Messages = []
     marks: list[list[str]] = []
     for index, turn in enumerate(shape):
         own = [f"MARK{index}X{hole}OF{len(shape)}TEXT" for hole in range(turn.pattern.count(HOLE))]

@@ -15,7 +15,7 @@ from typing import Any
 
 import jinja2
 
-from megatron.sft.chat.conversations import Conversation
+from megatron.sft.chat.conversations import Messages
 from megatron.sft.chat.corrections import candidates
 from megatron.sft.chat.skeleton_maker import FIX, SkeletonMaker, Tools, unproven
 from megatron.sft.chat.skeletons import (
@@ -50,7 +50,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedText:
     """A conversation as one text. `trained` holds the character spans [start, end) on which the loss is taken, `answers`
     the answers within them; if `everything`, the loss is taken on all but the first token."""
 
@@ -94,7 +94,7 @@ class ChatTemplate:
         self._style: CallStyle | None = None
         self._corrections: list[ChatTemplate] | None = None
 
-    def render(self, messages: Conversation, tools: Tools = None, wanted: Sequence[bool | None] = ()) -> Rendered:
+    def render(self, messages: Messages, tools: Tools = None, wanted: Sequence[bool | None] = ()) -> RenderedText:
         """The text and its trained spans. `wanted` says of each message whether it is trained, None where `train_on`
         decides. What cannot be proven is a `UserError`; the caller adds file and line."""
         try:
@@ -108,14 +108,14 @@ class ChatTemplate:
                 raise CorrectionNeeded(correction.text, str(error)) from None
             raise
 
-    def render_text(self, text: str) -> Rendered:
+    def render_text(self, text: str) -> RenderedText:
         """A text that is learned as it is: no template, but the tokenizer's beginning and end of a document."""
         if not self.tokenizer.eos_token:
             raise UserError("the tokenizer has no eos_token, which ends a text: set it in tokenizer_config.json")
         text = (self.tokenizer.bos_token if self._adds_bos() else "") + text + self.tokenizer.eos_token
-        return Rendered(text, ((0, len(text)),), (), everything=True)
+        return RenderedText(text, ((0, len(text)),), (), everything=True)
 
-    def tokens_of(self, messages: Conversation, tools: Tools) -> list[int]:
+    def tokens_of(self, messages: Messages, tools: Tools) -> list[int]:
         """The tokens that transformers makes of a conversation by itself."""
         encoding = self.tokenizer.apply_chat_template(
             self._in_style(messages), tools=tools, chat_template=self.text, tokenize=True, return_dict=True
@@ -128,7 +128,7 @@ class ChatTemplate:
             self._corrections = [ChatTemplate(self.tokenizer, text, self.train_on) for text in texts]
         return self._corrections
 
-    def _rendered(self, messages: Conversation, tools: Tools, wanted: Sequence[bool | None]) -> Rendered:
+    def _rendered(self, messages: Messages, tools: Tools, wanted: Sequence[bool | None]) -> RenderedText:
         if not self.text:
             raise UserError(
                 f"tokenizer folder {self.tokenizer.name_or_path} has no chat template: set CHAT_TEMPLATE (chatml, llama-3, "
@@ -144,15 +144,15 @@ class ChatTemplate:
             spans = tuple((answer.start, answer.end) for answer in answers)
         chosen = [
             one
-            for one, message in zip(self.wanted(messages, wanted), messages, strict=True)
+            for one, message in zip(self.trained_messages(messages, wanted), messages, strict=True)
             if message["role"] == "assistant"
         ]
         if self.train_on == "all":
-            return Rendered(text, ((0, len(text)),), answers, everything=True)
+            return RenderedText(text, ((0, len(text)),), answers, everything=True)
         trained = tuple(span for span, is_chosen in zip(spans, chosen, strict=True) if is_chosen)
-        return Rendered(text, trained, tuple(answer for answer, one in zip(answers, chosen, strict=True) if one))
+        return RenderedText(text, trained, tuple(answer for answer, one in zip(answers, chosen, strict=True) if one))
 
-    def wanted(self, messages: Conversation, wishes: Sequence[bool | None] = ()) -> tuple[bool, ...]:
+    def trained_messages(self, messages: Messages, wishes: Sequence[bool | None] = ()) -> tuple[bool, ...]:
         """Whether each message is trained: as its own wish says, else as `train_on` does."""
         wishes = wishes or [None] * len(messages)
         own = [wish for wish, message in zip(wishes, messages, strict=True) if message["role"] == "assistant"]
@@ -165,7 +165,7 @@ class ChatTemplate:
             for index, (message, wish) in enumerate(zip(messages, wishes, strict=True))
         )
 
-    def _answers(self, text: str, messages: Conversation, tools: Tools) -> tuple[Answer, ...]:
+    def _answers(self, text: str, messages: Messages, tools: Tools) -> tuple[Answer, ...]:
         """Where the answers stand in `text`, all of which is accounted for."""
         previous: Shape = ()
         failed = 0
@@ -190,7 +190,7 @@ class ChatTemplate:
             if name not in before and json.dumps(name)[1:-1] not in before:
                 raise UserError(f"the chat template does not print the function {name!r} of 'tools': {FIX}")
 
-    def _text(self, messages: Conversation, tools: Tools = None, prompt: bool = False) -> str:
+    def _text(self, messages: Messages, tools: Tools = None, prompt: bool = False) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
                 self._in_style(messages),
@@ -203,10 +203,10 @@ class ChatTemplate:
             raise _refused(error) from None
         return text
 
-    def _text_of(self, messages: Conversation, tools: Tools, prompt: bool) -> str:
+    def _text_of(self, messages: Messages, tools: Tools, prompt: bool) -> str:
         return self._text(messages, tools, prompt)
 
-    def _text_and_generation(self, messages: Conversation, tools: Tools) -> tuple[str, tuple[tuple[int, int], ...]]:
+    def _text_and_generation(self, messages: Messages, tools: Tools) -> tuple[str, tuple[tuple[int, int], ...]]:
         """The render and the spans that the template marks with {% generation %}, as transformers finds them."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -242,7 +242,7 @@ class ChatTemplate:
                 )
             previous_end = end
 
-    def _in_style(self, messages: Conversation) -> Conversation:
+    def _in_style(self, messages: Messages) -> Messages:
         if not any("tool_calls" in message for message in messages):
             return messages
         style = self._call_style()

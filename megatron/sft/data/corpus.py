@@ -5,11 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 from megatron.sft.chat.bpe_cache import WordEncoder, word_encoder
-from megatron.sft.chat.conversations import Example, RowReader
-from megatron.sft.chat.encoding import Encoded, check_against_template, encode
-from megatron.sft.chat.groups import group_of
-from megatron.sft.chat.rounds import joined_rounds, pieces_of_text, rounds_of
-from megatron.sft.chat.template import ChatTemplate, CorrectionNeeded, Rendered
+from megatron.sft.chat.conversations import Example, RecordReader, group_hash, join_rounds
+from megatron.sft.chat.encoding import Conversation, check_against_template, encode
+from megatron.sft.chat.template import ChatTemplate, CorrectionNeeded, RenderedText
 from megatron.sft.data.mixture import Source
 from megatron.sft.data.progress import Progress
 from megatron.sft.data.rejected import RejectedRows
@@ -61,7 +59,7 @@ class Outcome:
     """What became of a chunk: the conversations that are kept, and what is to be added to counts and sets. If there is an
     `error`, the run ends after these conversations."""
 
-    conversations: list[Encoded]
+    conversations: list[Conversation]
     counts: Counts
     seen: tuple[Counter[str], Counter[str]]  # the reader's formats and ignored fields
     learned: tuple[set[str], set[int], set[str]]  # the template's notes, end-of-turn ids and control tokens
@@ -76,7 +74,7 @@ class Batched:
     row: SourceRow
     index: int  # in its chunk
     example: Example
-    rendered: Rendered
+    rendered: RenderedText
     group: int | None
 
 
@@ -89,7 +87,7 @@ class Corpus:
 
     source: Source
     template: ChatTemplate
-    reader: RowReader
+    reader: RecordReader
     length: int
     overlong: str
     group_key: str = ""
@@ -100,7 +98,7 @@ class Corpus:
     words: WordEncoder | None = None
     counts: Counts = field(default_factory=Counts)
 
-    def __iter__(self) -> Iterator[Encoded]:
+    def __iter__(self) -> Iterator[Conversation]:
         if self.source.num_bytes >= BYTES_FOR_WORDS:
             self.words = word_encoder(self.template.tokenizer)
         progress = Progress(max(self.source.num_bytes, 1))
@@ -136,7 +134,7 @@ class Corpus:
         reader = replace(self.reader, formats=Counter(), ignored_fields=Counter())
         rejected: list[tuple[int, str]] = []
         part = replace(self, reader=reader, counts=Counts(), rejected=None)
-        conversations: list[Encoded] = []
+        conversations: list[Conversation] = []
         error: UserError | None = None
         try:
             conversations.extend(part._conversations(chunk, rejected if self.rejected else None))
@@ -159,7 +157,7 @@ class Corpus:
             assert self.rejected is not None
             self.rejected.add(chunk.rows[index], reason)
 
-    def _conversations(self, chunk: Chunk, rejected: list[tuple[int, str]] | None) -> Iterator[Encoded]:
+    def _conversations(self, chunk: Chunk, rejected: list[tuple[int, str]] | None) -> Iterator[Conversation]:
         """The conversations of some rows. Bad rows go to `rejected`; without it the first one is an error."""
         batch = self._batch(chunk.rows, rejected)
         encodings = encode(self.template.tokenizer, [one.rendered for one in batch], self.words)
@@ -192,10 +190,10 @@ class Corpus:
         fields = row.fields
         example = self.reader.example(fields)
         if example.messages:
-            rendered = self.template.render(example.messages, example.tools, example.trained)
+            rendered = self.template.render(example.messages, example.tools, example.loss_flags)
         else:
             rendered = self.template.render_text(example.text)
-        group = group_of(fields, self.group_key, self.reader.renamed_columns) if self.group_key else None
+        group = group_hash(fields, self.group_key, self.reader.renamed_columns) if self.group_key else None
         return Batched(row, index, example, rendered, group)
 
     def _refuse(self, row: SourceRow, index: int, error: UserError, rejected: list[tuple[int, str]] | None) -> None:
@@ -208,14 +206,14 @@ class Corpus:
         rejected.append((index, reason))
         self.counts.dropped[BAD_ROW] += 1
 
-    def _count(self, one: Batched, encoded: Encoded) -> None:
+    def _count(self, one: Batched, encoded: Conversation) -> None:
         self.counts.num_without_group += one.group is None
         self.counts.num_merged_starts += encoded.num_merged_starts
         texts = [message["content"] or "" for message in one.example.messages] or [one.example.text]
         if any(token in text for token in self.template.control_tokens for text in texts):
             self.counts.num_with_control_tokens += 1
 
-    def _fitting(self, one: Batched, encoded: Encoded) -> list[Encoded]:
+    def _fitting(self, one: Batched, encoded: Conversation) -> list[Conversation]:
         """The conversation, cut or split if that was asked for; nothing if it is dropped."""
         if not encoded.num_trained:
             self.counts.dropped["no turn of it is trained"] += 1
@@ -239,13 +237,14 @@ class Corpus:
         self.counts.num_truncated += 1
         return [cut]
 
-    def _split(self, example: Example, encoded: Encoded) -> list[Encoded]:
+    def _split(self, example: Example, encoded: Conversation) -> list[Conversation]:
         """Parts of a conversation, between its turns, that fit; every part repeats the system text and the functions."""
         if not example.messages:
-            parts = pieces_of_text(encoded, self.length)
+            parts = encoded.pieces(self.length)
             num_dropped = 0
         else:
-            rounds = rounds_of(replace(example, trained=self.template.wanted(example.messages, example.trained)))
+            flags = self.template.trained_messages(example.messages, example.loss_flags)
+            rounds = replace(example, loss_flags=flags).rounds()
             parts, num_dropped = self._parts(rounds)
         if not parts:
             self.counts.dropped[f"longer than {self.length} tokens in every round of question and answer"] += 1
@@ -255,11 +254,11 @@ class Corpus:
         self.counts.num_parts_dropped += num_dropped
         return parts
 
-    def _parts(self, rounds: Sequence[Example]) -> tuple[list[Encoded], int]:
+    def _parts(self, rounds: Sequence[Example]) -> tuple[list[Conversation], int]:
         """As few parts as possible from the first round on; and the number of those left out."""
         alone = [len(one.tokens) for one in self._encoded(rounds)]
         # What a round alone repeats of the system text: the length of two rounds says how much.
-        pair = next(self._encoded([joined_rounds(rounds[:2])])) if len(rounds) > 1 else None
+        pair = next(self._encoded([join_rounds(rounds[:2])])) if len(rounds) > 1 else None
         repeated = max(alone[0] + alone[1] - len(pair.tokens), 0) if pair else 0
         spans, start, total = [], 0, alone[0]
         for index in range(1, len(rounds)):
@@ -271,7 +270,7 @@ class Corpus:
         parts, num_dropped = [], 0
         while waiting:
             start, end = waiting.pop()
-            part = next(self._encoded([joined_rounds(rounds[start:end])]))
+            part = next(self._encoded([join_rounds(rounds[start:end])]))
             if len(part.tokens) <= self.length and part.num_trained:
                 parts.append(part)
             elif len(part.tokens) > self.length and end - start > 1:
@@ -280,6 +279,6 @@ class Corpus:
                 num_dropped += 1
         return parts, num_dropped
 
-    def _encoded(self, examples: Sequence[Example]) -> Iterator[Encoded]:
-        rendered = [self.template.render(one.messages, one.tools, one.trained) for one in examples]
+    def _encoded(self, examples: Sequence[Example]) -> Iterator[Conversation]:
+        rendered = [self.template.render(one.messages, one.tools, one.loss_flags) for one in examples]
         return encode(self.template.tokenizer, rendered)

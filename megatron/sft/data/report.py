@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.sft.chat.encoding import Encoded
+from megatron.sft.chat.encoding import Conversation
 from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus
 from megatron.sft.data.preview import colour_wanted, legend, sample_text
@@ -28,8 +28,8 @@ def source_facts(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def print_sample(number: int, tokenizer: Any, conversation: Encoded) -> None:
-    trained = np.repeat(np.arange(len(conversation.runs)) % 2 == 1, conversation.runs)
+def print_sample(number: int, tokenizer: Any, conversation: Conversation) -> None:
+    trained = np.repeat(np.arange(len(conversation.mask_run_lengths)) % 2 == 1, conversation.mask_run_lengths)
     colour = colour_wanted()
     print(f"---- sample {number}: {len(trained)} tokens; {legend(colour)} ----")
     print(sample_text(tokenizer, conversation.tokens, trained, colour), flush=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron.sft.chat.conversations import Conversation
+from megatron.sft.chat.conversations import Messages
 from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.inference.decoding import Decoding
@@ -49,7 +49,7 @@ class ChatModel:
     backend: Backend
     stop_ids: tuple[int, ...]
 
-    def prompt(self, messages: Conversation, control: str = "") -> str:
+    def prompt(self, messages: Messages, control: str = "") -> str:
         """The text that the model goes on from."""
         text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text + control
@@ -75,7 +75,7 @@ class ChatModel:
 
     def answers(
         self,
-        conversations: Sequence[Conversation],
+        conversations: Sequence[Messages],
         control: str,
         decoding: Decoding,
         progress: Callable[[dict[int, Answer]], None] = lambda answers: None,

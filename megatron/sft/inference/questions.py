@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.chat.conversations import FORMAT_FIELDS, Conversation, RowReader
+from megatron.sft.chat.conversations import FORMAT_FIELDS, Messages, RecordReader
 from megatron.sft.data.sources import read_rows
 from megatron.sft.runtime.errors import UserError
 
@@ -15,13 +15,13 @@ _PLACEHOLDER = "-"  # an answer for the row's reader, which asks for one
 class Question:
     """A conversation up to the answer that is asked for, and that answer where the data has one."""
 
-    messages: Conversation
+    messages: Messages
     reference: str | None
 
 
 def read_questions(path: Path, with_reference: bool) -> list[Question]:
     """The rows of a data file. A final assistant turn (or `output`) is the reference; `with_reference` asks for one."""
-    reader = RowReader()
+    reader = RecordReader()
     questions = []
     for row in read_rows(path):
         try:
@@ -31,7 +31,7 @@ def read_questions(path: Path, with_reference: bool) -> list[Question]:
     return questions
 
 
-def _question(reader: RowReader, fields: dict[str, Any], with_reference: bool) -> Question:
+def _question(reader: RecordReader, fields: dict[str, Any], with_reference: bool) -> Question:
     has_answer = True
     if not with_reference:
         fields, has_answer = _with_answer(dict(fields))
