@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron.sft.runtime import device
-from tests import tiny
+from tests.support import tiny
 
 # A shell that starts the tests in the background has them ignore SIGINT, nohup SIGHUP, and so would the runs that are sent one.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -23,10 +23,10 @@ mkdir -p outputs/faults
 campaign() {
   echo "== $1"
   "${@:2}" | tee "outputs/faults/$1.txt"
-  "$PYTHON" -m tests.fault_table "$1" "outputs/faults/$1.txt"
+  "$PYTHON" -m tests.campaigns.fault_table "$1" "outputs/faults/$1.txt"
 }
 
-if [[ $part == kills || $part == all ]]; then campaign kills "$PYTHON" -m tests.kill_campaign --kills "${2:-100}"; fi
-if [[ $part == signals || $part == all ]]; then campaign signals "$PYTHON" -m tests.signal_campaign; fi
-if [[ $part == damage || $part == all ]]; then campaign damage "$PYTHON" -m tests.damage_campaign; fi
+if [[ $part == kills || $part == all ]]; then campaign kills "$PYTHON" -m tests.campaigns.kill_campaign --kills "${2:-100}"; fi
+if [[ $part == signals || $part == all ]]; then campaign signals "$PYTHON" -m tests.campaigns.signal_campaign; fi
+if [[ $part == damage || $part == all ]]; then campaign damage "$PYTHON" -m tests.campaigns.damage_campaign; fi
 if [[ $part == layouts || $part == all ]]; then "$PYTHON" -m pytest -m campaign tests; fi

@@ -4,7 +4,7 @@
 #   bash tests/run.sh [check|shell|python|all] [PYTEST ARGUMENT...]
 #
 # check   ruff, mypy on the package, shellcheck, shfmt and hadolint
-# shell   the scripts themselves: tests/*.bats
+# shell   the scripts themselves: tests/shell/*.bats
 # python  pytest with the arguments given
 # all     these three in this order; the default
 # shellcheck source=scripts/lib/common.sh
@@ -34,7 +34,7 @@ if [[ $part == check || $part == all ]]; then
   step hadolint hadolint Dockerfile
 fi
 if [[ $part == shell || $part == all ]]; then
-  step bats bats --timing tests
+  step bats bats --timing tests/shell
 fi
 if ((${#failed[@]})); then echo "failed before pytest:$(printf ' %s;' "${failed[@]}")"; fi
 if [[ $part == python || $part == all ]]; then

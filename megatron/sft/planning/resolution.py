@@ -182,8 +182,8 @@ def _resolve_steps(found: Resolution) -> None:
         found.training_rows, found.validation_rows = parts
         num_rows = len(parts[0])
         found.add("rows", f"{num_rows:,} for training, {len(parts[1]):,} for validation")
-    wrong_numbers = any(number_problems(options))
-    if wrong_numbers or not found.data_parallel or not (num_rows or options.train_iters):
+    no_batch = min(options.micro_batch_size, options.global_batch_size) < 1
+    if no_batch or not found.data_parallel or not (num_rows or options.train_iters):
         return
     counted = found.attempt(steps, options, num_rows, found.data_parallel)
     if counted is None:

@@ -15,7 +15,7 @@ from megatron.sft.data.tokenized import TokenizedRows
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.registry import read_architecture
 from megatron.sft.model.layout import Layout
-from megatron.sft.planning.options import TrainOptions
+from megatron.sft.planning.options import TrainOptions, variable_named
 from megatron.sft.runtime.errors import UserError
 
 
@@ -151,7 +151,7 @@ def number_problems(options: TrainOptions) -> Iterator[str]:
     """What is wrong with the numbers by themselves."""
     for name in ("micro_batch_size", "global_batch_size", "log_interval", "save_interval", "eval_interval"):
         if getattr(options, name) < 1:
-            yield f"{name.replace('_', '-')} is {getattr(options, name)}: it must be at least 1"
+            yield f"{variable_named(name)} is {getattr(options, name)}: it must be at least 1"
     if options.train_iters < 0 or (options.train_iters == 0 and not options.epochs > 0):
         yield f"TRAIN_ITERS={options.train_iters} and EPOCHS={options.epochs} give no steps: set one above 0"
     if not 0 <= options.min_lr <= options.lr:

@@ -1,0 +1,346 @@
+"""Losses of every parallel layout beside those of one process, through the real engine: a table, and status 1 if any differs.
+
+python -m tests.campaigns.parallel_losses [--set cpu|gpu|device] [--only NAME ...] [--steps N]
+
+cpu: gloo, float32, up to four processes. gpu: one GPU and two (and four, where there are so many) over NCCL, bfloat16 and
+float32, with Transformer Engine where it is installed and without. device: the CPU against one GPU.
+MEGATRON_SFT_DEVICE=cpu keeps everything on the CPU.
+"""
+
+import argparse
+import faulthandler
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tests.support import tiny
+
+if TYPE_CHECKING:
+    from megatron.sft.planning.run_plan import RunPlan
+
+LIMIT_SECONDS = 560  # of one launch, after which every process says where it is
+GLOBAL_BATCH, MICRO_BATCH = 8, 2
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is trained; every layout of a variant must give the losses of one process. engine: Transformer Engine, if there."""
+
+    name: str
+    tolerance: float
+    precision: str = "fp32"
+    model: str = "plain"
+    average: str = "token"
+    engine: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parallel sizes by their options' names; what is left of the processes is data parallel."""
+
+    name: str
+    processes: int
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def options(self) -> list[str]:
+        return [word for name, size in self.sizes.items() for word in ("--" + name.replace("_", "-"), str(size))]
+
+
+ONE = Layout("one", 1)
+_TP, _PP, _CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+_VPP, _SP, _EP = "num_virtual_stages_per_pipeline_rank", "sequence_parallel", "expert_model_parallel_size"
+TWO = [
+    Layout("TP2", 2, {_TP: 2}),
+    Layout("PP2", 2, {_PP: 2}),
+    Layout("CP2", 2, {_CP: 2}),
+    Layout("DP2", 2),
+    Layout("TP2 + SP", 2, {_TP: 2, _SP: 1}),
+    Layout("PP2 x VPP2", 2, {_PP: 2, _VPP: 2}),
+    Layout("EP2", 2, {_EP: 2}),
+]
+FOUR = [
+    Layout("CP2 x TP2 + SP", 4, {_CP: 2, _TP: 2, _SP: 1}),
+    Layout("CP2 x PP2", 4, {_CP: 2, _PP: 2}),
+    Layout("CP2 x DP2", 4, {_CP: 2}),
+    Layout("CP4", 4, {_CP: 4}),
+    Layout("CP2 x PP2 x VPP2", 4, {_CP: 2, _PP: 2, _VPP: 2}),
+    Layout("PP4", 4, {_PP: 4}),
+]
+EXACT = Variant("fp32", 1e-6)
+ON_CPU = [
+    EXACT,
+    Variant("fp32, by conversation", 1e-6, average="conversation"),
+    Variant("fp32, window", 1e-6, model="window"),
+    Variant("fp32, experts", 1e-6, model="experts"),
+]
+ON_GPU = [
+    Variant("bf16", 1e-2, precision="bf16"),
+    Variant("bf16 with TE", 1e-2, precision="bf16", engine=True),
+    Variant("fp32", 1e-4),
+    Variant("fp32 with TE", 1e-4, engine=True),
+    Variant("bf16, window, with TE", 1e-2, precision="bf16", model="window", engine=True),
+    Variant("bf16, experts, with TE", 1e-2, precision="bf16", model="experts", engine=True),
+]
+
+
+DEVICE_MODELS = ("plain", "window", "experts")
+# Length, longest conversation, pairs. On a GPU float32's attention goes conversation by conversation: there they are longer.
+SHORT_ROWS, LONG_ROWS = (256, 23, 128), (1024, 102, 64)
+JOINED = (8, 9, 22)  # rows that the order of the data keeps together with the one before
+
+
+@dataclass
+class Run:
+    """One variant in one layout, and what became of it: losses and gradient norms by step, and the validation loss."""
+
+    variant: Variant
+    layout: Layout
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    validation: float = 0.0
+
+    def difference(self, reference: "Run") -> float:
+        """The largest relative difference of a loss, the validation's included."""
+        return _largest([*self.losses, self.validation], [*reference.losses, reference.validation])
+
+    def norm_difference(self, reference: "Run") -> float:
+        return _largest(self.norms, reference.norms)
+
+
+def _largest(ours: list[float], theirs: list[float]) -> float:
+    assert len(ours) == len(theirs) > 1
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+
+
+def save_models(folder: Path, names: set[str]) -> None:
+    """Four layers of a shape that every layout here can split, as converted checkpoints."""
+    qwen2: dict[str, Any] = {
+        "num_hidden_layers": 4,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_attention_heads": 4,
+    }
+    qwen2 |= {"num_key_value_heads": 2, "vocab_size": tiny.VOCAB_SIZE, "max_position_embeddings": 2048}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    import transformers
+
+    made = {
+        "plain": ("Qwen2", {"tie_word_embeddings": True}),
+        "window": ("Mistral", {"sliding_window": 24, "head_dim": 32, "tie_word_embeddings": False}),
+        "experts": ("Qwen3Moe", {**experts, "head_dim": 32, "tie_word_embeddings": False}),
+    }
+    for name in names:
+        family, changes = made[name]
+        config = getattr(transformers, f"{family}Config")(**qwen2, **changes)
+        tiny._save(getattr(transformers, f"{family}ForCausalLM")(config), folder / f"{name}_hf")
+        tiny.run_module("convert", "--hf-dir", folder / f"{name}_hf", "--output", folder / name)
+
+
+def rows(length: int, longest: int, num_pairs: int) -> list[list[tiny.Conversation]]:
+    """Random rows of conversations of up to `longest` tokens, some of a single one, and one of `num_pairs` conversations of two
+    tokens, which are shorter than context parallelism's chunks."""
+    made = tiny.random_rows(40, length, longest=longest)
+    random = np.random.default_rng(1)
+    for number in (3, 11, 19, 27):
+        tokens = random.integers(0, tiny.VOCAB_SIZE, length)
+        made[number] = [(tokens[:20], tokens[20:])]
+    made[5] = [(pair[:1], pair[1:]) for pair in random.integers(0, tiny.VOCAB_SIZE, (num_pairs, 2))]
+    return made
+
+
+def plan_of(run: Run, steps: int, folder: Path) -> "RunPlan":
+    """What the user's settings would give."""
+    from megatron.sft.planning.options import parse
+    from megatron.sft.planning.resolution import plan_run
+
+    variant = run.variant
+    arguments = ["train", "--load", str(folder / variant.model), "--data-path", str(folder / "rows")]
+    arguments += ["--save", str(folder / "none"), "--precision", variant.precision, "--loss-average", variant.average]
+    arguments += ["--lr", "1e-3", "--min-lr", "1e-4", "--train-iters", str(steps), "--split", "80,20,0"]
+    arguments += ["--global-batch-size", str(GLOBAL_BATCH), "--micro-batch-size", str(MICRO_BATCH)]
+    mode, options = parse([*arguments, *run.layout.options])
+    return plan_run(mode, options, run.layout.processes)
+
+
+def train(run: Run, plan: "RunPlan") -> None:
+    """Fill `run`, in every process of its layout."""
+    from megatron.sft.training import state
+    from megatron.sft.training.engine import Engine
+    from megatron.sft.training.feeder import Feeder
+
+    os.environ["MEGATRON_SFT_TE"] = "1" if run.variant.engine else "0"
+    engine = Engine(plan)
+    state.load_start(engine)
+    feeder = Feeder(plan)
+    for step in range(plan.train_iters):
+        result = engine.train_step(feeder.training(step * GLOBAL_BATCH))
+        run.losses.append(result.loss.reduce()[0])
+        run.norms.append(result.grad_norm)
+    run.validation = engine.evaluate(feeder.validation(0)).reduce()[0]
+
+
+def work(task: Path) -> None:
+    """In each process of a launch: all runs of the task, one after another, those of one layout in the same groups."""
+    from megatron.sft.model import process_groups
+    from megatron.sft.runtime import device, ranks
+
+    content = json.loads(task.read_text())
+    faulthandler.dump_traceback_later(content["limit"], exit=True)
+    runs = [Run(Variant(**one["variant"]), Layout(**one["layout"])) for one in content["runs"]]
+    with device.process_group(timeout_minutes=5):
+        for _, group in itertools.groupby(runs, lambda run: run.layout.name):
+            planned = [(run, plan_of(run, content["steps"], task.parent)) for run in group]
+            with process_groups.model_parallel(planned[0][1].layout):
+                for run, plan in planned:
+                    ranks.print_rank_0(f"  {run.variant.name}, {run.layout.name} …")
+                    train(run, plan)
+            leave_groups()
+    if ranks.is_rank_0():
+        task.with_suffix(".done").write_text(json.dumps([asdict(run) for run in runs]))
+
+
+def leave_groups() -> None:
+    """End the groups of a layout, whose threads and connections would stay until the process ends."""
+    import torch
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
+
+
+def launch(runs: Sequence[Run], steps: int, folder: Path, on_cpu: bool, limit: float = LIMIT_SECONDS) -> None:
+    """Fill runs of one number of processes, in one launch of them."""
+    task = folder / f"task_{runs[0].layout.processes}_{'cpu' if on_cpu else 'gpu'}.json"
+    task.write_text(json.dumps({"steps": steps, "limit": limit, "runs": [asdict(run) for run in runs]}))
+    command = [sys.executable, "-m", "megatron.sft.launch", "--standalone", "--local-addr", "localhost"]
+    command += [
+        "--nproc-per-node",
+        str(runs[0].layout.processes),
+        "-m",
+        "tests.campaigns.parallel_losses",
+        "--task",
+        str(task),
+    ]
+    environment = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tiny.ROOT), os.environ.get("PYTHONPATH")]))
+    if on_cpu:
+        environment |= {"MEGATRON_SFT_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit + 60
+    )
+    assert result.returncode == 0, f"status {result.returncode}:\n{result.stdout[-20000:]}"
+    for run, done in zip(runs, json.loads(task.with_suffix(".done").read_text()), strict=True):
+        run.losses, run.norms, run.validation = done["losses"], done["norms"], done["validation"]
+
+
+def compare(
+    variants: Sequence[Variant],
+    layouts: Sequence[Layout],
+    steps: int,
+    on_cpu: bool,
+    limit: float = LIMIT_SECONDS,
+) -> list[tuple[Run, Run]]:
+    """Every variant in every layout, each beside the same variant in one process. One launch a number of processes."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_models(folder, {variant.model for variant in variants})
+        sizes = SHORT_ROWS if on_cpu else LONG_ROWS
+        tiny.write_rows(folder / "rows", rows(*sizes), sizes[0], JOINED)
+        runs = [Run(variant, layout) for layout in [ONE, *layouts] for variant in variants if _fits(variant, layout)]
+        for number in sorted({run.layout.processes for run in runs}):
+            launch([run for run in runs if run.layout.processes == number], steps, folder, on_cpu, limit)
+    ones = {run.variant.name: run for run in runs if run.layout == ONE}
+    return [(run, ones[run.variant.name]) for run in runs if run.layout != ONE]
+
+
+def _fits(variant: Variant, layout: Layout) -> bool:
+    # Under TP experts get sequence parallelism by themselves.
+    if variant.model == "experts":
+        return _TP not in layout.sizes or _SP in layout.sizes
+    return _EP not in layout.sizes
+
+
+def compare_devices(steps: int) -> list[tuple[Run, Run]]:
+    """One GPU, with Transformer Engine and without, each beside the CPU."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_models(folder, set(DEVICE_MODELS))
+        tiny.write_rows(folder / "rows", rows(*SHORT_ROWS), SHORT_ROWS[0], JOINED)
+        on_cpu = [Run(Variant(f"CPU, {model}", 1e-4, model=model), ONE) for model in DEVICE_MODELS]
+        launch(on_cpu, steps, folder, on_cpu=True)
+        pairs = []
+        for engine in (False, True):
+            for reference in on_cpu:
+                name = f"GPU {'with' if engine else 'without'} TE, {reference.variant.model}"
+                pairs.append((Run(replace(reference.variant, name=name, engine=engine), ONE), reference))
+        launch([run for run, _ in pairs], steps, folder, on_cpu=False)
+    return pairs
+
+
+def available_layouts(on_cpu: bool) -> list[Layout]:
+    """Those for which this machine has the GPUs; on the CPU all."""
+    import torch
+
+    return [one for one in TWO + FOUR if on_cpu or one.processes <= torch.cuda.device_count()]
+
+
+def report(pairs: Sequence[tuple[Run, Run]]) -> list[str]:
+    """Print a line a run; returns the names of those that differ by more than their variant's tolerance."""
+    wrong = []
+    print(
+        f"{'variant':<28} {'layout':<18} {'first loss':>10} {'last':>10} {'difference':>11} {'of norms':>9}  tolerance"
+    )
+    for run, reference in pairs:
+        difference, norms = run.difference(reference), run.norm_difference(reference)
+        agrees = difference <= run.variant.tolerance
+        if not agrees:
+            wrong.append(f"{run.variant.name}, {run.layout.name}")
+        print(
+            f"{run.variant.name:<28} {run.layout.name:<18} {run.losses[0]:>10.6f} {run.losses[-1]:>10.6f} "
+            f"{difference:>11.1e} {norms:>9.1e}  {run.variant.tolerance:.0e}{'' if agrees else '  DIFFERS'}",
+            flush=True,
+        )
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", choices=("cpu", "gpu", "device"), default="cpu")
+    parser.add_argument("--only", nargs="*", help="layouts to take, by name")
+    parser.add_argument("--variants", nargs="*", help="variants to take, by name")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds for one launch")
+    parser.add_argument("--task", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.task:
+        work(arguments.task)
+        return
+    started = time.monotonic()
+    if arguments.set == "device":
+        pairs = compare_devices(arguments.steps)
+    else:
+        on_cpu = arguments.set == "cpu"
+        layouts = available_layouts(on_cpu)
+        layouts = [one for one in layouts if not arguments.only or one.name in arguments.only]
+        variants = ON_CPU if on_cpu else ON_GPU
+        variants = [one for one in variants if not arguments.variants or one.name in arguments.variants]
+        pairs = compare(variants, layouts, arguments.steps, on_cpu, arguments.limit)
+    wrong = report(pairs)
+    print(f"{len(pairs)} runs of {arguments.steps} steps in {time.monotonic() - started:.0f} s, {len(wrong)} differ")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Every parallel layout gives the losses of one process; on a machine with GPUs the same bodies run over NCCL."""
+
+import pytest
+import torch
+
+from tests.campaigns import parallel_losses
+from tests.campaigns.parallel_losses import Run, Variant
+
+
+@pytest.mark.timeout(900)
+def test_shared_rows_and_interleaved_stages_give_the_losses_of_one_process() -> None:
+    """On CPU, tied embeddings, with rows of one long conversation and rows of conversations shorter than the chunks."""
+    names = {"CP2", "PP2 x VPP2", "CP2 x TP2 + SP", "CP2 x PP2", "CP2 x DP2", "CP2 x PP2 x VPP2"}
+    layouts = [one for one in (*parallel_losses.TWO, *parallel_losses.FOUR) if one.name in names]
+    assert {one.name for one in layouts} == names
+    variants = [
+        Variant("by token", 1e-6),
+        Variant("window, by conversation", 1e-6, model="window", average="conversation"),
+    ]
+    pairs = parallel_losses.compare(variants, layouts, steps=5, on_cpu=True)
+    assert len(pairs) == len(names) * len(variants)
+    for run, one in pairs:
+        _check(run, one)
+
+
+@pytest.mark.gpu
+def test_the_cpu_and_a_gpu_with_and_without_transformer_engine_give_the_same_losses() -> None:
+    for run, on_cpu in parallel_losses.compare_devices(steps=10):
+        _check(run, on_cpu)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.timeout(1200)
+def test_two_gpus_or_four_give_the_losses_of_one() -> None:
+    layouts = parallel_losses.available_layouts(on_cpu=False)
+    for run, one in parallel_losses.compare(parallel_losses.ON_GPU, layouts, steps=20, on_cpu=False):
+        _check(run, one)
+
+
+def _check(run: Run, reference: Run) -> None:
+    where = f"{run.variant.name}, {run.layout.name}"
+    assert run.difference(reference) <= run.variant.tolerance, where
+    if run.variant.precision == "fp32":
+        assert run.norm_difference(reference) <= 10 * run.variant.tolerance, where

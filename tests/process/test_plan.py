@@ -1,0 +1,137 @@
+"""`plan`: what it says of every recipe on a machine that has nothing yet, and that it finds all that would stop a run."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import tiny
+
+RECIPES = tiny.ROOT / "scripts" / "sft"
+SIZES = ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
+CASES = [(path.stem, "") for path in sorted(RECIPES.glob("*.sh")) if path.stem not in ("SFT_Quickstart", "SFT_Qwen2.5")]
+CASES += [("SFT_Qwen2.5", size) for size in SIZES]
+
+
+def plan(recipe: Path, **variables: object) -> tuple[int, str]:
+    """(status, output with every line whole) of `bash RECIPE plan`."""
+    ours = {name: value for name, value in os.environ.items() if name.isupper()}
+    environment = {**ours, "MEGATRON_SFT_PYTHON": sys.executable, "MEGATRON_SFT_DEVICE": "cpu"}
+    result = subprocess.run(
+        ["bash", str(recipe), "plan"],
+        env={**environment, **{name: str(value) for name, value in variables.items()}},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=60,
+    )
+    assert "Traceback" not in result.stdout, result.stdout
+    return result.returncode, re.sub(r"\n {6,}", " ", result.stdout)
+
+
+def line(output: str, name: str) -> str:
+    found = re.search(rf"^  {name} +(.*)$", output, flags=re.MULTILINE)
+    assert found, f"no line {name!r} in:\n{output}"
+    return found[1]
+
+
+@pytest.mark.parametrize(("recipe", "size"), CASES)
+def test_a_recipe_is_planned_before_its_model_and_data_are_there(recipe: str, size: str, tmp_path: Path) -> None:
+    path = RECIPES / f"{recipe}.sh"
+    variables = {"MODEL_SIZE": size} if size else {}
+    status, output = plan(path, ASSETS_DIR=tmp_path, OUTPUT_PATH=tmp_path / "run", **variables)
+    assert status == 2
+    assert re.search(r"1\. PRETRAIN_CHECKPOINT_PATH .* does not exist: make it with scripts/2_convert.sh", output)
+    assert re.search(r"2\. DATA_PATH .* does not exist: make it with scripts/3_tokenize.sh", output)
+    assert "bash scripts/1_download.sh model " in output.partition("do first:")[2]
+    assert re.match(r"\d+\.\d GiB .*RECOMPUTE=(none|selective|full) .*: weights \d", line(output, "memory of a GPU"))
+    # What the recipe's head promises is what plan says.
+    head = path.read_text().partition("#SBATCH")[0]
+    promised = f"# Fits with {size} (memory by plan): " if size else "# Fits (memory by plan): "
+    assert f"{promised}{line(output, 'fits')}\n" in head
+
+
+@pytest.fixture
+def recipe(converted: Path, packed_rows: Path, tmp_path: Path) -> Path:
+    """A recipe of the tiny model and data."""
+    path = tmp_path / "my recipe.sh"
+    path.write_text(
+        f'TRAIN_ITERS=10\n: "${{LR:=1e-3}}"\nMIN_LR=1e-4\nPRETRAIN_CHECKPOINT_PATH="{converted}"\nDATA_PATH="{packed_rows}"\n'
+        f'OUTPUT_PATH="{tmp_path}/a run"\n: "${{GLOBAL_BATCH_SIZE:=8}}"\nsource "{tiny.ROOT}/scripts/4_train.sh"\n'
+    )
+    return path
+
+
+def test_a_run_that_can_start_is_planned_with_where_each_value_came_from(recipe: Path) -> None:
+    status, output = plan(recipe, LR="2e-3", TOKENS_PER_SECOND=1000)
+    assert status == 0, output
+    assert "LR=0.002" in line(output, "environment") and "TOKENS_PER_SECOND=1000.0" in line(output, "environment")
+    assert "MIN_LR=0.0001" in line(output, "recipe") and "TRAIN_ITERS=10 " in line(output, "recipe")
+    assert "WEIGHT_DECAY=0.1" in line(output, "defaults")
+    assert line(output, "steps") == "10 (TRAIN_ITERS, 1.25 epochs), of them 0 of warm-up"
+    manifest = json.loads(Path(re.search(r"DATA_PATH=(\S+)", output)[1] + ".json").read_text())  # type: ignore[index]
+    seconds = 80 / 64 * manifest["tokens"] / 1000
+    assert line(output, "time").startswith(f"0m{int(seconds):02d}s for ")
+
+
+def test_the_time_is_taken_from_an_earlier_part_of_the_run(recipe: Path) -> None:
+    run = recipe.parent / "a run"
+    run.mkdir()
+    speeds = [{"iteration": n, "tokens_per_second": speed} for n, speed in enumerate((10.0, 2000.0, 2100.0))]
+    lines = [json.dumps(each) for each in [*speeds, {"iteration": 3, "validation_loss": 1.0}]]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"iteration": 4, "tok')
+    status, output = plan(recipe)
+    assert status == 0 and "at 2,000 tokens/s (the median of " in line(output, "time")
+
+
+def test_every_problem_is_listed_not_only_the_first(recipe: Path, packed_rows: Path, tmp_path: Path) -> None:
+    shutil.copy(packed_rows.with_name(packed_rows.name + ".bin"), tmp_path / "cut.bin")
+    for ending in ("idx", "json"):
+        shutil.copy(packed_rows.with_name(f"{packed_rows.name}.{ending}"), tmp_path / f"cut.{ending}")
+    with open(tmp_path / "cut.bin", "r+b") as file:
+        file.truncate(100)
+    text = recipe.read_text().replace(f'DATA_PATH="{packed_rows}"', f'DATA_PATH="{tmp_path}/cut"')
+    recipe.write_text(text)
+    status, output = plan(
+        recipe, LR="1e-5", TENSOR_PARALLEL_SIZE=3, GLOBAL_BATCH_SIZE=7, MICRO_BATCH_SIZE=2, GPU_MEMORY_GIB=0.5,
+        LOG_INTERVAL=0, SEQ_LENGTH=128,
+    )  # fmt: skip
+    problems = output.partition("this run cannot start:")[2]
+    assert status == 2
+    for expected in (
+        "LOG_INTERVAL is 0",
+        "MIN_LR=0.0001 must lie between 0 and LR=1e-05",
+        "TP=3 does not divide the model's 4 attention heads and 2 KV heads: choose TP from 1, 2",
+        "cut.bin has 100 bytes, its manifest says ",
+        "GLOBAL_BATCH_SIZE=7 is not a multiple of MICRO_BATCH_SIZE=2 x 1 data-parallel copies: take 8",
+        "a GPU needs about ",
+    ):
+        assert expected in problems, output
+
+
+def test_the_gpu_that_a_run_does_not_fit_is_named(recipe: Path) -> None:
+    status, output = plan(recipe, GPU_MEMORY_GIB=1)
+    assert status == 2 and "has 1.0 (GPU_MEMORY_GIB): take RECOMPUTE=auto" in output
+    status, output = plan(recipe, GPU_MEMORY_GIB=24)
+    assert status == 0 and line(output, "GPU") == "24.0 GiB, GPU_MEMORY_GIB"
+
+
+def test_checkpoints_that_the_disk_cannot_hold_are_a_problem(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text().replace("TRAIN_ITERS=10", "TRAIN_ITERS=1000000000"))
+    status, output = plan(recipe, SAVE_INTERVALS=1)
+    assert status == 2 and re.search(
+        r"1000000000 checkpoints of 1\.\d MB do not fit the .* GB free in .*: save less often", output
+    )
+
+
+def test_planning_writes_nothing_and_a_converted_model_beside_is_pointed_to(recipe: Path, converted: Path) -> None:
+    before = sorted(recipe.parent.rglob("*"))
+    recipe.write_text(recipe.read_text().replace(str(converted), str(converted).replace("TP1PP1", "TP2PP1")))
+    status, output = plan(recipe)
+    assert status == 2 and f"PRETRAIN_CHECKPOINT_PATH={converted}, which is there" in output
+    assert sorted(recipe.parent.rglob("*")) == before

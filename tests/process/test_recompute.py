@@ -1,0 +1,49 @@
+"""What is computed again changes no loss, and fp16 with its loss scale stays near float32: through the engine, on CPU."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.campaigns import resume_on_gpu
+from tests.support import tiny
+
+STEPS = 4
+
+
+def _losses(folder: Path, precision: str, recompute: str) -> list[float]:
+    from benchmarks import train
+
+    words = ["--model", folder, "--row-length", 128, "--conversations", "50,40,38", "--trained", 0.6, "--stack", "ours"]
+    words += ["--steps", STEPS, "--warm-up", 0, "--precision", precision, "--recompute", recompute]
+    arguments = train.parse(list(map(str, words)))
+    rows = train.make_rows(128, arguments.conversations, 0.6, tiny.VOCAB_SIZE, 32)
+    return train._our_steps(arguments, rows)[1]
+
+
+def test_recomputing_gives_the_same_losses_and_fp16_ones_like_them(tmp_path: Path) -> None:
+    output = tiny.run_script(Path(__file__), tiny.save_qwen2(tmp_path / "model", tied=False))
+    found = json.loads(output.strip().splitlines()[-1])
+    assert len(set(found["fp32 none"])) == STEPS
+    assert found["fp32 selective"] == found["fp32 none"] == found["fp32 full"] == found["fp32 auto"]
+    for half in ("fp16 none", "bf16 none"):
+        assert all(abs(a - b) <= 1e-3 * b for a, b in zip(found[half], found["fp32 none"], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(1200)
+def test_every_precision_and_optimizer_resumes_on_a_gpu_as_if_it_had_not_stopped() -> None:
+    resume_on_gpu.check(list(resume_on_gpu.KINDS))
+
+
+if __name__ == "__main__":
+    cases = [
+        ("fp32", "none"),
+        ("fp32", "selective"),
+        ("fp32", "full"),
+        ("fp32", "auto"),
+        ("bf16", "none"),
+        ("fp16", "none"),
+    ]
+    print(json.dumps({f"{p} {r}": _losses(Path(sys.argv[1]), p, r) for p, r in cases}))

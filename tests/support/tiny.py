@@ -1,0 +1,275 @@
+"""Tiny models and tiny tokenised data, and running the project's modules in real processes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCAB_SIZE = 131
+TIMEOUT_SECONDS = 240
+
+# A conversation is (prompt tokens, answer tokens); a row is a list of them.
+Conversation = tuple[np.ndarray, np.ndarray]
+
+
+def save_qwen2(folder: Path, tied: bool) -> Path:
+    """Random float32 weights, larger than transformers' own, so that every part of the model matters."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        use_sliding_window=False,
+    )
+    return _save(Qwen2ForCausalLM(config), folder)
+
+
+def save_llama(folder: Path) -> Path:
+    """bfloat16, 5 layers (uneven over 2 or 4 stages), head_dim apart from hidden size / heads."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    return _save(LlamaForCausalLM(config), folder, torch.bfloat16)
+
+
+def _save(model: "object", folder: Path, dtype: "object" = None) -> Path:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # type: ignore[attr-defined]
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * noise)
+            else:
+                parameter.copy_(noise * (0.5 if name.endswith("bias") else 0.1))
+    if dtype is not None:
+        model.to(dtype)  # type: ignore[attr-defined]
+    model.save_pretrained(folder)  # type: ignore[attr-defined]
+    return folder
+
+
+def random_rows(num_rows: int, length: int, seed: int = 0, longest: int = 23) -> list[list[Conversation]]:
+    """Rows of as many random conversations of 4 to `longest` tokens as fit."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for _ in range(num_rows):
+        row: list[Conversation] = []
+        while sum(len(p) + len(a) for p, a in row) <= length - longest - 1:
+            size = int(generator.integers(4, longest + 1))
+            prompt = int(generator.integers(1, size))
+            tokens = generator.integers(0, VOCAB_SIZE, size)
+            row.append((tokens[:prompt], tokens[prompt:]))
+        rows.append(row)
+    return rows
+
+
+def write_rows(prefix: Path, rows: list[list[Conversation]], length: int, joined: Collection[int] = ()) -> Path:
+    """Write rows as tokenised data with a manifest; returns the prefix. joined: rows of one unit with the row before."""
+    from megatron.sft.data.tokenized import (
+        FORMAT,
+        MODE_FIRST,
+        MODE_JOINED,
+        MODE_TRAINED,
+        file_of,
+        token_dtype,
+        write_index,
+    )
+    from megatron.sft.runtime.manifest import sealed, sha256_of_file, write_json
+
+    lengths, modes, documents = [], [], [0]
+    for number, row in enumerate(rows):
+        for prompt, answer in row:
+            lengths += [len(prompt), len(answer)]
+            modes += [MODE_FIRST, MODE_TRAINED]
+        if number in joined:
+            modes[-2 * len(row)] |= MODE_JOINED
+        documents.append(len(lengths))
+    dtype = token_dtype(VOCAB_SIZE)
+    tokens = np.concatenate([part for row in rows for pair in row for part in pair]).astype(dtype)
+    tokens.tofile(file_of(prefix, "bin"))
+    write_index(file_of(prefix, "idx"), dtype, np.array(lengths), np.array(documents), np.array(modes))
+    trained = int(np.array(lengths)[np.array(modes) == MODE_TRAINED].sum())
+    manifest = {
+        "format": FORMAT,
+        "length": length,
+        "rows": len(rows),
+        "conversations": sum(map(len, rows)),
+        "tokens": len(tokens),
+        "trained_tokens": trained,
+        "max_token_id": int(tokens.max()),
+        "dtype": dtype.name,
+        "chat_template": None,
+        "files": {
+            ending: {
+                "bytes": file_of(prefix, ending).stat().st_size,
+                "sha256": sha256_of_file(file_of(prefix, ending)),
+            }
+            for ending in ("bin", "idx")
+        },
+    }
+    write_json(file_of(prefix, "json"), sealed(manifest))
+    return prefix
+
+
+def run_module(module: str, *arguments: object, status: int = 0) -> str:
+    """Run `python -m megatron.sft.<module>` and return its output; `status` is the exit status it must have."""
+    return _run([sys.executable, "-m", f"megatron.sft.{module}", *map(str, arguments)], status)
+
+
+def launch(processes: int, module: str, *arguments: object, status: int = 0) -> str:
+    """The same in several processes over gloo."""
+    command = [sys.executable, "-m", "megatron.sft.launch", "--standalone", "--local-addr", "localhost"]
+    command += ["--nproc-per-node", str(processes), "-m", f"megatron.sft.{module}", *map(str, arguments)]
+    return _run(command, status)
+
+
+def launch_test_worker(processes: int, script: Path, *arguments: object) -> str:
+    """Run a test's own script in several processes."""
+    command = [sys.executable, "-m", "megatron.sft.launch", "--standalone", "--local-addr", "localhost"]
+    return _run([*command, "--nproc-per-node", str(processes), str(script), *map(str, arguments)], 0)
+
+
+def run_script(script: Path, *arguments: object) -> str:
+    """Run a test's own script in one process."""
+    return _run([sys.executable, str(script), *map(str, arguments)], 0)
+
+
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+def _run(command: list[str], status: int) -> str:
+    environment = {**os.environ, "PYTHONPATH": _python_path(), "OMP_NUM_THREADS": "1", "MEGATRON_SFT_DEVICE": "cpu"}
+    result = subprocess.run(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT_SECONDS
+    )
+    assert result.returncode == status, f"status {result.returncode} instead of {status}:\n{result.stdout[-6000:]}"
+    return result.stdout
+
+
+def losses(folder: Path) -> list[float]:
+    """The training losses of a run, step by step."""
+    return [line["loss"] for line in metrics(folder) if "loss" in line]
+
+
+def validation_losses(folder: Path) -> list[float]:
+    return [line["validation_loss"] for line in metrics(folder) if "validation_loss" in line]
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(folder: Path) -> "dict[str, object]":
+    """All tensors of a Hugging Face folder."""
+    from safetensors.torch import load_file
+
+    result: dict[str, object] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        result.update(load_file(path))
+    return result
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Bit-equal: the same names, dtypes and values."""
+    import torch
+
+    ours, theirs = tensors(one), tensors(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert isinstance(tensor, torch.Tensor)
+        other_tensor = theirs[name]
+        assert isinstance(other_tensor, torch.Tensor)
+        assert tensor.dtype == other_tensor.dtype and torch.equal(tensor, other_tensor), name
+
+
+def save_family(folder: Path, family: str) -> Path:
+    """A random model of one architecture, float32 (bfloat16 for `*_bf16`), with an odd vocabulary."""
+    import torch
+    import transformers
+
+    name, changes = FAMILIES[family]
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
+    sizes |= {"num_hidden_layers": 5, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 512}
+    config = getattr(transformers, f"{name}Config")(**{**sizes, "tie_word_embeddings": False, **changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    return _save(model, folder, torch.bfloat16 if family.endswith("_bf16") else None)
+
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
+    "qwen2": ("Qwen2", {}),
+    "qwen2_tied_bf16": ("Qwen2", {"tie_word_embeddings": True}),
+    "llama2_bf16": ("Llama", {"num_key_value_heads": 8, "rms_norm_eps": 1e-5}),
+    "llama3": ("Llama", {"rope_parameters": {**_LLAMA3_ROPE, "original_max_position_embeddings": 8192}}),
+    # Other values than Llama 3.1's, so short that the scaling bends within a few positions; tied as in Llama 3.2.
+    "llama32_tied": (
+        "Llama",
+        {
+            "tie_word_embeddings": True,
+            "head_dim": 16,
+            "rope_parameters": {
+                **_LLAMA3_ROPE,
+                "rope_theta": 1e4,
+                "factor": 32.0,
+                "low_freq_factor": 1.5,
+                "high_freq_factor": 6.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "mistral_window": ("Mistral", {"sliding_window": 24, "head_dim": 16}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "qwen3_bf16": ("Qwen3", {"head_dim": 32}),
+    "qwen3_tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "head_dim": 16,
+        },
+    ),
+    "qwen3_moe_unnormalised": (
+        "Qwen3Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": False,
+            "head_dim": 16,
+        },
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}),
+}

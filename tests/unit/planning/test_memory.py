@@ -1,0 +1,128 @@
+"""The estimate of a GPU's memory: counts against real models, totals against peaks measured on a GPU."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron.sft.hf.published_configs import find_architecture, published_configs
+from megatron.sft.model import cross_entropy
+from megatron.sft.model.layout import Layout
+from megatron.sft.planning import memory
+from megatron.sft.planning.layouts import suggest_layouts
+from megatron.sft.planning.memory import GIB, MemorySettings, cheapest_recompute, estimate, num_parameters
+from tests.support import tiny
+
+ONE = Layout()
+# A row of 16,384 tokens of the 1.5B model on one GPU, 4 micro-batches a step.
+R1_1_5B, ROW = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", MemorySettings(16384, micro_batches=4)
+
+
+@pytest.mark.parametrize(
+    ("model", "published"),
+    [
+        (R1_1_5B, 1_777_088_000),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", 8_030_261_248),
+        ("meta-llama/Llama-2-7b-hf", 6_738_415_616),
+        ("mistralai/Mistral-7B-v0.1", 7_241_732_096),
+        ("Qwen/Qwen2-7B-Instruct", 7_615_616_512),
+        ("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768),
+        ("Qwen/Qwen2.5-14B-Instruct", 14_770_033_664),
+        ("Qwen/Qwen2.5-72B-Instruct", 72_706_203_648),
+    ],
+)
+def test_the_number_of_parameters_is_the_published_one(model: str, published: int) -> None:
+    assert num_parameters(find_architecture(model)[0]) == published
+
+
+def test_every_model_of_the_table_can_be_read() -> None:
+    for model in published_configs():
+        assert estimate(find_architecture(model)[0], Layout(), 1, ROW).total > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor", "pipeline", "expert"),
+    [("qwen2", 2, 2, 1), ("qwen2_tied_bf16", 1, 2, 1), ("qwen3_moe", 1, 1, 2)],
+)
+def test_each_process_has_as_many_weights_as_estimated(
+    family: str, tensor: int, pipeline: int, expert: int, tmp_path: Path
+) -> None:
+    folder = tiny.save_family(tmp_path / family, family)
+    worker = tiny.ROOT / "tests" / "support" / "stage_sizes.py"
+    count = max(tensor * pipeline, expert)
+    tiny.launch_test_worker(count, worker, folder / "config.json", tensor, pipeline, expert)
+
+
+@pytest.mark.parametrize(
+    ("layout", "copies", "changes", "measured_gib"),
+    [
+        # torch.cuda.max_memory_allocated of tools/benchmark_train, docs/performance.md
+        (ONE, 1, {}, 62.2),
+        (ONE, 1, {"recompute": "selective"}, 52.0),
+        (ONE, 1, {"recompute": "full"}, 33.0),
+        (ONE, 1, {"optimizer_precision": "bf16"}, 49.0),
+        (ONE, 1, {"optimizer_precision": "bf16", "recompute": "selective"}, 38.7),
+        (ONE, 1, {"optimizer_offload": True}, 42.4),
+        (ONE, 1, {"precision": "fp8"}, 59.5),
+        (ONE, 1, {"precision": "fp8", "recompute": "selective"}, 58.2),
+        (ONE, 1, {"row_length": 8192}, 46.5),
+        (ONE, 1, {"row_length": 32768, "recompute": "selective"}, 73.7),
+        (ONE, 2, {}, 52.3),
+        (Layout(2, sequence_parallel=True), 1, {}, 31.3),
+        (Layout(1, 2), 1, {}, 47.1),
+        (Layout(1, 1, 2), 1, {}, 36.6),
+        (Layout(2, 2, sequence_parallel=True), 1, {}, 23.6),
+    ],
+)
+def test_the_estimate_is_within_10_percent_of_peaks_measured_on_an_h200(
+    layout: Layout, copies: int, changes: dict[str, object], measured_gib: float
+) -> None:
+    architecture, _ = find_architecture(R1_1_5B)
+    estimated = estimate(architecture, layout, copies, replace(ROW, **changes)).tensors / GIB  # type: ignore[arg-type]
+    assert abs(estimated / measured_gib - 1) <= 0.10
+
+
+def test_more_recomputation_takes_less_memory_and_the_cheapest_that_fits_is_taken() -> None:
+    architecture, _ = find_architecture(R1_1_5B)
+    sizes = [estimate(architecture, Layout(), 1, replace(ROW, recompute=word)).total for word in memory.RECOMPUTE_WORDS]
+    assert sizes == sorted(sizes, reverse=True)
+    for word, size in zip(memory.RECOMPUTE_WORDS, sizes, strict=True):
+        assert cheapest_recompute(architecture, Layout(), 1, ROW, int(size * 1.05)) == word
+    assert cheapest_recompute(architecture, Layout(), 1, ROW, 0) == "full"
+
+
+def test_the_first_stage_of_a_pipeline_keeps_a_micro_batch_for_every_stage() -> None:
+    architecture, _ = find_architecture("Qwen/Qwen2.5-7B-Instruct")
+    few, many = (
+        estimate(architecture, Layout(1, 4), 1, replace(ROW, micro_batches=count)).activations for count in (1, 8)
+    )
+    assert 3.5 < many / few <= 4.0
+
+
+def test_data_parallel_copies_share_the_optimizer_and_offloading_empties_it() -> None:
+    architecture, _ = find_architecture(R1_1_5B)
+    one, four = (estimate(architecture, Layout(), copies, ROW) for copies in (1, 4))
+    assert one.optimizer == 12 * num_parameters(architecture) and four.optimizer == one.optimizer // 4
+    assert (one.weights, one.gradients) == (four.weights, four.gradients)
+    assert estimate(architecture, Layout(), 1, replace(ROW, optimizer_offload=True)).optimizer == 0
+
+
+def test_the_chunk_of_the_loss_head_is_the_one_it_uses() -> None:
+    assert memory.HEAD_CHUNK_TOKENS == cross_entropy.CHUNK_TOKENS
+
+
+def test_suggested_layouts_fit_divide_the_gpus_and_the_fastest_comes_first() -> None:
+    architecture, _ = find_architecture("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
+    found = suggest_layouts(architecture, 8, 80 * GIB, MemorySettings(16384), 128)
+    assert found and all(each.memory.total <= 80 * GIB for each in found)
+    assert all(each.layout.model_size * each.data_parallel == 8 for each in found)
+    assert all(architecture.num_kv_heads % each.layout.tensor_parallel == 0 for each in found)
+    assert [each.cost for each in found] == sorted(each.cost for each in found)
+
+
+def test_the_plan_tool_reads_a_folder_and_says_what_it_does_not_know(tiny_qwen2: Path) -> None:
+    assert "RECOMPUTE=none  (DP 2)" in tiny.run_module("suggest", tiny_qwen2, "--gpus", 2, "--row-length", 512)
+    unknown = tiny.run_module("suggest", "someone/else", status=2)
+    assert unknown.startswith("error: someone/else is neither a folder with a config.json nor one of ")
+    small = tiny.run_module("suggest", R1_1_5B, "--gpus", 1, "--gpu-memory", 24, status=2)
+    assert "nothing fits 1 GPU of 23.6 GiB: take more GPUs" in small
