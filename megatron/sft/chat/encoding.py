@@ -10,7 +10,8 @@ import numpy as np
 
 from megatron.sft.chat.bpe_cache import WordEncoder
 from megatron.sft.chat.conversations import Example
-from megatron.sft.chat.template import Answer, ChatTemplate, RenderedText, template_of
+from megatron.sft.chat.skeleton import Answer
+from megatron.sft.chat.template import ChatTemplate, RenderedText, template_of
 from megatron.sft.hf.tokenizer_files import VOCABULARY_FILES
 from megatron.sft.runtime.errors import UserError
 

@@ -226,7 +226,7 @@ def test_a_generation_block_without_the_end_of_turn_is_refused() -> None:
         "{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>' }}",
     )
     with WithTemplate("SmolLM2", template) as tokenizer:
-        assert "leaves out the end-of-turn token" in refusal(tokenizer, SINGLE)
+        assert "ends before the end-of-turn token" in refusal(tokenizer, SINGLE)
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
@@ -258,13 +258,13 @@ def test_the_work_grows_linearly_with_the_number_of_turns(monkeypatch: pytest.Mo
     template = ChatTemplate(tokenizer_of("SmolLM2"))
     template.render(MULTI)
     num_renders = 0
-    render = template._text
+    render = template.tokenizer.apply_chat_template
 
     def counted(*arguments: Any, **more: Any) -> str:
         nonlocal num_renders
         num_renders += 1
         return render(*arguments, **more)
 
-    monkeypatch.setattr(template, "_text", counted)
+    monkeypatch.setattr(template.tokenizer, "apply_chat_template", counted)
     template.render(turns("a", "b", "c", "d", "e", "f"))
     assert num_renders == 1

@@ -391,24 +391,31 @@ def test_an_unknown_template_name_is_refused() -> None:
         chosen_template("vicuna")
 
 
-def test_long_conversations_take_renders_in_proportion_to_new_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_conversations_take_renders_in_proportion_to_new_patterns_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """100 rounds cost a handful of renders, not one for every answer, and the mask is the same."""
     template = template_of("qwen3")
     num_characters = 0
-    render = template._text
+    render = template.tokenizer.apply_chat_template
 
-    def counted(messages: Messages, tools: Any = None, prompt: bool = False) -> str:
+    def counted(*arguments: Any, **more: Any) -> str:
         nonlocal num_characters
-        text = render(messages, tools, prompt)
+        text: str = render(*arguments, **more)
         num_characters += len(text)
         return text
 
-    monkeypatch.setattr(template, "_text", counted)
+    monkeypatch.setattr(template.tokenizer, "apply_chat_template", counted)
     messages = turns(*(f"turn {index}" for index in range(200)))
-    one = template.render(messages)
-    assert num_characters < 6 * len(one.text)
+    rendered = template.render(messages)
+    assert num_characters < 6 * len(rendered.text)
     expected = [f"turn {index}<|im_end|>" for index in range(1, 199, 2)] + [NO_THOUGHT + "turn 199<|im_end|>"]
-    assert [one.text[start:end] for start, end in one.trained] == expected
+    assert [rendered.text[start:end] for start, end in rendered.trained] == expected
+
+
+def test_an_empty_result_in_a_long_conversation_has_its_place() -> None:
+    """The prompt after it cannot be found by its text, so it is rendered in full."""
+    messages = [*turns(*(f"turn {index}" for index in range(20))), ASKED, CALLED, {"role": "tool", "content": ""}]
+    messages += [{"role": "assistant", "content": "No answer."}, *turns("Thanks!", "Welcome.")]
+    assert trained(template_of("qwen3"), messages)[-3:-1] == [HERMES + "<|im_end|>", "No answer.<|im_end|>"]
 
 
 def tokenised(
