@@ -52,7 +52,7 @@ def _measure(arguments: argparse.Namespace, trained: float) -> float:
 
     def step() -> None:
         hidden.grad = weight.grad = None
-        chosen = hidden.index_select(0, targets.positions)
+        chosen = hidden.index_select(0, targets.hidden_indices)
         loss, _ = weighted_cross_entropy(chosen, weight, targets, arguments.vocabulary, group)
         loss.backward()
 

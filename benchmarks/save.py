@@ -71,16 +71,15 @@ def _measure(folder: Path, pieces: list[Piece], repeats: int) -> None:
 
 
 def _save(folder: Path, iteration: int, pieces: Sequence[Piece], checksum: Any) -> float:
-    from megatron.sft.checkpoint import writing
-
-    writing.hashlib.sha256 = checksum
+    module: Any = hashlib
+    module.sha256 = checksum
     beside = unfinished_path(folder, iteration)
     beside.mkdir(parents=True)
     started = time.monotonic()
     written = write_pieces(beside, 0, pieces, Event())
     put_in_place(folder, iteration, beside, {"files": write_index(beside, [written])})
     seconds = time.monotonic() - started
-    writing.hashlib.sha256 = _SHA256
+    module.sha256 = _SHA256
     remove_superfluous(folder, iteration, 1, 0)
     assert iteration_path(folder, iteration).is_dir()
     return seconds

@@ -3,7 +3,7 @@
 #
 #   bash tests/run.sh [check|shell|python|all] [PYTEST ARGUMENT...]
 #
-# check   ruff, mypy on the package, shellcheck, shfmt and hadolint
+# check   ruff, mypy on the package, the order of its rooms, words, shellcheck, shfmt and hadolint
 # shell   the scripts themselves: tests/shell/*.bats
 # python  pytest with the arguments given
 # all     these three in this order; the default
@@ -28,7 +28,9 @@ if [[ $part == check || $part == all ]]; then
   mapfile -t shell_files < <(find scripts tests tools .ci -type f \( -name '*.sh' -o -name '*.bash' -o -name '*.bats' -o -name '*.sbatch' -o -name '*.env' -o -path .ci/run -o -path 'tools/*' \) | sort)
   step "ruff check" "$PYTHON" -m ruff check .
   step "ruff format" "$PYTHON" -m ruff format --check .
-  step mypy "$PYTHON" -m mypy megatron/sft
+  step mypy "$PYTHON" -m mypy megatron/sft benchmarks
+  step imports lint-imports --no-logo --no-cache
+  step words "$PYTHON" tests/support/words.py
   step shellcheck shellcheck -x "${shell_files[@]}"
   step shfmt shfmt -d -i 2 -ci "${shell_files[@]}"
   step hadolint hadolint Dockerfile

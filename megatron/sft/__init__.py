@@ -3,4 +3,4 @@
 `megatron` is a namespace package shared with megatron-core: there must never be a `megatron/__init__.py`.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -7,11 +7,7 @@ from collections.abc import Sequence
 
 from megatron.sft.hf.published_configs import find_architecture
 from megatron.sft.planning.layouts import Suggestion, suggest_layouts
-from megatron.sft.planning.memory import (
-    GIB,
-    MemorySettings,
-    num_parameters,
-)
+from megatron.sft.planning.memory import GIB, MemorySettings, num_parameters
 from megatron.sft.planning.memory_fit import CARDS
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 
@@ -19,21 +15,19 @@ from megatron.sft.runtime.errors import OneLineParser, UserError, run
 def table(suggestions: list[Suggestion]) -> str:
     """The suggestions as lines for people, with the settings to write into a recipe."""
     lines = []
-    for each in suggestions:
-        layout = each.layout
+    for suggestion in suggestions:
+        layout = suggestion.layout
         sizes = {
             "TENSOR_PARALLEL_SIZE": layout.tensor_parallel,
             "PIPELINE_PARALLEL_SIZE": layout.pipeline_parallel,
             "CONTEXT_PARALLEL_SIZE": layout.context_parallel,
             "EXPERT_PARALLEL_SIZE": layout.expert_parallel,
         }
-        words = [f"{name}={size}" for name, size in sizes.items() if size > 1] + ["SEQUENCE_PARALLEL=1"] * (
-            layout.sequence_parallel
-        )
-        words += [f"RECOMPUTE={each.recompute}"]
-        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in each.memory.parts().items())
-        lines.append(f"  {' '.join(words)}  (DP {each.data_parallel})")
-        lines.append(f"      {each.memory.total / GIB:.1f} GiB: {parts}")
+        words = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+        words += ["SEQUENCE_PARALLEL=1"] * layout.sequence_parallel + [f"RECOMPUTE={suggestion.recompute}"]
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in suggestion.memory.parts().items())
+        lines.append(f"  {' '.join(words)}  (DP {suggestion.data_parallel})")
+        lines.append(f"      {suggestion.memory.total / GIB:.1f} GiB: {parts}")
     return "\n".join(lines)
 
 
@@ -56,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A card of 80 GB on its label has 79.1 GiB in nvidia-smi, one of 141 GB 139.8.
     gpu_bytes = int(CARDS.get(f"{asked.gpu_memory:g} GB", asked.gpu_memory) * GIB)
     settings = MemorySettings(
-        row_length=asked.row_length,
+        seq_length=asked.row_length,
         micro_batch_size=asked.micro_batch_size,
         precision=asked.precision,
         optimizer_precision=asked.optimizer_precision,
@@ -72,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"nothing fits {asked.gpus} GPU{'s' * (asked.gpus > 1)} of {gpu_bytes / GIB:.1f} GiB: take more GPUs, shorter "
             "rows, --optimizer-precision bf16 or --optimizer-offload"
         )
-    print("what fits, what is thought fastest first:")
+    print("layouts that fit, estimated fastest first:")
     print(table(found))
     return 0
 

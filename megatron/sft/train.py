@@ -1,4 +1,4 @@
-"""Training. `bash scripts/4_train.sh [train|resume]` with settings in shell variables, which runs in every process
+"""Training: one process of a run. `bash scripts/4_train.sh [train|resume]`, with settings in shell variables, starts
 
 torchrun --nproc-per-node N -m megatron.sft.train [train|resume] --load CKPT --data-path PREFIX --save OUT …
 """
@@ -14,10 +14,10 @@ from dataclasses import replace
 
 from megatron.sft.planning.options import TrainOptions, parse
 from megatron.sft.runtime import watchdog
-from megatron.sft.runtime.errors import UserError, run
+from megatron.sft.runtime.errors import UserError, first_line, run
 from megatron.sft.runtime.signals import LOST_PEER, StopRequest
 
-# What gloo and the store say when a process at the other end has died: an effect, whose cause is told elsewhere.
+# What gloo and the store say when the process at the other end has died: an effect; the cause is reported by that process.
 _LOST_PEER = re.compile(r"Connection (closed|reset) by|Broken pipe|Connection refused|recvValue failed")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             place = error.filename or f"OUTPUT_PATH {options.save}"
             raise UserError(
-                f"{error.strerror}: {place}: mend the disk or free space, then run the same command"
+                f"{error.strerror}: {place}: check the disk or free space, then run the same command"
             ) from error
         if type(error).__name__ == "OutOfMemoryError":
             raise UserError(
@@ -69,16 +69,16 @@ def _train(mode: str, options: TrainOptions, arguments: Sequence[str], stop: Sto
 
         if plan.resume and options.verify_checkpoint:
             plan = replace(plan, start=checked_run(plan.start))
-        return Run(plan, stop).go()
+        return Run(plan, stop).train()
 
 
 def _reason(error: BaseException) -> str:
-    text = str(error).strip().partition("\n")[0]
+    text = first_line(error)
     return text if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {text}"
 
 
 def _end() -> None:
-    """Run, and end without waiting for threads and connections that an error has left hanging."""
+    """Run `main`, and after an error exit without waiting for threads and connections that it has left hanging."""
     try:
         run(main)
     except SystemExit as error:
@@ -88,7 +88,7 @@ def _end() -> None:
         if status == 1:
             traceback.print_exc()
         else:
-            # On this machine the launcher knows the cause, and ends this process; from another the watchdog hears it.
+            # On this machine the launcher knows the cause and ends this process; on another one the watchdog hears it.
             time.sleep(5)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -63,6 +63,7 @@ install_locked() {
   installed_below >"$SETUP_STATE/constraints.txt" || install_failed "could not list what $VENV has"
   if grep -qi '^torch==' "$SETUP_STATE/constraints.txt"; then torch=$(grep -i '^torch==' "$SETUP_STATE/constraints.txt"); fi
   if [[ -n ${TORCH_INDEX_URL-} ]]; then index=(--extra-index-url "$TORCH_INDEX_URL"); fi
+  if [[ -n ${MEGATRON_SFT_CONSTRAINTS-} ]]; then index+=(--constraint "$MEGATRON_SFT_CONSTRAINTS"); fi
   echo "setting up $VENV for $file: $("$VENV/bin/python" --version), $torch; this happens once (log: $SETUP_STATE/install.log)" >&2
   if [[ -n $made_with && ! -e /dev/nvidia0 && -z ${TORCH_INDEX_URL-} && $torch == torch==2.13.0 ]]; then
     echo "no GPU here: if pip fetches CUDA packages, stop it and set TORCH_INDEX_URL to PyTorch's index of CPU builds" >&2

@@ -6,6 +6,7 @@
 #                        so that the container and the machine around it can share one repository
 #   TORCH_INDEX_URL      an extra package index for torch, as pip's --extra-index-url: PyTorch's index of CPU builds where pip
 #                        would take a CUDA build of gigabytes on a machine without a GPU, or that of an older CUDA version
+#   MEGATRON_SFT_CONSTRAINTS  a file of versions, as pip's --constraint: constraints/3.11.txt has those that CI tests
 
 VENV=${MEGATRON_SFT_VENV:-$ROOT/.venv${NVIDIA_PYTORCH_VERSION:+-nvidia-$NVIDIA_PYTORCH_VERSION}}
 SETUP_STATE=$VENV.setup # beside it: the lock, the log and the mark of an unfinished install

@@ -1,4 +1,4 @@
-"""Runs that are interrupted, broken and fed with NaN: they end with a reason, and go on as if nothing had happened.
+"""Runs that are interrupted, killed and fed with NaN: they end with a reason and continue as if nothing had happened.
 
 The short set; `bash tests/faults.sh` runs all of it.
 """
@@ -55,17 +55,24 @@ def test_a_run_ends_before_its_time_limit_with_everything_saved(material: Materi
     assert steps and run.latest() == int(steps[2] or 0)
 
 
-def test_a_failed_run_starts_again_by_itself(material: Material, tmp_path: Path) -> None:
-    run = RealRun(material, tmp_path / "restarted", "DP2", ["--async-save", "0"])
-    run.arguments.insert(1, "train")  # which would refuse the checkpoints of the first start
-    seen = run.start({"hold": ["forward and backward", 7, 1, 1.0]}, restarts=1).wait_for("forward and backward", 7, 1)
+def test_the_same_command_continues_a_run_of_which_a_process_died(material: Material, tmp_path: Path) -> None:
+    run = RealRun(material, tmp_path / "continued", "DP2", ["--async-save", "0"])
+    seen = run.start({"hold": ["forward and backward", 7, 1, 1.0]}).wait_for("forward and backward", 7, 1)
     assert seen
     os.kill(seen.pid, signal.SIGKILL)
-    assert run.finish() == 0, run.output
+    assert run.finish() == 128 + signal.SIGKILL, run.output
     assert f"rank 1 (process {seen.pid}) was ended by SIGKILL" in run.output
-    assert "starting again from the last checkpoint (0 more)" in run.output
+    assert run.start().finish() == 0, run.output
     assert "resumed at iteration 6" in run.output
     assert_same_run(run, material.reference("DP2"))
+
+
+def test_the_launcher_refuses_to_start_a_run_again(material: Material, tmp_path: Path) -> None:
+    run = RealRun(material, tmp_path / "restarted", "1x1")
+    run.launcher += ["--max-restarts", "3"]
+    assert run.start().finish() == 2
+    errors = [line for line in run.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "--max-restarts 3" in errors[0] and "scripts/cluster/submit.sh" in errors[0], run.output
 
 
 def test_numbers_that_are_not_finite_are_traced_to_their_conversation(material: Material, tmp_path: Path) -> None:
@@ -75,7 +82,7 @@ def test_numbers_that_are_not_finite_are_traced_to_their_conversation(material: 
     line = run.output.splitlines()[-1]
     found = re.fullmatch(
         r"error: iteration 5: the gradient is not finite \(norm nan\): row (\d+), conversation 1 of \d+ of (\S+) "
-        r"\(tools/show_sample (\S+) (\d+)\); lower LR, mend the data, or leave such steps out with ON_NAN=skip",
+        r"\(tools/show_sample (\S+) (\d+)\); lower LR, fix the data, or skip such steps with ON_NAN=skip",
         line,
     )
     assert found, run.output
@@ -85,7 +92,7 @@ def test_numbers_that_are_not_finite_are_traced_to_their_conversation(material: 
     assert tiny.VOCAB_SIZE - 1 in TokenizedRows(poisoned.data)[int(found[1])].tokens
 
 
-def test_a_step_that_is_left_out_changes_nothing_but_the_position(material: Material, tmp_path: Path) -> None:
+def test_a_skipped_step_changes_nothing_but_the_position(material: Material, tmp_path: Path) -> None:
     run = RealRun(poison(material, "traced", 5), tmp_path / "nan", "DP2", ["--on-nan", "skip", "--save-interval", "1"])
     assert run.start(POISON).finish() == 0, run.output
     before, after = (json.loads((run.save / f"iter_000000{n}" / "manifest.json").read_text()) for n in (4, 5))
@@ -96,10 +103,10 @@ def test_a_step_that_is_left_out_changes_nothing_but_the_position(material: Mate
     logged = {line["iteration"]: line for line in tiny.metrics(run.save) if "loss" in line}
     assert sorted(logged) == [1, 2, 3, 4, *range(6, STEPS + 1)] and logged[6]["skipped_steps"] == 1
     run = RealRun(poison(material, "traced", 5), tmp_path / "none", "1x1", ["--on-nan", "skip", "--max-skipped", "0"])
-    assert run.start(POISON).finish() == 2 and "1 steps were left out, MAX_SKIPPED=0 may be" in run.output
+    assert run.start(POISON).finish() == 2 and "1 steps skipped, the limit is MAX_SKIPPED=0" in run.output
 
 
-def test_a_run_whose_first_step_was_left_out_can_be_saved_and_continued(material: Material, tmp_path: Path) -> None:
+def test_a_run_whose_first_step_was_skipped_can_be_saved_and_continued(material: Material, tmp_path: Path) -> None:
     options = ["--on-nan", "skip", "--save-interval", "1", "--train-iters"]
     first = RealRun(poison(material, "first", 1), tmp_path / "first", "1x1", [*options, "1"])
     assert first.start(POISON).finish() == 0 and first.latest() == 1, first.output

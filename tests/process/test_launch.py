@@ -46,6 +46,7 @@ def main():
         os.kill(os.getpid(), signal.SIGSTOP)
     if case != "fine":
         time.sleep(30)
+    return 0
 
 run(main)
 """
@@ -57,7 +58,7 @@ import sys
 from megatron.sft import launch
 from megatron.sft.runtime import elastic_agent
 elastic_agent.STOPPED_SECONDS = float(sys.argv.pop(1))
-launch.main()
+sys.exit(launch.main())
 """
 
 
@@ -141,7 +142,7 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
     assert process.stdout and process.stdout.readline().startswith("SIGTERM: the run saves")
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=20)
-    assert (process.returncode, errors) == (143, "ended at once by a second signal; the last checkpoint is good\n")
+    assert (process.returncode, errors) == (143, "ended immediately by a second signal; the last checkpoint is good\n")
 
 
 def test_a_stopped_process_is_named_and_ended(tmp_path: Path) -> None:

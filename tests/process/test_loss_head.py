@@ -35,7 +35,7 @@ def _expected() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _check(rank: int, ranks: int, group: torch.distributed.ProcessGroup) -> None:
-    cross_entropy.CHUNK_TOKENS = 16
+    cross_entropy.HEAD_CHUNK_TOKENS = 16
     hidden, weight, ids, weights = _inputs()
     part = slice(rank * PADDED // ranks, (rank + 1) * PADDED // ranks)
     hidden, local = hidden.requires_grad_(), weight[part].clone().requires_grad_()

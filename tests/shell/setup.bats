@@ -106,3 +106,11 @@ ready() {
   [[ $output == *"error: $root/.venv has no working Python 3.11 or 3.12 and was not made here: "* ]]
   [[ -d $root/.venv/mine ]]
 }
+
+@test "MEGATRON_SFT_CONSTRAINTS names the versions to take" {
+  package "$packages" one 1.1
+  echo "one" >"$root/requirements.txt"
+  echo "one==1.0" >"$BATS_TEST_TMPDIR/tested.txt"
+  MEGATRON_SFT_CONSTRAINTS=$BATS_TEST_TMPDIR/tested.txt run -0 ready
+  [[ $output == *"one==1.0"* && $output == *"torch==2.13.0"* ]]
+}

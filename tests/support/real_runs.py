@@ -78,15 +78,13 @@ class RealRun:
         self.log = save.with_name(save.name + ".log")
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(
-        self, faults: dict[str, object] | None = None, environment: dict[str, str] | None = None, restarts: int = 0
-    ) -> "RealRun":
+    def start(self, faults: dict[str, object] | None = None, environment: dict[str, str] | None = None) -> "RealRun":
         self.announcements.write_text("")
         given = {"announce": str(self.announcements), **(faults or {})}
         basic = {"PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1", "MEGATRON_SFT_DEVICE": "cpu"}
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                [*self.launcher, "--max-restarts", str(restarts), *self.arguments],
+                [*self.launcher, *self.arguments],
                 env={**os.environ, **basic, "FAULTS": json.dumps(given), **(environment or {})},
                 stdout=log,
                 stderr=subprocess.STDOUT,

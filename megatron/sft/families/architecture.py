@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""A model's architecture as config.json states it: sizes, pieces, and the mixture of experts if there is one."""
 
 from dataclasses import dataclass
 

@@ -97,7 +97,7 @@ class PackedAttention(MegatronModule):
         # Flash attention counts from the end of the keys, where the queries stand.
         longest = max(runs.lengths), max(runs.key_lengths)
         return varlen_attention(
-            query, key, value, runs.borders, runs.key_borders, *longest, self.softmax_scale, self.window
+            query, key, value, runs.cu_seqlens, runs.key_cu_seqlens, *longest, self.softmax_scale, self.window
         )
 
 
@@ -105,8 +105,8 @@ def varlen_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    borders: Tensor,
-    key_borders: Tensor,
+    cu_seqlens: Tensor,
+    key_cu_seqlens: Tensor,
     longest: int,
     longest_key: int,
     scale: float,
@@ -119,7 +119,7 @@ def varlen_attention(
     if query.shape[1] != key.shape[1] and _varlen_asks_for_groups():
         options["enable_gqa"] = True
     context = varlen_attn(
-        query, key, value, borders, key_borders, longest, longest_key, scale=scale, window_size=window, **options
+        query, key, value, cu_seqlens, key_cu_seqlens, longest, longest_key, scale=scale, window_size=window, **options
     )
     assert isinstance(context, Tensor)
     return context
@@ -127,7 +127,7 @@ def varlen_attention(
 
 @cache
 def _varlen_asks_for_groups() -> bool:
-    """True if this torch's varlen_attn must be told of fewer key heads than query heads (2.11's kernel just takes them)."""
+    """True if this torch's varlen_attn has an option for fewer key than query heads (2.11's takes them without one)."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters

@@ -62,8 +62,6 @@ def transformer_config(
     """
     check_layout(layout, architecture)
     params_dtype = DTYPES[precision]
-    stage_layers = layout.stage_layers(architecture)
-    uneven = len(set(stage_layers)) > 1
     accumulate = device.has_gpu() and not has_transformer_engine()
     if accumulate:
         use_in_linear_layers()
@@ -85,37 +83,46 @@ def transformer_config(
         window_size=(architecture.sliding_window - 1, 0) if architecture.sliding_window else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=layout.tensor_parallel,
-        pipeline_model_parallel_size=layout.pipeline_parallel,
-        context_parallel_size=layout.context_parallel,
-        sequence_parallel=layout.sequence_parallel,
-        num_layers_in_first_pipeline_stage=stage_layers[0] if uneven else None,
-        num_layers_in_last_pipeline_stage=stage_layers[-1] if uneven else None,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
-        # Between two stages only megatron-core's single transfers keep the two directions of interleaved chunks apart.
-        overlap_p2p_comm=layout.virtual_pipeline > 1,
-        batch_p2p_comm=layout.virtual_pipeline == 1,
-        batch_p2p_sync=False,
-        pipeline_dtype=params_dtype,
-        # Rows differ in length (see `pipeline.RowPipeline`).
-        variable_seq_lengths=layout.pipeline_parallel > 1,
-        moe_token_dispatcher_type="alltoall",
-        **_moe_fields(architecture, layout),
         params_dtype=params_dtype,
         bf16=params_dtype == torch.bfloat16,
         fp16=params_dtype == torch.float16,
         calculate_per_token_loss=True,
         use_cpu_initialization=not device.has_gpu(),
         perform_initialization=False,
-        # Transformer Engine's layers do it by a switch of their own (build_model).
+        # Transformer Engine's layers have another switch for it (see build_model).
         gradient_accumulation_fusion=accumulate,
+        # megatron-core's fusions need Apex, Transformer Engine or torch.compile; the decoder layer here has its own kernels.
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         persist_layer_norm=False,
+        **_parallel_fields(architecture, layout, params_dtype),
+        **_moe_fields(architecture, layout),
         **_recompute_fields(recompute),
         **(_fp8_fields(fp8_recipe, architecture) if precision == "fp8" else {}),
     )
+
+
+def _parallel_fields(architecture: Architecture, layout: Layout, params_dtype: torch.dtype) -> dict[str, Any]:
+    stage_layers = layout.stage_layers(architecture)
+    uneven = len(set(stage_layers)) > 1
+    interleaved = layout.virtual_pipeline > 1
+    return {
+        "tensor_model_parallel_size": layout.tensor_parallel,
+        "pipeline_model_parallel_size": layout.pipeline_parallel,
+        "context_parallel_size": layout.context_parallel,
+        "sequence_parallel": layout.sequence_parallel,
+        "num_layers_in_first_pipeline_stage": stage_layers[0] if uneven else None,
+        "num_layers_in_last_pipeline_stage": stage_layers[-1] if uneven else None,
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline if interleaved else None,
+        # Between two stages only megatron-core's single transfers keep the two directions of interleaved chunks apart.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "batch_p2p_sync": False,
+        "pipeline_dtype": params_dtype,
+        # Rows differ in length (see `pipeline.RowPipeline`).
+        "variable_seq_lengths": layout.pipeline_parallel > 1,
+    }
 
 
 def _moe_fields(architecture: Architecture, layout: Layout) -> dict[str, Any]:
@@ -127,6 +134,7 @@ def _moe_fields(architecture: Architecture, layout: Layout) -> dict[str, Any]:
         moe_utils.te_general_gemm = None
     return {
         "num_moe_experts": moe.num_experts,
+        "moe_token_dispatcher_type": "alltoall",
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
         "moe_router_topk": moe.experts_per_token,
         # Softmax over the chosen experts' scores alone makes their weights sum to 1.

@@ -11,21 +11,19 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
 from megatron.sft.model.fused_wgrad import add_product, added_gradient
-
-# Fewer, larger chunks go over the weight's gradient less often; this one takes 0.8 GiB of logits with 152,000 ids.
-CHUNK_TOKENS = 2816
+from megatron.sft.model.layout import HEAD_CHUNK_TOKENS
 
 
 @dataclass(frozen=True)
 class Targets:
     """What a micro-batch is trained on. n is the number of trained tokens.
 
-    positions: [n] int64, where in the micro-batch the hidden state is that predicts the token.
+    hidden_indices: [n] int64, index in the micro-batch of the hidden state that predicts each token.
     ids: [n] int64, the tokens to predict.
     weights: [n] float32, each token's weight in the loss; 1 for an average over tokens.
     """
 
-    positions: Tensor
+    hidden_indices: Tensor
     ids: Tensor
     weights: Tensor
 
@@ -37,22 +35,23 @@ def weighted_cross_entropy(
     vocab_size: int,
     group: ProcessGroup,
     weight_is_shared: bool = False,
-    loss_scale: Tensor | None = None,
+    upstream_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over the trained tokens of weight * -log p(token), float32 scalar, and -log p of each, [n] float32 without gradient.
 
     Both are equal on every rank of `group`.
 
-    hidden: [n, hidden size], the same on every rank of `group`, already taken at `targets.positions`; its gradient is this
-    rank's part only, to be summed over `group` by the caller. weight: [padded vocabulary / ranks, hidden size], this rank's
-    rows of the output matrix. Rows from `vocab_size` on are padding and take no probability.
+    hidden: [n, hidden size], the same on every rank of `group`, selected by `targets.hidden_indices`; its gradient is this
+    rank's part only, to be summed over `group` by the caller.
+    weight: [padded vocabulary / ranks, hidden size], this rank's rows of the output matrix. Rows from `vocab_size` on are
+    padding and take no probability.
 
-    The gradient of a weight that has megatron-core's `main_grad` is added there at once. It supposes that the backward pass
-    starts from this sum with the gradient `loss_scale` (float32 scalar; None is 1). weight_is_shared: the weight gets another
-    gradient from the embedding, which completes it.
+    The gradient of a weight that has megatron-core's `main_grad` is added there in the forward pass, which assumes that the
+    backward pass starts from this sum with the gradient `upstream_grad` (float32 scalar; None is 1).
+    weight_is_shared: the weight gets another gradient from the embedding, which completes it.
     """
     result: tuple[Tensor, Tensor] = _WeightedCrossEntropy.apply(
-        hidden, weight, targets, vocab_size, group, weight_is_shared, loss_scale, torch.is_grad_enabled()
+        hidden, weight, targets, vocab_size, group, weight_is_shared, upstream_grad, torch.is_grad_enabled()
     )
     return result
 
@@ -67,11 +66,11 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         vocab_size: int,
         group: ProcessGroup,
         weight_is_shared: bool,
-        loss_scale: Tensor | None,
+        upstream_grad: Tensor | None,
         needs_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         token_losses = torch.empty(len(targets.ids), dtype=torch.float32, device=hidden.device)
-        scaled = targets.weights if loss_scale is None else targets.weights * loss_scale
+        scaled = targets.weights if upstream_grad is None else targets.weights * upstream_grad
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
         main_grad = getattr(weight, "main_grad", None)
         grad_weight = None
@@ -79,8 +78,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if main_grad is None else main_grad
         first_row = group.rank() * weight.shape[0]
         num_rows = max(0, min(weight.shape[0], vocab_size - first_row))
-        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
+        for start in range(0, hidden.shape[0], HEAD_CHUNK_TOKENS):
+            part = slice(start, start + HEAD_CHUNK_TOKENS)
             logits = hidden[part] @ weight.t()  # [chunk, vocabulary / ranks]
             local_ids = targets.ids[part] - first_row
             statistics = _statistics(logits, local_ids, num_rows)
@@ -92,14 +91,14 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 del gradient
             del logits  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight if main_grad is None else None)
-        ctx.weight, ctx.weight_is_shared, ctx.loss_scale = weight, weight_is_shared, loss_scale
+        ctx.weight, ctx.weight_is_shared, ctx.upstream_grad = weight, weight_is_shared, upstream_grad
         ctx.mark_non_differentiable(token_losses)
         return token_losses @ targets.weights, token_losses
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad_outputs[0] if ctx.loss_scale is None else grad_outputs[0] / ctx.loss_scale
+        scale = grad_outputs[0] if ctx.upstream_grad is None else grad_outputs[0] / ctx.upstream_grad
         grad_hidden = grad_hidden * scale.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * scale).to(ctx.weight.dtype)

@@ -33,10 +33,10 @@ class DecoderLayer(TransformerLayer):
         """
         recompute = self.training and torch.is_grad_enabled() and self.config.recompute_granularity == "selective"
         residual, normed = self.input_layernorm(hidden_states)
-        mixed, _ = self.self_attention.linear_qkv(normed)  # [t, 1, groups * (heads / groups + 2) * head_dim]
+        qkv, _ = self.self_attention.linear_qkv(normed)  # [t, 1, groups * (heads / groups + 2) * head_dim]
         if recompute:
-            _recompute(normed, mixed, partial(self.input_layernorm.write, residual.detach()))
-        attended = self._attend(mixed.squeeze(1), rotary_pos_emb, packed_seq_params)
+            _recompute(normed, qkv, partial(self.input_layernorm.write, residual.detach()))
+        attended = self._attend(qkv.squeeze(1), rotary_pos_emb, packed_seq_params)
         residual, normed = self.pre_mlp_layernorm(residual, attended)
         if self.is_moe_layer:
             output, _ = self.mlp(normed)
@@ -49,13 +49,13 @@ class DecoderLayer(TransformerLayer):
             _recompute(active, output, partial(write_swiglu, gate_up.detach()))
         return residual + output, None
 
-    def _attend(self, mixed: Tensor, tables: Tensor, packed: PackedSeqParams) -> Tensor:
+    def _attend(self, qkv: Tensor, tables: Tensor, packed: PackedSeqParams) -> Tensor:
         attention = self.self_attention
         num_groups, head_dim = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
         if attention.q_layernorm is None:
-            query, key, value = split_and_rotate(mixed, tables, num_groups, head_dim)
+            query, key, value = split_and_rotate(qkv, tables, num_groups, head_dim)
         else:
-            query, key, value = split_heads(mixed, num_groups, head_dim)
+            query, key, value = split_heads(qkv, num_groups, head_dim)
             query = rotate(attention.q_layernorm(query), tables)
             key = rotate(attention.k_layernorm(key), tables)
             value = value.contiguous()

@@ -18,13 +18,13 @@ def add_product(total: Tensor, gradient: Tensor, inputs: Tensor) -> None:
 
 
 def added_gradient(weight: Tensor) -> Tensor:
-    """What a backward pass returns for a weight whose gradient it has added to `main_grad`, and marks the weight so.
+    """What a backward pass returns for a weight whose gradient it has added to `main_grad`; marks the weight accordingly.
 
-    megatron-core wants a tensor there, which it then throws away unread: this one lies over `main_grad` and takes no memory.
+    megatron-core expects a tensor here and discards it unread: this one is a view of `main_grad` and takes no memory.
     """
     marked: Any = weight
     marked.grad_added_to_main_grad = True
-    # megatron-core would add it all the same where embeddings are tied, counting on zeros.
+    # With tied embeddings megatron-core would add the returned tensor anyway, expecting zeros.
     marked.zero_out_wgrad = False
     size = weight.numel() * weight.element_size()
     unread: Tensor = marked.main_grad.flatten().view(torch.uint8)[:size].view(weight.dtype).view(weight.shape)
@@ -32,7 +32,7 @@ def added_gradient(weight: Tensor) -> Tensor:
 
 
 class _Products:
-    """What megatron-core's linear layers call, by the names of Apex's module."""
+    """The functions of Apex's module that megatron-core's linear layers call."""
 
     @staticmethod
     def wgrad_gemm_accum_fp32(inputs: Tensor, gradient: Tensor, total: Tensor) -> None:
@@ -42,6 +42,9 @@ class _Products:
 
 
 def use_in_linear_layers() -> None:
-    """Have megatron-core's own linear layers, where their configuration asks for fused accumulation, add by `add_product`."""
+    """Make megatron-core's own linear layers use `add_product` where their configuration asks for fused accumulation.
+
+    Replaces two names of megatron.core.tensor_parallel.layers (docs/seams.md).
+    """
     layers.fused_weight_gradient_mlp_cuda = _Products
     layers._grad_accum_fusion_available = True

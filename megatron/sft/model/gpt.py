@@ -23,7 +23,6 @@ from megatron.sft.model.attention import PackedAttention
 from megatron.sft.model.config import has_transformer_engine
 from megatron.sft.model.cross_entropy import weighted_cross_entropy
 from megatron.sft.model.decoder_layer import DecoderLayer
-from megatron.sft.model.embedding import TokenEmbedding
 from megatron.sft.model.inputs import MicroBatch
 from megatron.sft.model.layout import Layout
 from megatron.sft.model.norm import ResidualNorm, RMSNorm
@@ -34,7 +33,7 @@ from megatron.sft.runtime import device
 class OutputHead(tensor_parallel.ColumnParallelLinear):
     """The output layer, computing the loss instead of all logits.
 
-    It stays a module of its own because megatron-core waits for a module's gathered parameters when the module is called.
+    It stays a separate module because megatron-core waits for a module's gathered parameters when the module is called.
     """
 
     def forward(
@@ -51,7 +50,7 @@ class OutputHead(tensor_parallel.ColumnParallelLinear):
             local = hidden @ weight.t()
             whole: Tensor = tensor_parallel.gather_from_tensor_model_parallel_region(local, group=self.tp_group)
             return whole[:, :vocab_size]
-        trained = hidden.index_select(0, batch.targets.positions)  # [n, hidden]
+        trained = hidden.index_select(0, batch.targets.hidden_indices)  # [n, hidden]
         shared_here = self.weight is None  # tied, and the embedding lies on this stage
         # What the backward pass will start with: the weight's gradient is made before.
         scale = batch.gradient_scale
@@ -79,7 +78,7 @@ class SFTModel(GPTModel):
 
         logits=True gives [t, vocabulary] instead of the loss, gathered over TP and without padded rows, for comparisons.
         """
-        hidden: Tensor = super().forward(batch.tokens, batch.positions, None, packed_seq_params=batch.packed)
+        hidden: Tensor = super().forward(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed)
         if not self.post_process:
             return hidden
         tied = self.share_embeddings_and_output_weights
@@ -122,8 +121,6 @@ def build_model(architecture: Architecture, layout: Layout, config: TransformerC
         # would ask for Apex, which only its own layers need.
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
-        if isinstance(module, VocabParallelEmbedding):
-            module.__class__ = TokenEmbedding
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     return model if on_meta else model.to(device.current())
 

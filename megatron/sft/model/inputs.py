@@ -12,19 +12,19 @@ from megatron.sft.model.cross_entropy import Targets
 class AttentionRuns:
     """`QueryChunks` as attention kernels take them. Lengths are host numbers, so that no layer waits for the device.
 
-    borders, key_borders: int32 [runs + 1], each 0 and the running sum of the lengths. key_order: as in `QueryChunks`.
+    cu_seqlens, key_cu_seqlens: int32 [runs + 1], 0 and the running sum of lengths, key_lengths. key_order: see `QueryChunks`.
     """
 
     lengths: list[int]
     key_lengths: list[int]
-    borders: Tensor
-    key_borders: Tensor
+    cu_seqlens: Tensor
+    key_cu_seqlens: Tensor
     key_order: Tensor | None
 
 
 @dataclass
 class PackedRows(PackedSeqParams):
-    """The borders of a micro-batch's conversations, over all context-parallel ranks, and what this rank's tokens attend to."""
+    """Where a micro-batch's conversations begin, over all context-parallel ranks, and what this rank's tokens attend to."""
 
     runs: AttentionRuns | None = None
 
@@ -33,8 +33,8 @@ class PackedRows(PackedSeqParams):
 class MicroBatch:
     """One micro-batch on the device. t is the number of tokens on this context-parallel rank, padding included.
 
-    tokens, positions: [1, t] int64; positions restart in each conversation.
-    packed: the conversations' borders; padding at a conversation's end is part of it, at the row's end one of its own.
+    tokens, position_ids: [1, t] int64; position_ids restart at 0 in each conversation.
+    packed: the conversations' cu_seqlens; padding after a conversation belongs to it, padding after the row is a run itself.
     targets: the trained tokens whose predicting hidden state is on this rank.
     loss_count: int64 scalar, what the summed loss is to be divided by (trained tokens, or conversations), this rank's part.
     num_tokens, sum_squared_lengths: of the conversations of all ranks without padding.
@@ -43,7 +43,7 @@ class MicroBatch:
     """
 
     tokens: Tensor
-    positions: Tensor
+    position_ids: Tensor
     packed: PackedRows
     targets: Targets
     loss_count: Tensor

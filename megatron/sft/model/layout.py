@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.runtime.errors import UserError
 
+# Trained tokens whose logits the output head forms at a time (see cross_entropy); here, because `plan` needs it without loading
+# megatron-core. Larger chunks pass over the weight's gradient less often; this one takes 0.8 GiB of logits with 152,000 ids.
+HEAD_CHUNK_TOKENS = 2816
+
 
 @dataclass(frozen=True)
 class Layout:

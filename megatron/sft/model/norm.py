@@ -15,7 +15,7 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         weight: Any = self.weight
-        # megatron-core sums the gradients of so marked parameters over TP.
+        # megatron-core sums the gradients of parameters marked this way over TP.
         weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: Tensor) -> Tensor:

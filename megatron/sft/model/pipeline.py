@@ -21,8 +21,8 @@ Shapes = tuple[list[int], list[int]]
 class RowPipeline(P2PCommunicator):
     """Transfers between pipeline stages of rows that differ in length.
 
-    All stages have the same micro-batches, so each knows the shape of what comes next. megatron-core would have them send
-    each other the shapes first, and wait for the device each time.
+    All stages have the same micro-batches, so each knows the shape of what comes next. megatron-core would make them send
+    each other the shapes first and wait for the device each time.
     """
 
     def __init__(self, config: TransformerConfig, lengths: Sequence[int], num_chunks: int) -> None:

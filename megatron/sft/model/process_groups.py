@@ -1,4 +1,4 @@
-"""Processes: joining them into megatron-core's parallel groups, and starting more of them from a single one."""
+"""Joining this process to torch.distributed and to megatron-core's parallel groups."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,14 +9,17 @@ from megatron.sft.runtime import device
 
 @contextlib.contextmanager
 def parallel(layout: Layout, seed: int = 1234, timeout_minutes: float = 10.0) -> Iterator[None]:
-    """Join this process to its group with the parallel sizes of `layout`; seeds the generators; leaves at the end."""
+    """Join the default process group and the parallel groups of `layout`, seed the generators, and leave both at the end."""
     with device.process_group(timeout_minutes), model_parallel(layout, seed):
         yield
 
 
 @contextlib.contextmanager
 def model_parallel(layout: Layout, seed: int = 1234) -> Iterator[None]:
-    """megatron-core's groups with the parallel sizes of `layout`, among the processes that have joined."""
+    """megatron-core's parallel groups of `layout` among the processes that have joined the default group.
+
+    A `UserError` if their number does not fit the layout.
+    """
     import torch
     from megatron.core import parallel_state
 

@@ -57,5 +57,5 @@ def check_checkpoint(checkpoint: Checkpoint, architecture: Architecture, checksu
     check_sizes(files, CONVERT_AGAIN)
     if not checksums:
         return
-    beside = checkpoint.path.with_name(f".{checkpoint.path.name}.checked.json")
-    check_once(files, CONVERT_AGAIN, (beside,))
+    cache = checkpoint.path.with_name(f".{checkpoint.path.name}.checked.json")
+    check_once(files, CONVERT_AGAIN, (cache,))

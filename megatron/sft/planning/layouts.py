@@ -5,27 +5,18 @@ from dataclasses import dataclass, replace
 
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.model.layout import Layout, check_layout
-from megatron.sft.planning.memory import (
-    MemoryEstimate,
-    MemorySettings,
-    cheapest_recompute,
-    estimate,
-)
+from megatron.sft.planning.memory import MemoryEstimate, MemorySettings, cheapest_recompute, estimate
 from megatron.sft.runtime.errors import UserError
 
-# Rough shares of time, to put suggestions in order and for nothing else: computing again, and talking between GPUs.
+# Rough relative step times, only to order suggestions: recomputation, and communication between GPUs.
 _RECOMPUTE_COST = {"none": 1.0, "selective": 1.03, "full": 1.3}
-
-
 _TENSOR_COST = {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.35}
-
-
 _CONTEXT_COST = {1: 1.0, 2: 1.08, 4: 1.15, 8: 1.25}
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Parallel sizes that fit, how much memory they take and how slow they are thought to be beside each other."""
+    """Parallel sizes that fit, the memory they take, and their estimated step time relative to the other suggestions."""
 
     layout: Layout
     data_parallel: int
@@ -42,24 +33,24 @@ def suggest_layouts(
     global_batch_size: int,
     count: int = 5,
 ) -> list[Suggestion]:
-    """The parallel sizes for `num_gpus` GPUs that fit `gpu_bytes` each, the ones thought fastest first.
+    """The parallel sizes for `num_gpus` GPUs that fit `gpu_bytes` each, estimated fastest first.
 
-    `settings.recompute` and `.micro_batches` are chosen here. Sequence parallelism goes with TP above 1.
+    `settings.recompute` and `.num_micro_batches` are chosen here. Sequence parallelism goes with TP above 1.
     """
     suggestions = []
     for layout in _layouts(architecture, num_gpus, settings):
-        copies = num_gpus // layout.model_size
-        if global_batch_size % (copies * settings.micro_batch_size):
+        data_parallel = num_gpus // layout.model_size
+        if global_batch_size % (data_parallel * settings.micro_batch_size):
             continue
-        here = replace(settings, micro_batches=global_batch_size // (copies * settings.micro_batch_size))
-        word = cheapest_recompute(architecture, layout, copies, here, gpu_bytes)
-        memory = estimate(architecture, layout, copies, replace(here, recompute=word))
+        here = replace(settings, num_micro_batches=global_batch_size // (data_parallel * settings.micro_batch_size))
+        recompute = cheapest_recompute(architecture, layout, data_parallel, here, gpu_bytes)
+        memory = estimate(architecture, layout, data_parallel, replace(here, recompute=recompute))
         if memory.fits(gpu_bytes):
-            bubble = 1 + (layout.pipeline_parallel - 1) / here.micro_batches
-            cost = _RECOMPUTE_COST[word] * _TENSOR_COST[layout.tensor_parallel] * bubble
+            bubble = 1 + (layout.pipeline_parallel - 1) / here.num_micro_batches
+            cost = _RECOMPUTE_COST[recompute] * _TENSOR_COST[layout.tensor_parallel] * bubble
             cost *= _CONTEXT_COST[layout.context_parallel]
-            suggestions.append(Suggestion(layout, copies, word, memory, cost))
-    suggestions.sort(key=lambda each: (each.cost, each.memory.total))
+            suggestions.append(Suggestion(layout, data_parallel, recompute, memory, cost))
+    suggestions.sort(key=lambda suggestion: (suggestion.cost, suggestion.memory.total))
     return suggestions[:count]
 
 
@@ -71,8 +62,8 @@ def _layouts(architecture: Architecture, num_gpus: int, settings: MemorySettings
             for context in context_sizes:
                 for expert in expert_sizes:
                     layout = Layout(tensor, pipeline, context, tensor > 1, expert)
-                    if num_gpus % layout.model_size or context * 4096 > max(4096, settings.row_length):
-                        continue  # short pieces of a row are not worth the exchange
+                    if num_gpus % layout.model_size or context * 4096 > max(4096, settings.seq_length):
+                        continue  # shorter parts of a row are not worth the communication
                     try:
                         check_layout(layout, architecture)
                         layout.data_parallel(num_gpus)

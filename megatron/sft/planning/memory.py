@@ -6,18 +6,16 @@ docs/performance.md compares the estimates with measured peaks.
 from dataclasses import dataclass, replace
 
 from megatron.sft.families.architecture import Architecture
-from megatron.sft.model.layout import Layout
+from megatron.sft.model.layout import HEAD_CHUNK_TOKENS, Layout
 
 GIB = 2**30
-# loss_head.CHUNK_TOKENS, without megatron-core: plan has to answer in seconds. A test holds them equal.
-HEAD_CHUNK_TOKENS = 2816
 # In the order of their cost in time.
 RECOMPUTE_WORDS = ("none", "selective", "full")
-# What torch does not count in its peak: the CUDA context with cuBLAS' and Transformer Engine's workspaces, and NCCL's buffers
+# Not part of torch's own peak: the CUDA context with cuBLAS' and Transformer Engine's workspaces, and NCCL's buffers
 # for every dimension of parallelism.
 _CONTEXT_BYTES = int(1.0 * GIB)
 _NCCL_BYTES = int(0.4 * GIB)
-# Blocks that torch's allocator keeps beside the tensors, as a share of the activations.
+# Blocks that torch's allocator keeps in addition to the tensors, as a share of the activations.
 _FRAGMENTS = 0.02
 # Share of a GPU's memory that an estimate may fill: it is not exact.
 _USABLE = 0.96
@@ -27,9 +25,9 @@ _USABLE = 0.96
 class MemorySettings:
     """What the memory depends on besides the model and the layout."""
 
-    row_length: int
+    seq_length: int
     micro_batch_size: int = 1
-    micro_batches: int = 1  # of a step on each data-parallel copy
+    num_micro_batches: int = 1  # of a step on each data-parallel copy
     precision: str = "bf16"
     recompute: str = "none"
     optimizer_precision: str = "fp32"
@@ -58,7 +56,7 @@ class MemoryEstimate:
         return sum(self.parts().values())
 
     def fits(self, gpu_bytes: int) -> bool:
-        """True if a GPU of so many bytes holds it, with a margin."""
+        """True if a GPU of `gpu_bytes` bytes holds it, with a margin of 4 %."""
         return self.total <= _USABLE * gpu_bytes
 
     def parts(self) -> dict[str, int]:
@@ -129,8 +127,8 @@ def _stage_estimate(
     copies = data_parallel * layout.context_parallel
     expert_copies = max(1, copies * layout.tensor_parallel // (layout.expert_parallel * layout.expert_tensor_parallel))
     for_weight, for_gradient, for_optimizer = _bytes_per_parameter(settings)
-    tokens = settings.row_length * settings.micro_batch_size // layout.context_parallel
-    in_flight = _micro_batches_in_flight(layout, settings.micro_batches, stage)
+    tokens = settings.seq_length * settings.micro_batch_size // layout.context_parallel
+    in_flight = _micro_batches_in_flight(layout, settings.num_micro_batches, stage)
     layers = layout.stage_layers(architecture)[stage]
     layer = layer_tensors(architecture, layout, settings)
     one_micro_batch = layers * tokens * sum(kept_tensors(layer, settings.recompute).values())
@@ -170,16 +168,16 @@ def _bytes_per_parameter(settings: MemorySettings) -> tuple[int, int, int]:
     return 2, 4, 12 * on_gpu
 
 
-def _micro_batches_in_flight(layout: Layout, micro_batches: int, stage: int) -> float:
-    """Micro-batches whose activations a stage holds at once: the first stage fills the pipeline, the last holds one.
+def _micro_batches_in_flight(layout: Layout, num_micro_batches: int, stage: int) -> float:
+    """Micro-batches whose activations a stage holds at the same time: the first stage fills the pipeline, the last holds one.
 
     Interleaved stages count in chunks of the model, of which they begin more before the first backward pass.
     """
     stages, chunks = layout.pipeline_parallel, layout.virtual_pipeline
     if chunks == 1:
-        return min(stages - stage, micro_batches)
+        return min(stages - stage, num_micro_batches)
     begun = 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
-    return min(begun, micro_batches * chunks) / chunks
+    return min(begun, num_micro_batches * chunks) / chunks
 
 
 def _element_bytes(settings: MemorySettings) -> int:
@@ -229,7 +227,7 @@ def kept_tensors(layer: dict[str, float], recompute: str) -> dict[str, float]:
 
 
 def _largest_layer_tensors(layer: dict[str, float], recompute: str) -> float:
-    """Bytes a token that one layer's backward pass takes beside what is kept: gradients, and what is computed again."""
+    """Bytes a token that one layer's backward pass takes in addition to what is kept: gradients, and recomputed tensors."""
     gradients = layer["gate and up"] + layer["activation"] + layer["MLP norm"]
     again = sum(layer.values()) - sum(kept_tensors(layer, recompute).values())
     # Norms and activation are computed again one at a time.

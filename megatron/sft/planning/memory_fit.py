@@ -1,4 +1,4 @@
-"""What a run asks of a GPU's memory, how much this machine's GPU has, and for every usual card the fewest that hold it."""
+"""The fewest GPUs of each usual card that hold a run, and how much memory this machine's GPU has."""
 
 from dataclasses import replace
 
@@ -8,19 +8,21 @@ from megatron.sft.planning.memory import GIB, MemorySettings, cheapest_recompute
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.runtime import device
 
-# What their makers call it, and the GiB that a program can have (nvidia-smi's figure).
+# The size on the label, and the GiB that nvidia-smi reports as usable.
 CARDS = {"24 GB": 23.6, "40 GB": 39.4, "48 GB": 44.5, "80 GB": 79.1, "141 GB": 139.8}
 MOST_GPUS = 64
 
 
-def describe_fits(architecture: Architecture, layout: Layout, settings: MemorySettings, global_batch_size: int) -> str:
-    """`40 GB: 2 GPUs with RECOMPUTE=full; 80 GB: 1 GPU`: for every card the fewest GPUs, more of them as more copies."""
+def fewest_gpus_text(
+    architecture: Architecture, layout: Layout, settings: MemorySettings, global_batch_size: int
+) -> str:
+    """`40 GB: 2 GPUs with RECOMPUTE=full; 80 GB: 1 GPU`: for every card the fewest GPUs, more of them as more data_parallel."""
     found = []
     for card, gib in CARDS.items():
         fewest = _fewest_gpus(architecture, layout, settings, global_batch_size, int(gib * GIB))
         if fewest:
-            gpus, word = fewest
-            again = f" with RECOMPUTE={word}" if word != "none" else ""
+            gpus, recompute = fewest
+            again = f" with RECOMPUTE={recompute}" if recompute != "none" else ""
             found.append(f"{card}: {gpus} GPU{'s' if gpus > 1 else ''}{again}")
     return "; ".join(found) or f"no card of up to {list(CARDS)[-1]} with up to {MOST_GPUS} GPUs"
 
@@ -28,24 +30,27 @@ def describe_fits(architecture: Architecture, layout: Layout, settings: MemorySe
 def _fewest_gpus(
     architecture: Architecture, layout: Layout, settings: MemorySettings, global_batch_size: int, gpu_bytes: int
 ) -> tuple[int, str] | None:
-    copies = 1
-    while copies * layout.model_size <= MOST_GPUS and copies * settings.micro_batch_size <= global_batch_size:
-        here = replace(settings, micro_batches=global_batch_size // (copies * settings.micro_batch_size))
-        word = settings.recompute
-        if word == "auto":
-            word = cheapest_recompute(architecture, layout, copies, here, gpu_bytes)
-        if estimate(architecture, layout, copies, replace(here, recompute=word)).fits(gpu_bytes):
-            return copies * layout.model_size, word
-        copies *= 2
+    data_parallel = 1
+    while (
+        data_parallel * layout.model_size <= MOST_GPUS
+        and data_parallel * settings.micro_batch_size <= global_batch_size
+    ):
+        here = replace(settings, num_micro_batches=global_batch_size // (data_parallel * settings.micro_batch_size))
+        recompute = settings.recompute
+        if recompute == "auto":
+            recompute = cheapest_recompute(architecture, layout, data_parallel, here, gpu_bytes)
+        if estimate(architecture, layout, data_parallel, replace(here, recompute=recompute)).fits(gpu_bytes):
+            return data_parallel * layout.model_size, recompute
+        data_parallel *= 2
     return None
 
 
-def memory_settings(options: TrainOptions, row_length: int, data_parallel: int) -> MemorySettings:
-    """What `estimate` asks for, from the settings of a run."""
+def memory_settings(options: TrainOptions, seq_length: int, data_parallel: int) -> MemorySettings:
+    """The argument of `estimate` for a run's settings."""
     return MemorySettings(
-        row_length=row_length,
+        seq_length=seq_length,
         micro_batch_size=options.micro_batch_size,
-        micro_batches=max(1, options.global_batch_size // (options.micro_batch_size * data_parallel)),
+        num_micro_batches=max(1, options.global_batch_size // (options.micro_batch_size * data_parallel)),
         precision=options.precision,
         recompute=options.recompute,
         optimizer_precision=options.optimizer_precision,
@@ -54,7 +59,7 @@ def memory_settings(options: TrainOptions, row_length: int, data_parallel: int) 
 
 
 def gpu_memory(options: TrainOptions) -> tuple[int, str]:
-    """Bytes of a GPU and where that is known from; 0 where it is not."""
+    """Bytes of a GPU and the source of that figure; (0, "") where it is not known."""
     if options.gpu_memory_gib:
         return int(options.gpu_memory_gib * GIB), "GPU_MEMORY_GIB"
     if device.has_gpu():

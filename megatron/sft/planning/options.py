@@ -154,7 +154,7 @@ class TrainOptions:
     max_skipped: int = _setting("MAX_SKIPPED", "steps of the whole run that ON_NAN=skip may skip", 10)
     exit_after_minutes: float = _setting(
         "EXIT_AFTER_MINUTES",
-        "save and end with status 75 before this many minutes have passed since the script started; 0 is no limit",
+        "save and end with status 75 before this many minutes have passed since the script started; 0: unlimited",
         0.0,
     )
     watchdog_minutes: float = _setting(

@@ -8,7 +8,7 @@ from typing import Any
 from megatron.sft.hf.names import gigabytes
 from megatron.sft.planning import input_checks
 from megatron.sft.planning.memory import GIB, cheapest_recompute, estimate, num_parameters
-from megatron.sft.planning.memory_fit import describe_fits, gpu_memory, memory_settings
+from megatron.sft.planning.memory_fit import fewest_gpus_text, gpu_memory, memory_settings
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.planning.resolution import Resolution
 from megatron.sft.planning.run_time import full_rows, measured_rows, tokens_per_second
@@ -55,7 +55,7 @@ def _add_memory(found: Resolution) -> None:
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needed.parts().items())
     stage = f" on pipeline stage {needed.stage}" if layout.pipeline_parallel > 1 else ""
     found.add("memory of a GPU", f"{needed.total / GIB:.1f} GiB{stage} with RECOMPUTE={recompute}{chosen}: {parts}")
-    found.add("fits", describe_fits(architecture, layout, settings, options.global_batch_size))
+    found.add("fits", fewest_gpus_text(architecture, layout, settings, options.global_batch_size))
     if gpu_bytes:
         found.add("GPU", f"{gpu_bytes / GIB:.1f} GiB, {where}")
     if gpu_bytes and not needed.fits(gpu_bytes):

@@ -1,4 +1,4 @@
-"""How long a run will take: by a speed given, by the speed of an earlier part of it, or by an assumed share of the peak."""
+"""How long a run will take: from a given speed, the speed of an earlier part of it, or an assumed share of the peak."""
 
 import json
 import statistics
@@ -20,16 +20,16 @@ H100_TFLOPS = 989.4
 
 @dataclass(frozen=True)
 class RowLoad:
-    """What an average row costs: its tokens, those of them that are trained, and the sum of its lengths squared."""
+    """The average row: tokens, trained tokens, and the sum of its conversations' squared lengths (what attention costs)."""
 
     tokens: float
     trained_tokens: float
     sum_squared_lengths: float
 
 
-def full_rows(row_length: int) -> RowLoad:
-    """Rows of one conversation as long as the row, all trained: what costs most."""
-    return RowLoad(row_length, row_length, float(row_length) ** 2)
+def full_rows(seq_length: int) -> RowLoad:
+    """Rows of one conversation each, as long as the row and all trained: the most expensive rows."""
+    return RowLoad(seq_length, seq_length, float(seq_length) ** 2)
 
 
 def measured_rows(rows: TokenizedRows) -> RowLoad:
@@ -49,7 +49,7 @@ def conversation_lengths(index: Index) -> np.ndarray:
 def tokens_per_second(
     given: float, run_folder: Path, architecture: Architecture, load: RowLoad, num_processes: int
 ) -> tuple[float, str]:
-    """Tokens a second of all processes together, and in words where the figure comes from."""
+    """Tokens a second of all processes together, and the source of that figure in words."""
     if given:
         return given, "TOKENS_PER_SECOND"
     if measured := _logged_speed(run_folder / metrics.FILE):

@@ -8,17 +8,11 @@ from typing import Any
 from megatron.sft.reporting.curves import Curve
 
 COLOURS = ("#1f5fa8", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490")
-
-
 DASHES = ("-", "--", "-.", (0, (1, 1)))
-
-
 SIZE_INCHES, DOTS_PER_INCH = (9.0, 5.0), 120
 
 
 SMOOTHING_SHARE = 1 / 25  # of the steps, in one mean
-
-
 AXES = {"iteration": "iteration", "epoch": "epoch", "tokens": "tokens (million)"}
 
 

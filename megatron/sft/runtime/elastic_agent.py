@@ -52,7 +52,7 @@ class Launch:
 
 
 class Agent(LocalElasticAgent):
-    """torchrun's agent of one machine, told by `Launch` what to do with signals and failures."""
+    """torchrun's agent of one machine; `Launch` has what it shares with the launcher."""
 
     def __init__(self, launch: Launch, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -131,7 +131,7 @@ class Agent(LocalElasticAgent):
             process.wait()
 
     def _end_if_a_process_is_stopped(self) -> None:
-        """A process stopped by SIGSTOP cannot report it, and in a run of one process there is no other to notice."""
+        """A process stopped by SIGSTOP cannot report it, and in a run of one process no other process notices."""
         now = time.monotonic()
         if now - self._looked < 1.0:
             return
@@ -162,7 +162,7 @@ class Agent(LocalElasticAgent):
         group: Any = self._worker_group
         if group.group_world_size in (None, 1):
             return
-        # The machine of the store may be the one that is gone.
+        # The machine of the store may be gone itself.
         store = watchdog.open_store(group.master_addr, group.master_port, seconds=5.0)
         if store is not None:
             reason = self._launch.note or root_cause(self._failures(), self._launch)[1]
@@ -170,7 +170,7 @@ class Agent(LocalElasticAgent):
 
 
 def _state_of(pid: int) -> str:
-    """The kernel's letter for a process's state, empty if there is no such process."""
+    """The kernel's letter for a process's state, empty if the process does not exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):

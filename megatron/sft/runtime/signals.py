@@ -1,7 +1,7 @@
 """Signals and the wall-clock limit: what asks a run to save and end. Needs no torch, so that it listens from the first moment.
 
-A first signal asks for a checkpoint at the next step border; a second one ends the process at once. While a run starts there is
-nothing to save, and the first signal ends it.
+A first signal asks for a checkpoint after the current step; a second one ends the process immediately. While a run starts there
+is nothing to save, and the first signal ends it.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Listener:
-    """Calls `act(number)` in a thread of its own for every signal, even while the main thread waits inside a library."""
+    """Calls `act(number)` in a separate thread for every signal, even while the main thread waits inside a library."""
 
     def __init__(self, numbers: Iterable[signal.Signals], act: Callable[[signal.Signals], None]) -> None:
         # What nohup, or a script's `&`, has this process ignore stays ignored.
@@ -42,7 +42,7 @@ class Listener:
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def claim(self) -> None:
-        """Take the signals (again: torchrun puts handlers of its own in their place)."""
+        """Take the signals, again after torchrun has installed its own handlers."""
         for number in self._numbers:
             signal.signal(number, lambda *_: None)
 
@@ -82,7 +82,8 @@ class StopRequest:
             end_now(RESUME, f"stopped by {name_of(number)} before the first step: nothing to save" if speaks else "")
         if self._counts[passed_on] > 1:
             end_now(
-                128 + (signal.SIGTERM if passed_on else number), "" if passed_on else f"ended at once by {number.name}"
+                128 + (signal.SIGTERM if passed_on else number),
+                "" if passed_on else f"ended immediately by {number.name}",
             )
         # The signal's own name says more than the launcher's.
         if not self._number or not passed_on:
@@ -113,7 +114,7 @@ def name_of(code: int) -> str:
 
 
 def _end_with_launcher() -> None:
-    """Have the kernel end this process when the launcher is killed, so that no half of a run goes on writing."""
+    """Ask the kernel to end this process when the launcher is killed, so that half a run does not continue to write."""
     launcher = os.environ.get(LAUNCHER_PID)
     if launcher is None or not sys.platform.startswith("linux"):
         return

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,9 +13,12 @@ from megatron.sft.model.context_parallel import WHOLE, ContextPart, QueryChunks,
 from megatron.sft.model.cross_entropy import Targets
 from megatron.sft.model.inputs import AttentionRuns, MicroBatch, PackedRows
 
+# Padding is never attended to and never trained, so any id of the vocabulary will do.
+PAD_ID = 0
+
 
 def blank_row() -> Row:
-    """A row of one token that is not trained, which stands where a batch has no row left."""
+    """A row of one token that is not trained, used where a batch has no row left."""
     return Row(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool), np.ones(1, dtype=np.int64))
 
 
@@ -23,7 +27,6 @@ def make_micro_batch(
     alignment: int,
     average_over: str,
     device: torch.device,
-    pad_id: int = 0,
     part: ContextPart = WHOLE,
     num_sources: int = 0,
 ) -> MicroBatch:
@@ -32,44 +35,50 @@ def make_micro_batch(
     average_over: "token" gives every trained token the weight 1; "conversation" gives every conversation's trained tokens
     the weight 1 together.
     """
-    tokens, spots, lengths = _padded(rows, alignment, pad_id, part)
-    borders = np.concatenate([[0], np.cumsum(lengths)])
-    positions = np.arange(len(tokens)) - np.repeat(borders[:-1], lengths)
-    held = local_tokens(lengths, part)  # [t]
-    local = np.full(len(tokens), -1)
-    local[held] = np.arange(len(held))
+    tokens, token_positions, lengths = _padded(rows, alignment, part)
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    position_ids = np.arange(len(tokens)) - np.repeat(cu_seqlens[:-1], lengths)
+    rank_tokens = local_tokens(lengths, part)  # [t]
+    local_index = np.full(len(tokens), -1)
+    local_index[rank_tokens] = np.arange(len(rank_tokens))
 
-    targets = spots[np.concatenate([row.trained for row in rows])]
-    weights = np.ones(len(targets), dtype=np.float32)
-    counted = np.ones(len(targets), dtype=np.int64)
+    targets = token_positions[np.concatenate([row.trained for row in rows])]  # [n of all ranks]
+    weights, counted = _weights(targets, cu_seqlens, average_over)
+    hidden_indices = local_index[targets - 1]  # the hidden state before a token predicts it
+    is_local = hidden_indices >= 0
+    put = partial(_put, device=device)
+    return MicroBatch(
+        tokens=put(tokens[rank_tokens][None], torch.int64),
+        position_ids=put(position_ids[rank_tokens][None], torch.int64),
+        packed=_packed_rows(lengths, put(cu_seqlens, torch.int32), query_chunks(lengths, part)),
+        targets=Targets(
+            put(hidden_indices[is_local], torch.int64),
+            put(tokens[targets[is_local]], torch.int64),
+            put(weights[is_local], torch.float32),
+        ),
+        loss_count=torch.tensor(int(counted[is_local].sum()), dtype=torch.int64, device=device),
+        num_tokens=len(token_positions),
+        sum_squared_lengths=sum(int(np.square(row.conversation_lengths).sum()) for row in rows),
+        sources=put(_sources_of_targets(rows)[is_local], torch.int64) if num_sources else None,
+        num_sources=num_sources,
+    )
+
+
+def _put(array: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(dtype).to(device, non_blocking=True)
+
+
+def _weights(targets: np.ndarray, cu_seqlens: np.ndarray, average_over: str) -> tuple[np.ndarray, np.ndarray]:
+    """Each target's weight in the loss, float32 [n], and what it adds to the count that the loss is divided by, int64 [n]."""
+    weights, counted = np.ones(len(targets), dtype=np.float32), np.ones(len(targets), dtype=np.int64)
     if average_over == "conversation":
-        conversation = np.searchsorted(borders, targets, side="right")
+        conversation = np.searchsorted(cu_seqlens, targets, side="right")
         _, firsts, inverse, counts = np.unique(conversation, return_index=True, return_inverse=True, return_counts=True)
         weights = (1.0 / counts[inverse]).astype(np.float32)
         # Each conversation counts on the rank that has its first target.
         counted = np.zeros_like(counted)
         counted[firsts] = 1
-    predicting = local[targets - 1]  # the hidden state before a token predicts it
-    mine = predicting >= 0
-
-    def put(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype).to(device, non_blocking=True)
-
-    return MicroBatch(
-        tokens=put(tokens[held][None], torch.int64),
-        positions=put(positions[held][None], torch.int64),
-        packed=_packed_rows(lengths, put(borders, torch.int32), query_chunks(lengths, part)),
-        targets=Targets(
-            put(predicting[mine], torch.int64),
-            put(tokens[targets[mine]], torch.int64),
-            put(weights[mine], torch.float32),
-        ),
-        loss_count=torch.tensor(int(counted[mine].sum()), dtype=torch.int64, device=device),
-        num_tokens=len(spots),
-        sum_squared_lengths=sum(int(np.square(row.conversation_lengths).sum()) for row in rows),
-        sources=put(_sources_of_targets(rows)[mine], torch.int64) if num_sources else None,
-        num_sources=num_sources,
-    )
+    return weights, counted
 
 
 def _sources_of_targets(rows: Sequence[Row]) -> np.ndarray:
@@ -79,39 +88,34 @@ def _sources_of_targets(rows: Sequence[Row]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _padded(
-    rows: Sequence[Row], alignment: int, pad_id: int, part: ContextPart
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All tokens with padding, where in them the rows' tokens stand, and the lengths of conversations with padding.
+def _padded(rows: Sequence[Row], alignment: int, part: ContextPart) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All tokens with padding, the indices of the rows' tokens among them, and the lengths of conversations with padding.
 
     Every conversation is padded at its end, where causal attention keeps the padding from all other tokens.
     """
     lengths = np.concatenate([row.conversation_lengths for row in rows])
     padded = -(-lengths // part.multiple) * part.multiple
     shifts = np.cumsum(padded - lengths) - (padded - lengths)
-    spots = np.arange(lengths.sum()) + np.repeat(shifts, lengths)
+    token_positions = np.arange(lengths.sum()) + np.repeat(shifts, lengths)
     last = -int(padded.sum()) % math.lcm(part.multiple, part.size * alignment)
     if last:
         padded = np.append(padded, last)
-    tokens = np.full(padded.sum(), pad_id, dtype=np.int64)
-    tokens[spots] = np.concatenate([row.tokens for row in rows])
-    return tokens, spots, padded
+    tokens = np.full(padded.sum(), PAD_ID, dtype=np.int64)
+    tokens[token_positions] = np.concatenate([row.tokens for row in rows])
+    return tokens, token_positions, padded
 
 
 def _packed_rows(lengths: np.ndarray, cu_seqlens: Tensor, chunks: QueryChunks) -> PackedRows:
-    def borders(run_lengths: np.ndarray) -> Tensor:
-        sums = np.concatenate([[0], np.cumsum(run_lengths)])
-        return torch.from_numpy(sums).to(torch.int32).to(cu_seqlens.device, non_blocking=True)
+    def cumulated(run_lengths: np.ndarray) -> Tensor:
+        return _put(np.concatenate([[0], np.cumsum(run_lengths)]), torch.int32, cu_seqlens.device)
 
     whole = chunks.key_order is None
     runs = AttentionRuns(
         chunks.lengths.tolist(),
         chunks.key_lengths.tolist(),
-        cu_seqlens if whole else borders(chunks.lengths),
-        cu_seqlens if whole else borders(chunks.key_lengths),
-        None
-        if chunks.key_order is None
-        else torch.from_numpy(chunks.key_order).to(cu_seqlens.device, non_blocking=True),
+        cu_seqlens if whole else cumulated(chunks.lengths),
+        cu_seqlens if whole else cumulated(chunks.key_lengths),
+        None if chunks.key_order is None else _put(chunks.key_order, torch.int64, cu_seqlens.device),
     )
     longest = int(lengths.max())
     return PackedRows(

@@ -47,8 +47,8 @@ class StepResult:
     """What a training step gives: the loss to reduce, the gradient norm before clipping, the learning rate used.
 
     applied: whether the weights took the step. They do not where the gradient is not finite, which every rank finds alike,
-    nor where `overflow` says that fp16's loss scale was too large and is smaller now; the moments and the optimizer's count
-    of steps stay as they were, too.
+    nor where `overflow` says that fp16's loss scale was too large and was lowered; moments and the optimizer's count of
+    steps then stay as they were too.
     """
 
     loss: LossSum
@@ -67,13 +67,13 @@ class Engine:
 
     def __init__(self, plan: RunPlan) -> None:
         self.plan = plan
-        # Kept in checkpoints: steps left out because of numbers that are not finite, and for fp16's loss scale.
+        # Kept in checkpoints: steps skipped because of numbers that are not finite, and because of fp16's loss scale.
         self.counters = {"skipped_steps": 0, "overflows": 0}
         options = plan.options
         dtype = DTYPES[options.precision]
         recompute = _recompute_word(plan)
         config = transformer_config(plan.architecture, plan.layout, options.precision, options.fp8_recipe, recompute)
-        # One on each pipeline stage, or several that take turns.
+        # One chunk on each pipeline stage, or several that are interleaved.
         self.models = []
         for chunk in range(plan.layout.virtual_pipeline):
             module: torch.nn.Module = build_model(plan.architecture, plan.layout, config, chunk)
@@ -118,7 +118,7 @@ class Engine:
         self.optimizer.zero_grad()
         # The schedule counts steps from 1, so that the last one runs at MIN_LR.
         self.schedule.step(1)
-        # Gradients are divided where they start, which saves a pass over all of them at the end.
+        # Gradients are divided where backward starts, which saves a pass over all of them at the end.
         count = torch.stack([batch.loss_count for batch in batches]).sum()
         torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         scale = 1.0 / count.clamp(min=1).float()
@@ -136,17 +136,19 @@ class Engine:
         return StepResult(loss, math.inf, lr, applied=False, overflow=overflow)
 
     def _checked_grad_norm(self) -> float:
-        """megatron-core asks for the norm before it clips and before anything is changed. It is a number on every rank, so
-        that looking at it costs no wait for the device."""
+        """megatron-core calls this before it clips and before anything is changed.
+
+        The norm is on the CPU already, on every rank, so that looking at it costs no wait for the device.
+        """
         norm = float(type(self.optimizer).get_grad_norm(self.optimizer))
         if not math.isfinite(norm):
             raise _NotFiniteError(norm)
         return norm
 
     def has_finite_gradients(self, batch: MicroBatch) -> bool:
-        """Whether one micro-batch gives this process finite gradients, which no other process's are added to.
+        """Whether one micro-batch gives this process finite gradients, without summing them over data-parallel ranks.
 
-        Every rank of a model-parallel group must call it with the same micro-batch, and every copy as often.
+        Every rank of a model-parallel group must call it with the same micro-batch, and every data-parallel copy equally often.
         """
         config = self.models[0].config
         # Interleaved chunks take as many micro-batches at a time as there are stages.
@@ -156,7 +158,7 @@ class Engine:
         try:
             with self.gathered_parameters(), contextlib.ExitStack() as unsummed:
                 for model in self.models:
-                    model.zero_grad_buffer()  # which has the gradients summed again
+                    model.zero_grad_buffer()  # also re-enables the reduction of gradients
                     unsummed.enter_context(model.no_sync())
                 self._run(batches, forward_only=False)
         finally:
@@ -173,7 +175,7 @@ class Engine:
 
     @contextlib.contextmanager
     def gathered_parameters(self) -> Iterator[None]:
-        """While open, every parameter is up to date: the gather that the next forward pass would do has been done."""
+        """While open, every parameter is up to date: the all-gather that the next forward pass would do has been done."""
         for model in self.models:
             model.disable_forward_pre_hook()
         try:
@@ -217,7 +219,7 @@ def _by_source(batch: MicroBatch, token_losses: Tensor) -> Tensor:
 
 
 def _recompute_word(plan: RunPlan) -> str:
-    """RECOMPUTE, with `auto` replaced by the cheapest word that is estimated to fit this GPU."""
+    """RECOMPUTE, with `auto` replaced by the cheapest choice that is estimated to fit this GPU; `none` on a CPU."""
     options = plan.options
     gpu_bytes, _ = gpu_memory(options)
     if options.recompute != "auto" or not gpu_bytes:

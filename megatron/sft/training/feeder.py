@@ -1,4 +1,4 @@
-"""Feeding a run: the micro-batches of this process, made from positions in the data by a thread that is one step ahead."""
+"""The micro-batches of this process, made from positions in the data by a thread that is one step ahead."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -26,18 +26,20 @@ class Feeder:
         joined = plan.rows.joined[plan.training_rows]
         self.order = RowOrder(plan.training_rows, plan.options.seed, joined, plan.options.global_batch_size)
         if joined.any() and (torn := num_torn_units(self.order)):
-            ranks.print_rank_0(f"{torn:,} groups are larger than a global batch, or do not all fit: they meet in two")
+            ranks.print_rank_0(
+                f"{torn:,} groups are larger than a global batch or do not fit into one: each is split between two"
+            )
         self.rank = parallel_state.get_data_parallel_rank()
         self.part = ContextPart(parallel_state.get_context_parallel_rank(), plan.layout.context_parallel)
         # Sequence parallelism splits a micro-batch into equal parts; GPU kernels like multiples of 128.
         tensor_parallel = plan.layout.tensor_parallel if plan.layout.sequence_parallel else 1
         self.alignment = (128 if device.has_gpu() else 1) * tensor_parallel
-        self.device = device.current()  # a thread of its own would have the first GPU
+        self.device = device.current()  # another thread would get the first GPU
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._ahead: dict[int, Future[list[MicroBatch]]] = {}
 
     def training(self, consumed: int) -> list["MicroBatch"]:
-        """The micro-batches of the step that starts after `consumed` rows; the next step's are made meanwhile."""
+        """The micro-batches of the step that starts after `consumed` rows; making the next step's begins."""
         size = self.plan.options.global_batch_size
         due = self._ahead.pop(consumed, None) or self._worker.submit(self._training, consumed)
         self._ahead = {consumed + size: self._worker.submit(self._training, consumed + size)}
@@ -67,7 +69,7 @@ class Feeder:
         return self.batch_of([self.row(number) for number in numbers])
 
     def batch_of(self, rows: list[Row]) -> "MicroBatch":
-        """The micro-batch of rows at hand."""
+        """The micro-batch of rows that were read already."""
         from megatron.sft.training.batches import make_micro_batch
 
         average_over, num_sources = self.plan.options.loss_average, self.plan.rows.num_sources
@@ -76,7 +78,7 @@ class Feeder:
         )
 
     def row(self, number: int | None) -> Row:
-        """One row, or the blank one. What keeps it from being read is a `UserError` that names it."""
+        """One row, or the blank one for None. A row that cannot be read is a `UserError` that names it."""
         from megatron.sft.training.batches import blank_row
 
         if number is None:
@@ -85,6 +87,6 @@ class Feeder:
             return self.plan.rows[number]
         except (OSError, ValueError, IndexError) as error:
             raise UserError(
-                f"row {number} of {self.plan.rows.prefix} cannot be read ({error}): look at the disk, or run "
+                f"row {number} of {self.plan.rows.prefix} cannot be read ({error}): check the disk, or run "
                 "scripts/3_tokenize.sh again"
             ) from error

@@ -1,4 +1,4 @@
-"""The steps between two log lines, added up on the device without waiting for it, and brought together at the line."""
+"""The steps between two log lines, summed on the device without waiting for it, and gathered from all ranks at the line."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from megatron.sft.training.engine import StepResult
 
 @dataclass(frozen=True)
 class Totals:
-    """What a window came to over all processes, all its steps together. source_losses: as in `StepRecord`."""
+    """Sums and means of a window over all processes and steps. source_losses: as in `StepRecord`."""
 
     loss: float
     tokens: int
@@ -25,7 +25,7 @@ class Totals:
 
 @dataclass
 class Window:
-    """What the next log line is about: the applied steps since the last one. `started` is a monotonic time."""
+    """The applied steps since the last log line. started: time.monotonic() of its beginning."""
 
     started: float
     steps: int = 0
@@ -43,7 +43,10 @@ class Window:
         self.steps += 1
 
     def totals(self, model_size: int, source_names: Sequence[str]) -> Totals:
-        """Of all processes, `model_size` of which hold a copy together. Waits for the device; every rank must call it."""
+        """Totals over all processes; every rank must call it. Waits for the device.
+
+        model_size: processes that hold one copy of the model together.
+        """
         assert self.sums is not None
         counts = [self.tokens, self.sum_squared_lengths, device.peak_memory_bytes()]
         mine = torch.cat([torch.tensor(counts, dtype=torch.float64, device=self.sums.device), self.sums])

@@ -1,4 +1,4 @@
-"""The training loop: steps, log lines, validations and saves of one run, until it is finished or asked to stop."""
+"""The training loop: steps, log lines, validations and saves of one run, until it finishes or is asked to stop."""
 
 import math
 import shutil
@@ -25,12 +25,13 @@ from megatron.sft.training.feeder import Feeder
 from megatron.sft.training.log_window import Window
 from megatron.sft.training.saver import Saver
 
-# For the time limit, until a save was measured: weights, moments and a cast copy, onto a slow disk.
+# How long a save takes, for the time limit, until one was measured: bytes a parameter (weights, two moments, a 16-bit copy)
+# onto a disk of 200 MB/s.
 _STATE_BYTES, _DISK_BYTES_A_SECOND = 14, 200e6
 
 
 def keep_settings(plan: RunPlan) -> None:
-    """Keep the recipe and the resolved settings beside the checkpoints."""
+    """Copy the recipe and write settings.json, the resolved settings, into the folder of the run; on rank 0 only."""
     folder, recipe = plan.options.save, plan.options.recipe
     if ranks.is_rank_0():
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,7 @@ class Run:
         self.engine = Engine(plan)
         self.iteration, self.consumed = 0, 0
         self.saver = Saver(self.engine)
-        # A group on the CPU's network: asking the others must not wait for the GPU.
+        # A gloo group on GPUs too: agreeing on a stop must not wait for the GPU.
         self._group = torch.distributed.new_group(backend="gloo") if device.has_gpu() else None
         self._world = torch.distributed.get_world_size()
         self._longest_step = 0.0
@@ -55,12 +56,12 @@ class Run:
         self._spikes = nonfinite.SpikeWatch()
         self._source_names = source_names(plan.rows.manifest) if plan.rows.num_sources else []
 
-    def go(self) -> int:
+    def train(self) -> int:
         """Train to the end; returns the exit status, 0 or RESUME."""
         self._load()
         plan = self.plan
-        owed = self._owes_validation()
-        if self.iteration >= plan.train_iters and not owed:
+        pending = self._validation_pending()
+        if self.iteration >= plan.train_iters and not pending:
             ranks.print_rank_0(
                 f"nothing to do: the run has {plan.train_iters} steps and iteration {self.iteration} is saved"
             )
@@ -72,23 +73,23 @@ class Run:
         self.log = metrics.MetricsLog(save, plan.train_iters, num_rows, self.iteration, plan.architecture, trackers)
         self.picture = LossPicture(save)
         self.stop.begin(self.options.exit_after_minutes)
-        code = self._asked()
-        if owed and not code:
+        code = self._stop_requested()
+        if pending and not code:
             code = self._validate()
         window = Window(time.monotonic())
         while self.iteration < plan.train_iters and not code:
             self._step(window)
-            code = self._asked()
+            code = self._stop_requested()
             if code or self._due(self.options.log_interval, self._eval_interval, self.options.save_interval):
                 self._log(window)
                 if self._due(self._eval_interval) and not code:
                     code = self._validate()
                 if code or self._due(self.options.save_interval):
                     self._save()
-                    code = code or self._asked()
+                    code = code or self._stop_requested()
                 window = Window(time.monotonic())
             self.saver.poll()
-        return self._leave(code)
+        return self._shutdown(code)
 
     def _load(self) -> None:
         if self.plan.resume:
@@ -105,26 +106,26 @@ class Run:
         return self.options.eval_interval if self.plan.eval_iters else 0
 
     def _due(self, *intervals: int) -> bool:
-        """Whether something that happens every so many steps, and at the last one, happens now; 0 never does."""
+        """Whether something that happens every so often and after the last step happens now; an interval of 0 is never."""
         last = self.iteration == self.plan.train_iters
         return any(interval and (last or self.iteration % interval == 0) for interval in intervals)
 
-    def _asked(self) -> int:
-        """0, or why some rank wants to end; the same on every rank."""
-        return self._most(self.stop.code(self._longest_step + 1.2 * self._longest_save))
+    def _stop_requested(self) -> int:
+        """0, or the code of why some rank wants to end (see StopRequest.code); the same on every rank."""
+        return self._all_reduce_max(self.stop.code(self._longest_step + 1.2 * self._longest_save))
 
-    def _most(self, number: int) -> int:
-        """The largest of all ranks' numbers."""
+    def _all_reduce_max(self, number: int) -> int:
+        """The largest of all ranks' numbers; every rank must call it."""
         if self._world > 1:
             numbers = torch.tensor(number, dtype=torch.int64)
             torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, group=self._group)
             number = int(numbers)
         return number
 
-    def _owes_validation(self) -> bool:
-        """Whether the validation after this iteration was broken off, so that the run is saved without it."""
+    def _validation_pending(self) -> bool:
+        """Whether the validation after this iteration was interrupted, so that the checkpoint was saved without it."""
         due = self.iteration > 0 and self._due(self._eval_interval) and ranks.is_rank_0()
-        return bool(self._most(due and not metrics.has_validation(self.options.save, self.iteration)))
+        return bool(self._all_reduce_max(due and not metrics.has_validation(self.options.save, self.iteration)))
 
     def _step(self, window: Window) -> None:
         started = time.monotonic()
@@ -148,19 +149,17 @@ class Run:
             return
         watchdog.enter("search for numbers that are not finite")
         what = f"iteration {number}: the gradient is not finite (norm {result.grad_norm})"
-        what += f": {nonfinite.describe(self.engine, self.feeder, self.consumed)}"
+        what += f": {nonfinite.blame(self.engine, self.feeder, self.consumed)}"
         counters["skipped_steps"] += 1
-        skipped, most = counters["skipped_steps"], self.options.max_skipped
+        skipped, limit = counters["skipped_steps"], self.options.max_skipped
         if self.options.on_nan == "stop":
-            self._give_up(f"{what}; lower LR, mend the data, or leave such steps out with ON_NAN=skip")
-        if skipped > most:
-            self._give_up(
-                f"{what}; {skipped} steps were left out, MAX_SKIPPED={most} may be: lower LR or mend the data"
-            )
-        ranks.print_rank_0(f"warning: left out {what} ({skipped} of at most {most})")
+            self._fail(f"{what}; lower LR, fix the data, or skip such steps with ON_NAN=skip")
+        if skipped > limit:
+            self._fail(f"{what}; {skipped} steps skipped, the limit is MAX_SKIPPED={limit}: lower LR or fix the data")
+        ranks.print_rank_0(f"warning: skipped {what} ({skipped} of at most {limit})")
 
-    def _give_up(self, reason: str) -> NoReturn:
-        """End for a reason that all ranks have found alike; a checkpoint that is being written is finished."""
+    def _fail(self, reason: str) -> NoReturn:
+        """End the run for a reason that every rank has found; a checkpoint that is being written is finished first."""
         watchdog.enter("save")
         self.saver.finish()
         raise UserError(reason)
@@ -173,7 +172,7 @@ class Run:
         totals = window.totals(self.plan.layout.model_size, self._source_names)
         seconds = (time.monotonic() - window.started) / steps
         if not math.isfinite(totals.loss):
-            self._give_up(
+            self._fail(
                 f"the loss became {totals.loss} at iteration {self.iteration}: lower LR, or look at the data with "
                 "tools/show_sample"
             )
@@ -204,14 +203,14 @@ class Run:
     def _validate(self) -> int:
         """Mean loss over the validation rows (or EVAL_ITERS global batches of them), the same rows every time.
 
-        Returns 0, or why it was broken off.
+        Returns 0, or the code of why it was interrupted.
         """
         sums = None
         for index in range(self.plan.eval_iters):
             watchdog.enter("validation")
             part = self.engine.evaluate(self.feeder.validation(index))
             sums = part.values if sums is None else sums + part.values
-            if code := self._asked():
+            if code := self._stop_requested():
                 return code
         assert sums is not None
         loss, trained = type(part)(sums).reduce()
@@ -229,10 +228,10 @@ class Run:
         self._longest_save = max(self._longest_save, time.monotonic() - started)
         self.picture.redraw()
 
-    def _leave(self, code: int) -> int:
+    def _shutdown(self, code: int) -> int:
         watchdog.enter("save")
         self.saver.finish()
-        finished = self.iteration == self.plan.train_iters and not self._owes_validation()
+        finished = self.iteration == self.plan.train_iters and not self._validation_pending()
         self.stop.leave()
         watchdog.enter("exit")
         self.log.close()
@@ -242,5 +241,7 @@ class Run:
             ranks.print_rank_0(f"done: {self.iteration} steps, checkpoints in {save}\nnext: scripts/5_export.sh {save}")
             return 0
         kept = f"after iteration {self.iteration}, which is saved" if self.saver.last_saved else "before the first step"
-        ranks.print_rank_0(f"stopped by {name_of(code)} {kept}: the same command goes on from there (status {RESUME})")
+        ranks.print_rank_0(
+            f"stopped by {name_of(code)} {kept}: the same command continues from there (status {RESUME})"
+        )
         return RESUME

@@ -1,4 +1,4 @@
-"""Finding the conversations whose loss or gradient is not finite, after a step that was not applied for their sake."""
+"""Finding the conversations whose loss or gradient is not finite, after a step that was skipped because of them."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from megatron.sft.training.feeder import Feeder
 if TYPE_CHECKING:
     from megatron.sft.training.engine import Engine
 
-# Conversations are tried one by one in so many micro-batches of each copy, and so many at most.
+# Conversations are tried one by one, in at most this many micro-batches of each data-parallel copy and at most this many.
 _MICRO_BATCHES, _CONVERSATIONS = 3, 256
 _NAMED = 5
 
@@ -28,24 +28,22 @@ class Found:
         return f"row {self.row}{part}"
 
 
-def describe(engine: "Engine", feeder: Feeder, consumed: int) -> str:
-    """Which rows of the step after `consumed` rows are to blame, in words. All ranks must call it; all get the same.
+def blame(engine: "Engine", feeder: Feeder, consumed: int) -> str:
+    """Which rows of the step after `consumed` rows are to blame, in words. Every rank must call it; all get the same text.
 
-    The micro-batches of the step are computed again, first whole, then conversation by conversation.
+    The micro-batches of the step are recomputed, first whole, then conversation by conversation.
     """
-    numbers = feeder.training_numbers(consumed)
+    numbers = feeder.training_numbers(consumed)  # of rows, micro-batch by micro-batch
     bad = _bad(engine, feeder.rank, [feeder.micro_batch(part) for part in numbers])
-    rows = [(n, feeder.row(n)) for index in bad[:_MICRO_BATCHES] for n in numbers[index] if n is not None]
-    tried = [(n, i, len(row.conversation_lengths)) for n, row in rows for i in range(len(row.conversation_lengths))]
-    tried = tried[:_CONVERSATIONS]
-    parts = dict(rows)
-    rounds = max(_gathered(len(tried)))
-    singles = [feeder.batch_of([_conversation(parts[n], i)]) for n, i, _ in tried]
-    singles += [feeder.micro_batch([None])] * (rounds - len(tried))
-    guilty = [index for index in _bad(engine, feeder.rank, singles) if index < len(tried)]
-    found = [Found(n, i + 1, count) for n, i, count in (tried[index] for index in guilty)]
-    named = {each.row for each in found}
-    found += [Found(n) for index in bad for n in numbers[index] if n is not None and n not in named and not guilty]
+    rows = {n: feeder.row(n) for index in bad[:_MICRO_BATCHES] for n in numbers[index] if n is not None}
+    tried = [(n, i) for n, row in rows.items() for i in range(len(row.conversation_lengths))][:_CONVERSATIONS]
+    singles = [feeder.batch_of([_conversation(rows[n], i)]) for n, i in tried]
+    # Every rank must compute as many micro-batches as the others.
+    singles += [feeder.micro_batch([None])] * (max(_gathered(len(tried))) - len(tried))
+    guilty = [tried[index] for index in _bad(engine, feeder.rank, singles) if index < len(tried)]
+    found = [Found(n, i + 1, len(rows[n].conversation_lengths)) for n, i in guilty]
+    if not found:
+        found = [Found(n) for index in bad for n in numbers[index] if n is not None]
     everywhere = len(bad) == len(numbers)
     return _words(feeder, _gathered((found, everywhere)))
 
@@ -53,7 +51,7 @@ def describe(engine: "Engine", feeder: Feeder, consumed: int) -> str:
 def _words(feeder: Feeder, answers: "list[tuple[list[Found], bool]]") -> str:
     found = sorted({each for some, _ in answers for each in some}, key=lambda each: (each.row, each.conversation))
     if not found:
-        return "computed again it is finite: look at the hardware"
+        return "recomputed, it is finite: check the hardware"
     prefix = feeder.plan.rows.prefix
     names = "; ".join(map(str, found[:_NAMED])) + (f" and {len(found) - _NAMED} more" if len(found) > _NAMED else "")
     everywhere = all(every for _, every in answers) and feeder.plan.options.global_batch_size > 1
@@ -85,7 +83,7 @@ def _gathered(value: Any) -> list[Any]:
 @dataclass
 class SpikeWatch:
     """Warns of a logged loss that is far above the ones before it: more than 6 standard deviations and 20 % above the mean of
-    the last 50, once there are 20. It starts anew when a run resumes."""
+    the last 50, once there are 20. A resumed run starts with no history."""
 
     window: int = 50
     least: int = 20

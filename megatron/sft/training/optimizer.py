@@ -25,7 +25,7 @@ def wrap_model(
             overlap_grad_reduce=True,
             overlap_param_gather=True,
             use_distributed_optimizer=True,
-            # One bucket a 40 million parameters or more, as megatron-core's own training loop chooses.
+            # Parameters a bucket: at least 40 million, as megatron-core's own training loop chooses.
             bucket_size=max(40_000_000, 1_000_000 * data_parallel),
         ),
         module,
@@ -84,7 +84,7 @@ def build_optimizer(
     if device.has_gpu():
         for group in optimizer.param_groups:
             if "fused" in group:
-                # torch's own AdamW, which would else make several passes over the state.
+                # torch's own AdamW would otherwise make several passes over the state.
                 group["fused"], group["foreach"] = True, False
     return optimizer
 
@@ -98,10 +98,10 @@ def _has_fused_adam() -> bool:
 
 
 def _count_padding(model: DistributedDataParallel) -> None:
-    """Have the optimizer state saved with the padding between buckets, which its parameters' positions count.
+    """Make the optimizer state be saved with the padding between buckets, which the offsets of its parameters include.
 
-    megatron-core 0.16 leaves the padding out of the gathered state and then reads every parameter behind it from the wrong
-    place: a checkpoint of a model with several buckets would hold shifted weights and moments.
+    megatron-core 0.16 drops the padding from the gathered state and then reads every parameter after it from the wrong
+    offset: a checkpoint of a model with several buckets would hold shifted weights and moments.
     """
     for buffer in [*model.buffers, *model.expert_parallel_buffers]:
         buffer.numel_unpadded = buffer.numel

@@ -55,7 +55,7 @@ def random_row(lengths: list[int], number: int) -> Row:
 
 def targets_of(batch: MicroBatch) -> list[tuple[int, int, float]]:
     """(predicting token, token to predict, weight) of each target."""
-    predicting = batch.tokens[0, batch.targets.positions]
+    predicting = batch.tokens[0, batch.targets.hidden_indices]
     return list(zip(predicting.tolist(), batch.targets.ids.tolist(), batch.targets.weights.tolist(), strict=True))
 
 

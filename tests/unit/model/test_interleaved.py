@@ -50,7 +50,7 @@ def test_a_step_must_have_a_multiple_of_the_stages_in_micro_batches(
 ) -> None:
     common = ["--load", four_layers, "--data-path", packed_rows, "--save", tmp_path / "run", "--train-iters", "10"]
     arguments = [*map(str, common), *INTERLEAVED, "--micro-batch-size", "2", "--global-batch-size"]
-    assert plan_run(*parse([*arguments, "12"]), num_processes=2).micro_batches == 6
+    assert plan_run(*parse([*arguments, "12"]), num_processes=2).num_micro_batches == 6
     with pytest.raises(UserError, match=re.escape("GLOBAL_BATCH_SIZE=10 makes 5 micro-batches")) as refused:
         plan_run(*parse([*arguments, "10"]), num_processes=2)
     assert str(refused.value).endswith("multiple of PP=2: take 12")

@@ -101,16 +101,3 @@ def test_queries_and_keys_are_turned_by_their_positions_and_values_are_not(
     agree(lambda x: split_and_rotate(x, tables, GROUPS, dim), formula, [mixed])
     heads = random(T, QUERIES, dim, dtype=dtype, device=device)
     agree(lambda x: (rotate(x, tables),), lambda x: (turned(x, angles),), [heads])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", TOLERANCES)
-def test_rows_of_one_id_are_added_to_its_total(dtype: torch.dtype) -> None:
-    from megatron.sft.model.kernels.layer import add_rows
-
-    torch.manual_seed(0)
-    ids = torch.randint(-1, 7, (300,), device="cuda")
-    rows, totals = random(300, 700, dtype=dtype, device="cuda"), random(9, 700, dtype=torch.float32, device="cuda")
-    expected = totals.double().index_add(0, ids[ids >= 0], rows[ids >= 0].double())
-    add_rows(totals, rows, ids)
-    assert (totals.double() - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -6,16 +6,14 @@ from pathlib import Path
 import pytest
 
 from megatron.sft.hf.published_configs import find_architecture, published_configs
-from megatron.sft.model import cross_entropy
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning import memory
-from megatron.sft.planning.layouts import suggest_layouts
 from megatron.sft.planning.memory import GIB, MemorySettings, cheapest_recompute, estimate, num_parameters
 from tests.support import tiny
 
 ONE = Layout()
 # A row of 16,384 tokens of the 1.5B model on one GPU, 4 micro-batches a step.
-R1_1_5B, ROW = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", MemorySettings(16384, micro_batches=4)
+R1_1_5B, ROW = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", MemorySettings(16384, num_micro_batches=4)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +63,8 @@ def test_each_process_has_as_many_weights_as_estimated(
         (ONE, 1, {"optimizer_offload": True}, 42.4),
         (ONE, 1, {"precision": "fp8"}, 59.5),
         (ONE, 1, {"precision": "fp8", "recompute": "selective"}, 58.2),
-        (ONE, 1, {"row_length": 8192}, 46.5),
-        (ONE, 1, {"row_length": 32768, "recompute": "selective"}, 73.7),
+        (ONE, 1, {"seq_length": 8192}, 46.5),
+        (ONE, 1, {"seq_length": 32768, "recompute": "selective"}, 73.7),
         (ONE, 2, {}, 52.3),
         (Layout(2, sequence_parallel=True), 1, {}, 31.3),
         (Layout(1, 2), 1, {}, 47.1),
@@ -94,7 +92,7 @@ def test_more_recomputation_takes_less_memory_and_the_cheapest_that_fits_is_take
 def test_the_first_stage_of_a_pipeline_keeps_a_micro_batch_for_every_stage() -> None:
     architecture, _ = find_architecture("Qwen/Qwen2.5-7B-Instruct")
     few, many = (
-        estimate(architecture, Layout(1, 4), 1, replace(ROW, micro_batches=count)).activations for count in (1, 8)
+        estimate(architecture, Layout(1, 4), 1, replace(ROW, num_micro_batches=count)).activations for count in (1, 8)
     )
     assert 3.5 < many / few <= 4.0
 
@@ -105,24 +103,3 @@ def test_data_parallel_copies_share_the_optimizer_and_offloading_empties_it() ->
     assert one.optimizer == 12 * num_parameters(architecture) and four.optimizer == one.optimizer // 4
     assert (one.weights, one.gradients) == (four.weights, four.gradients)
     assert estimate(architecture, Layout(), 1, replace(ROW, optimizer_offload=True)).optimizer == 0
-
-
-def test_the_chunk_of_the_loss_head_is_the_one_it_uses() -> None:
-    assert memory.HEAD_CHUNK_TOKENS == cross_entropy.CHUNK_TOKENS
-
-
-def test_suggested_layouts_fit_divide_the_gpus_and_the_fastest_comes_first() -> None:
-    architecture, _ = find_architecture("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
-    found = suggest_layouts(architecture, 8, 80 * GIB, MemorySettings(16384), 128)
-    assert found and all(each.memory.total <= 80 * GIB for each in found)
-    assert all(each.layout.model_size * each.data_parallel == 8 for each in found)
-    assert all(architecture.num_kv_heads % each.layout.tensor_parallel == 0 for each in found)
-    assert [each.cost for each in found] == sorted(each.cost for each in found)
-
-
-def test_the_plan_tool_reads_a_folder_and_says_what_it_does_not_know(tiny_qwen2: Path) -> None:
-    assert "RECOMPUTE=none  (DP 2)" in tiny.run_module("suggest", tiny_qwen2, "--gpus", 2, "--row-length", 512)
-    unknown = tiny.run_module("suggest", "someone/else", status=2)
-    assert unknown.startswith("error: someone/else is neither a folder with a config.json nor one of ")
-    small = tiny.run_module("suggest", R1_1_5B, "--gpus", 1, "--gpu-memory", 24, status=2)
-    assert "nothing fits 1 GPU of 23.6 GiB: take more GPUs" in small

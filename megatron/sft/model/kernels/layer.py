@@ -81,13 +81,13 @@ def _swiglu_backward(gate_up, grad_outputs, grad_gate_up, width, BLOCK: tl.const
 
 @triton.jit
 def _rotate_heads(
-    mixed, tables, queries, keys, values, num_tokens, num_groups,
+    qkv, tables, queries, keys, values, num_tokens, num_groups,
     QUERIES: tl.constexpr, OTHERS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,  # noqa: N803
     TOKENS: tl.constexpr, BACKWARD: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """Some tokens of one head between `mixed` (by group: queries, key, value) and its own array, rotated unless a value.
+    """Some tokens of one head between `qkv` (by group: queries, key, value) and its own array, rotated unless a value.
 
-    BACKWARD goes from the arrays to mixed, and turns the other way.
+    BACKWARD goes from the arrays to qkv, and rotates the other way.
     """
     head = tl.program_id(1)
     group, place = head // (QUERIES + OTHERS), head % (QUERIES + OTHERS)
@@ -95,15 +95,15 @@ def _rotate_heads(
     pairs = tl.arange(0, HALF_BLOCK)
     mask = (tokens < num_tokens)[:, None] & (pairs < HALF)[None, :]
     rows = tokens.to(tl.int64)[:, None]
-    in_mixed = mixed + (rows * num_groups * (QUERIES + OTHERS) + head) * (2 * HALF) + pairs[None, :]
+    in_qkv = qkv + (rows * num_groups * (QUERIES + OTHERS) + head) * (2 * HALF) + pairs[None, :]
     if place < QUERIES:
         alone = queries + (rows * num_groups * QUERIES + group * QUERIES + place) * (2 * HALF) + pairs[None, :]
     elif place == QUERIES:
         alone = keys + (rows * num_groups + group) * (2 * HALF) + pairs[None, :]
     else:
         alone = values + (rows * num_groups + group) * (2 * HALF) + pairs[None, :]
-    source = alone if BACKWARD else in_mixed
-    target = in_mixed if BACKWARD else alone
+    source = alone if BACKWARD else in_qkv
+    target = in_qkv if BACKWARD else alone
     first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
     if place <= QUERIES:
@@ -112,46 +112,11 @@ def _rotate_heads(
         sine = tl.load(tables + num_tokens.to(tl.int64) * HALF + angles, mask=mask, other=0.0)
         if BACKWARD:
             sine = -sine
-        turned = first * cosine - second * sine
+        rotated = first * cosine - second * sine
         second = second * cosine + first * sine
-        first = turned
+        first = rotated
     tl.store(target, first.to(target.dtype.element_ty), mask=mask)
     tl.store(target + HALF, second.to(target.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _add_rows(totals, rows, ids, order, num_rows, width, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
-    """totals[id] += all rows of that id, AT_ONCE after AT_ONCE; ids are sorted, `order` says where their rows are."""
-    place = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    own = tl.load(ids + place)
-    before = tl.load(ids + place - 1, mask=place > 0, other=-1)
-    if (own >= 0) & (own != before):
-        sums = tl.zeros((BLOCK,), tl.float32)
-        same = own
-        while same == own:
-            places = place + tl.arange(0, AT_ONCE)
-            mine = tl.load(ids + places, mask=places < num_rows, other=-1) == own
-            starts = tl.load(order + places, mask=mine, other=0)[:, None] * width
-            some = tl.load(rows + starts + columns[None, :], mask=mine[:, None] & inside[None, :], other=0.0)
-            sums += tl.sum(some.to(tl.float32), axis=0)
-            place += AT_ONCE
-            same = tl.load(ids + place, mask=place < num_rows, other=-1)
-        target = totals + own * width + columns
-        result = tl.load(target, mask=inside, other=0.0).to(tl.float32) + sums
-        tl.store(target, result.to(totals.dtype.element_ty), mask=inside)
-
-
-def add_rows(totals: Tensor, rows: Tensor, ids: Tensor) -> None:
-    """totals[ids[i]] += rows[i] for every i with ids[i] >= 0, in an order that does not change from run to run.
-
-    totals: [ids, width] of any float dtype, rows: [n, width], ids: [n] int64; sums of rows of one id are made in float32.
-    """
-    ids, order = ids.sort(stable=True)
-    if len(ids):
-        grid = (len(ids), triton.cdiv(rows.shape[1], 256))
-        _add_rows[grid](totals, rows, ids, order, len(ids), rows.shape[1], AT_ONCE=8, BLOCK=256, num_warps=2)
 
 
 def _norm_sizes(width: int) -> dict[str, int]:
@@ -211,23 +176,23 @@ def swiglu_backward(gate_up: Tensor, grad_outputs: Tensor) -> Tensor:
 
 
 def rotate_heads(
-    mixed: Tensor, tables: Tensor, queries: Tensor, keys: Tensor, values: Tensor, backward: bool = False
+    qkv: Tensor, tables: Tensor, queries: Tensor, keys: Tensor, values: Tensor, backward: bool = False
 ) -> None:
-    """Fill queries [t, heads, dim], keys and values [t, groups, dim] from mixed [t, groups * (heads / groups + 2) * dim].
+    """Fill queries [t, heads, dim], keys and values [t, groups, dim] from qkv [t, groups * (heads / groups + 2) * dim].
 
-    Queries and keys are rotated by tables, float32 [2, t, dim / 2]. backward: fill mixed from the others, turning back.
+    Queries and keys are rotated by tables, float32 [2, t, dim / 2]. backward: fill qkv from the others, rotating back.
     """
     num_groups = keys.shape[1]
-    _launch_rotation(mixed, tables, queries, keys, values, num_groups, queries.shape[1] // num_groups, 2, backward)
+    _launch_rotation(qkv, tables, queries, keys, values, num_groups, queries.shape[1] // num_groups, 2, backward)
 
 
 def rotate(inputs: Tensor, tables: Tensor, outputs: Tensor, backward: bool = False) -> None:
-    """outputs = inputs [t, heads, dim] rotated; backward: inputs from outputs, turning back."""
+    """outputs = inputs [t, heads, dim] rotated; backward: inputs from outputs, rotating back."""
     _launch_rotation(inputs, tables, outputs, outputs, outputs, 1, inputs.shape[1], 0, backward)
 
 
 def _launch_rotation(
-    mixed: Tensor, tables: Tensor, queries: Tensor, keys: Tensor, values: Tensor,
+    qkv: Tensor, tables: Tensor, queries: Tensor, keys: Tensor, values: Tensor,
     num_groups: int, queries_a_group: int, others: int, backward: bool,
 ) -> None:  # fmt: skip
     num_tokens, half = queries.shape[0], queries.shape[-1] // 2
@@ -235,6 +200,6 @@ def _launch_rotation(
     grid = (triton.cdiv(num_tokens, tokens), num_groups * (queries_a_group + others))
     if num_tokens:
         _rotate_heads[grid](
-            mixed, tables, queries, keys, values, num_tokens, num_groups, QUERIES=queries_a_group, OTHERS=others,
+            qkv, tables, queries, keys, values, num_tokens, num_groups, QUERIES=queries_a_group, OTHERS=others,
             HALF=half, HALF_BLOCK=triton.next_power_of_2(half), TOKENS=tokens, BACKWARD=backward, num_warps=4,
         )  # fmt: skip
