@@ -53,7 +53,7 @@ def required_list(fields: dict[str, Any], name: str, of: str) -> list[Any]:
 
 
 def json_object(value: Any, name: str, needs: str = "") -> dict[str, Any]:
-    """An object, or the one that a text holds as JSON. `needs` says in the message what it must have."""
+    """An object, or an object as JSON text. `needs` says in the message what it must have."""
     if isinstance(value, str):
         try:
             value = orjson.loads(value)

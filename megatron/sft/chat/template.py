@@ -14,7 +14,7 @@ import jinja2
 
 from megatron.sft.chat.conversations import Messages
 from megatron.sft.chat.corrections import candidates
-from megatron.sft.chat.skeleton import Answer, TextNotFound, arguments_text, split_message
+from megatron.sft.chat.skeleton import Answer, TextNotFound, TurnPattern, arguments_text, join_message, split_message
 from megatron.sft.chat.skeleton_builder import FIX, SkeletonBuilder, adds_bos, not_printed
 from megatron.sft.chat.template_sandbox import check_template
 from megatron.sft.chat.turns import Message, Tools
@@ -23,15 +23,6 @@ from megatron.sft.runtime.errors import UserError
 TRAIN_ON = ("all_assistant", "last_assistant", "all")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, KeyError, ValueError)
-MARKED_FUNCTION = {"name": "MARKNAME", "arguments": {"MARKKEY": "value"}}
-MARKED_CALL: Messages = [
-    {"role": "user", "content": "MARKUSER"},
-    {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "id": "i0001x000", "function": MARKED_FUNCTION}],
-    },
-]
 
 Spans = tuple[tuple[int, int], ...]  # of characters, each [start, end)
 
@@ -246,13 +237,18 @@ class ChatTemplate:
     @cached_property
     def _call_style(self) -> CallStyle:
         """The first style in which the template prints a call."""
+        marks = ["MARKNAME", '{"MARKKEY": "value"}', "i0001x000"]
+        conversation = [
+            {"role": "user", "content": "MARKUSER"},
+            join_message(TurnPattern("assistant", "", (True,)), marks),
+        ]
         for style in (CallStyle(as_text, empty) for as_text in (False, True) for empty in (None, "")):
             try:
-                messages = [style.applied(message) for message in MARKED_CALL]
+                messages = [style.applied(message) for message in conversation]
                 text: str = self.tokenizer.apply_chat_template(messages, chat_template=self.text, tokenize=False)
             except Exception:  # whatever a template does with what it is not made for
                 continue
-            if "MARKNAME" in text and '{"MARKKEY": "value"}' in text:
+            if marks[0] in text and marks[1] in text:
                 return style
         raise UserError(f"the chat template does not print the calls of 'tool_calls': {FIX}")
 

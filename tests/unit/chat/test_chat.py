@@ -130,7 +130,7 @@ def test_a_conversation_begins_with_one_bos(name: str) -> None:
     assert tokens.count(tokenizer.bos_token_id) == 1
 
 
-def test_white_space_that_a_template_trims_is_no_obstacle() -> None:
+def test_white_space_that_a_template_trims_does_not_matter() -> None:
     tokenizer = tokenizer_of("llama3_1")
     messages = turns("  Hello \n", "\n\n Hi there.\n")
     assert trained_texts(tokenizer, encoded(tokenizer, messages)) == ["Hi there.<|eot_id|>"]
@@ -160,7 +160,7 @@ def test_tool_results_are_not_trained() -> None:
     assert trained_texts(tokenizer, encoded(tokenizer, messages)) == expected
 
 
-def test_what_the_template_writes_into_answers_is_trained_and_said() -> None:
+def test_what_the_template_writes_into_answers_is_trained_and_noted() -> None:
     template = ChatTemplate(tokenizer_of("qwen3"))
     template.render(SINGLE)
     assert any("<think>" in note and "writes" in note for note in template.notes)

@@ -22,8 +22,8 @@ CALLING = [
 ]
 
 
-def example(row: dict[str, Any]) -> Example:
-    return RecordReader().example(row)
+def example(record: dict[str, Any]) -> Example:
+    return RecordReader().example(record)
 
 
 def from_value(*pairs: tuple[str, str]) -> list[dict[str, str]]:
@@ -31,7 +31,7 @@ def from_value(*pairs: tuple[str, str]) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "row, expected, name",
+    "record, expected, name",
     [
         ({"instruction": "Q", "output": "A"}, [ASKED, ANSWERED], "instruction"),
         ({"instruction": "Q", "input": "", "output": "A"}, [ASKED, ANSWERED], "alpaca"),
@@ -80,9 +80,9 @@ def from_value(*pairs: tuple[str, str]) -> list[dict[str, str]]:
         ),
     ],
 )
-def test_a_format_is_recognised_by_its_fields(row: dict[str, Any], expected: Messages, name: str) -> None:
+def test_a_format_is_recognised_by_its_fields(record: dict[str, Any], expected: Messages, name: str) -> None:
     reader = RecordReader()
-    assert reader.example(row).messages == expected
+    assert reader.example(record).messages == expected
     assert reader.formats == {name: 1}
 
 
@@ -121,24 +121,24 @@ def test_of_prompt_and_completion_lists_the_completion_is_trained() -> None:
 
 
 def test_placeholders_are_filled_and_never_left() -> None:
-    row = {"query": "Who are you?", "response": "{{NAME}}, made by {{AUTHOR}}. {{other}}"}
-    named = RecordReader(replaced={"{{NAME}}": "Bo", "{{AUTHOR}}": "Us"}).example(row)
+    record = {"query": "Who are you?", "response": "{{NAME}}, made by {{AUTHOR}}. {{other}}"}
+    named = RecordReader(replaced={"{{NAME}}": "Bo", "{{AUTHOR}}": "Us"}).example(record)
     assert named.messages[1]["content"] == "Bo, made by Us. {{other}}"
     with pytest.raises(UserError, match=r"placeholder \{\{AUTHOR\}\}: set MODEL_AUTHOR"):
-        RecordReader(replaced={"{{NAME}}": "Bo", "{{AUTHOR}}": None}).example(row)
+        RecordReader(replaced={"{{NAME}}": "Bo", "{{AUTHOR}}": None}).example(record)
 
 
-def test_a_column_can_be_left_out_and_what_is_ignored_is_counted() -> None:
-    row = {"prompt": "x", "messages": [ASKED | {"time": 1}, ANSWERED], "id": 3}
+def test_a_column_can_be_skipped_and_what_is_ignored_is_counted() -> None:
+    record = {"prompt": "x", "messages": [ASKED | {"time": 1}, ANSWERED], "id": 3}
     with pytest.raises(UserError, match=r'several formats \(messages and prompt\).*MAP_COLUMNS="prompt=-"'):
-        RecordReader().example(row)
+        RecordReader().example(record)
     reader = RecordReader({"prompt": "-"})
-    assert reader.example(row).messages == [ASKED, ANSWERED]
+    assert reader.example(record).messages == [ASKED, ANSWERED]
     assert reader.ignored_fields == {"id": 1, "messages[].time": 1}
 
 
 @pytest.mark.parametrize(
-    "row, message",
+    "record, message",
     [
         ({"messages": [ASKED, ANSWERED], "text": "x"}, "several formats (messages and text)"),
         ({"query": "Q", "output": "A"}, "several formats (instruction and query)"),
@@ -193,7 +193,7 @@ def test_a_column_can_be_left_out_and_what_is_ignored_is_counted() -> None:
         ({"instruction": "Q", "output": "A", "tools": "x"}, "field 'tools' is text"),
     ],
 )
-def test_what_is_unknown_or_ambiguous_is_refused(row: dict[str, Any], message: str) -> None:
+def test_what_is_unknown_or_ambiguous_is_refused(record: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
-        RecordReader().example(row)
+        RecordReader().example(record)
     assert message in str(error.value)

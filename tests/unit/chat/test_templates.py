@@ -280,6 +280,14 @@ def test_a_correction_changes_nothing_that_the_template_prints_in_full(name: str
             assert corrected.render(messages).text == template.render(messages).text
 
 
+def test_calls_are_refused_where_plain_answers_cannot_be_proven_whatever_came_before() -> None:
+    """The end of calls is looked for among the ends of plain answers, which this tokenizer has no token for."""
+    template = ChatTemplate(tokenizer_of("qwen3"), trl_template("phi3"))
+    for _ in range(2):
+        with pytest.raises(UserError, match="begins with no added token"):
+            template.render(turns("1+1?", "<think>\n2\n</think>\n\n"))
+
+
 def test_a_correction_is_as_small_as_the_data_asks_for_and_is_made_once() -> None:
     stock = template_of("deepseek_v3+deepseek_r1_distill")
     with pytest.raises(CorrectionNeeded) as needed:
@@ -387,7 +395,7 @@ def test_named_templates_ask_for_tokens_that_the_tokenizer_has(name: str) -> Non
 
 
 def test_an_unknown_template_name_is_refused() -> None:
-    with pytest.raises(UserError, match=r"CHAT_TEMPLATE is 'vicuna', no name \(chatml"):
+    with pytest.raises(UserError, match=r"CHAT_TEMPLATE is 'vicuna', neither a name \(chatml"):
         chosen_template("vicuna")
 
 
