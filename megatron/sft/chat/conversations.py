@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from megatron.sft.chat.fields import optional_text, refuse_fields, required_list, required_text
+from megatron.sft.chat.fields import checked_list, optional_text, refuse_fields, required_text
 from megatron.sft.chat.turns import Message, Messages, Tools, Turns, read_tools, read_turns
 from megatron.sft.runtime.errors import UserError
 
@@ -205,7 +205,7 @@ def _format_name(record: dict[str, Any], kind: str) -> str:
 def _turns_of(record: dict[str, Any], kind: str) -> Turns:
     """The turns of a record, its system text first."""
     if kind in ("messages", "conversations"):
-        turns = read_turns(required_list(record, kind, "turns"), kind)
+        turns = read_turns(checked_list(record[kind], kind, "turns"), kind)
     elif kind == "prompt" and not isinstance(record.get("prompt"), str):
         turns = _prompt_and_completion(record)
     else:
@@ -225,7 +225,7 @@ def _question_and_answer(record: dict[str, Any], question_name: str, answer_name
     question = required_text(record, question_name)
     answer = required_text(record, answer_name)
     extra = optional_text(record, "input") if question_name == "instruction" else ""
-    pairs = required_list(record, "history", "pairs") if record.get("history") not in (None, "", []) else []
+    pairs = checked_list(record.get("history"), "history", "pairs", or_none=True)
     turns = Turns()
     for index, pair in enumerate(pairs):
         if not isinstance(pair, list) or len(pair) != 2:
@@ -243,8 +243,8 @@ def _prompt_and_completion(record: dict[str, Any]) -> Turns:
     for name in ("prompt", "completion"):
         if name not in record:
             raise UserError(f"field {name!r} is missing: add it, or rename a column with MAP_COLUMNS=OLD={name}")
-    prompt = read_turns(required_list(record, "prompt", "turns, as 'completion' is"), "prompt")
-    completion = read_turns(required_list(record, "completion", "turns, as 'prompt' is"), "completion")
+    prompt = read_turns(checked_list(record["prompt"], "prompt", "turns, as 'completion' is"), "prompt")
+    completion = read_turns(checked_list(record["completion"], "completion", "turns, as 'prompt' is"), "completion")
     prompt.loss_flags = [bool(flag) for flag in prompt.loss_flags]
     return prompt + completion
 

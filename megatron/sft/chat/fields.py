@@ -3,6 +3,7 @@
 `where` is the path of the object within the record, as in `messages[1].`, for the message.
 """
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,26 +36,21 @@ def checked_text(value: Any, name: str) -> str:
     return value
 
 
-def list_or_json(value: Any) -> Any:
-    """The value, or the list that it holds as JSON text, which is how tables (CSV, parquet) often have lists."""
+def checked_list(value: Any, name: str, of: str, or_none: bool = False) -> list[Any]:
+    """The list, which may be JSON text, as tables (CSV, parquet) often have it; with `or_none` empty for null or no text."""
+    if or_none and value in (None, ""):
+        return []
     if isinstance(value, str) and value.lstrip()[:1] == "[":
-        try:
-            return orjson.loads(value)
-        except orjson.JSONDecodeError:
-            return value
-    return value
-
-
-def required_list(fields: dict[str, Any], name: str, of: str) -> list[Any]:
-    value = list_or_json(fields[name])
+        with contextlib.suppress(orjson.JSONDecodeError):
+            value = orjson.loads(value)
     if not isinstance(value, list):
-        raise UserError(f"field {name!r} is {json_type(value)}: it must be a list of {of}")
+        raise UserError(f"field '{name}' is {json_type(value)}: it must be a list of {of}, or that list as JSON text")
     return value
 
 
-def json_object(value: Any, name: str, needs: str = "") -> dict[str, Any]:
-    """An object, or an object as JSON text. `needs` says in the message what it must have."""
-    if isinstance(value, str):
+def checked_object(value: Any, name: str, needs: str = "", or_text: bool = False) -> dict[str, Any]:
+    """The object; with `or_text` it may be JSON text. `needs` says in the message what it must have."""
+    if or_text and isinstance(value, str):
         try:
             value = orjson.loads(value)
         except orjson.JSONDecodeError:

@@ -78,8 +78,8 @@ class SkeletonBuilder:
         self._special_tokens = [str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special]
 
     def skeleton(self, pattern: Pattern, has_tools: bool) -> Skeleton:
-        """The skeleton of a pattern. A `UserError` if the template does not print a mark or the functions, begins an answer
-        otherwise than with its prompt, or ends one without a token."""
+        """The skeleton of a pattern. A `UserError` if the template does not print a mark or the functions, does not begin an
+        answer with its prompt, or does not end it with a token."""
         found = self._built.get((pattern, has_tools))
         if found is None:
             found = self._build(pattern, has_tools)
@@ -95,8 +95,9 @@ class SkeletonBuilder:
             index, place = _functions_place(marked, self._marked_render(pattern, MARKED_TOOLS[1]))
             marked.places.insert(index, place)
         literals = tuple(marked.literal(index) for index in range(len(marked.places) + 1))
-        answers = [self._answer(marked, turn) for turn, of in enumerate(pattern) if of.role == "assistant"]
-        return Skeleton(literals, tuple(place.slot for place in marked.places), tuple(answers))
+        slots = tuple(place.slot for place in marked.places)
+        answers = (self._answer(marked, index) for index, turn in enumerate(pattern) if turn.role == "assistant")
+        return Skeleton(literals, slots, tuple(answers))
 
     def _marked_render(self, pattern: Pattern, tools: Tools) -> _MarkedRender:
         marks = [_marks(index, turn, len(pattern)) for index, turn in enumerate(pattern)]
@@ -114,7 +115,8 @@ class SkeletonBuilder:
         return AnswerSlots(first, last, marked.text[start : marked.places[first].start], closing, token_id)
 
     def _answer_start(self, marked: _MarkedRender, turn: int, first: int) -> int:
-        """Where the answer begins that the model has to write: at the end of the prompt that inference gives it."""
+        """Where the answer begins that the model has to write: at the end of the prompt that inference gives it. `first` is
+        the place of its first text."""
         text, pattern = marked.text, marked.pattern
         earliest, text_start = marked.places[first - 1].end if first else 0, marked.places[first].start
         num_answers = sum(other.role == "assistant" for other in pattern)
@@ -207,8 +209,8 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 def _marks(turn: int, pattern: TurnPattern, num_turns: int) -> list[str]:
-    """A mark for each text of a turn, which no template has and none holds another. They are what a template may ask of
-    such a text: a name, a JSON object, an id of 9 characters (Mistral)."""
+    """A mark for each text of a turn; none is part of another, or of a template. Each is of the form that a template may
+    require: a name, a JSON object, an id of 9 characters (Mistral)."""
     marks = [f"MARK{turn}X{index}OF{num_turns}TEXT" for index in range(pattern.content.count(PLACEHOLDER))]
     for index in range(len(pattern.calls_with_id)):
         marks += [f"MARK{turn}C{index}NAME", arguments_text({f"MARK{turn}C{index}KEY": "value"})]

@@ -7,10 +7,9 @@ from typing import Any
 import orjson
 
 from megatron.sft.chat.fields import (
+    checked_list,
+    checked_object,
     checked_text,
-    json_object,
-    json_type,
-    list_or_json,
     optional_text,
     refuse_fields,
     required_text,
@@ -62,10 +61,7 @@ def read_turns(listed: list[Any], list_name: str) -> Turns:
     turns = Turns()
     for index, turn in enumerate(listed):
         where = f"{list_name}[{index}]"
-        if not isinstance(turn, dict):
-            raise UserError(
-                f"{where} is {json_type(turn)}: each turn must be an object with {names[0]!r} and {names[1]!r}"
-            )
+        checked_object(turn, where, f" with {names[0]!r} and {names[1]!r}")
         message = _message(turn, names, f"{where}.")
         turns.add(message, _loss_flag(turn, message["role"], where))
         for name in turn:
@@ -143,34 +139,24 @@ def _loss_flag(turn: dict[str, Any], role: str, where: str) -> bool | None:
 
 def read_tools(value: Any) -> Tools:
     """The functions of a record's `tools`: a list, or that list as JSON text. None if there are none."""
-    tools = list_or_json(value)
-    if tools in (None, "", [], "[]"):
-        return None
-    if not isinstance(tools, list):
-        raise UserError(
-            f"field 'tools' is {json_type(tools)}: it must be a list of functions, or that list as JSON text"
-        )
-    return [_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
+    tools = checked_list(value, "tools", "functions", or_none=True)
+    return [_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools)] or None
 
 
 def _tool(tool: Any, where: str) -> dict[str, Any]:
-    tool = json_object(tool, where, " with 'type' and 'function'")
+    tool = checked_object(tool, where, " with 'type' and 'function'", or_text=True)
     if "function" not in tool:
         tool = {"type": "function", "function": tool}  # many data sets have the function alone
-    if not isinstance(tool["function"], dict):
-        raise UserError(f"{where}.function is {json_type(tool['function'])}: it must be an object with a name")
-    required_text(tool["function"], "name", f"{where}.function.")
+    required_text(checked_object(tool["function"], f"{where}.function", " with a name"), "name", f"{where}.function.")
     return tool
 
 
 def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
     """The calls of an assistant message: a list, or that list as JSON text."""
-    calls = list_or_json(value)
-    if calls in (None, "", []):
-        return []
-    if not isinstance(calls, list):
-        raise UserError(f"field '{where}' is {json_type(calls)}: it must be a list of calls")
-    return [_tool_call(call, f"{where}[{index}]") for index, call in enumerate(calls)]
+    return [
+        _tool_call(call, f"{where}[{index}]")
+        for index, call in enumerate(checked_list(value, where, "calls", or_none=True))
+    ]
 
 
 def _calls_in_text(text: str, where: str) -> list[dict[str, Any]]:
@@ -187,20 +173,17 @@ def _calls_in_text(text: str, where: str) -> list[dict[str, Any]]:
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
     """One call in OpenAI's form. Its `arguments` stay what they are: an object, or an object as JSON text."""
-    if not isinstance(call, dict):
-        raise UserError(f"{where} is {json_type(call)}: it must be an object with 'function'")
+    checked_object(call, where, " with 'function'")
     for name in call:
         if name not in CALL_FIELDS:
             raise UserError(f"field '{where}.{name}' is unknown in a call: remove it")
-    function = call.get("function", call)
-    if not isinstance(function, dict):
-        raise UserError(f"{where}.function is {json_type(function)}: it must be an object with 'name' and 'arguments'")
-    where_function = f"{where}.function." if "function" in call else f"{where}."
-    name = required_text(function, "name", where_function)
+    path = f"{where}.function" if "function" in call else where
+    function = checked_object(call.get("function", call), path, " with 'name' and 'arguments'")
+    name = required_text(function, "name", f"{path}.")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        checked_text(arguments, f"{where_function}arguments")
-    json_object(arguments, f"{where_function}arguments")
+        checked_text(arguments, f"{path}.arguments")
+    checked_object(arguments, f"{path}.arguments", or_text=True)
     result: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
     if call.get("id") is not None:
         result["id"] = checked_text(call["id"], f"{where}.id")

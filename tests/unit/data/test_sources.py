@@ -232,7 +232,7 @@ def test_every_format_becomes_messages(row: dict[str, Any], expected: Messages) 
         ({"instruction": "Q", "output": "A", "messages": []}, "several formats (messages and instruction)"),
         ({"messages": []}, "'messages' is an empty list"),
         ({"messages": "hello"}, "'messages' is text: it must be a list"),
-        ({"messages": [ASKED, "A"]}, "messages[1] is text"),
+        ({"messages": [ASKED, "A"]}, "messages[1]' is text"),
         ({"messages": [ASKED, {"role": "assistant"}]}, "field 'messages[1].content' is missing"),
         ({"messages": [ASKED, {"role": "bot", "content": "A"}]}, "messages[1].role is 'bot', an unknown role"),
         ({"conversations": [{"from": "user?", "value": "Q"}]}, "conversations[0].from is 'user?', an unknown role"),
