@@ -12,11 +12,10 @@ import faulthandler
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,23 +223,9 @@ def launch(runs: Sequence[Run], steps: int, folder: Path, on_cpu: bool, limit: f
     """Fill runs of one number of processes, in one launch of them."""
     task = folder / f"task_{runs[0].layout.processes}_{'cpu' if on_cpu else 'gpu'}.json"
     task.write_text(json.dumps({"steps": steps, "limit": limit, "runs": [asdict(run) for run in runs]}))
-    command = [sys.executable, "-m", "megatron.sft.launch", "--standalone", "--local-addr", "localhost"]
-    command += [
-        "--nproc-per-node",
-        str(runs[0].layout.processes),
-        "-m",
-        "tests.campaigns.parallel_losses",
-        "--task",
-        str(task),
-    ]
-    environment = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tiny.ROOT), os.environ.get("PYTHONPATH")]))
-    if on_cpu:
-        environment |= {"MEGATRON_SFT_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit + 60
-    )
-    assert result.returncode == 0, f"status {result.returncode}:\n{result.stdout[-20000:]}"
+    processes, module = runs[0].layout.processes, "tests.campaigns.parallel_losses"
+    run_on = tiny.run if on_cpu else tiny.run_on_gpu
+    run_on(processes, module, "--task", task, seconds=limit + 60)
     for run, done in zip(runs, json.loads(task.with_suffix(".done").read_text()), strict=True):
         run.losses, run.norms, run.validation = done["losses"], done["norms"], done["validation"]
 
@@ -251,14 +236,20 @@ def compare(
     steps: int,
     on_cpu: bool,
     limit: float = LIMIT_SECONDS,
+    only: Mapping[str, Sequence[str]] | None = None,
 ) -> list[tuple[Run, Run]]:
-    """Every variant in every layout, each beside the same variant in one process. One launch a number of processes."""
+    """Every variant in every layout, each with the same variant in one process. One launch a number of processes.
+
+    only: the layouts of each variant, by their names.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_models(folder, {variant.model for variant in variants})
         sizes = SHORT_ROWS if on_cpu else LONG_ROWS
         tiny.write_rows(folder / "rows", rows(*sizes), sizes[0], JOINED)
         runs = [Run(variant, layout) for layout in [ONE, *layouts] for variant in variants if _fits(variant, layout)]
+        if only is not None:
+            runs = [run for run in runs if run.layout == ONE or run.layout.name in only[run.variant.name]]
         for number in sorted({run.layout.processes for run in runs}):
             launch([run for run in runs if run.layout.processes == number], steps, folder, on_cpu, limit)
     ones = {run.variant.name: run for run in runs if run.layout == ONE}

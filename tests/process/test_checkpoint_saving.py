@@ -21,12 +21,9 @@ MODES = {"while training goes on": "1", "while training waits": "0"}
 
 
 @pytest.fixture(scope="module")
-def half(train: Callable[..., Path]) -> Path:
+def half(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 10 steps as it was after 5."""
-    folder = train(1, "--save-interval", "5")
-    shutil.rmtree(folder / "iter_0000010")
-    (folder / TRACKER).write_text("5")
-    return folder
+    return tiny.as_of(5, train(1, "--save-interval", "5"), tmp_path_factory.mktemp("half") / "run")
 
 
 def test_blocks_make_up_every_range_of_a_tensor_once() -> None:
@@ -146,10 +143,7 @@ def test_experts_spread_over_processes_continue_in_one_and_back(packed_rows: Pat
         tiny.launch(processes, "train", "train", *options, *parallel, "--save", tmp_path / way)
     for way, (processes, parallel) in ways.items():
         source = tmp_path / ("spread" if way == "one" else "one")
-        run = tmp_path / f"{source.name} to {way}"
-        shutil.copytree(source, run)
-        shutil.rmtree(run / "iter_0000006")
-        (run / TRACKER).write_text("3")
+        run = tiny.as_of(3, source, tmp_path / f"{source.name} to {way}")
         tiny.launch(processes, "train", "resume", *options, *parallel, "--save", run)
         assert tiny.losses(run) == pytest.approx(tiny.losses(source), abs=1e-5)
         saved, resumed = (stored_tensors(folder / "iter_0000006") for folder in (source, run))
@@ -161,10 +155,7 @@ def test_the_loss_scale_of_fp16_continues(train: Callable[..., Path], tmp_path: 
     """Doubled after every two good steps, so that a count that was forgotten would show."""
     options = ["--precision", "fp16", "--save-interval", "5", "--initial-loss-scale", "256", "--loss-scale-window", "2"]
     run = train(1, *options)
-    halved = tmp_path / "halved"
-    shutil.copytree(run, halved)
-    shutil.rmtree(halved / "iter_0000010")
-    (halved / TRACKER).write_text("5")
+    halved = tiny.as_of(5, run, tmp_path / "halved")
     train(1, *options, mode="resume", save=halved)
     scales = [line["loss_scale"] for line in tiny.metrics(run) if "loss" in line]
     assert len(set(scales)) == 6 and [line["loss_scale"] for line in tiny.metrics(halved)] == scales

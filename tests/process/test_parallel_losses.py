@@ -29,10 +29,31 @@ def test_the_cpu_and_a_gpu_with_and_without_transformer_engine_give_the_same_los
         _check(run, on_cpu)
 
 
+# Every layout with one variant, every other variant in layouts that it has to itself.
+ON_TWO_GPUS = {
+    "bf16 with TE": [one.name for one in parallel_losses.TWO if one.name != "EP2"],
+    "bf16": ["TP2 + SP"],
+    "fp32": ["CP2"],
+    "fp32 with TE": ["TP2 + SP", "PP2 x VPP2"],
+    "bf16, window, with TE": ["CP2"],
+    "bf16, experts, with TE": ["EP2"],
+}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 @pytest.mark.timeout(1200)
-def test_two_gpus_or_four_give_the_losses_of_one() -> None:
+def test_two_gpus_give_the_losses_of_one() -> None:
+    pairs = parallel_losses.compare(parallel_losses.ON_GPU, parallel_losses.TWO, 10, on_cpu=False, only=ON_TWO_GPUS)
+    assert len(pairs) == sum(map(len, ON_TWO_GPUS.values()))
+    for run, one in pairs:
+        _check(run, one)
+
+
+@pytest.mark.campaign
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.timeout(1800)
+def test_two_gpus_or_four_give_the_losses_of_one_in_every_layout() -> None:
     layouts = parallel_losses.available_layouts(on_cpu=False)
     for run, one in parallel_losses.compare(parallel_losses.ON_GPU, layouts, steps=20, on_cpu=False):
         _check(run, one)

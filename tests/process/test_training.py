@@ -1,7 +1,6 @@
 """Training in real processes: every layout gives the same losses, and they are transformers' own."""
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,18 +93,8 @@ def test_packed_rows_train_like_one_conversation_a_row(train: Callable[..., Path
         assert tiny.losses(packed) == pytest.approx(tiny.losses(unpacked), rel=1e-6)
 
 
-def _back_to(run: Path, iteration: int, copy: Path) -> Path:
-    """A copy of a run as it was after `iteration`."""
-    shutil.copytree(run, copy)
-    for folder in copy.glob("iter_*"):
-        if int(folder.name[5:]) > iteration:
-            shutil.rmtree(folder)
-    (copy / "latest_checkpointed_iteration.txt").write_text(str(iteration))
-    return copy
-
-
 def test_five_and_five_resumed_steps_are_ten(train: Callable[..., Path], reference: Path, tmp_path: Path) -> None:
-    run = _back_to(reference, 5, tmp_path / "resumed")
+    run = tiny.as_of(5, reference, tmp_path / "resumed")
     train(1, *VALIDATION, mode="resume", save=run)
     assert tiny.losses(run) == tiny.losses(reference)
     assert tiny.validation_losses(run) == tiny.validation_losses(reference)
@@ -116,7 +105,7 @@ def test_a_run_resumes_in_another_layout(
     train: Callable[..., Path], reference: Path, tmp_path: Path, layout: str
 ) -> None:
     processes, options = LAYOUTS[layout]
-    run = _back_to(reference, 5, tmp_path / "resumed")
+    run = tiny.as_of(5, reference, tmp_path / "resumed")
     train(processes, *VALIDATION, *options, mode="", save=run)
     assert tiny.losses(run) == pytest.approx(tiny.losses(reference), rel=1e-6)
 
@@ -125,7 +114,7 @@ def test_bf16_training_lowers_the_loss_and_resumes_exactly(train: Callable[..., 
     options = ["--precision", "bf16", "--save-interval", "5", "--tensor-model-parallel-size", "2"]
     run = train(2, *options)
     assert tiny.losses(run)[-1] < tiny.losses(run)[0]
-    resumed = _back_to(run, 5, tmp_path / "resumed")
+    resumed = tiny.as_of(5, run, tmp_path / "resumed")
     train(2, *options, mode="resume", save=resumed)
     assert tiny.losses(resumed) == tiny.losses(run)
 

@@ -49,6 +49,7 @@ ROOMS = [
     *("data", "reporting", "planning", "training", "inference", "conversion"),
 ]
 STARTS_A_THREAD = ["hub_records.py"]  # pyarrow's allocator
+UNFIT = "unfit"  # a file: what is forked would not work
 _PR_SET_PDEATHSIG = 1
 
 
@@ -56,9 +57,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 class ForkServer:
-    """The client: starts the server at the first use and ends it with this process."""
+    """The client: starts the server at the first use and ends it with this process.
 
-    def __init__(self) -> None:
+    on_gpu: what is forked makes its own CUDA context, which the server therefore must not have.
+    """
+
+    def __init__(self, on_gpu: bool = False) -> None:
+        self._kinds = [MEGATRON] if on_gpu else [PLAIN, MEGATRON]
+        self._on_gpu = on_gpu
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = Path()
         self._environment: dict[str, str] = {}
@@ -68,6 +74,8 @@ class ForkServer:
         if os.environ.get("TESTS_START_PROCESSES") == "1":
             return False
         self.start()
+        if (self._folder / UNFIT).exists():
+            return False
         return _import_time(environment) == _import_time(self._environment)
 
     def run(
@@ -104,10 +112,10 @@ class ForkServer:
         command = [sys.executable, "-SE", str(ROOT / "tests" / "support" / "forked_python.py"), str(self._folder)]
         client.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
         client.chmod(0o755)
-        self._environment = environment_of_runs()
+        self._environment = environment_of_runs(self._on_gpu)
         with open(self._folder / "log", "wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.fork_server", str(self._folder)],
+                [sys.executable, "-m", "tests.support.fork_server", str(self._folder), *self._kinds],
                 cwd=ROOT,
                 # What is forked talks to no hub.
                 env=self._environment | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"},
@@ -117,7 +125,7 @@ class ForkServer:
                 start_new_session=True,
             )
         atexit.register(self.end)
-        while not all((self._folder / kind).exists() for kind in (PLAIN, MEGATRON)):
+        while not all((self._folder / kind).exists() for kind in self._kinds):
             if self._process.poll() is not None:
                 raise RuntimeError(f"the fork server ended with status {self._process.returncode}:\n{self._log()}")
             time.sleep(0.01)
@@ -135,12 +143,17 @@ class ForkServer:
 
 
 SERVER = ForkServer()
+GPU_SERVER = ForkServer(on_gpu=True)
 
 
-def environment_of_runs() -> dict[str, str]:
-    """This process's environment with what a test's run on the CPU needs."""
+def environment_of_runs(on_gpu: bool = False) -> dict[str, str]:
+    """This process's environment with what a test's run needs."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MEGATRON_SFT_DEVICE": "cpu"}
+    # NVML answers whether there is a GPU without CUDA, which would not work in a forked process after that.
+    device = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    if not on_gpu:
+        device = {"MEGATRON_SFT_DEVICE": "cpu"}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **device}
 
 
 def _import_time(environment: dict[str, str]) -> dict[str, str]:
@@ -151,18 +164,25 @@ def _import_time(environment: dict[str, str]) -> dict[str, str]:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, kinds = Path(sys.argv[1]), sys.argv[2:]
     sockets = {}
-    for kind in (PLAIN, MEGATRON):
+    for kind in kinds:
         sockets[kind] = socket.socket(socket.AF_UNIX)
         sockets[kind].bind(str(folder / f".{kind}"))
         sockets[kind].listen(64)
-        os.rename(folder / f".{kind}", folder / kind)
     import torch  # noqa: F401
     import transformers.models.auto.modeling_auto
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
+    if PLAIN not in kinds:
+        _import_rooms()
+        if not _a_fork_reaches_the_gpu():
+            (folder / UNFIT).touch()
+        os.rename(folder / f".{MEGATRON}", folder / MEGATRON)
+        _serve(sockets[MEGATRON])
+    for kind in kinds:
+        os.rename(folder / f".{kind}", folder / kind)
     other = os.fork()
     if other == 0:
         _end_with_parent()
@@ -178,6 +198,20 @@ def main() -> None:
     _serve(sockets[PLAIN], needed=other)
 
 
+def _a_fork_reaches_the_gpu() -> bool:
+    """Whether what was imported has left CUDA alone."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    try:
+        import torch
+
+        torch.zeros(1, device="cuda")
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
 def _import_rooms() -> None:
     """All modules of the package but the commands at its top; a room's optional packages may be missing."""
     for room in ROOMS:
@@ -190,8 +224,8 @@ def _import_rooms() -> None:
 
 def _serve(listening: socket.socket, needed: int = 0) -> NoReturn:
     """Fork a process for each connection until the client ends, or the process `needed` does."""
-    threads = os.listdir("/proc/self/task")
-    assert len(threads) == 1, f"{len(threads)} threads: a fork copies one of them"
+    threads = len(os.listdir("/proc/self/task"))
+    assert threads == 1, f"{threads} threads: a fork copies one of them"
     while True:
         ready, _, _ = select.select([listening, sys.stdin], [], [], 1.0)
         with contextlib.suppress(ChildProcessError):

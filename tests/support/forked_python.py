@@ -4,6 +4,7 @@
 without `megatron.sft.launch`. A command that talks to a hub is started, as its libraries read where that is when imported.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -31,7 +32,9 @@ def ask(folder: Path, request: dict[str, object], descriptors: list[int]) -> byt
         content = json.dumps(request).encode()
         socket.send_fds(connection, [len(content).to_bytes(8, "big")], descriptors)
         connection.sendall(content)
-        return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        with contextlib.suppress(ConnectionResetError):
+            return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        return b""
 
 
 def forked(arguments: list[str]) -> tuple[int, str, list[str]] | None:

@@ -1,6 +1,7 @@
 """Tiny models and tiny tokenised data, and running the project's modules in real processes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Collection
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.support.fork_server import SERVER, environment_of_runs
+from tests.support.fork_server import GPU_SERVER, SERVER, environment_of_runs
 
 ROOT = Path(__file__).resolve().parents[2]
+TRACKER = "latest_checkpointed_iteration.txt"
 VOCAB_SIZE = 131
 TIMEOUT_SECONDS = 240
 
@@ -138,37 +140,54 @@ def write_rows(prefix: Path, rows: list[list[Conversation]], length: int, joined
 
 def run_module(module: str, *arguments: object, status: int = 0) -> str:
     """Run `python -m megatron.sft.<module>` and return its output; `status` is the exit status it must have."""
-    return _run(0, f"megatron.sft.{module}", arguments, status)
+    return run(0, f"megatron.sft.{module}", *arguments, status=status)
 
 
 def launch(processes: int, module: str, *arguments: object, status: int = 0) -> str:
     """The same in several processes over gloo."""
-    return _run(processes, f"megatron.sft.{module}", arguments, status)
+    return run(processes, f"megatron.sft.{module}", *arguments, status=status)
 
 
 def launch_test_worker(processes: int, script: Path, *arguments: object, status: int = 0) -> str:
     """Run a test's own script in several processes."""
-    return _run(processes, str(script), arguments, status)
+    return run(processes, str(script), *arguments, status=status)
 
 
 def run_script(script: Path, *arguments: object) -> str:
     """Run a test's own script in one process."""
-    return _run(0, str(script), arguments, 0)
+    return run(0, str(script), *arguments)
 
 
-def _run(processes: int, program: str, arguments: tuple[object, ...], status: int) -> str:
-    """In forked processes; where the environment asks for it, or a launched run must fail, in ones that are started."""
+def run(processes: int, program: str, *arguments: object, status: int = 0, seconds: float = TIMEOUT_SECONDS) -> str:
+    """Run a module by its whole name, or a script by its path: in one process, or in as many as the launcher would start.
+
+    The processes are forked; where the environment asks for it, or a launched run must fail, they are started.
+    """
     environment = environment_of_runs()
     texts = list(map(str, arguments))
     if SERVER.suits(environment) and not (processes and status):
-        returned, output = SERVER.run(program, texts, environment, processes, TIMEOUT_SECONDS)
+        returned, output = SERVER.run(program, texts, environment, processes, seconds)
     else:
-        returned, output = start(processes, program, texts, environment)
+        returned, output = start(processes, program, texts, environment, seconds)
     assert returned == status, f"status {returned} instead of {status}:\n{output[-6000:]}"
     return output
 
 
-def start(processes: int, program: str, arguments: list[str], environment: dict[str, str]) -> tuple[int, str]:
+def run_on_gpu(processes: int, program: str, *arguments: object, seconds: float = TIMEOUT_SECONDS) -> str:
+    """The same with the machine's GPUs."""
+    environment = environment_of_runs(on_gpu=True)
+    texts = list(map(str, arguments))
+    if GPU_SERVER.suits(environment):
+        returned, output = GPU_SERVER.run(program, texts, environment, processes, seconds)
+    else:
+        returned, output = start(processes, program, texts, environment, seconds)
+    assert returned == 0, f"status {returned}:\n{output[-20000:]}"
+    return output
+
+
+def start(
+    processes: int, program: str, arguments: list[str], environment: dict[str, str], seconds: float
+) -> tuple[int, str]:
     """Exit status and output of a module or script in a process that is started, or in several by the launcher."""
     command = [sys.executable]
     if processes:
@@ -181,9 +200,19 @@ def start(processes: int, program: str, arguments: list[str], environment: dict[
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=TIMEOUT_SECONDS,
+        timeout=seconds,
     )
     return result.returncode, result.stdout
+
+
+def as_of(iteration: int, run: Path, copy: Path) -> Path:
+    """A copy of a run as it was when it had saved this iteration's checkpoint, to resume; returns `copy`."""
+    shutil.copytree(run, copy)
+    for folder in copy.glob("iter_*"):
+        if int(folder.name[5:]) > iteration:
+            shutil.rmtree(folder)
+    (copy / TRACKER).write_text(str(iteration))
+    return copy
 
 
 def losses(folder: Path) -> list[float]:

@@ -1,6 +1,5 @@
 """Context parallelism: rows shared between processes hold every token once and train as they do in one process."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,10 +103,7 @@ def test_a_run_with_shared_rows_logs_and_resumes_as_one_process_does(
     assert tiny.validation_losses(shared) == pytest.approx(tiny.validation_losses(one), rel=1e-6)
 
     for number, (start, processes, sizes) in enumerate([(shared, 1, []), (one, 2, ["--context-parallel-size", "2"])]):
-        run = tmp_path / f"resumed_{number}"
-        shutil.copytree(start, run)
-        shutil.rmtree(run / "iter_0000010")
-        (run / "latest_checkpointed_iteration.txt").write_text("5")
+        run = tiny.as_of(5, start, tmp_path / f"resumed_{number}")
         train(processes, *OPTIONS, *sizes, mode="resume", save=run)
         assert tiny.losses(run) == pytest.approx(tiny.losses(one), rel=1e-6)
         assert tiny.validation_losses(run) == pytest.approx(tiny.validation_losses(one), rel=1e-6)

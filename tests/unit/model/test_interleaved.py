@@ -1,7 +1,6 @@
 """The interleaved pipeline: several model chunks on each stage train, save and resume as one model does."""
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,10 +34,7 @@ def test_interleaved_and_plain_pipelines_resume_each_other(
     assert len(tiny.losses(interleaved)) == 10
     plain = INTERLEAVED[:2]
     for number, (start, processes, sizes) in enumerate([(interleaved, 2, plain), (one, 2, INTERLEAVED)]):
-        run = tmp_path / f"resumed_{number}"
-        shutil.copytree(start, run)
-        shutil.rmtree(run / "iter_0000010")
-        (run / "latest_checkpointed_iteration.txt").write_text("5")
+        run = tiny.as_of(5, start, tmp_path / f"resumed_{number}")
         train(processes, *OPTIONS, *sizes, "--load", four_layers, mode="resume", save=run)
         for each in (start, run):
             assert tiny.losses(each) == pytest.approx(tiny.losses(one), rel=1e-6)
