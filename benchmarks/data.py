@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.sft.chat.bpe_cache import word_encoder
-from megatron.sft.chat.conversations import RowReader
+from megatron.sft.chat.conversations import RecordReader
 from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.chat.template import ChatTemplate
-from megatron.sft.data.corpus import Corpus
+from megatron.sft.data import corpus
 from megatron.sft.data.mixture import Source, parse_inputs, validated_source
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import FORMAT, token_dtype
@@ -33,13 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = load_tokenizer(given.tokenizer)
     (source,) = map(validated_source, parse_inputs([given.file]))
     template = ChatTemplate(tokenizer)
-    reader = RowReader()
+    reader = RecordReader()
     examples = [reader.example(record.fields) for record in source.records(0, 0)]
-    texts = [template.render(example.messages, example.tools, example.trained).text for example in examples]
+    texts = [template.render(example.messages, example.tools, example.loss_flags).text for example in examples]
     num_megabytes = sum(len(text.encode()) for text in texts) / 1e6
     print(
         f"{len(texts):,} records, {num_megabytes:.1f} MB of text, {given.num_workers} processors, {given.tokenizer.name}"
     )
+    if given.library:
+        corpus.BYTES_FOR_WORDS = 1 << 60
     ratios = []
     for turn in range(1, given.repeat + 1):
         # Every run of the step starts without knowledge of the template's and the tokenizer's words.
@@ -60,6 +62,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("file", help="chat data")
     parser.add_argument("--seq-length", type=int, default=16384, help="tokens in a row")
     parser.add_argument("--num-workers", type=int, default=len(os.sched_getaffinity(0)), help="processors for each")
+    parser.add_argument("--library", action="store_true", help="encode with the tokenizers library alone")
     parser.add_argument("--repeat", type=int, default=3, help="how often both are measured, in turn")
     return parser.parse_args(argv)
 
@@ -76,10 +79,12 @@ def _seconds_of_encoding(tokenizer: Any, texts: list[str]) -> float:
 
 def _seconds_of_step(tokenizer: Any, source: Source, length: int, num_workers: int) -> float:
     started = time.monotonic()
-    corpus = Corpus(source, ChatTemplate(tokenizer), RowReader(), length, "truncate", num_workers=num_workers)
+    conversations = corpus.Corpus(
+        source, ChatTemplate(tokenizer), RecordReader(), length, "truncate", num_workers=num_workers
+    )
     dtype = token_dtype(max(tokenizer.get_vocab().values()) + 1)
     with tempfile.TemporaryDirectory() as folder, ConversationStore(Path(folder) / "data", dtype) as store:
-        for conversation in corpus:
+        for conversation in conversations:
             store.add(conversation)
         packing = store.pack(length, 1234, packing=True)
         store.write(packing, {"format": FORMAT} | store.totals(packing, length))

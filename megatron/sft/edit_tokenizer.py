@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.sft.chat.corrections import check_keeps_thinking, keep_thinking
 from megatron.sft.chat.named_templates import chosen_template
-from megatron.sft.chat.thinking_template import check_keeps_thinking, keep_thinking
 from megatron.sft.hf.folder import num_tokens
 from megatron.sft.hf.tokenizer_files import read_chat_template
 from megatron.sft.runtime.errors import UserError, run
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.template:
         files.set_template(chosen_template(arguments.template))
     if arguments.keep_thinking:
-        files.set_template(keep_thinking(files.template_text(), str(files.folder)))
+        files.set_template(keep_thinking(files.template_text()))
     files.write(arguments.keep_thinking)
     return 0
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from megatron.sft.chat.conversations import Conversation
+from megatron.sft.chat.conversations import Messages
 from megatron.sft.inference.answer_file import answer_file
 from megatron.sft.inference.backends import Decoding
 from megatron.sft.inference.chat_model import BACKENDS, DTYPES, ChatModel, check_control, load_chat_model
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def stream_answer(chat_model: ChatModel, messages: Conversation, control: str, decoding: Decoding) -> str:
+def stream_answer(chat_model: ChatModel, messages: Messages, control: str, decoding: Decoding) -> str:
     """Print the answer while it is made, and return it. `UserError` for a conversation longer than the model reads."""
     from tokenizers.decoders import DecodeStream
 
@@ -69,7 +69,7 @@ def chat(chat_model: ChatModel, control: str, decoding: Decoding) -> None:
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:
         print(CHAT_HELP)
-    messages: Conversation = []
+    messages: Messages = []
     while True:
         try:
             line = input(prompt).strip()

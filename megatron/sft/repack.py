@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.sft.chat.encoding import Encoded
+from megatron.sft.chat.encoding import Conversation
 from megatron.sft.data.corpus import Counts, cut_or_dropped
 from megatron.sft.data.packing import ALGORITHM
 from megatron.sft.data.report import print_dropped
@@ -120,7 +120,7 @@ def repack(source: TokenizedRows, options: Options, prefix: Path, fingerprint: s
     print(f"wrote {prefix}.bin, .idx, .json")
 
 
-def conversations(source: TokenizedRows) -> Iterator[Encoded]:
+def conversations(source: TokenizedRows) -> Iterator[Conversation]:
     """The conversations in the order of the rows."""
     groups, sources = source.groups, source.sources
     for index, conversation in enumerate(conversation for row in source for conversation in _row_conversations(row)):
@@ -128,17 +128,17 @@ def conversations(source: TokenizedRows) -> Iterator[Encoded]:
         yield replace(conversation, group=group, source=0 if sources is None else int(sources[index]))
 
 
-def _row_conversations(row: Row) -> Iterator[Encoded]:
+def _row_conversations(row: Row) -> Iterator[Conversation]:
     start = 0
     for length in row.conversation_lengths.tolist():
         part = slice(start, start + length)
         trained = row.trained[part]
         run_ends = np.append(np.flatnonzero(np.diff(trained)) + 1, length)
-        yield Encoded(row.tokens[part], np.diff(run_ends, prepend=0).tolist())
+        yield Conversation(row.tokens[part], np.diff(run_ends, prepend=0).tolist())
         start += length
 
 
-def _fitting(all_conversations: Iterator[Encoded], options: Options, counts: Counts) -> Iterator[Encoded]:
+def _fitting(all_conversations: Iterator[Conversation], options: Options, counts: Counts) -> Iterator[Conversation]:
     """Those that fit the new length, cut if that was asked for."""
     for conversation in all_conversations:
         length = len(conversation.tokens)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.chat.conversations import NOT_A_COLUMN, RowReader
+from megatron.sft.chat.conversations import NOT_A_COLUMN, RecordReader
 from megatron.sft.chat.corrections import difference
 from megatron.sft.chat.encoding import TOKENIZER_FILES, check_tokenizer_folder, load_tokenizer
 from megatron.sft.chat.named_templates import NAMES, chosen_template
@@ -216,7 +216,7 @@ def _corpus(options: Options, source: Source, index: int, template: ChatTemplate
     return Corpus(
         source,
         template,
-        RowReader(options.columns, options.replaced),
+        RecordReader(options.columns, options.replaced),
         options.seq_length,
         options.overlong,
         options.group_key,

@@ -74,7 +74,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "files of another checkpoint": (_swap, "is damaged (its checksum differs"),
     "another checkpoint under its name": (_stale_folder, "belongs to iteration 8, not to 10"),
-    "another position": (_on(MANIFEST, _edit_manifest), "manifest.json is damaged (its checksum of itself differs)"),
+    "another position": (_on(MANIFEST, _edit_manifest), "manifest.json is damaged"),
     "a save that was broken off": (_unfinished, f"{TRACKER} says '10'"),
 }
 

@@ -102,7 +102,7 @@ def test_the_control_token_and_the_template_of_hybrid_reasoning(folder: Path) ->
         (["--rename", "<｜User｜>=<short>"], "is in use (the chat template)"),
         (["--rename", "<｜end▁of▁sentence｜>=<short>"], "is in use (eos_token in tokenizer_config.json, pad_token"),
         (["--rename", "<|quad_start|>"], "is not OLD=NEW"),
-        (["--template", "nowhere.jinja"], "no name (chatml"),
+        (["--template", "nowhere.jinja"], "(chatml, llama-2"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_changed(folder: Path, options: list[str], reason: str) -> None:

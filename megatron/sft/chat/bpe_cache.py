@@ -1,10 +1,10 @@
-"""Encodes ASCII text word by word from memory, which is several times faster than the tokenizers library and gives its ids.
+"""Encodes ASCII text word by word from memory: the ids of the tokenizers library, in less time (docs/performance.md).
 
-Byte-level BPE cuts text at its added tokens and by a regular expression, then merges bytes within each of these words, so
-a word has the same ids wherever it stands. Each new word is encoded by the tokenizer's own model, once. Only the cutting
-is done here, for tokenizers whose way of cutting is known, and only for ASCII text, where no two regular expression
-engines disagree about letters and spaces. Before it is used, it must agree with the library on thousands of short texts
-of every kind of neighbours; whatever else there is goes to the library.
+Byte-level BPE cuts text at added tokens and by a regular expression, then merges bytes within each of these words, so a
+word has the same ids wherever it stands, and the tokenizer's model needs to encode it only once. The cutting is done here,
+for the few ways of cutting that are known, and only of ASCII text, where all regular expression engines agree about
+letters and spaces. Before it is used, it must agree with the library on thousands of short texts with every kind of
+neighbors. All other text goes to the library.
 """
 
 import functools
@@ -39,8 +39,8 @@ class Encoding:
         return int(self.starts[token]), int(self.ends[token])
 
 
-class Words(dict[str, tuple[int, ...]]):
-    """The ids of words, those that are not known yet from the model."""
+class WordIds(dict[str, tuple[int, ...]]):
+    """The ids of words; the model encodes those that are new."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -57,62 +57,63 @@ class Words(dict[str, tuple[int, ...]]):
 
 
 class WordEncoder:
-    """`encode_batch` of one tokenizer. Make it with `word_encoder`, which checks whether it may be used."""
+    """`encode_batch` of one tokenizer. Make it with `word_encoder`, which checks whether it may be used.
+
+    `cut` gives the words of ASCII text without added tokens.
+    """
 
     def __init__(self, backend: Any, added_tokens: dict[str, int], cut: Callable[[str], list[str]]) -> None:
         self._backend = backend
         self._added_tokens = added_tokens
         longest_first = sorted(added_tokens, key=len, reverse=True)
-        self._borders = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+        # Without added tokens: a pattern that is nowhere.
+        self._added_token = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
         self._cut = cut
-        self._ids_of = Words(backend.model).__getitem__
+        self._word_ids = WordIds(backend.model).__getitem__
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self._lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)  # in characters, where these are ASCII
-        for token, number in vocabulary.items():
-            self._lengths[number] = len(token)
+        self._lengths[list(vocabulary.values())] = [len(token) for token in vocabulary]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Any]:
-        """What the library's encode_batch gives without special tokens, an object with the methods of `Encoding` a text."""
-        pieces = [self._borders.split(text) if self._borders else [text] for text in texts]
-        others = list(dict.fromkeys(piece for one in pieces for piece in one[::2] if not piece.isascii()))
+        """What the library's encode_batch gives without special tokens: for each text an object with the methods of
+        `Encoding`."""
+        pieces = [self._added_token.split(text) for text in texts]
+        others = list({piece: None for of_text in pieces for piece in of_text[::2] if not piece.isascii()})
         encodings = dict(zip(others, self._backend.encode_batch(others, add_special_tokens=False), strict=True))
-        return [self._encoding(text, one, encodings) for text, one in zip(texts, pieces, strict=True)]
+        return [self._encoding(text, of_text, encodings) for text, of_text in zip(texts, pieces, strict=True)]
 
     def _encoding(self, text: str, pieces: list[str], encodings: dict[str, Any]) -> Any:
-        """Of a text in pieces, every second of which is an added token; those in `encodings` are encoded already."""
+        """Of a text in pieces, every second of which is an added token; `encodings` has those that the library encoded."""
         ids: list[int] = []
-        theirs: list[
-            tuple[slice, int, str]
-        ] = []  # tokens, first character and text of a piece that the library encoded
+        by_library: list[tuple[slice, int, str]] = []  # tokens, first character, piece
         position = 0
         for index, piece in enumerate(pieces):
             if index % 2:
                 ids.append(self._added_tokens[piece])
             elif piece in encodings:
-                first = len(ids)
+                by_library.append((slice(len(ids), len(ids) + len(encodings[piece].ids)), position, piece))
                 ids += encodings[piece].ids
-                theirs.append((slice(first, len(ids)), position, piece))
             elif piece:
-                ids += itertools.chain.from_iterable(map(self._ids_of, self._cut(piece)))
+                ids += itertools.chain.from_iterable(map(self._word_ids, self._cut(piece)))
             position += len(piece)
-        numbers = np.array(ids, dtype=np.int64)
-        lengths = self._lengths[numbers]
-        for tokens, _, piece in theirs:
+        id_array = np.array(ids, dtype=np.int64)
+        lengths = self._lengths[id_array]
+        for tokens, _, piece in by_library:
             lengths[tokens] = 0
             lengths[tokens.stop - 1] = len(piece)
         ends = np.cumsum(lengths)
-        if not len(ends) or ends[-1] != len(text):  # something was left out in cutting
+        if not len(ends) or ends[-1] != len(text):  # the cutting skipped something
             return self._backend.encode(text, add_special_tokens=False)
         starts = ends - lengths
-        for tokens, position, piece in theirs:
+        for tokens, position, piece in by_library:
             offsets = np.array(encodings[piece].offsets, dtype=np.int64) + position
             starts[tokens], ends[tokens] = offsets[:, 0], offsets[:, 1]
-        return Encoding(numbers, starts, ends)
+        return Encoding(id_array, starts, ends)
 
 
 @functools.lru_cache(maxsize=4)
 def word_encoder(tokenizer: Any) -> WordEncoder | None:
-    """The encoder for a fast tokenizer of transformers; None if its way of cutting is unknown, or they do not agree."""
+    """The encoder for a fast tokenizer of transformers; None if its way of cutting is unknown, or gives other ids."""
     backend = tokenizer.backend_tokenizer
     description = json.loads(backend.to_str())
     added = description["added_tokens"]
@@ -120,12 +121,11 @@ def word_encoder(tokenizer: Any) -> WordEncoder | None:
     pattern = cutting_pattern(description)
     if pattern is None or any(token[flag] for token in added for flag in flags):
         return None
-    encoder = WordEncoder(
-        backend, {token["content"]: token["id"] for token in added}, re.compile(pattern, re.ASCII).findall
-    )
-    texts = trial_texts([token["content"] for token in added])
+    ids = {token["content"]: token["id"] for token in added}
+    encoder = WordEncoder(backend, ids, re.compile(pattern, re.ASCII).findall)
+    texts = trial_texts(list(ids))
     expected = backend.encode_batch(texts, add_special_tokens=False)
-    agree = all(one.ids == list(other.ids) for one, other in zip(expected, encoder.encode_batch(texts), strict=True))
+    agree = all(a.ids == list(b.ids) for a, b in zip(expected, encoder.encode_batch(texts), strict=True))
     return encoder if agree else None
 
 
@@ -176,11 +176,11 @@ def ascii_pattern(pattern: str) -> str | None:
 
 
 def trial_texts(added_tokens: list[str]) -> list[str]:
-    """Short texts with every kind of neighbours that cutting may depend on, each ASCII character among them."""
-    texts = ["".join(one) for length in (1, 2, 3) for one in itertools.product("aS'19 \n\r\t._<", repeat=length)]
-    texts += ["".join(one) for one in itertools.product("as'1 \n\r.", repeat=4)]
-    texts += ["".join(one) for one in itertools.product("a1 \n.", repeat=5)]
-    around = (
+    """Short texts with every kind of neighbors that cutting may depend on, each ASCII character among them."""
+    texts = ["".join(chosen) for n in (1, 2, 3) for chosen in itertools.product("aS'19 \n\r\t._<", repeat=n)]
+    texts += ["".join(chosen) for chosen in itertools.product("as'1 \n\r.", repeat=4)]
+    texts += ["".join(chosen) for chosen in itertools.product("a1 \n.", repeat=5)]
+    around = [
         " {}",
         "{} ",
         "a{}",
@@ -196,7 +196,7 @@ def trial_texts(added_tokens: list[str]) -> list[str]:
         "'{}",
         "a'{}e",
         "{0}{0}",
-    )
+    ]
     texts += [form.format(character) for form in around for character in map(chr, range(128))]
     for token in added_tokens[:50]:
         texts += [f"a{token}b", f" {token} \n", f"{token}{token}", f"1 {token}1\n\n{token}"]

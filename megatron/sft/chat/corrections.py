@@ -1,13 +1,16 @@
-"""Corrections of published chat templates that leave text of the data out of what they print.
+"""Corrections of published chat templates that drop text of the data.
 
-Each is an edit of the template's own text at the place that drops something, and leaves alone whatever the template
-prints without loss. A template is corrected only where the data needs it; the user sees the difference, and the
-corrected template is kept with the data, for the export to write.
+Each is an edit of the template's text at the place that drops something; what the template prints without loss stays as it
+is. Step 3 corrects a template only where the data needs it (`candidates`): the user sees the difference, and the corrected
+template is kept with the data, for the export to write. `tools/edit_tokenizer --keep-thinking` corrects one beforehand.
 """
 
 import difflib
 import re
 from dataclasses import dataclass
+from typing import Any
+
+from megatron.sft.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,15 @@ OPEN, CLOSE = r"\{%-?\s*", r"\s*-?%\}\s*"
 REMOVED_THOUGHT = re.compile(
     rf"{OPEN}if '</think>' in content{CLOSE}{OPEN}set content = content\.split\('</think>'\)\[-1\]{CLOSE}{OPEN}endif\s*-?%\}}"
 )
+# content.split('</think>')[-1], which cuts the thinking out of an answer.
+CUT_THOUGHT = re.compile(r"""(\w+(?:\.\w+|\[['"]\w+['"]\])*)\.split\(\s*(['"])</think>\2\s*\)\s*\[-1\]""")
+# <think> with its line break at the end of a piece of output, where an answer is to begin.
+OPENED_THOUGHT = re.compile(r"""<think>(?:\\n|\n)*(?=(['"])\s*-?\}\})""")
 REASONING = (
     # DeepSeek-R1 and its distillations drop the reasoning of every answer ...
     Correction(REMOVED_THOUGHT, ""),
-    # ... and open it in their prompt, so that a model could neither begin otherwise nor learn to begin so.
-    Correction(re.compile(r"(<｜Assistant｜>)<think>(?:\\n|\n)?(?=['\"]\s*-?\}\})"), r"\1"),
+    # ... and open it in their prompt, so that a model could neither begin an answer otherwise nor learn to begin it so.
+    Correction(OPENED_THOUGHT, "", only_with=("<｜Assistant｜>",)),
     # Qwen3 drops the reasoning of all answers but those after the last question.
     Correction(
         re.compile(r"(if loop\.index0 > ns\.last_query_index)(?=\s*-?%\})"),
@@ -37,13 +44,13 @@ REASONING = (
     ),
 )
 SYSTEM = (
-    # Mistral puts the system text before the last question, which a whole conversation does not end with.
+    # Mistral puts the system text before the question that ends the conversation: a whole one ends with an answer.
     Correction(
         re.compile(r"if loop\.last and system_message is defined"), "if loop.first and system_message is defined"
     ),
 )
 CALLS = (
-    # DeepSeek-V3 and R1 print calls only beside a content of none, which transformers leaves out of messages, ...
+    # DeepSeek-V3 and R1 print calls only where the content is none, which transformers removes from messages, ...
     Correction(
         re.compile(r"(message\['role'\] == 'assistant' and )message\['content'\] is none"),
         r"\1message['tool_calls']",
@@ -59,7 +66,7 @@ CALLS = (
         re.compile(r"(\{\{'<｜tool▁calls▁end｜><｜end▁of▁sentence｜>'\}\})(\{%- endif %\}\{%- endfor %\})"),
         r"\2\1{%- set ns.is_tool = false -%}",
     ),
-    # ... do not begin the second calls or the second results of a conversation, and go on after results as after a question.
+    # ... begin only the first calls and the first results of a conversation, and continue after results as after a question.
     Correction(
         re.compile(r"\{%- set ns\.is_tool = false -%\}(\{%- for tool in message\['tool_calls'\]\s*%\})"),
         r"{%- set ns.is_first = false -%}\1",
@@ -78,15 +85,15 @@ CALLS = (
 
 
 def candidates(template: str) -> list[str]:
-    """Corrected templates to try, those that change least first. None if no correction applies."""
+    """Corrected templates to try, those that change least first; empty if no correction applies."""
     found = [corrected(template, group) for group in (REASONING, SYSTEM, CALLS, REASONING + SYSTEM + CALLS)]
     return [text for text in dict.fromkeys(found) if text != template]
 
 
-def corrected(template: str, corrections: tuple[Correction, ...] = REASONING + SYSTEM + CALLS) -> str:
-    for one in corrections:
-        if all(text in template for text in one.only_with) and (one.without is None or one.without not in template):
-            template = one.pattern.sub(one.replacement, template)
+def corrected(template: str, corrections: tuple[Correction, ...]) -> str:
+    for edit in corrections:
+        if all(text in template for text in edit.only_with) and (edit.without is None or edit.without not in template):
+            template = edit.pattern.sub(edit.replacement, template)
     return template
 
 
@@ -99,3 +106,27 @@ def difference(before: str, after: str) -> str:
 
 def _pieces(template: str) -> list[str]:
     return [line for line in re.split(r"(?=\{%|\{\{)|\n", template) if line]
+
+
+def keep_thinking(template: str) -> str:
+    """Any template without its cuts of the thinking and without the `<think>` that it begins answers with; the line break
+    after that goes too, so that a prompt ends where a trained answer begins. `check_keeps_thinking` says if that was all."""
+    return corrected(template, (Correction(CUT_THOUGHT, r"\1"), Correction(OPENED_THOUGHT, "")))
+
+
+def check_keeps_thinking(tokenizer: Any, template: str, where: str) -> None:
+    """Render a conversation: the thinking must be there once and whole, and the prompt must not end with `<think>`. If not,
+    a `UserError` about the template of `where`."""
+    messages = [
+        {"role": "user", "content": "QUESTION"},
+        {"role": "assistant", "content": "<think>\nTHOUGHT\n</think>\n\nANSWER"},
+        {"role": "user", "content": "MORE"},
+    ]
+    text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+    history = text.partition("MORE")[0]
+    is_kept = history.count("THOUGHT") == 1 and "<think>\nTHOUGHT\n</think>" in history
+    if not is_kept or text.rstrip().endswith("<think>"):
+        raise UserError(
+            f"the chat template of {where} treats <think> in a way that --keep-thinking does not know: "
+            "edit a copy of it by hand and give it with --template FILE"
+        )

@@ -1,5 +1,10 @@
-"""Reads single fields of a row, and says what is wrong with one, by its name, and what to do about it."""
+"""Reads single fields of a JSON object. What is wrong with one is a `UserError` that names the field and the fix.
 
+`where` is the path of the object within the record, as in `messages[1].`, for the message.
+"""
+
+import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -7,17 +12,18 @@ import orjson
 from megatron.sft.runtime.errors import UserError
 
 
-def required_text(fields: dict[str, Any], name: str, where: str) -> str:
+def required_text(fields: dict[str, Any], name: str, where: str = "") -> str:
+    """The text, which must have more than white space."""
     if name not in fields:
         raise UserError(f"field '{where}{name}' is missing: add it, or rename a column with MAP_COLUMNS=OLD={name}")
     text = checked_text(fields[name], where + name)
     if not text.strip():
-        raise UserError(f"field '{where}{name}' is empty: fill it, or remove the row")
+        raise UserError(f"field '{where}{name}' is empty: fill it, or remove the record")
     return text
 
 
 def optional_text(fields: dict[str, Any], name: str, where: str = "") -> str:
-    """The text, or an empty one where the field is missing or null."""
+    """The text, empty if the field is missing or null."""
     value = fields.get(name)
     return "" if value is None else checked_text(value, where + name)
 
@@ -25,39 +31,42 @@ def optional_text(fields: dict[str, Any], name: str, where: str = "") -> str:
 def checked_text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"field '{name}' is {json_type(value)}: it must be text")
-    if "\0" in value:
-        raise UserError(f"field '{name}' has a NUL character (U+0000), which no text has: remove it")
+    if "\0" in value:  # which patterns.py needs for itself
+        raise UserError(f"field '{name}' has a NUL character (U+0000), which is not text: remove it")
     return value
 
 
-def content_text(value: Any, name: str) -> str:
-    """A message's content: text, or a list of text parts, as some services write it."""
-    if not isinstance(value, list):
-        return checked_text(value, name)
-    texts = []
-    for index, part in enumerate(value):
-        where = f"{name}[{index}]"
-        if not isinstance(part, dict) or part.get("type") != "text" or part.keys() - {"type", "text"}:
-            raise UserError(f"field '{where}' is no plain text part: only {{'type': 'text', 'text': ...}} is supported")
-        texts.append(checked_text(part.get("text"), f"{where}.text"))
-    return "".join(texts)
-
-
-def listed(value: Any) -> Any:
-    """A list as it is, or the list that a text holds as JSON: tables (CSV, parquet) often have it so."""
+def checked_list(value: Any, name: str, of: str, or_none: bool = False) -> list[Any]:
+    """The list, which may be JSON text, as tables (CSV, parquet) often have it; with `or_none` empty for null or no text."""
+    if or_none and value in (None, ""):
+        return []
     if isinstance(value, str) and value.lstrip()[:1] == "[":
-        try:
-            return orjson.loads(value)
-        except orjson.JSONDecodeError:
-            return value
-    return value
-
-
-def required_list(fields: dict[str, Any], name: str, of: str) -> list[Any]:
-    value = listed(fields[name])
+        with contextlib.suppress(orjson.JSONDecodeError):
+            value = orjson.loads(value)
     if not isinstance(value, list):
-        raise UserError(f"field {name!r} is {json_type(value)}: it must be a list of {of}")
+        raise UserError(f"field '{name}' is {json_type(value)}: it must be a list of {of}, or that list as JSON text")
     return value
+
+
+def checked_object(value: Any, name: str, needs: str = "", or_text: bool = False) -> dict[str, Any]:
+    """The object; with `or_text` it may be JSON text. `needs` says in the message what it must have."""
+    if or_text and isinstance(value, str):
+        try:
+            value = orjson.loads(value)
+        except orjson.JSONDecodeError:
+            raise UserError(f"field '{name}' is not valid JSON: write an object{needs}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"field '{name}' is {json_type(value)}: it must be an object{needs}")
+    return value
+
+
+def refuse_fields(fields: dict[str, Any], names: Iterable[str], where: str = "") -> None:
+    """Refuse these fields unless they are empty."""
+    for name in names:
+        if fields.get(name) not in (None, [], "", {}):
+            raise UserError(
+                f"field '{where}{name}' is not supported, and ignoring it would change what is trained: remove it"
+            )
 
 
 def json_type(value: Any) -> str:

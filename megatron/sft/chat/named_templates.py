@@ -9,13 +9,13 @@ NAMES = ("chatml", "llama-2", "llama-3", "mistral", "qwen", "deepseek-r1")
 
 
 def chosen_template(name_or_file: str) -> str:
-    """The template of this name, or of this file."""
+    """The text of a template by its name or file; a `UserError` if it cannot be read or is empty."""
     path = FOLDER / f"{name_or_file}.jinja" if name_or_file in NAMES else Path(name_or_file)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"CHAT_TEMPLATE is {name_or_file!r}, no name ({', '.join(NAMES)}) and no readable file ({error}): correct it"
+            f"CHAT_TEMPLATE is {name_or_file!r}, neither a name ({', '.join(NAMES)}) nor a readable file ({error}): correct it"
         ) from None
     if not text.strip():
         raise UserError(f"CHAT_TEMPLATE is {name_or_file!r}, an empty file: give a template")

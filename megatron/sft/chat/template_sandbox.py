@@ -1,7 +1,7 @@
-"""A chat template is a program: it is tried once in a process of its own that may take little time and memory.
+"""Tries a chat template, which is a program, once in a separate process with limits of time and memory.
 
-transformers renders it in a sandbox that keeps it from Python, but not from `9 ** 9 ** 9` or from loops without an end.
-Run as a script this file is that process: the template on standard input, exit status 3 and a line if it takes too much.
+transformers renders it in a sandbox that keeps it from Python, but not from `9 ** 9 ** 9` or from endless loops. Run as a
+script this file is that process: the template on standard input, exit status 3 and a line if it exceeds a limit.
 """
 
 import functools
@@ -10,11 +10,10 @@ import resource
 import subprocess
 import sys
 
-SECONDS = 10
+SECONDS = 10  # of processor time
 MEMORY_BYTES = 1 << 30
-TOO_MUCH = 3
-# More than the time above, for a machine with much else to do.
-_WAIT_SECONDS = 120
+TOO_MUCH = 3  # exit status
+_WAIT_SECONDS = 120  # of wall clock, which a busy machine may need for the time above
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is the capital of France?"},
@@ -27,7 +26,7 @@ MESSAGES = [
 @functools.cache
 def check_template(text: str) -> None:
     """Refuse, with a `UserError`, a template that takes more than SECONDS or MEMORY_BYTES for a short conversation."""
-    from megatron.sft.runtime.errors import UserError
+    from megatron.sft.runtime.errors import UserError  # here, as the separate process cannot import it
 
     try:
         # -I: nothing but what is installed is imported.
@@ -39,10 +38,10 @@ def check_template(text: str) -> None:
         )
         status, reason = trial.returncode, trial.stderr.decode(errors="replace").strip()
     except subprocess.TimeoutExpired:
-        status, reason = TOO_MUCH, "it did not end"
+        status, reason = TOO_MUCH, f"still running after {_WAIT_SECONDS} s"
     if status == TOO_MUCH or status < 0:
-        reason = reason or f"it took more than {SECONDS} s"
-        raise UserError(f"the chat template was broken off on a short conversation ({reason}): do not use it")
+        reason = reason or f"more than {SECONDS} s"
+        raise UserError(f"the chat template takes too much for a short conversation ({reason}): do not use it")
 
 
 def _try(text: str) -> None:
@@ -82,7 +81,7 @@ def _main() -> int:
         print(str(error) or type(error).__name__, file=sys.stderr)
         return TOO_MUCH
     except Exception:
-        return 0  # an error in the template is told where it is used, with the row
+        return 0  # errors of the template are reported where it is used, with the record
     return 0
 
 

@@ -6,11 +6,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from megatron.sft.chat.bpe_cache import WordEncoder, word_encoder
-from megatron.sft.chat.conversations import Example, RowReader
-from megatron.sft.chat.encoding import Encoded, check_against_template, encode
-from megatron.sft.chat.groups import group_of
-from megatron.sft.chat.rounds import joined_rounds, pieces_of_text, rounds_of
-from megatron.sft.chat.template import ChatTemplate, CorrectionNeeded, Rendered
+from megatron.sft.chat.conversations import Example, RecordReader, group_hash, join_rounds
+from megatron.sft.chat.encoding import Conversation, check_against_template, encode
+from megatron.sft.chat.template import ChatTemplate, CorrectionNeeded, RenderedText
 from megatron.sft.data.mixture import Source
 from megatron.sft.data.sources import SourceRecord
 from megatron.sft.data.workers import Progress, in_order
@@ -47,7 +45,7 @@ class Counts:
                 setattr(self, count.name, getattr(self, count.name) + getattr(others, count.name))
 
 
-def cut_or_dropped(conversation: Encoded, seq_length: int, overlong: str, counts: Counts) -> Encoded | None:
+def cut_or_dropped(conversation: Conversation, seq_length: int, overlong: str, counts: Counts) -> Conversation | None:
     """The conversation, cut if it is too long and `overlong` is truncate; None if it is dropped, which is counted."""
     if len(conversation.tokens) <= seq_length:
         return conversation
@@ -75,7 +73,7 @@ class Outcome:
     """What became of a chunk: the conversations that are kept, and what to add to counts and sets. If there is an `error`,
     the run ends after these conversations."""
 
-    conversations: list[Encoded]
+    conversations: list[Conversation]
     counts: Counts
     learned: list[Any]  # see `Corpus._learned`
     rejected: list[tuple[int, str]]  # index in the chunk, reason
@@ -89,7 +87,7 @@ class Pending:
     record: SourceRecord
     index: int  # in its chunk
     example: Example
-    rendered: Rendered
+    rendered: RenderedText
     group: int | None
 
 
@@ -103,7 +101,7 @@ class Corpus:
 
     source: Source
     template: ChatTemplate
-    reader: RowReader
+    reader: RecordReader
     seq_length: int
     overlong: str
     group_key: str = ""
@@ -114,7 +112,7 @@ class Corpus:
     words: WordEncoder | None = None
     counts: Counts = field(default_factory=Counts)
 
-    def __iter__(self) -> Iterator[Encoded]:
+    def __iter__(self) -> Iterator[Conversation]:
         if self.source.num_bytes >= BYTES_FOR_WORDS:
             self.words = word_encoder(self.template.tokenizer)
         progress = Progress(self.source.num_bytes)
@@ -150,7 +148,7 @@ class Corpus:
         reader = replace(self.reader, formats=Counter(), ignored_fields=Counter())
         part = replace(self, reader=reader, counts=Counts())
         rejected: list[tuple[int, str]] = []
-        conversations: list[Encoded] = []
+        conversations: list[Conversation] = []
         error: UserError | None = None
         try:
             conversations.extend(part._conversations(chunk, rejected if self.reject else None))
@@ -172,7 +170,7 @@ class Corpus:
             assert self.reject is not None
             self.reject(chunk.records[index], reason)
 
-    def _conversations(self, chunk: Chunk, rejected: list[tuple[int, str]] | None) -> Iterator[Encoded]:
+    def _conversations(self, chunk: Chunk, rejected: list[tuple[int, str]] | None) -> Iterator[Conversation]:
         """The conversations of a chunk. Bad records go to `rejected`; without it the first one is an error."""
         batch = self._batch(chunk.records, rejected)
         encodings = encode(self.template.tokenizer, [pending.rendered for pending in batch], self.words)
@@ -205,10 +203,10 @@ class Corpus:
         fields = record.fields
         example = self.reader.example(fields)
         if example.messages:
-            rendered = self.template.render(example.messages, example.tools, example.trained)
+            rendered = self.template.render(example.messages, example.tools, example.loss_flags)
         else:
             rendered = self.template.render_text(example.text)
-        group = group_of(fields, self.group_key, self.reader.renamed_columns) if self.group_key else None
+        group = group_hash(fields, self.group_key, self.reader.renamed_columns) if self.group_key else None
         return Pending(record, index, example, rendered, group)
 
     def _refuse(
@@ -223,14 +221,14 @@ class Corpus:
         rejected.append((index, reason))
         self.counts.dropped[BAD_RECORD] += 1
 
-    def _count(self, pending: Pending, encoded: Encoded) -> None:
+    def _count(self, pending: Pending, encoded: Conversation) -> None:
         self.counts.num_without_group += pending.group is None
         self.counts.num_merged_starts += encoded.num_merged_starts
         texts = [message["content"] or "" for message in pending.example.messages] or [pending.example.text]
         if any(token in text for token in self.template.control_tokens for text in texts):
             self.counts.num_with_control_tokens += 1
 
-    def _kept(self, example: Example, encoded: Encoded) -> list[Encoded]:
+    def _kept(self, example: Example, encoded: Conversation) -> list[Conversation]:
         """The conversation, cut or split if that was asked for; nothing if it is dropped."""
         if not encoded.num_trained:
             self.counts.dropped["no turn of it is trained"] += 1
@@ -246,13 +244,14 @@ class Corpus:
         kept = cut_or_dropped(encoded, self.seq_length, self.overlong, self.counts)
         return [kept] if kept else []
 
-    def _split(self, example: Example, encoded: Encoded) -> list[Encoded]:
+    def _split(self, example: Example, encoded: Conversation) -> list[Conversation]:
         """Parts of a conversation, cut between its rounds, that fit; every part repeats the system text and the functions."""
         if not example.messages:
-            parts = pieces_of_text(encoded, self.seq_length)
+            parts = encoded.pieces(self.seq_length)
             num_dropped = 0
         else:
-            rounds = rounds_of(replace(example, trained=self.template.wanted(example.messages, example.trained)))
+            flags = self.template.trained_messages(example.messages, example.loss_flags)
+            rounds = replace(example, loss_flags=flags).rounds()
             parts, num_dropped = self._parts(rounds)
         if not parts:
             self.counts.dropped[f"longer than {self.seq_length} tokens in every round of question and answer"] += 1
@@ -262,11 +261,11 @@ class Corpus:
         self.counts.num_parts_dropped += num_dropped
         return parts
 
-    def _parts(self, rounds: Sequence[Example]) -> tuple[list[Encoded], int]:
+    def _parts(self, rounds: Sequence[Example]) -> tuple[list[Conversation], int]:
         """As few parts as possible, filled from the first round on, and the number of those that are dropped."""
         alone = [len(encoded.tokens) for encoded in self._encoded(rounds)]
         # What every round alone repeats of the system text: the length of the first two together shows it.
-        pair = next(self._encoded([joined_rounds(rounds[:2])])) if len(rounds) > 1 else None
+        pair = next(self._encoded([join_rounds(rounds[:2])])) if len(rounds) > 1 else None
         repeated = max(alone[0] + alone[1] - len(pair.tokens), 0) if pair else 0
         spans, start, total = [], 0, alone[0]
         for index in range(1, len(rounds)):
@@ -278,7 +277,7 @@ class Corpus:
         parts, num_dropped = [], 0
         while waiting:
             start, end = waiting.pop()
-            part = next(self._encoded([joined_rounds(rounds[start:end])]))
+            part = next(self._encoded([join_rounds(rounds[start:end])]))
             if len(part.tokens) <= self.seq_length and part.num_trained:
                 parts.append(part)
             elif len(part.tokens) > self.seq_length and end - start > 1:
@@ -287,6 +286,6 @@ class Corpus:
                 num_dropped += 1
         return parts, num_dropped
 
-    def _encoded(self, examples: Sequence[Example]) -> Iterator[Encoded]:
-        rendered = [self.template.render(example.messages, example.tools, example.trained) for example in examples]
+    def _encoded(self, examples: Sequence[Example]) -> Iterator[Conversation]:
+        rendered = [self.template.render(example.messages, example.tools, example.loss_flags) for example in examples]
         return encode(self.template.tokenizer, rendered)

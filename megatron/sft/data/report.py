@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megatron.sft.chat.encoding import Encoded
+from megatron.sft.chat.encoding import Conversation
 from megatron.sft.data.corpus import Corpus, Counts
 from megatron.sft.data.preview import color_wanted, legend, sample_text
 from megatron.sft.data.sources import SourceRecord
@@ -68,8 +68,8 @@ def source_facts(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def print_sample(number: int, tokenizer: Any, conversation: Encoded) -> None:
-    trained = np.repeat(np.arange(len(conversation.runs)) % 2 == 1, conversation.runs)
+def print_sample(number: int, tokenizer: Any, conversation: Conversation) -> None:
+    trained = np.repeat(np.arange(len(conversation.mask_run_lengths)) % 2 == 1, conversation.mask_run_lengths)
     color = color_wanted()
     print(f"---- sample {number}: {len(trained)} tokens; {legend(color)} ----")
     print(sample_text(tokenizer, conversation.tokens, trained, color), flush=True)

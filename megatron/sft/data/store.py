@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron.sft.chat.encoding import Encoded
+from megatron.sft.chat.encoding import Conversation
 from megatron.sft.data.packing import Packing, pack_groups, pack_rows, single_rows, single_rows_of_groups
 from megatron.sft.data.tokenized import MODE_CONTINUES_GROUP, MODE_FIRST, MODE_TRAINED, data_file, write_index
 from megatron.sft.runtime.errors import UserError
@@ -68,14 +68,14 @@ class ConversationStore:
             self._temporary(name).unlink(missing_ok=True)
         self._file.close()
 
-    def add(self, conversation: Encoded) -> None:
+    def add(self, conversation: Conversation) -> None:
         tokens = conversation.tokens
-        assert conversation.runs[0] > 0
-        assert sum(conversation.runs) == len(tokens)
+        assert conversation.mask_run_lengths[0] > 0
+        assert sum(conversation.mask_run_lengths) == len(tokens)
         self._file.write(tokens.astype(self.dtype).tobytes())
         self.lengths.append(len(tokens))
-        self.runs.extend(conversation.runs)
-        self.num_runs.append(len(conversation.runs))
+        self.runs.extend(conversation.mask_run_lengths)
+        self.num_runs.append(len(conversation.mask_run_lengths))
         self.num_tokens += len(tokens)
         self.num_trained += conversation.num_trained
         self.max_token_id = max(self.max_token_id, int(tokens.max()))

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.chat.conversations import FORMAT_FIELDS, Conversation, RowReader
+from megatron.sft.chat.conversations import FORMAT_FIELDS, Messages, RecordReader
 from megatron.sft.data.sources import read_records
 from megatron.sft.inference.backends import Decoding
 from megatron.sft.inference.chat_model import Answer, ChatModel
@@ -22,7 +22,7 @@ _PLACEHOLDER = "-"  # the answer of a record without one, because the reader of 
 class Question:
     """A conversation up to the answer that is asked for. reference: that answer, where the data has it."""
 
-    messages: Conversation
+    messages: Messages
     reference: str | None
 
 
@@ -31,7 +31,7 @@ def read_questions(path: Path, with_reference: bool) -> list[Question]:
 
     `UserError` with the line for a record that cannot be read or, if `with_reference`, has no reference.
     """
-    reader = RowReader()
+    reader = RecordReader()
     questions = []
     for record in read_records(path):
         try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.chat.conversations import Conversation
+from megatron.sft.chat.conversations import Messages
 from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.inference.backends import Backend, Decoding
@@ -36,7 +36,7 @@ class ChatModel:
     backend: Backend
     stop_ids: tuple[int, ...]
 
-    def prompt(self, messages: Conversation, control: str = "") -> str:
+    def prompt(self, messages: Messages, control: str = "") -> str:
         """The text that the model continues."""
         text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text + control
@@ -62,7 +62,7 @@ class ChatModel:
 
     def answers(
         self,
-        conversations: Sequence[Conversation],
+        conversations: Sequence[Messages],
         control: str,
         decoding: Decoding,
         progress: Callable[[dict[int, Answer]], None] = lambda answers: None,

@@ -22,34 +22,25 @@ def _setting(
 class TrainOptions:
     """Everything that a user can set of a run. Option names are Megatron-LM's, variable names the recipes'."""
 
+    # fmt: off
     load: Path = _setting("PRETRAIN_CHECKPOINT_PATH", "converted model to start from (scripts/2_convert.sh)")
     data_path: Path = _setting("DATA_PATH", "tokenised data: prefix of the .bin/.idx/.json (scripts/3_tokenize.sh)")
     save: Path = _setting("OUTPUT_PATH", "folder of this run: checkpoints, metrics, a copy of the recipe")
     seq_length: int = _setting(
-        "SEQ_LENGTH", "row length that the data must have been tokenised with; 0 takes the data's own", 0
-    )
+        "SEQ_LENGTH", "row length that the data must have been tokenised with; 0 takes the data's own", 0)
 
     tensor_parallel: int = _setting(
-        "TENSOR_PARALLEL_SIZE", "processes that share each layer", 1, option="tensor-model-parallel-size"
-    )
+        "TENSOR_PARALLEL_SIZE", "processes that share each layer", 1, option="tensor-model-parallel-size")
     pipeline_parallel: int = _setting(
-        "PIPELINE_PARALLEL_SIZE", "pipeline stages of layers", 1, option="pipeline-model-parallel-size"
-    )
+        "PIPELINE_PARALLEL_SIZE", "pipeline stages of layers", 1, option="pipeline-model-parallel-size")
     virtual_pipeline: int = _setting(
-        "VIRTUAL_PIPELINE_SIZE",
-        "parts of the model on each pipeline stage, interleaved so that stages wait less",
-        1,
-        option="num-virtual-stages-per-pipeline-rank",
-    )
+        "VIRTUAL_PIPELINE_SIZE", "parts of the model on each pipeline stage, interleaved so that stages wait less",
+        1, option="num-virtual-stages-per-pipeline-rank")
     context_parallel: int = _setting(
-        "CONTEXT_PARALLEL_SIZE", "processes that share each row", 1, option="context-parallel-size"
-    )
+        "CONTEXT_PARALLEL_SIZE", "processes that share each row", 1, option="context-parallel-size")
     expert_parallel: int = _setting(
-        "EXPERT_PARALLEL_SIZE",
-        "processes over which the experts of a layer are spread",
-        1,
-        option="expert-model-parallel-size",
-    )
+        "EXPERT_PARALLEL_SIZE", "processes over which the experts of a layer are spread",
+        1, option="expert-model-parallel-size")
     sequence_parallel: bool = _setting("SEQUENCE_PARALLEL", "split the norms over TP too (1 or 0)", False)
 
     micro_batch_size: int = _setting("MICRO_BATCH_SIZE", "rows a forward pass", 1)
@@ -59,110 +50,71 @@ class TrainOptions:
     split: str = _setting("SPLIT", "shares of the rows for training, validation and none, e.g. 999,1,0", "100,0,0")
     seed: int = _setting("SEED", "order of the rows, choice of validation rows", 1234)
     loss_average: str = _setting(
-        "LOSS_AVERAGE",
-        "what weighs the same in the loss: every trained token, or every conversation",
-        "token",
-        ("token", "conversation"),
-    )
+        "LOSS_AVERAGE", "what weighs the same in the loss: every trained token, or every conversation",
+        "token", ("token", "conversation"))
 
     precision: str = _setting(
-        "PRECISION", "of forward and backward; fp8 needs Transformer Engine", "bf16", ("bf16", "fp16", "fp8", "fp32")
-    )
+        "PRECISION", "of forward and backward; fp8 needs Transformer Engine", "bf16", ("bf16", "fp16", "fp8", "fp32"))
     fp8_recipe: str = _setting(
-        "FP8_RECIPE",
-        "scale of fp8 tensors: from their current values, or from those of the last 16 steps",
-        "tensorwise",
-        ("tensorwise", "delayed"),
-    )
+        "FP8_RECIPE", "scale of fp8 tensors: from their current values, or from those of the last 16 steps",
+        "tensorwise", ("tensorwise", "delayed"))
     initial_loss_scale: float = _setting("INITIAL_LOSS_SCALE", "first loss scale of fp16", 65536.0)
-    loss_scale_window: float = _setting(
-        "LOSS_SCALE_WINDOW", "good steps after which fp16 doubles its loss scale", 1000.0
-    )
+    loss_scale_window: float = _setting("LOSS_SCALE_WINDOW", "good steps after which fp16 doubles its loss scale", 1000.0)
     optimizer_precision: str = _setting(
-        "OPTIMIZER_PRECISION",
-        "of gradients and moments; the master weights are float32 either way",
-        "fp32",
-        ("fp32", "bf16"),
-    )
+        "OPTIMIZER_PRECISION", "of gradients and moments; the master weights are float32 either way", "fp32", ("fp32", "bf16"))
     optimizer_offload: bool = _setting("OPTIMIZER_OFFLOAD", "keep the optimizer's state in CPU memory (1 or 0)", False)
-    lr: float = _setting("LR", "largest learning rate", 1e-5)
-    min_lr: float = _setting("MIN_LR", "learning rate at the end", 1e-6)
+    lr: float = _setting("LR", "largest learning rate", 1e-05)
+    min_lr: float = _setting("MIN_LR", "learning rate at the end", 1e-06)
     lr_decay_style: str = _setting(
-        "LR_DECAY_STYLE",
-        "shape of the learning rate after the warm-up",
-        "cosine",
-        ("cosine", "linear", "constant", "inverse-square-root", "WSD"),
-    )
+        "LR_DECAY_STYLE", "shape of the learning rate after the warm-up",
+        "cosine", ("cosine", "linear", "constant", "inverse-square-root", "WSD"))
     lr_warmup_iters: int = _setting("LR_WARMUP_ITERS", "steps of linear warm-up; -1 takes LR_WARMUP_FRACTION", -1)
     lr_warmup_fraction: float = _setting("LR_WARMUP_FRACTION", "share of the steps that warm up", 0.05)
-    lr_wsd_decay_iters: int = _setting(
-        "LR_WSD_DECAY_ITERS", "steps of the final decay of WSD; 0 takes a tenth of all", 0
-    )
+    lr_wsd_decay_iters: int = _setting("LR_WSD_DECAY_ITERS", "steps of the final decay of WSD; 0 takes a tenth of all", 0)
     lr_wsd_decay_style: str = _setting(
-        "LR_WSD_DECAY_STYLE",
-        "shape of the final decay of WSD",
-        "exponential",
-        ("exponential", "linear", "cosine", "minus_sqrt"),
-    )
+        "LR_WSD_DECAY_STYLE", "shape of the final decay of WSD",
+        "exponential", ("exponential", "linear", "cosine", "minus_sqrt"))
     weight_decay: float = _setting("WEIGHT_DECAY", "AdamW weight decay (not on norms and biases)", 0.1)
     adam_beta1: float = _setting("ADAM_BETA1", "AdamW first-moment decay", 0.9)
     adam_beta2: float = _setting("ADAM_BETA2", "AdamW second-moment decay", 0.95)
-    adam_eps: float = _setting("ADAM_EPS", "AdamW epsilon", 1e-8)
+    adam_eps: float = _setting("ADAM_EPS", "AdamW epsilon", 1e-08)
     clip_grad: float = _setting("CLIP_GRAD", "largest gradient norm; 0 clips nothing", 1.0)
     recompute: str = _setting(
-        "RECOMPUTE",
-        "what is recomputed in the backward pass to save memory: nothing, norms and activation functions, whole layers, or "
-        "the cheapest of these that fits",
-        "none",
-        ("none", "selective", "full", "auto"),
-    )
+        "RECOMPUTE", "what is recomputed in the backward pass to save memory: nothing, norms and activation functions, "
+        "whole layers, or the cheapest of these that fits", "none", ("none", "selective", "full", "auto"))
 
     gpu_memory_gib: float = _setting(
-        "GPU_MEMORY_GIB", "memory of a GPU in GiB, for plan and RECOMPUTE=auto; 0 takes the GPU found", 0.0
-    )
+        "GPU_MEMORY_GIB", "memory of a GPU in GiB, for plan and RECOMPUTE=auto; 0 takes the GPU found", 0.0)
     tokens_per_second: float = _setting(
-        "TOKENS_PER_SECOND", "speed of all processes together, for plan's estimate of the run time; 0 estimates it", 0.0
-    )
+        "TOKENS_PER_SECOND", "speed of all processes together, for plan's estimate of the run time; 0 estimates it", 0.0)
 
     recipe: str = _setting("RECIPE", "file with these settings, copied next to the checkpoints; set by a recipe", "")
     log_interval: int = _setting("LOG_INTERVAL", "steps a log line", 1)
     save_interval: int = _setting("SAVE_INTERVALS", "steps a checkpoint; the last step is always saved", 1000)
     async_save: bool = _setting(
-        "ASYNC_SAVE", "write checkpoints while training continues, from a copy in CPU memory (1 or 0)", True
-    )
+        "ASYNC_SAVE", "write checkpoints while training continues, from a copy in CPU memory (1 or 0)", True)
     keep_last: int = _setting("KEEP_LAST", "newest checkpoints to keep; 0 keeps all", 0)
     keep_every: int = _setting(
-        "KEEP_EVERY", "where KEEP_LAST removes checkpoints: iterations that are multiples of this are kept", 0
-    )
+        "KEEP_EVERY", "where KEEP_LAST removes checkpoints: iterations that are multiples of this are kept", 0)
     verify_checkpoint: bool = _setting(
-        "VERIFY_CHECKPOINT", "compare every file of a checkpoint with its checksum before loading it (1 or 0)", True
-    )
+        "VERIFY_CHECKPOINT", "compare every file of a checkpoint with its checksum before loading it (1 or 0)", True)
     resume_with: str = _setting(
-        "RESUME_WITH",
-        "what may differ from the saved run, at the same position: data, tokenizer, seq_length, global_batch_size, seed, "
-        "split, loss_average; separate several with commas",
-        "",
-    )
+        "RESUME_WITH", "what may differ from the saved run, at the same position: data, tokenizer, seq_length, "
+        "global_batch_size, seed, split, loss_average; separate several with commas", "")
     eval_interval: int = _setting("EVAL_INTERVAL", "steps between validations, where SPLIT has validation rows", 100)
     eval_iters: int = _setting("EVAL_ITERS", "global batches a validation; 0 takes all validation rows once", 0)
     on_nan: str = _setting(
-        "ON_NAN",
-        "what to do with a step whose loss or gradient is not finite: stop the run, or skip the step",
-        "stop",
-        ("stop", "skip"),
-    )
+        "ON_NAN", "what to do with a step whose loss or gradient is not finite: stop the run, or skip the step",
+        "stop", ("stop", "skip"))
     max_skipped: int = _setting("MAX_SKIPPED", "steps of the whole run that ON_NAN=skip may skip", 10)
     exit_after_minutes: float = _setting(
-        "EXIT_AFTER_MINUTES",
-        "save and end with status 75 before this many minutes have passed since the script started; 0: unlimited",
-        0.0,
-    )
+        "EXIT_AFTER_MINUTES", "save and end with status 75 before this many minutes have passed since the script started; 0: "
+        "unlimited", 0.0)
     watchdog_minutes: float = _setting(
-        "WATCHDOG_MINUTES", "end a run that hangs in one part of a step for this long; 0 waits forever", 10.0
-    )
+        "WATCHDOG_MINUTES", "end a run that hangs in one part of a step for this long; 0 waits forever", 10.0)
     distributed_timeout_minutes: float = _setting(
-        "DISTRIBUTED_TIMEOUT_MINUTES", "how long a process waits for the others; more than WATCHDOG_MINUTES", 15.0
-    )
+        "DISTRIBUTED_TIMEOUT_MINUTES", "how long a process waits for the others; more than WATCHDOG_MINUTES", 15.0)
+    # fmt: on
 
 
 def variable_of(setting: "Field[Any]") -> str:

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.sft.chat.conversations import Conversation, Example
-from megatron.sft.chat.encoding import Encoded, check_against_template, encode, load_tokenizer
+from megatron.sft.chat.conversations import Example, Messages
+from megatron.sft.chat.encoding import Conversation, check_against_template, encode, load_tokenizer
 from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.runtime.errors import UserError
 from tests.support.material import npm_tokenizer, smollm2_folder
 
 
-def turns(*texts: str, system: str = "") -> Conversation:
+def turns(*texts: str, system: str = "") -> Messages:
     """User and assistant texts in turn."""
     messages = [{"role": "system", "content": system}] if system else []
     roles = ("user", "assistant")
@@ -92,20 +92,20 @@ class WithTemplate:
         self.tokenizer.chat_template = self.before
 
 
-def encoded(tokenizer: Any, messages: Conversation) -> Encoded:
+def encoded(tokenizer: Any, messages: Messages) -> Conversation:
     return next(encode(tokenizer, [ChatTemplate(tokenizer).render(messages)]))
 
 
-def trained_texts(tokenizer: Any, conversation: Encoded) -> list[str]:
+def trained_texts(tokenizer: Any, conversation: Conversation) -> list[str]:
     """The text of every trained run, decoded from its tokens."""
-    ends = np.cumsum(conversation.runs).tolist()
+    ends = np.cumsum(conversation.mask_run_lengths).tolist()
     runs = zip([0, *ends], ends, strict=False)
     return [tokenizer.decode(conversation.tokens[start:end]) for start, end in list(runs)[1::2]]
 
 
 @pytest.mark.parametrize("name, messages, expected", EXPECTED)
 def test_answers_and_end_of_turn_are_trained_and_nothing_else(
-    name: str, messages: Conversation, expected: list[str]
+    name: str, messages: Messages, expected: list[str]
 ) -> None:
     tokenizer = tokenizer_of(name)
     conversation = encoded(tokenizer, messages)
@@ -160,18 +160,18 @@ def test_tool_results_are_not_trained() -> None:
     assert trained_texts(tokenizer, encoded(tokenizer, messages)) == expected
 
 
-def test_what_the_template_writes_into_answers_is_trained_and_said() -> None:
+def test_what_the_template_writes_into_answers_is_trained_and_noted() -> None:
     template = ChatTemplate(tokenizer_of("qwen3"))
     template.render(SINGLE)
     assert any("<think>" in note and "writes" in note for note in template.notes)
 
 
 @pytest.mark.parametrize("messages", [SINGLE, MULTI, SYSTEM], ids=["single", "multi", "system"])
-def test_generation_tags_give_the_mask_of_transformers(messages: Conversation) -> None:
+def test_generation_tags_give_the_mask_of_transformers(messages: Messages) -> None:
     with WithTemplate("SmolLM2", GENERATION_TAGS) as tokenizer:
         conversation = encoded(tokenizer, messages)
         theirs = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    ours = np.repeat(np.arange(len(conversation.runs)) % 2, conversation.runs)
+    ours = np.repeat(np.arange(len(conversation.mask_run_lengths)) % 2, conversation.mask_run_lengths)
     assert conversation.tokens.tolist() == theirs["input_ids"]
     assert ours.tolist() == theirs["assistant_masks"]
 
@@ -187,7 +187,7 @@ def test_the_hybrid_recipes_template_trains_both_kinds_of_answers() -> None:
         assert any(r"ends its prompt for a new answer with '\n'" in note for note in template.notes)
 
 
-def refusal(tokenizer: Any, messages: Conversation) -> str:
+def refusal(tokenizer: Any, messages: Messages) -> str:
     with pytest.raises(UserError) as error:
         ChatTemplate(tokenizer).render(messages)
     return str(error.value)
@@ -226,7 +226,7 @@ def test_a_generation_block_without_the_end_of_turn_is_refused() -> None:
         "{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>' }}",
     )
     with WithTemplate("SmolLM2", template) as tokenizer:
-        assert "leaves out the end-of-turn token" in refusal(tokenizer, SINGLE)
+        assert "ends before the end-of-turn token" in refusal(tokenizer, SINGLE)
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
@@ -258,13 +258,13 @@ def test_the_work_grows_linearly_with_the_number_of_turns(monkeypatch: pytest.Mo
     template = ChatTemplate(tokenizer_of("SmolLM2"))
     template.render(MULTI)
     num_renders = 0
-    render = template._text
+    render = template.tokenizer.apply_chat_template
 
     def counted(*arguments: Any, **more: Any) -> str:
         nonlocal num_renders
         num_renders += 1
         return render(*arguments, **more)
 
-    monkeypatch.setattr(template, "_text", counted)
+    monkeypatch.setattr(template.tokenizer, "apply_chat_template", counted)
     template.render(turns("a", "b", "c", "d", "e", "f"))
     assert num_renders == 1

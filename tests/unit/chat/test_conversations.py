@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron.sft.chat.conversations import Conversation, Example, RowReader
+from megatron.sft.chat.conversations import Example, Messages, RecordReader
 from megatron.sft.runtime.errors import UserError
 
 ASKED, ANSWERED = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -22,8 +22,8 @@ CALLING = [
 ]
 
 
-def example(row: dict[str, Any]) -> Example:
-    return RowReader().example(row)
+def example(record: dict[str, Any]) -> Example:
+    return RecordReader().example(record)
 
 
 def from_value(*pairs: tuple[str, str]) -> list[dict[str, str]]:
@@ -31,7 +31,7 @@ def from_value(*pairs: tuple[str, str]) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "row, expected, name",
+    "record, expected, name",
     [
         ({"instruction": "Q", "output": "A"}, [ASKED, ANSWERED], "instruction"),
         ({"instruction": "Q", "input": "", "output": "A"}, [ASKED, ANSWERED], "alpaca"),
@@ -80,9 +80,9 @@ def from_value(*pairs: tuple[str, str]) -> list[dict[str, str]]:
         ),
     ],
 )
-def test_a_format_is_recognised_by_its_fields(row: dict[str, Any], expected: Conversation, name: str) -> None:
-    reader = RowReader()
-    assert reader.example(row).messages == expected
+def test_a_format_is_recognised_by_its_fields(record: dict[str, Any], expected: Messages, name: str) -> None:
+    reader = RecordReader()
+    assert reader.example(record).messages == expected
     assert reader.formats == {name: 1}
 
 
@@ -111,34 +111,34 @@ def test_plain_text_is_learned_as_it_is() -> None:
 @pytest.mark.parametrize("name", ["loss", "train", "weight"])
 def test_a_turn_may_say_whether_it_is_trained(name: str, value: Any, expected: bool) -> None:
     found = example({"messages": [ASKED, ANSWERED | {name: value}, ASKED, ANSWERED]})
-    assert found.trained == (None, expected, None, None)
+    assert found.loss_flags == (None, expected, None, None)
     assert found.messages == [ASKED, ANSWERED, ASKED, ANSWERED]
 
 
 def test_of_prompt_and_completion_lists_the_completion_is_trained() -> None:
     found = example({"prompt": [*BEFORE, ASKED], "completion": [ANSWERED]})
-    assert found.trained == (False, False, False, None)
+    assert found.loss_flags == (False, False, False, None)
 
 
 def test_placeholders_are_filled_and_never_left() -> None:
-    row = {"query": "Who are you?", "response": "{{NAME}}, made by {{AUTHOR}}. {{other}}"}
-    named = RowReader(replaced={"{{NAME}}": "Bo", "{{AUTHOR}}": "Us"}).example(row)
+    record = {"query": "Who are you?", "response": "{{NAME}}, made by {{AUTHOR}}. {{other}}"}
+    named = RecordReader(replaced={"{{NAME}}": "Bo", "{{AUTHOR}}": "Us"}).example(record)
     assert named.messages[1]["content"] == "Bo, made by Us. {{other}}"
     with pytest.raises(UserError, match=r"placeholder \{\{AUTHOR\}\}: set MODEL_AUTHOR"):
-        RowReader(replaced={"{{NAME}}": "Bo", "{{AUTHOR}}": None}).example(row)
+        RecordReader(replaced={"{{NAME}}": "Bo", "{{AUTHOR}}": None}).example(record)
 
 
 def test_a_column_can_be_skipped_and_what_is_ignored_is_counted() -> None:
-    row = {"prompt": "x", "messages": [ASKED | {"time": 1}, ANSWERED], "id": 3}
+    record = {"prompt": "x", "messages": [ASKED | {"time": 1}, ANSWERED], "id": 3}
     with pytest.raises(UserError, match=r'several formats \(messages and prompt\).*MAP_COLUMNS="prompt=-"'):
-        RowReader().example(row)
-    reader = RowReader({"prompt": "-"})
-    assert reader.example(row).messages == [ASKED, ANSWERED]
+        RecordReader().example(record)
+    reader = RecordReader({"prompt": "-"})
+    assert reader.example(record).messages == [ASKED, ANSWERED]
     assert reader.ignored_fields == {"id": 1, "messages[].time": 1}
 
 
 @pytest.mark.parametrize(
-    "row, message",
+    "record, message",
     [
         ({"messages": [ASKED, ANSWERED], "text": "x"}, "several formats (messages and text)"),
         ({"query": "Q", "output": "A"}, "several formats (instruction and query)"),
@@ -172,18 +172,18 @@ def test_a_column_can_be_skipped_and_what_is_ignored_is_counted() -> None:
                     {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]},
                 ]
             },
-            "messages[1].tool_calls[0].function.arguments' is no JSON",
+            "messages[1].tool_calls[0].function.arguments' is not valid JSON",
         ),
         (
             {"conversations": from_value(("human", "Q"), ("function_call", "add(1)"))},
-            "conversations[1].value' is no JSON",
+            "conversations[1].value' is not valid JSON",
         ),
         ({"messages": [ASKED, ANSWERED], "tools": {"name": "f"}}, "field 'tools' is an object"),
         ({"messages": [ASKED, ANSWERED], "tools": [{"description": "f"}]}, "field 'tools[0].function.name' is missing"),
         ({"messages": [ASKED, ANSWERED], "images": ["a.png"]}, "field 'images' is not supported"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWERED]},
-            "messages[0].content[0]' is no plain text part",
+            "messages[0].content[0]' is not a plain text part",
         ),
         (
             {"messages": [ASKED, ANSWERED | {"reasoning_content": "R", "content": "<think>x</think>A"}]},
@@ -193,7 +193,7 @@ def test_a_column_can_be_skipped_and_what_is_ignored_is_counted() -> None:
         ({"instruction": "Q", "output": "A", "tools": "x"}, "field 'tools' is text"),
     ],
 )
-def test_what_is_unknown_or_ambiguous_is_refused(row: dict[str, Any], message: str) -> None:
+def test_what_is_unknown_or_ambiguous_is_refused(record: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
-        RowReader().example(row)
+        RecordReader().example(record)
     assert message in str(error.value)

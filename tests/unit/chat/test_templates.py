@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from megatron.sft import tokenize
-from megatron.sft.chat.conversations import Conversation, Example, RowReader
+from megatron.sft.chat.conversations import Example, Messages, RecordReader
 from megatron.sft.chat.corrections import candidates, difference
-from megatron.sft.chat.encoding import Encoded, check_against_template, encode, load_tokenizer
+from megatron.sft.chat.encoding import Conversation, check_against_template, encode, load_tokenizer
 from megatron.sft.chat.named_templates import NAMES, chosen_template
-from megatron.sft.chat.template import ChatTemplate, CorrectionNeeded, Rendered
+from megatron.sft.chat.template import ChatTemplate, CorrectionNeeded, RenderedText
 from megatron.sft.data.tokenized import TokenizedRows
 from megatron.sft.runtime.errors import UserError
 from tests.support.chat_material import bfcl_rows, mistral_tokenizer, trl_template
@@ -39,7 +39,7 @@ def template_of(name: str) -> ChatTemplate:
     return ChatTemplate(tokenizer_of(tokenizer), text)
 
 
-def rendered(template: ChatTemplate, messages: Conversation, tools: Any = None) -> tuple[ChatTemplate, Rendered]:
+def rendered(template: ChatTemplate, messages: Messages, tools: Any = None) -> tuple[ChatTemplate, RenderedText]:
     """With the template, or with the correction of it that step 3 would go over to."""
     try:
         return template, template.render(messages, tools)
@@ -48,13 +48,13 @@ def rendered(template: ChatTemplate, messages: Conversation, tools: Any = None) 
         return corrected, corrected.render(messages, tools)
 
 
-def trained_texts(tokenizer: Any, encoded: Encoded) -> list[str]:
-    ends = np.cumsum(encoded.runs).tolist()
+def trained_texts(tokenizer: Any, encoded: Conversation) -> list[str]:
+    ends = np.cumsum(encoded.mask_run_lengths).tolist()
     runs = list(zip([0, *ends], ends, strict=False))
     return [tokenizer.decode(encoded.tokens[start:end]) for start, end in runs[1::2]]
 
 
-def trained(template: ChatTemplate, messages: Conversation, tools: Any = None) -> list[str]:
+def trained(template: ChatTemplate, messages: Messages, tools: Any = None) -> list[str]:
     """The trained texts, decoded from tokens, which are those of transformers itself."""
     used, one = rendered(template, messages, tools)
     (encoded,) = encode(template.tokenizer, [one])
@@ -62,7 +62,7 @@ def trained(template: ChatTemplate, messages: Conversation, tools: Any = None) -
     return trained_texts(template.tokenizer, encoded)
 
 
-def turns(*texts: str, system: str = "") -> Conversation:
+def turns(*texts: str, system: str = "") -> Messages:
     messages = [{"role": "system", "content": system}] if system else []
     return messages + [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
 
@@ -89,13 +89,13 @@ REASONING = turns("2+2?", THOUGHT)
 HISTORY = turns("2+2?", THOUGHT, "3+3?", "<think>\nThree.\n</think>\n\n6", "Thanks!", "Welcome.")
 ASKED: dict[str, Any] = {"role": "user", "content": "Rain in Paris?"}
 CALLED: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call("get_weather", {"city": "Paris"})]}
-CALLS: Conversation = [
+CALLS: Messages = [
     ASKED,
     CALLED,
     {"role": "tool", "content": "Rain"},
     {"role": "assistant", "content": "It rains."},
 ]
-TWO_CALLS: Conversation = [
+TWO_CALLS: Messages = [
     ASKED,
     {
         "role": "assistant",
@@ -195,7 +195,7 @@ def test_the_answers_and_their_ends_are_trained_and_nothing_else(name: str, kind
     ],
 )
 def test_calls_are_trained_with_their_end_and_results_are_not(
-    name: str, tools: Any, messages: Conversation, expected: list[str]
+    name: str, tools: Any, messages: Messages, expected: list[str]
 ) -> None:
     assert trained(template_of(name), messages, tools) == expected
 
@@ -229,7 +229,7 @@ def test_functions_that_hold_the_templates_own_words_do_not_move_the_mask() -> N
 
 def test_real_functions_and_calls_are_read_and_trained() -> None:
     """200 questions of the Berkeley function-calling leaderboard: one call each, with arguments of every type."""
-    template, reader = template_of("qwen3"), RowReader()
+    template, reader = template_of("qwen3"), RecordReader()
     rows = bfcl_rows("simple_python")[:200]
     for row in rows:
         ((name, arguments),) = row["calls"][0].items()
@@ -267,7 +267,7 @@ def test_generation_tags_give_the_mask_of_transformers(tokenizer: str, name: str
     )
     (encoded,) = encode(template.tokenizer, [template.render(KINDS[kind])])
     assert encoded.tokens.tolist() == theirs["input_ids"]
-    ours = np.repeat(np.arange(len(encoded.runs)) % 2, encoded.runs)
+    ours = np.repeat(np.arange(len(encoded.mask_run_lengths)) % 2, encoded.mask_run_lengths)
     assert ours.tolist() == theirs["assistant_masks"]
 
 
@@ -278,6 +278,14 @@ def test_a_correction_changes_nothing_that_the_template_prints_in_full(name: str
         corrected = ChatTemplate(template.tokenizer, text)
         for messages in (SINGLE, MULTI, SYSTEM):
             assert corrected.render(messages).text == template.render(messages).text
+
+
+def test_calls_are_refused_where_plain_answers_cannot_be_proven_whatever_came_before() -> None:
+    """The end of calls is looked for among the ends of plain answers, which this tokenizer has no token for."""
+    template = ChatTemplate(tokenizer_of("qwen3"), trl_template("phi3"))
+    for _ in range(2):
+        with pytest.raises(UserError, match="begins with no added token"):
+            template.render(turns("1+1?", "<think>\n2\n</think>\n\n"))
 
 
 def test_a_correction_is_as_small_as_the_data_asks_for_and_is_made_once() -> None:
@@ -332,7 +340,7 @@ def test_a_template_cannot_run_code() -> None:
             ChatTemplate(tokenizer_of("SmolLM2"), attack).render(SINGLE)
 
 
-def runs_of(template: ChatTemplate, messages: Conversation, wanted: Any = ()) -> list[str]:
+def runs_of(template: ChatTemplate, messages: Messages, wanted: Any = ()) -> list[str]:
     (encoded,) = encode(template.tokenizer, [template.render(messages, None, wanted)])
     return trained_texts(template.tokenizer, encoded)
 
@@ -344,7 +352,7 @@ def test_train_on_chooses_the_turns() -> None:
         assert runs_of(last, MULTI) == runs_of(base, MULTI)[-1:]
         everything = ChatTemplate(base.tokenizer, base.text, "all")
         (encoded,) = encode(base.tokenizer, [everything.render(MULTI)])
-        assert encoded.runs == [1, len(encoded.tokens) - 1]
+        assert encoded.mask_run_lengths == [1, len(encoded.tokens) - 1]
 
 
 def test_a_turns_own_wish_goes_before_train_on() -> None:
@@ -364,7 +372,7 @@ def test_plain_text_needs_no_template_and_ends_with_eos() -> None:
         template = ChatTemplate(tokenizer)
         (encoded,) = encode(tokenizer, [template.render_text("One.")])
         check_against_template(template, Example([], text="One."), encoded)
-        assert encoded.runs == [1, len(encoded.tokens) - 1]
+        assert encoded.mask_run_lengths == [1, len(encoded.tokens) - 1]
         assert tokenizer.decode(encoded.tokens).replace("<|begin_of_text|>", "").replace("<s> ", "<s>") == expected
 
 
@@ -387,28 +395,35 @@ def test_named_templates_ask_for_tokens_that_the_tokenizer_has(name: str) -> Non
 
 
 def test_an_unknown_template_name_is_refused() -> None:
-    with pytest.raises(UserError, match=r"CHAT_TEMPLATE is 'vicuna', no name \(chatml"):
+    with pytest.raises(UserError, match=r"CHAT_TEMPLATE is 'vicuna', neither a name \(chatml"):
         chosen_template("vicuna")
 
 
-def test_long_conversations_take_renders_in_proportion_to_new_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_conversations_take_renders_in_proportion_to_new_patterns_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """100 rounds cost a handful of renders, not one for every answer, and the mask is the same."""
     template = template_of("qwen3")
     num_characters = 0
-    render = template._text
+    render = template.tokenizer.apply_chat_template
 
-    def counted(messages: Conversation, tools: Any = None, prompt: bool = False) -> str:
+    def counted(*arguments: Any, **more: Any) -> str:
         nonlocal num_characters
-        text = render(messages, tools, prompt)
+        text: str = render(*arguments, **more)
         num_characters += len(text)
         return text
 
-    monkeypatch.setattr(template, "_text", counted)
+    monkeypatch.setattr(template.tokenizer, "apply_chat_template", counted)
     messages = turns(*(f"turn {index}" for index in range(200)))
-    one = template.render(messages)
-    assert num_characters < 6 * len(one.text)
+    rendered = template.render(messages)
+    assert num_characters < 6 * len(rendered.text)
     expected = [f"turn {index}<|im_end|>" for index in range(1, 199, 2)] + [NO_THOUGHT + "turn 199<|im_end|>"]
-    assert [one.text[start:end] for start, end in one.trained] == expected
+    assert [rendered.text[start:end] for start, end in rendered.trained] == expected
+
+
+def test_an_empty_result_in_a_long_conversation_has_its_place() -> None:
+    """The prompt after it cannot be found by its text, so it is rendered in full."""
+    messages = [*turns(*(f"turn {index}" for index in range(20))), ASKED, CALLED, {"role": "tool", "content": ""}]
+    messages += [{"role": "assistant", "content": "No answer."}, *turns("Thanks!", "Welcome.")]
+    assert trained(template_of("qwen3"), messages)[-3:-1] == [HERMES + "<|im_end|>", "No answer.<|im_end|>"]
 
 
 def tokenised(

@@ -45,7 +45,7 @@ def test_the_pickles_are_live(tmp_path: Path) -> None:
     script.write_text(
         "import pathlib, sys\n"
         f"sys.path.insert(0, {str(tiny.ROOT)!r})\n"
-        "from tests import malicious\n"
+        "from tests.support import malicious\n"
         "mark = pathlib.Path(sys.argv[1])\n"
         "for name, content in malicious.pickles(mark).items():\n"
         "    mark.unlink(missing_ok=True)\n"

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron.sft import tokenize
-from megatron.sft.chat.conversations import RowReader
+from megatron.sft.chat.conversations import RecordReader
 from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus
@@ -129,7 +129,7 @@ def template() -> ChatTemplate:
 def corpus_of(path: Path, template: ChatTemplate, rejected: RejectedRecords | None = None) -> Corpus:
     (given,) = parse_inputs([str(path)])
     reject = rejected.add if rejected else None
-    return Corpus(validated_source(given), template, RowReader(), 512, "drop", reject=reject)
+    return Corpus(validated_source(given), template, RecordReader(), 512, "drop", reject=reject)
 
 
 def test_each_of_300_bad_records_ends_the_run_with_its_file_and_line(tmp_path: Path, template: ChatTemplate) -> None:

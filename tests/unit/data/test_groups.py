@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.sft.chat.encoding import Encoded
-from megatron.sft.chat.groups import group_of
+from megatron.sft.chat.conversations import group_hash
+from megatron.sft.chat.encoding import Conversation
 from megatron.sft.data.packing import Packing, pack_groups, pack_rows, single_rows_of_groups
 from megatron.sft.data.row_order import RowOrder, num_split_groups, split_rows
 from megatron.sft.data.store import ConversationStore
@@ -85,7 +85,7 @@ def write_groups(
     with ConversationStore(prefix, token_dtype(100_000), grouped=True) as store:
         for length, group in zip(lengths.tolist(), groups.tolist(), strict=True):
             tokens = np.full(length, group, dtype=np.int64)
-            store.add(Encoded(tokens, [1, length - 1], group=group * 0x9E3779B97F4A7C15 % (1 << 64)))
+            store.add(Conversation(tokens, [1, length - 1], group=group * 0x9E3779B97F4A7C15 % (1 << 64)))
         packed = store.pack(row_length, 7, packing)
         store.write(packed, {"format": 1} | store.totals(packed, row_length))
     return TokenizedRows(prefix)
@@ -172,8 +172,10 @@ def test_the_files_say_which_rows_belong_together_and_who_is_in_which_group(tmp_
 
 def test_a_group_is_the_value_of_a_field_by_its_old_or_new_name() -> None:
     row = {"problem": "1+1?", "solution": "2", "none": None}
-    by_old, by_new = (group_of(row, key, {"problem": "instruction"}) for key in ("problem", "instruction"))
-    assert by_old == by_new == group_of({"x": "1+1?"}, "x", {}) is not None
-    assert group_of(row, "none", {}) is None and group_of(row, "missing", {}) is None
-    assert group_of({"x": {"a": 1, "b": 2}}, "x", {}) == group_of({"x": {"b": 2, "a": 1}}, "x", {})
-    assert group_of({"x": 0}, "x", {}) is not None and group_of({"x": "1"}, "x", {}) != group_of({"x": 1}, "x", {})
+    by_old, by_new = (group_hash(row, key, {"problem": "instruction"}) for key in ("problem", "instruction"))
+    assert by_old == by_new == group_hash({"x": "1+1?"}, "x", {}) is not None
+    assert group_hash(row, "none", {}) is None and group_hash(row, "missing", {}) is None
+    assert group_hash({"x": {"a": 1, "b": 2}}, "x", {}) == group_hash({"x": {"b": 2, "a": 1}}, "x", {})
+    assert group_hash({"x": 0}, "x", {}) is not None and group_hash({"x": "1"}, "x", {}) != group_hash(
+        {"x": 1}, "x", {}
+    )

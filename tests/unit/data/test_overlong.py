@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron.sft.chat.conversations import RowReader
+from megatron.sft.chat.conversations import RecordReader
 from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus
@@ -41,13 +41,13 @@ def kept(
     """The texts of the conversations that are kept, trained parts in [[ ]]."""
     RECORDS["records"] = rows
     template = ChatTemplate(tokenizer_of(name), train_on=train_on)
-    corpus = Corpus(Records(Input("records"), "records", "records", 1), template, RowReader(), length, overlong)
+    corpus = Corpus(Records(Input("records"), "records", "records", 1), template, RecordReader(), length, overlong)
     texts = []
     for encoded in corpus:
         assert len(encoded.tokens) <= length
         assert encoded.num_trained
         text, position = "", 0
-        for index, run in enumerate(encoded.runs):
+        for index, run in enumerate(encoded.mask_run_lengths):
             piece = template.tokenizer.decode(encoded.tokens[position : position + run])
             text += f"[[{piece}]]" if index % 2 else piece
             position += run

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron.sft import show_sample
-from megatron.sft.chat.encoding import Encoded, load_tokenizer
+from megatron.sft.chat.encoding import Conversation, load_tokenizer
 from megatron.sft.data.store import ConversationStore, length_histogram, length_statistics
 from megatron.sft.data.tokenized import TokenizedRows, data_prefix, token_dtype
 from megatron.sft.runtime.errors import run
@@ -29,7 +29,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
         import numpy as np
 
         for _ in range(30):
-            store.add(Encoded(np.array(header + answer), [len(header), len(answer)]))
+            store.add(Conversation(np.array(header + answer), [len(header), len(answer)]))
         packing = store.pack(256, 1, packing=True)
         source = {
             "path": "/data/<x>.jsonl",

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megatron.sft.chat.conversations import Conversation, RowReader
+from megatron.sft.chat.conversations import Messages, RecordReader
 from megatron.sft.data import json_records
 from megatron.sft.data.hub_records import Selection, open_records, write_records
 from megatron.sft.data.sources import count_records, data_files, file_format, read_records
@@ -265,8 +265,8 @@ ANSWERED = {"role": "assistant", "content": "A"}
         ),
     ],
 )
-def test_every_format_becomes_messages(row: dict[str, Any], expected: Conversation) -> None:
-    assert RowReader().conversation(row) == expected
+def test_every_format_becomes_messages(row: dict[str, Any], expected: Messages) -> None:
+    assert RecordReader().conversation(row) == expected
 
 
 @pytest.mark.parametrize(
@@ -278,12 +278,12 @@ def test_every_format_becomes_messages(row: dict[str, Any], expected: Conversati
         ({"instruction": "Q", "output": " \n"}, "field 'output' is empty"),
         ({"instruction": ["Q"], "output": "A"}, "field 'instruction' is a list: it must be text"),
         ({"instruction": "Q", "output": "A", "input": 3}, "field 'input' is a number"),
-        ({"instruction": "Q", "output": "A", "history": [["a"]]}, "history[0] is no pair"),
+        ({"instruction": "Q", "output": "A", "history": [["a"]]}, "history[0] is not a pair"),
         ({"messages": [ASKED, ANSWERED], "history": [["a", "b"]]}, "field 'history' is not supported"),
         ({"instruction": "Q", "output": "A", "messages": []}, "several formats (messages and instruction)"),
         ({"messages": []}, "'messages' is an empty list"),
         ({"messages": "hello"}, "'messages' is text: it must be a list"),
-        ({"messages": [ASKED, "A"]}, "messages[1] is text"),
+        ({"messages": [ASKED, "A"]}, "messages[1]' is text"),
         ({"messages": [ASKED, {"role": "assistant"}]}, "field 'messages[1].content' is missing"),
         ({"messages": [ASKED, {"role": "bot", "content": "A"}]}, "messages[1].role is 'bot', an unknown role"),
         ({"conversations": [{"from": "user?", "value": "Q"}]}, "conversations[0].from is 'user?', an unknown role"),
@@ -300,12 +300,12 @@ def test_every_format_becomes_messages(row: dict[str, Any], expected: Conversati
 )
 def test_a_bad_row_is_refused_with_its_field(row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
-        RowReader().conversation(row)
+        RecordReader().conversation(row)
     assert message in str(error.value)
 
 
 def test_columns_are_renamed_and_unused_ones_counted() -> None:
-    reader = RowReader({"problem": "instruction", "solution": "output"})
+    reader = RecordReader({"problem": "instruction", "solution": "output"})
     rows = [{"problem": "Q", "solution": "A", "id": 1}, {"problem": "Q", "solution": "A", "id": 2, "url": ""}]
     assert [reader.conversation(row) for row in rows] == [[ASKED, ANSWERED]] * 2
     assert reader.ignored_fields == {"id": 2, "url": 1}

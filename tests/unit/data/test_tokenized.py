@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.sft.chat.encoding import Encoded
+from megatron.sft.chat.encoding import Conversation
 from megatron.sft.data.packing import Packing, pack_rows
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import TokenizedRows, data_file, token_dtype, write_index
@@ -15,9 +15,9 @@ from megatron.sft.runtime.manifest import sealed
 
 # Two rows: conversations 2 and 0, then 1. Trained runs are the second, fourth, ... of each.
 CONVERSATIONS = [
-    Encoded(np.array([10, 11, 12, 13, 14]), [2, 3]),
-    Encoded(np.array([20, 21, 22, 23, 24, 25]), [1, 1, 2, 1, 1]),
-    Encoded(np.array([49151, 31]), [1, 1]),
+    Conversation(np.array([10, 11, 12, 13, 14]), [2, 3]),
+    Conversation(np.array([20, 21, 22, 23, 24, 25]), [1, 1, 2, 1, 1]),
+    Conversation(np.array([49151, 31]), [1, 1]),
 ]
 PACKING = Packing(np.array([2, 0, 1]), np.array([0, 2, 3]), np.zeros(2, dtype=bool))
 
@@ -104,7 +104,7 @@ def test_any_packing_gives_back_every_conversation(tmp_path: Path) -> None:
     conversations = []
     for _ in range(200):
         runs = random.integers(1, 9, size=int(random.integers(1, 7))).tolist()
-        conversations.append(Encoded(random.integers(0, 60000, size=sum(runs)), runs))
+        conversations.append(Conversation(random.integers(0, 60000, size=sum(runs)), runs))
     packing = pack_rows(np.array([len(one.tokens) for one in conversations]), 64, seed=1)
     prefix = tmp_path / "data"
     with ConversationStore(prefix, token_dtype(60000)) as store:
@@ -118,7 +118,7 @@ def test_any_packing_gives_back_every_conversation(tmp_path: Path) -> None:
         borders = np.cumsum(row.conversation_lengths)[:-1]
         found += list(zip(np.split(row.tokens, borders), np.split(row.trained, borders), strict=True))
     for index, (tokens, trained) in zip(packing.conversations.tolist(), found, strict=True):
-        runs = conversations[index].runs
+        runs = conversations[index].mask_run_lengths
         assert tokens.tolist() == conversations[index].tokens.tolist()
         assert trained.tolist() == np.repeat(np.arange(len(runs)) % 2 == 1, runs).tolist()
         assert not trained[0]
