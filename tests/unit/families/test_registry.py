@@ -66,7 +66,7 @@ REFUSED = {
     "layer_types with other than 'full_attention'": {"layer_types": ["full_attention", "sliding_attention"]},
     "logit_scale=16.0 is not supported: it is not known for qwen2": {"logit_scale": 16.0},
     "the weights are quantised": {"quantization_config": {"bits": 4}},
-    "the folder brings code of its own": {"auto_map": {"AutoModel": "modeling.Model"}},
+    "auto_map={'AutoModel': 'modeling.Model'} is not supported": {"auto_map": {"AutoModel": "modeling.Model"}},
     "dtype 'float64' is not supported": {"dtype": "float64"},
     "num_layers is 0": {"num_hidden_layers": 0},
     "a field has a value of the wrong kind": {"hidden_size": "wide"},
