@@ -82,21 +82,9 @@ class Resolution:
             raise UserError(self.problems[0])
         assert self.architecture is not None and self.start is not None and self.rows is not None
         assert self.training_rows is not None and self.validation_rows is not None
-        return RunPlan(
-            options=self.options,
-            layout=self.layout,
-            data_parallel=self.data_parallel,
-            architecture=self.architecture,
-            start=self.start,
-            resume=self.resume,
-            rows=self.rows,
-            training_rows=self.training_rows,
-            validation_rows=self.validation_rows,
-            train_iters=self.train_iters,
-            warmup_iters=self.warmup_iters,
-            wsd_decay_iters=self.options.lr_wsd_decay_iters or max(1, self.train_iters // 10),
-            eval_iters=eval_iters(self.options, len(self.validation_rows)),
-        )
+        shared = {each.name: getattr(self, each.name) for each in fields(RunPlan) if hasattr(self, each.name)}
+        decay = self.options.lr_wsd_decay_iters or max(1, self.train_iters // 10)
+        return RunPlan(**shared, wsd_decay_iters=decay, eval_iters=eval_iters(self.options, len(self.validation_rows)))
 
 
 def resolve(mode: str, options: TrainOptions, num_processes: int) -> Resolution:

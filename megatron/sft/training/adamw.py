@@ -6,7 +6,7 @@ reads weight, lower bits, gradient and both moments once, computes in float32, a
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,21 @@ from megatron.sft.checkpoint.optimizer_state import join_master_weights, split_m
 
 # Elements of a parameter that the CPU's formula takes at a time, so that its float32 copies stay small.
 _CPU_CHUNK = 1 << 22
+
+
+class Factors(NamedTuple):
+    """The scalars of a step, in the order of the kernel's arguments.
+
+    decay: 1 - lr * weight_decay. step_size: lr / (1 - beta1^step). inverse_sqrt_correction: 1 / sqrt(1 - beta2^step).
+    """
+
+    beta1: float
+    beta2: float
+    eps: float
+    decay: float
+    step_size: float
+    inverse_sqrt_correction: float
+    grad_scale: float
 
 
 class InPlaceAdamW(torch.optim.Optimizer):
@@ -81,47 +96,35 @@ def _step(
     weights: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any], grad_scale: float
 ) -> None:
     (beta1, beta2), step = group["betas"], group["step"]
-    arguments = {
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": group["eps"],
-        "decay": 1.0 - group["lr"] * group["weight_decay"],
-        "step_size": group["lr"] / (1.0 - beta1**step),
-        "inverse_sqrt_correction": 1.0 / math.sqrt(1.0 - beta2**step),
-        "grad_scale": grad_scale,
-    }
+    factors = Factors(
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        decay=1.0 - group["lr"] * group["weight_decay"],
+        step_size=group["lr"] / (1.0 - beta1**step),
+        inverse_sqrt_correction=1.0 / math.sqrt(1.0 - beta2**step),
+        grad_scale=grad_scale,
+    )
     tensors = (weights, state["master_param"], gradient, state["exp_avg"], state["exp_avg_sq"])
     if weights.is_cuda:
         from megatron.sft.model.kernels.adamw import adamw_step
 
-        adamw_step(*tensors, **arguments)
+        adamw_step(*tensors, factors)
         return
     flat = [tensor.view(-1) for tensor in tensors]
     for start in range(0, weights.numel(), _CPU_CHUNK):
-        _step_on_cpu(*(tensor[start : start + _CPU_CHUNK] for tensor in flat), **arguments)
+        _step_on_cpu(factors, *(tensor[start : start + _CPU_CHUNK] for tensor in flat))
 
 
 def _step_on_cpu(
-    weights: Tensor,
-    lower: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-    step_size: float,
-    inverse_sqrt_correction: float,
-    grad_scale: float,
+    factors: Factors, weights: Tensor, lower: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
 ) -> None:
     """The kernel's formula, in float32: AdamW with bias correction and decoupled weight decay (Loshchilov and Hutter, 2019)."""
-    gradient = gradient.float() * grad_scale
-    first = beta1 * exp_avg.float() + (1.0 - beta1) * gradient
-    second = beta2 * exp_avg_sq.float() + (1.0 - beta2) * gradient * gradient
-    master = join_master_weights(weights, lower) * decay
-    master -= step_size * first / (second.sqrt() * inverse_sqrt_correction + eps)
+    gradient = gradient.float() * factors.grad_scale
+    first = factors.beta1 * exp_avg.float() + (1.0 - factors.beta1) * gradient
+    second = factors.beta2 * exp_avg_sq.float() + (1.0 - factors.beta2) * gradient * gradient
+    master = join_master_weights(weights, lower) * factors.decay
+    master -= factors.step_size * first / (second.sqrt() * factors.inverse_sqrt_correction + factors.eps)
     exp_avg.copy_(first)
     exp_avg_sq.copy_(second)
     rounded, remainder = split_master_weights(master)

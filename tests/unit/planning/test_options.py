@@ -16,6 +16,11 @@ def test_every_variable_of_the_recipes_is_a_setting() -> None:
     recipes = sorted((ROOT / "scripts" / "sft").glob("*.sh"))
     assert recipes
     for recipe in recipes:
-        set_here = set(re.findall(r'^: "\$\{([A-Z0-9_]+):=', recipe.read_text(), flags=re.MULTILINE))
+        text = recipe.read_text()
+        for sourced in re.findall(r'^source "\$\w+/(?:\.\./)?((?:scripts/lib|sft)/\S+)"$', text, flags=re.MULTILINE):
+            text += (ROOT / "scripts" / sourced.removeprefix("scripts/")).read_text()
+        if "lib/recipe.sh" in text:
+            text += (ROOT / "scripts" / "lib" / "recipe.sh").read_text()
+        set_here = set(re.findall(r'^: "\$\{([A-Z0-9_]+):=', text, flags=re.MULTILINE))
         assert set_here - known <= {"ASSETS_DIR", "MODEL", "MODEL_SIZE", "DATA"}, recipe.name
         assert {"PRETRAIN_CHECKPOINT_PATH", "DATA_PATH", "OUTPUT_PATH"} <= set_here, recipe.name

@@ -34,26 +34,18 @@ def _adamw(
 
 
 def adamw_step(
-    weights: Tensor,
-    lower: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-    step_size: float,
-    inverse_sqrt_correction: float,
-    grad_scale: float,
+    weights: Tensor, lower: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, factors: tuple[float, ...]
 ) -> None:
-    """Step bfloat16 weights with int16 lower halves; all tensors contiguous, of one size. `_step_on_cpu` has the formula.
-
-    decay: 1 - lr * weight_decay. step_size: lr / (1 - beta1^step). inverse_sqrt_correction: 1 / sqrt(1 - beta2^step).
-    """
+    """Step bfloat16 weights with int16 lower halves; all tensors contiguous, of one size. factors: `training.adamw.Factors`."""
     num_elements = weights.numel()
     _adamw[(triton.cdiv(num_elements, _BLOCK),)](
-        weights.view(torch.int16), lower, gradient, exp_avg, exp_avg_sq, num_elements,
-        beta1, beta2, eps, decay, step_size, inverse_sqrt_correction, grad_scale, BLOCK=_BLOCK, num_warps=4,
-    )  # fmt: skip
+        weights.view(torch.int16),
+        lower,
+        gradient,
+        exp_avg,
+        exp_avg_sq,
+        num_elements,
+        *factors,
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
