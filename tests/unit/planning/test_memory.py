@@ -1,7 +1,6 @@
 """The estimate of a GPU's memory: counts against real models, totals against peaks measured on a GPU."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -9,7 +8,6 @@ from megatron.sft.hf.published_configs import find_architecture, published_confi
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning import memory
 from megatron.sft.planning.memory import GIB, MemorySettings, cheapest_recompute, estimate, num_parameters
-from tests.support import tiny
 
 ONE = Layout()
 # A row of 16,384 tokens of the 1.5B model on one GPU, 4 micro-batches a step.
@@ -36,19 +34,6 @@ def test_the_number_of_parameters_is_the_published_one(model: str, published: in
 def test_every_model_of_the_table_can_be_read() -> None:
     for model in published_configs():
         assert estimate(find_architecture(model)[0], Layout(), 1, ROW).total > 0
-
-
-@pytest.mark.parametrize(
-    ("family", "tensor", "pipeline", "expert"),
-    [("qwen2", 2, 2, 1), ("qwen2_tied_bf16", 1, 2, 1), ("qwen3_moe", 1, 1, 2)],
-)
-def test_each_process_has_as_many_weights_as_estimated(
-    family: str, tensor: int, pipeline: int, expert: int, tmp_path: Path
-) -> None:
-    folder = tiny.save_family(tmp_path / family, family)
-    worker = tiny.ROOT / "tests" / "support" / "stage_sizes.py"
-    count = max(tensor * pipeline, expert)
-    tiny.launch_test_worker(count, worker, folder / "config.json", tensor, pipeline, expert)
 
 
 @pytest.mark.parametrize(
