@@ -4,12 +4,16 @@
 """
 
 import contextlib
+import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import orjson
 
 from megatron.sft.runtime.errors import UserError
+
+LONG_INTEGER = re.compile(r"[0-9]{19}")
 
 
 def required_text(fields: dict[str, Any], name: str, where: str = "") -> str:
@@ -41,8 +45,8 @@ def checked_list(value: Any, name: str, of: str, or_none: bool = False) -> list[
     if or_none and value in (None, ""):
         return []
     if isinstance(value, str) and value.lstrip()[:1] == "[":
-        with contextlib.suppress(orjson.JSONDecodeError):
-            value = orjson.loads(value)
+        with contextlib.suppress(UserError):
+            value = parsed_json(value, name)
     if not isinstance(value, list):
         raise UserError(f"field '{name}' is {json_type(value)}: it must be a list of {of}, or that list as JSON text")
     return value
@@ -51,19 +55,30 @@ def checked_list(value: Any, name: str, of: str, or_none: bool = False) -> list[
 def checked_object(value: Any, name: str, needs: str = "", or_text: bool = False) -> dict[str, Any]:
     """The object; with `or_text` it may be JSON text. `needs` says in the message what it must have."""
     if or_text and isinstance(value, str):
-        try:
-            value = orjson.loads(value)
-        except orjson.JSONDecodeError:
-            raise UserError(f"field '{name}' is not valid JSON: write an object{needs}") from None
+        value = parsed_json(value, name, f"write an object{needs}")
     if not isinstance(value, dict):
         raise UserError(f"field '{name}' is {json_type(value)}: it must be an object{needs}")
     return value
 
 
+def parsed_json(text: str, name: str, fix: str = "correct it") -> Any:
+    """The JSON value of a text. Integers stay exact, which orjson makes floats beyond 64 bits."""
+    try:
+        value = orjson.loads(text)
+        return json.loads(text) if LONG_INTEGER.search(text) else value
+    except (ValueError, RecursionError):
+        raise UserError(f"field '{name}' is not valid JSON: {fix}") from None
+
+
+def is_filled(value: Any) -> bool:
+    """Whether a field says anything: null, an empty text, list or object do not."""
+    return value is not None and value not in ("", [], {})
+
+
 def refuse_fields(fields: dict[str, Any], names: Iterable[str], where: str = "") -> None:
     """Refuse these fields unless they are empty."""
     for name in names:
-        if fields.get(name) not in (None, [], "", {}):
+        if is_filled(fields.get(name)):
             raise UserError(
                 f"field '{where}{name}' is not supported, and ignoring it would change what is trained: remove it"
             )
