@@ -169,7 +169,7 @@ class RecordReader:
 
 def _refuse_preferences(record: dict[str, Any]) -> None:
     found = [name for name in record if PREFERENCE_WORDS & set(words_of(name)) and is_filled(record[name])]
-    found = [name for name in found if isinstance(record[name], str | list | dict)]
+    found = [name for name in found if not is_metadata(name, record[name], record)]
     if found:
         chosen = next((name for name in found if "rejected" not in name and "non" not in name), "")
         new = "messages" if isinstance(record.get(chosen), list) else "completion"

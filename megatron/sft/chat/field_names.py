@@ -53,7 +53,12 @@ METADATA_WORDS = set(
 )
 # Anywhere in the name of a number, as in `tokens` and `num_of_turns_left`; a list of that name may hold a conversation.
 NUMBER_WORDS = METADATA_WORDS | {"characters", "chars", "token", "tokens", "turn", "turns", "words"}
-METADATA_NAMES = {"finish_reason", "finish_reasons", "stop_reason", "parallel_tool_calls", "extra_info", "intent"}
+METADATA_NAMES = {
+    *("finish_reason", "finish_reasons", "stop_reason", "extra_info", "intent"),
+    # Of requests to servers.
+    *("parallel_tool_calls", "tool_choice", "top_p", "top_k", "stream", "n", "presence_penalty", "frequency_penalty"),
+}
+TRUE_OR_FALSE_WORDS = {"toxic", "redacted"}  # of METADATA_WORDS: `kto_tag: false` says that an answer is bad
 # What the columns of known data sets mean, by another column that shows which data set it is.
 DATASET_COLUMNS = {
     "task_category": {"knowledge", "quality_explanation"},  # Magpie
@@ -88,7 +93,8 @@ def is_metadata(name: str, value: Any, names: Iterable[str]) -> bool:
     words = words_of(name)
     if {"loss", "mask", "train", "trained", "weight", "weights"} & set(words):
         return False
-    if name in METADATA_NAMES or (words and words[-1] in METADATA_WORDS):
+    words_allowed = TRUE_OR_FALSE_WORDS if isinstance(value, bool) else METADATA_WORDS
+    if name in METADATA_NAMES or (words and words[-1] in words_allowed):
         return True
     if isinstance(value, int | float) and not isinstance(value, bool) and NUMBER_WORDS & set(words):
         return True

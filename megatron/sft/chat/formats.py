@@ -5,7 +5,7 @@ from typing import Any
 from megatron.sft.chat.calls import joined_tools, read_calls, read_tools
 from megatron.sft.chat.field_names import REASONING_FIELDS, SYSTEM_FIELDS, TOOLS_FIELDS
 from megatron.sft.chat.fields import checked_list, is_filled, optional_text, required_text
-from megatron.sft.chat.turns import Turns, read_turns, reasoning_of, with_reasoning, without_training
+from megatron.sft.chat.turns import ROLE_NAMES, Turns, read_turns, reasoning_of, with_reasoning, without_training
 from megatron.sft.runtime.errors import UserError
 
 LISTS = ("messages", "conversations", "conversation", "dialogue", "dialog")
@@ -37,12 +37,24 @@ def format_fields(record: dict[str, Any]) -> tuple[str, ...]:
             return found
     shown = ", ".join(map(repr, record)) or "none"
     question, answer = _named(record, OTHER_QUESTIONS), _named(record, OTHER_ANSWERS)
+    turns = next((name for name, value in record.items() if _looks_like_turns(value)), None)
     advice = "rename columns with MAP_COLUMNS=OLD=NEW (--map-column)"
-    if question and answer:
+    if turns:
+        advice = f'rename columns, here perhaps with MAP_COLUMNS="{turns}=messages"'
+    elif question and answer:
         advice = f'rename columns, here perhaps with MAP_COLUMNS="{question}=instruction {answer}=output"'
     raise UserError(
         f"fields are {shown}; expected 'instruction' and 'output', or 'messages', or 'conversations', or 'query' and "
         f"'response', or 'prompt' and 'completion', or 'text': {advice}"
+    )
+
+
+def _looks_like_turns(value: Any) -> bool:
+    """Whether a list holds texts, or objects with a role."""
+    if not isinstance(value, list) or len(value) < 2:
+        return False
+    return all(
+        isinstance(turn, str) or (isinstance(turn, dict) and any(name in turn for name in ROLE_NAMES)) for turn in value
     )
 
 

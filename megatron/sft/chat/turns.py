@@ -225,7 +225,7 @@ def _loss_flag(turn: dict[str, Any], role: str, where: str) -> bool | None:
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             shown = json_type(value) if isinstance(value, list | dict) else repr(value)
             raise UserError(
-                f"field '{where}.{name}' is {shown}: it must be 0 or 1, or false or true; no part of the loss is supported"
+                f"field '{where}.{name}' is {shown}: it must be 0 or 1, or false or true; fractions are not supported"
             )
         flag = bool(value) != (name == MASKED)
         if found is not None and found != flag:
