@@ -40,7 +40,7 @@ MEDIA_FIELDS = ("image", "images", "video", "videos", "audio", "audios")
 # A name that ends with one of these (`dataset_id`, `sourceURL`, `score_2`) says nothing that a conversation says.
 METADATA_WORDS = set(
     """
-    annotations annotator author categories category checksum cluster complexity config configs cost count country
+    annotations annotator at author categories category checksum cluster complexity config configs cost count country
     counts created creator dataset date datetime difficulties difficulty domain domains download elo email embedding
     file filename fingerprint genre guard hash hashes header helpfulness id identifier ids idx index indices ip lang
     language languages latency len length lengths level levels licence license line lines link locale logprobs md5 meta
@@ -58,6 +58,8 @@ METADATA_NAMES = {
     # Of requests to servers.
     *("parallel_tool_calls", "tool_choice", "top_p", "top_k", "stream", "n", "presence_penalty", "frequency_penalty"),
 }
+TRAINING_WORDS = {"loss", "mask", "masks", "train", "trained", "weight", "weights"}
+PRETOKENIZED = {"input_ids", "token_ids", "label_ids"}
 TRUE_OR_FALSE_WORDS = {"toxic", "redacted"}  # of METADATA_WORDS: `kto_tag: false` says that an answer is bad
 # What the columns of known data sets mean, by another column that shows which data set it is.
 DATASET_COLUMNS = {
@@ -91,7 +93,7 @@ def words_of(name: str) -> tuple[str, ...]:
 def is_metadata(name: str, value: Any, names: Iterable[str]) -> bool:
     """Whether a field can say neither what is said nor what is trained. names: all fields of the record."""
     words = words_of(name)
-    if {"loss", "mask", "train", "trained", "weight", "weights"} & set(words):
+    if TRAINING_WORDS & set(words) or name in PRETOKENIZED:
         return False
     words_allowed = TRUE_OR_FALSE_WORDS if isinstance(value, bool) else METADATA_WORDS
     if name in METADATA_NAMES or (words and words[-1] in words_allowed):
