@@ -40,19 +40,38 @@ MEDIA_FIELDS = ("image", "images", "video", "videos", "audio", "audios")
 # A name that ends with one of these (`dataset_id`, `sourceURL`, `score_2`) says nothing that a conversation says.
 METADATA_WORDS = set(
     """
-    annotations annotator at author categories category checksum cluster complexity config configs cost count country
+    annotations annotator at author by categories category checksum cluster complexity config configs cost count country
     counts created creator dataset date datetime difficulties difficulty domain domains download elo email embedding
     file filename fingerprint genre guard hash hashes header helpfulness id identifier ids idx index indices ip lang
     language languages latency len length lengths level levels licence license line lines link locale logprobs md5 meta
     metadata model models moderation name num origin parent path perplexity position ppl provenance provider quality
     rank rating ratings redacted region repo revision reward rewards safety score scores seed sentiment sha sha1 sha256
-    similarity skill skills source sources split stage state style subcategory subdomain subject subset subtask subtopic
-    tag tags task tasks teacher temperature time timestamp timestamps topic topics toxic toxicity type types updated
+    similarity site skill skills source sources split stage state status style subcategory subdomain subject subset subtask
+    subtopic tag tags task tasks teacher temperature time timestamp timestamps topic topics toxic toxicity type types updated
     upvotes url urls usage uuid version versions views votes year
     """.split()  # noqa: SIM905 (a hundred words read better as text)
 )
 # Anywhere in the name of a number, as in `tokens` and `num_of_turns_left`; a list of that name may hold a conversation.
-NUMBER_WORDS = METADATA_WORDS | {"characters", "chars", "token", "tokens", "turn", "turns", "words"}
+NUMBER_WORDS = METADATA_WORDS | set(
+    [
+        "characters",
+        "chars",
+        "coherence",
+        "confidence",
+        "correctness",
+        "downvotes",
+        "likes",
+        "probability",
+        "ratio",
+        "size",
+        "token",
+        "tokens",
+        "turn",
+        "turns",
+        "verbosity",
+        "words",
+    ]
+)
 METADATA_NAMES = {
     *("finish_reason", "finish_reasons", "stop_reason", "extra_info", "intent"),
     # Of requests to servers.
