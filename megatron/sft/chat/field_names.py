@@ -17,11 +17,14 @@ ROLES = {
     "call": ("tool_call", "tool_calls", "function_call", "function_calls"),
 }
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
-# In a turn that holds a question and its answer, as {"human": ..., "assistant": ...}.
-_ROLE_OF_KEY = _ROLE_OF | {
-    **dict.fromkeys(("input", "question", "query", "instruction", "prompt"), "user"),
-    **dict.fromkeys(("output", "answer", "response"), "assistant"),
+# In turns {role: text}, such as {"human": ..., "assistant": ...}, in the order of a conversation.
+KEY_ROLES = {
+    "system": ("system",),
+    "user": ("user", "human", "input", "question", "query", "instruction", "prompt"),
+    "tool": ("tool", "observation"),
+    "assistant": ("assistant", "gpt", "bot", "chatgpt", "output", "answer", "response", "completion"),
 }
+_ROLE_OF_KEY = {name: role for role, names in KEY_ROLES.items() for name in names}
 # Of a turn: whether it is trained, 0 or 1 (ms-swift, axolotl, OpenAI, LLaMA-Factory, slime, xtuner, torchtune).
 LOSS_FIELDS: tuple[str, ...] = ("loss", "train", "training", "weight", "loss_weight", "loss_scale", "trainable")
 LOSS_FIELDS += ("loss_mask", "step_loss_mask", "output_with_loss", "is_trainable", "train_on_turn", "masked")
@@ -52,26 +55,10 @@ METADATA_WORDS = set(
     """.split()  # noqa: SIM905 (a hundred words read better as text)
 )
 # Anywhere in the name of a number, as in `tokens` and `num_of_turns_left`; a list of that name may hold a conversation.
-NUMBER_WORDS = METADATA_WORDS | set(
-    [
-        "characters",
-        "chars",
-        "coherence",
-        "confidence",
-        "correctness",
-        "downvotes",
-        "likes",
-        "probability",
-        "ratio",
-        "size",
-        "token",
-        "tokens",
-        "turn",
-        "turns",
-        "verbosity",
-        "words",
-    ]
-)
+NUMBER_WORDS = METADATA_WORDS | {
+    *("characters", "chars", "coherence", "confidence", "correctness", "downvotes", "likes", "probability", "ratio"),
+    *("size", "token", "tokens", "turn", "turns", "verbosity", "words"),
+}
 METADATA_NAMES = {
     *("finish_reason", "finish_reasons", "stop_reason", "extra_info", "intent"),
     # Of requests to servers.

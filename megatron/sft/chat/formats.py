@@ -67,7 +67,7 @@ def _question_and_answer_fields(names: list[str]) -> tuple[str, ...]:
     if len(questions) > 1 and questions[-1] == "input":
         questions.pop()
     answers = [name for name in ANSWERS if name in names]
-    if len(questions) == 1 and CALLS_FIELD in names and not answers:
+    if len(questions) == 1 and {CALLS_FIELD, "tools"} <= set(names) and not answers:
         return questions[0], CALLS_FIELD
     if len(questions) == 1 and len(answers) == 1:
         return questions[0], answers[0]
@@ -121,7 +121,10 @@ def _with_system(record: dict[str, Any], turns: Turns, fields: tuple[str, ...]) 
     if len(found) > 1:
         raise UserError(f'the record has both {found[0]!r} and {found[1]!r}: drop one, MAP_COLUMNS="{found[1]}=-"')
     if turns.messages[0]["role"] == "system":
-        raise UserError(f"the record has a field {found[0]!r} and a system turn in {fields[0]!r}: keep one of them")
+        raise UserError(
+            f"the record has a field {found[0]!r} and a system turn in {fields[0]!r}: keep one of them, for example with "
+            f'MAP_COLUMNS="{found[0]}=-"'
+        )
     first = Turns()
     first.add({"role": "system", "content": record[found[0]]})
     return first + turns

@@ -7,6 +7,7 @@ from megatron.sft.chat.calls import Tools, calls_in_text, joined_tools, read_cal
 from megatron.sft.chat.content_parts import with_joined_parts
 from megatron.sft.chat.field_names import (
     DETAIL_FIELDS,
+    KEY_ROLES,
     LOSS_FIELDS,
     MASKED,
     MEDIA_FIELDS,
@@ -136,12 +137,10 @@ def _add_turns_of_keys(turns: Turns, turn: dict[str, Any], where: str, list_name
     for name in turn:
         if (role := role_of_key(name)) and by_role.setdefault(role, name) != name:
             raise UserError(f"'{where}' has both {by_role[role]!r} and {name!r}: keep one of them")
-    for role in ROLES:
+    for role in KEY_ROLES:
         name = by_role.get(role, "")
         if not name or (role != "assistant" and not is_filled(turn[name])):
             continue
-        if role == "call":
-            raise UserError(f"'{where}.{name}' has calls: write turns with 'role' and 'content'")
         fields = {"role": role, "content": turn[name]} | (rest if role == "assistant" else {})
         _add_turn(turns, fields, ("role", "content"), where, list_name)
 
@@ -232,8 +231,6 @@ def _loss_flag(turn: dict[str, Any], role: str, where: str) -> bool | None:
             raise UserError(f"{where} has several of {', '.join(LOSS_FIELDS)}, which disagree: keep one of them")
         found = flag
     if found and role != "assistant":
-        if MASKED in turn and not any(turn.get(name) for name in LOSS_FIELDS if name != MASKED):
-            return None
         raise UserError(f"{where} asks for training, but its role is {role!r}: only assistant turns are trained")
     return found
 

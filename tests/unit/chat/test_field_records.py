@@ -62,6 +62,21 @@ def test_a_turn_that_is_not_to_be_trained_is_not(name: str) -> None:
 def test_masked_says_the_opposite() -> None:
     messages = [USER | {"masked": True}, ANSWER | {"masked": True}, USER, ANSWER | {"content": "yes", "masked": False}]
     assert trained(RecordReader().example({"messages": messages})) == [f"yes{END}"]
+    assert "role is 'user'" in refusal({"messages": [USER | {"masked": False}, ANSWER]})
+
+
+@pytest.mark.parametrize(
+    "conversation",
+    [
+        [{"assistant": "A", "human": "Q"}, {"tool": "1", "assistant": "B"}],
+        [{"human": "Q"}, {"gpt": "A"}, {"observation": "1", "gpt": "B"}],
+        [{"input": "Q", "output": "A", "model": "m"}, {"output": "B", "input": "", "tool": "1"}],
+    ],
+)
+def test_turns_by_role_come_in_the_order_of_a_conversation(conversation: list[Record]) -> None:
+    text = render({"conversation": conversation}).partition("<|im_start|>user\n")[2]
+    result = "<|im_start|>user\n<tool_response>\n1\n</tool_response>"
+    assert text == f"Q{END}\n<|im_start|>assistant\nA{END}\n{result}{END}\n<|im_start|>assistant\nB{END}\n"
 
 
 @pytest.mark.parametrize("name", ["train_detail", "training_detail"])
