@@ -251,7 +251,7 @@ def _placeholder_notes(options: Options, corpora: list[Corpus]) -> list[str]:
             replaced = f"stands for {written}" if written else f"is never used: the data has no {placeholder}"
             notes.append(f"MODEL_{name}={value!r} {replaced}")
         elif written:
-            notes.append(f"{written} stays as it is: set MODEL_{name} if the data means a name")
+            notes.append(f"{written} stays as it is: set MODEL_{name} if it stands for a name")
     return notes
 
 

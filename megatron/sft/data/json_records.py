@@ -27,7 +27,7 @@ _DECODER = json.JSONDecoder()
 
 
 def decoded_record(content: bytes, place: str) -> dict[str, Any]:
-    """One JSON object, or a list of objects, which are `messages`; anything else is a `UserError` that starts with `place`.
+    """One JSON object; anything else is a `UserError` that starts with `place`.
 
     orjson refuses bad UTF-8, lone surrogates, NaN, nesting that is too deep and trailing text, but it takes the last of two
     equal keys, so repeated keys are looked for here.
@@ -43,15 +43,12 @@ def decoded_record(content: bytes, place: str) -> dict[str, Any]:
             ) from None
         reason = str(error).split(":")[0]
         raise UserError(f"{place}: not valid JSON ({reason}): write one JSON object per record") from None
-    is_list = isinstance(record, list) and bool(record) and all(isinstance(turn, dict) for turn in record)
-    if is_list:
-        record = {"messages": record}  # the turns alone (xtuner)
     if not isinstance(record, dict):
         raise UserError(f"{place}: the record is {json_type(record)}: write one JSON object per record")
     try:
         # Every key ends with `":`. A text may contain that too, so only a different count asks for a closer look.
         num_colons = content.count(b'":') - content.count(b'\\":')
-        if num_colons != _num_keys(record) - is_list:
+        if num_colons != _num_keys(record):
             _refuse_repeated_keys(content, place)
     except RecursionError:
         raise UserError(f"{place}: not valid JSON for a record (nested hundreds of levels deep): correct it") from None

@@ -118,10 +118,7 @@ def file_format(path: Path) -> str:
         return "parquet"
     if _separator(path):
         return "csv"
-    # Another list after the end of the first line: a list of turns a line.
-    first_line, _, rest = start.removeprefix(BYTE_ORDER_MARK).lstrip(WHITESPACE).partition(b"\n")
-    is_list_a_line = first_line.rstrip(WHITESPACE).endswith(b"]") and rest.lstrip(WHITESPACE).startswith(b"[")
-    return "json array" if first == b"[" and not is_list_a_line else "json lines"
+    return "json array" if first == b"[" else "json lines"
 
 
 def read_records(path: Path) -> Iterator[SourceRecord]:

@@ -309,12 +309,3 @@ def test_columns_are_renamed_and_unused_ones_counted() -> None:
         reader.conversation({"solution": "A"})
     with pytest.raises(UserError, match="both 'problem' and 'instruction'"):
         reader.conversation({"problem": "Q", "instruction": "Q", "solution": "A"})
-
-
-def test_a_list_of_turns_a_line_is_a_record(tmp_path: Path) -> None:
-    data = tmp_path / "xtuner.jsonl"
-    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    data.write_text(f"{json.dumps(turns)}\n{json.dumps(turns)}\n")
-    assert [record.fields for record in read_records(data)] == [{"messages": turns}] * 2
-    data.write_text(json.dumps([{"messages": turns}]) + "\n")
-    assert [record.fields for record in read_records(data)] == [{"messages": turns}]
