@@ -66,6 +66,15 @@ def test_the_estimate_is_within_10_percent_of_peaks_measured_on_an_h200(
     assert abs(estimated / measured_gib - 1) <= 0.10
 
 
+@pytest.mark.parametrize(("optimizer_precision", "measured_gib"), [("bf16", 38.3), ("fp32", 61.1)])
+def test_the_estimate_of_a_larger_model_is_within_5_percent_of_the_peak_on_an_h100(
+    optimizer_precision: str, measured_gib: float
+) -> None:
+    architecture, _ = find_architecture("Qwen/Qwen2.5-3B-Instruct")
+    settings = MemorySettings(4096, num_micro_batches=4, recompute="selective", optimizer_precision=optimizer_precision)
+    assert abs(estimate(architecture, Layout(), 1, settings).tensors / GIB / measured_gib - 1) <= 0.05
+
+
 def test_more_recomputation_takes_less_memory_and_the_cheapest_that_fits_is_taken() -> None:
     architecture, _ = find_architecture(R1_1_5B)
     sizes = [estimate(architecture, Layout(), 1, replace(ROW, recompute=word)).total for word in memory.RECOMPUTE_WORDS]
