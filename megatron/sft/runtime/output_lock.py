@@ -35,14 +35,17 @@ def held(output: Path, lock: Path | None = None) -> Iterator[None]:
     stop = threading.Event()
     record = {"host": socket.gethostname(), "pid": os.getpid(), "space": _process_space(), "started": time.ctime()}
 
-    def beat() -> None:
-        count = 0
-        while not stop.is_set():
-            count += 1
-            with contextlib.suppress(OSError):  # a full disk, a file system that is away: the lock is a courtesy then
-                os.pwrite(descriptor, json.dumps({**record, "beat": count}).encode().ljust(512), 0)
-            stop.wait(BEAT_SECONDS)
+    def write(count: int) -> None:
+        with contextlib.suppress(OSError):  # a full disk, a file system that is away: the lock is a courtesy then
+            os.pwrite(descriptor, json.dumps({**record, "beat": count}).encode().ljust(512), 0)
 
+    def beat() -> None:
+        count = 1
+        while not stop.wait(BEAT_SECONDS):
+            count += 1
+            write(count)
+
+    write(1)
     thread = threading.Thread(target=beat, name="output lock", daemon=True)
     thread.start()
     try:

@@ -19,9 +19,9 @@ def left_by(lock: Path, **changes: object) -> dict[str, object]:
 
 def test_a_second_holder_is_refused_and_the_file_goes(tmp_path: Path) -> None:
     output = tmp_path / "run"
-    with output_lock.held(output):
-        with pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on .*, started"):
-            output_lock.held(output).__enter__()
+    said = rf"is being written by process {os.getpid()} on .*, started"
+    with output_lock.held(output), pytest.raises(UserError, match=said):
+        output_lock.held(output).__enter__()
     assert not list(tmp_path.iterdir())
     with output_lock.held(output):
         pass
