@@ -46,12 +46,13 @@ help_or_arguments 3 3 "$@"
 : "${MAP_COLUMNS:=}"
 
 arguments=(--tokenizer "$1" --input "$2" --seq-length "$3" --overlong "$OVERLONG" --seed "$SEED"
-  --train-on "$TRAIN_ON" --bad-rows "$BAD_ROWS" --unknown-fields "$UNKNOWN_FIELDS")
+  --train-on "$TRAIN_ON" --bad-rows "$BAD_ROWS")
 case "$PACKING" in
   1) ;;
   0) arguments+=(--no-packing) ;;
   *) die "PACKING is '$PACKING': give 1 or 0" ;;
 esac
+[[ $UNKNOWN_FIELDS == stop ]] || arguments+=(--unknown-fields "$UNKNOWN_FIELDS")
 [[ -z "$GROUP_KEY" ]] || arguments+=(--group-key "$GROUP_KEY")
 [[ -z "$CHAT_TEMPLATE" ]] || arguments+=(--chat-template "$CHAT_TEMPLATE")
 [[ -z "$MODEL_NAME" ]] || arguments+=(--model-name "$MODEL_NAME")

@@ -159,15 +159,9 @@ def _fingerprint(options: Options, sources: list[Source], template: str) -> str:
     paths = [options.tokenizer / name for name in TOKENIZER_FILES]
     files = sorted((path.name, sha256_of_file(path)) for path in paths if path.is_file())
     columns = sorted(options.columns.items())
-    data = [(source.sha256, source.wanted) for source in sources]
+    data = [(source.sha256, source.wanted, options.ignores_unknown) for source in sources]
     chosen = (options.seq_length, options.overlong, options.seed, options.packing, options.group_key, columns)
-    more = (
-        options.train_on,
-        template,
-        options.skip_bad_records,
-        options.ignores_unknown,
-        sorted(options.replaced.items()),
-    )
+    more = (options.train_on, template, options.skip_bad_records, sorted(options.replaced.items()))
     return sha256_of_text(repr((FORMAT, ALGORITHM, data, files, chosen, more)))
 
 
