@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
-
 from megatron.sft.chat.example import Example, join_rounds
 from megatron.sft.chat.field_names import (
     MEDIA_FIELDS,
@@ -25,6 +23,7 @@ from megatron.sft.chat.field_names import (
 from megatron.sft.chat.fields import checked_list, checked_object, is_filled, refuse_fields, required_text
 from megatron.sft.chat.formats import ANSWERS, LISTS, PAIRS, TEXT, format_fields, format_name, turns_of, used_fields
 from megatron.sft.chat.turns import Message, Messages, Turns, read_turns
+from megatron.sft.runtime import exact_json
 from megatron.sft.runtime.errors import UserError
 
 __all__ = ["Example", "Message", "Messages", "RecordReader", "group_hash", "join_rounds"]
@@ -49,7 +48,7 @@ def group_hash(record: dict[str, Any], key: str, renamed_columns: dict[str, str]
     value = record.get(key, record.get(old_names.get(key, key)))
     if value in (None, "", [], {}):
         return None
-    content = orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    content = exact_json.dumps(value, sort_keys=True)
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 

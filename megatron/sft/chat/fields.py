@@ -4,16 +4,11 @@
 """
 
 import contextlib
-import json
-import re
 from collections.abc import Iterable
 from typing import Any
 
-import orjson
-
+from megatron.sft.runtime import exact_json
 from megatron.sft.runtime.errors import UserError
-
-LONG_INTEGER = re.compile(r"[0-9]{19}")
 
 
 def required_text(fields: dict[str, Any], name: str, where: str = "") -> str:
@@ -62,10 +57,9 @@ def checked_object(value: Any, name: str, needs: str = "", or_text: bool = False
 
 
 def parsed_json(text: str, name: str, fix: str = "correct it") -> Any:
-    """The JSON value of a text. Integers stay exact, which orjson makes floats beyond 64 bits."""
+    """The JSON value of a text, with whole numbers of any size."""
     try:
-        value = orjson.loads(text)
-        return json.loads(text) if LONG_INTEGER.search(text) else value
+        return exact_json.loads(text)
     except (ValueError, RecursionError):
         raise UserError(f"field '{name}' is not valid JSON: {fix}") from None
 
