@@ -3,6 +3,7 @@
 The format is recognized by the record's fields. What is unknown or ambiguous is refused, never guessed.
 """
 
+import contextlib
 import hashlib
 import re
 from collections import Counter
@@ -169,14 +170,24 @@ class RecordReader:
 def _refuse_preferences(record: dict[str, Any]) -> None:
     found = [name for name in record if PREFERENCE_WORDS & set(words_of(name)) and is_filled(record[name])]
     found = [name for name in found if not is_metadata(name, record[name], record)]
-    if found:
-        chosen = next((name for name in found if "rejected" not in name and "non" not in name), "")
-        new = "messages" if isinstance(record.get(chosen), list) else "completion"
-        columns = [f"{name}={new if name == chosen and new not in record else NOT_A_COLUMN}" for name in found]
-        raise UserError(
-            f"field {found[0]!r} is of preference data (a chosen and a rejected answer), of which only one answer can be "
-            f'trained here: choose it, for example with MAP_COLUMNS="{" ".join(columns)}"'
-        )
+    if not found:
+        return
+    chosen = next((name for name in found if "rejected" not in name and "non" not in name), "")
+    new = "messages" if isinstance(record.get(chosen), list) else "completion"
+    advice = "write the answer that is to be learned as an answer"
+    for columns in (
+        {name: new if name == chosen else NOT_A_COLUMN for name in found},
+        dict.fromkeys(found, NOT_A_COLUMN),
+    ):
+        with contextlib.suppress(UserError):
+            RecordReader(columns, ignores_unknown=True).example(record)
+            listed = " ".join(f"{old}={new}" for old, new in columns.items())
+            advice = f'choose it, for example with MAP_COLUMNS="{listed}"'
+            break
+    raise UserError(
+        f"field {found[0]!r} is of preference data (a chosen and a rejected answer), of which only one answer can be trained "
+        f"here: {advice}"
+    )
 
 
 def _check_record_loss(record: dict[str, Any]) -> None:

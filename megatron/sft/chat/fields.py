@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -73,8 +74,10 @@ def refuse_fields(fields: dict[str, Any], names: Iterable[str], where: str = "")
     """Refuse these fields unless they are empty."""
     for name in names:
         if is_filled(fields.get(name)):
+            column = re.sub(r"\[\d+\]", "[]", where) + name
             raise UserError(
-                f"field '{where}{name}' is not supported, and ignoring it would change what is trained: remove it"
+                f"field '{where}{name}' is not supported, and ignoring it would change what is trained: remove the record, or "
+                f'drop the field with MAP_COLUMNS="{column}=-"'
             )
 
 

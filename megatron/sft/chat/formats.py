@@ -23,15 +23,31 @@ TEXT = "text"
 KWARGS_FIELDS = ("chat_template_kwargs", "enable_thinking")
 CONTEXTS = ("input", "context")  # follow an instruction on a new line (Alpaca, Dolly)
 # Names of other data sets, for the advice what to rename. `answer` is often the bare result next to a full answer.
-OTHER_QUESTIONS = (*PAIRS, "problem", "user", "human", "source_text", "goal")
-OTHER_ANSWERS = (*ANSWERS, "solution", "answer", "target", "target_text", "assistant", "gpt", "reply", "summary")
+OTHER_QUESTIONS = (*PAIRS, "problem", "user", "human", "inputs", "source", "src", "dialogue", "document", "article")
+OTHER_ANSWERS = (
+    *ANSWERS,
+    "solution",
+    "answer",
+    "target",
+    "targets",
+    "tgt",
+    "assistant",
+    "gpt",
+    "bot",
+    "reply",
+    "summary",
+)
 
 
 def format_fields(record: dict[str, Any]) -> tuple[str, ...]:
     """The fields that hold the conversation: one list, a question and its answer, or the text."""
     for names in ([name for name in record if record[name] is not None], list(record)):
         for name in (*LISTS, TEXT):
-            if name in names and not (name == TEXT and any(answer in names for answer in ANSWERS)):
+            if (
+                name in names
+                and not (name == TEXT and any(answer in names for answer in ANSWERS))
+                and _may_be(name, record)
+            ):
                 return (name,)
         if found := _question_and_answer_fields(names):
             return found
@@ -47,6 +63,12 @@ def format_fields(record: dict[str, Any]) -> tuple[str, ...]:
         f"fields are {shown}; expected 'instruction' and 'output', or 'messages', or 'conversations', or 'query' and "
         f"'response', or 'prompt' and 'completion', or 'text': {advice}"
     )
+
+
+def _may_be(name: str, record: dict[str, Any]) -> bool:
+    """Whether a field may hold what its name says: some data sets have a dialogue as text."""
+    value = record[name]
+    return name not in LISTS[2:] or not isinstance(value, str) or value.lstrip()[:1] == "["
 
 
 def _looks_like_turns(value: Any) -> bool:

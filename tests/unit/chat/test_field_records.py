@@ -394,6 +394,7 @@ def test_the_field_of_the_group_is_known() -> None:
     [
         ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "chosen=completion rejected=-"),
         ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER | {"content": "B"}]}, "chosen=messages rejected=-"),
+        ({"query": "Q", "response": "A", "rejected_response": "B"}, "rejected_response=-"),
         ({"messages": [USER, ANSWER], "rejected_response": "B"}, "rejected_response=-"),
         ({"messages": [USER, ANSWER], "chosen": [USER, ANSWER], "rejected": [USER]}, "chosen=- rejected=-"),
     ],
@@ -402,3 +403,8 @@ def test_preferences_are_refused_with_advice_that_works(record: Record, columns:
     assert f'MAP_COLUMNS="{columns}"' in refusal(record)
     renamed = dict(column.split("=") for column in columns.split())
     assert trained(RecordReader(renamed).example(record)) == [f"A{END}"]
+
+
+def test_no_columns_are_advised_that_do_not_help() -> None:
+    message = refusal({"input": {"messages": [USER]}, "preferred_output": [ANSWER], "non_preferred_output": [ANSWER]})
+    assert "field 'preferred_output'" in message and "MAP_COLUMNS" not in message
