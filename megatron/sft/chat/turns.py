@@ -114,11 +114,14 @@ def _turn_names(turn: Any) -> tuple[str, str]:
 
 def _add_turn(turns: Turns, turn: dict[str, Any], names: tuple[str, str], where: str, list_name: str) -> None:
     role, message = _message(turn, names, f"{where}.")
-    loss_flag = _loss_flag(turn, message["role"], where)
+    has_more = _has_more(turn, names)
+    loss_flag = _loss_flag(turn, message["role"], where) if has_more else None
     if role == "call":
         turns.add_call(message, loss_flag, where)
     else:
         turns.add(message, loss_flag)
+    if not has_more:
+        return
     tools = read_tools(turn, f"{where}.")
     if tools and role != "system":
         raise UserError(
@@ -137,11 +140,12 @@ def _add_turns_of_keys(turns: Turns, turn: dict[str, Any], where: str, list_name
     for name in turn:
         if (role := role_of_key(name)) and by_role.setdefault(role, name) != name:
             raise UserError(f"'{where}' has both {by_role[role]!r} and {name!r}: keep one of them")
-    for role in KEY_ROLES:
-        name = by_role.get(role, "")
-        if not name or (role != "assistant" and not is_filled(turn[name])):
-            continue
-        fields = {"role": role, "content": turn[name]} | (rest if role == "assistant" else {})
+    present = [
+        role for role in KEY_ROLES if role in by_role and (role == "assistant" or is_filled(turn[by_role[role]]))
+    ]
+    for role in present:
+        # What else the object says, says it of its answer.
+        fields = {"role": role, "content": turn[by_role[role]]} | (rest if role == present[-1] else {})
         _add_turn(turns, fields, ("role", "content"), where, list_name)
 
 
@@ -153,20 +157,16 @@ def _message(turn: dict[str, Any], names: tuple[str, str], where: str) -> tuple[
     if role is None:
         known = ", ".join(name for group in ROLES.values() for name in group)
         raise UserError(f"{where}{role_name} is {turn[role_name]!r}, an unknown role: use one of {known}")
-    refuse_fields(turn, REFUSED_FIELDS, where)
+    if role != "call" and isinstance(turn.get(text_name), list):
+        turn = with_joined_parts(turn, text_name, where)
+    calls, reasoning = [], ""
+    if has_more := _has_more(turn, names):
+        refuse_fields(turn, REFUSED_FIELDS, where)
+        reasoning = reasoning_of(turn, where)
+    if has_more or role == "call":
+        calls = _calls(turn, role, text_name, where)
     if role == "call":
-        calls = calls_in_text(_required_value(turn, text_name, where), where + text_name)
         turn = turn | {text_name: ""}
-    else:
-        if isinstance(turn.get(text_name), list):
-            turn = with_joined_parts(turn, text_name, where)
-        calls = read_calls(turn.get("tool_calls"), f"{where}tool_calls")
-    if is_filled(turn.get("function_call")):
-        called = calls_in_text(turn["function_call"], f"{where}function_call")
-        if calls and calls != called:
-            raise UserError(f"'{where}tool_calls' and '{where}function_call' disagree: keep one of them")
-        calls = called
-    reasoning = reasoning_of(turn, where)
     if role not in ("assistant", "call") and (calls or reasoning):
         name = "tool_calls" if calls else next(name for name in REASONING_FIELDS if turn.get(name))
         raise UserError(f"field '{where}{name}' is in a turn of role {role!r}: only assistant turns have it")
@@ -184,8 +184,24 @@ def _message(turn: dict[str, Any], names: tuple[str, str], where: str) -> tuple[
     return role, message
 
 
-def _required_value(turn: dict[str, Any], name: str, where: str) -> Any:
-    return turn[name] if isinstance(turn.get(name), list | dict) else required_text(turn, name, where)
+def _has_more(turn: dict[str, Any], names: tuple[str, str]) -> bool:
+    """Whether a turn has more than a role and a text, which few turns have."""
+    return len(turn) != len(names) or names[1] not in turn
+
+
+def _calls(turn: dict[str, Any], role: str, text_name: str, where: str) -> list[dict[str, Any]]:
+    """The calls of `tool_calls`, of `function_call`, or of the text of a turn that is nothing else. Only one may have any."""
+    found = {"tool_calls": read_calls(turn.get("tool_calls"), f"{where}tool_calls")}
+    if is_filled(turn.get("function_call")):
+        found["function_call"] = calls_in_text(turn["function_call"], f"{where}function_call")
+    if role == "call":
+        is_value = isinstance(turn.get(text_name), list | dict)
+        text = turn[text_name] if is_value else required_text(turn, text_name, where)
+        found[text_name] = calls_in_text(text, where + text_name)
+    names = [name for name, calls in found.items() if calls]
+    if any(found[name] != found[names[0]] for name in names):
+        raise UserError(f"'{where}{names[0]}' and '{where}{names[1]}' have different calls: keep one of them")
+    return found[names[0]] if names else []
 
 
 def reasoning_of(fields: dict[str, Any], where: str = "") -> str:

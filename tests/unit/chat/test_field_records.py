@@ -79,6 +79,14 @@ def test_turns_by_role_come_in_the_order_of_a_conversation(conversation: list[Re
     assert text == f"Q{END}\n<|im_start|>assistant\nA{END}\n{result}{END}\n<|im_start|>assistant\nB{END}\n"
 
 
+def test_nothing_of_a_turn_by_role_is_lost() -> None:
+    pair = {"human": "Q", "assistant": "A"}
+    assert "conversation[].persona" in refusal({"conversation": [{"human": "Q", "persona": "x"}, pair]})
+    assert "role is 'user'" in refusal({"conversation": [{"human": "Q", "loss": 1}, pair]})
+    two = {"conversation": [pair | {"output_with_loss": False}, {"human": "Q", "assistant": "B"}]}
+    assert trained(RecordReader().example(two)) == [f"B{END}"]
+
+
 @pytest.mark.parametrize("name", ["train_detail", "training_detail"])
 def test_a_part_of_a_turn_cannot_be_trained(name: str) -> None:
     detail = [{"begin_offset": 0, "end_offset": 1, "train": False}]
@@ -169,6 +177,10 @@ def test_functions_are_printed_wherever_the_record_names_them(record: Record) ->
     assert text.count('{"type": "function", "function": {"name": "tide", "parameters": {}}}') == 1
 
 
+def test_a_system_turn_of_functions_alone_is_read() -> None:
+    assert '"name": "tide"' in render({"messages": [{"role": "system", "tools": [TOOL]}, USER, ANSWER]})
+
+
 def test_functions_elsewhere_are_refused() -> None:
     assert "role is 'user'" in refusal({"messages": [USER | {"tools": [TOOL]}, ANSWER]})
     other = {"name": "moon", "parameters": {}}
@@ -217,6 +229,14 @@ def test_a_call_without_arguments_has_an_empty_object(arguments: Any) -> None:
     assert trained(RecordReader().example(record)) == [
         f'<tool_call>\n{{"name": "now", "arguments": {{}}}}\n</tool_call>{END}'
     ]
+
+
+def test_calls_of_two_fields_must_be_the_same() -> None:
+    call = {"role": "function_call", "content": CALL_JSON, "tool_calls": [CALL]}
+    assert trained(RecordReader().example({"messages": [USER, call]})) == [CALL_TEXT + END]
+    other = {"function": {"name": "moon", "arguments": {}}}
+    assert "different calls" in refusal({"messages": [USER, call | {"tool_calls": [other]}]})
+    assert "different calls" in refusal({"messages": [USER, call | {"function_call": other["function"]}]})
 
 
 def test_what_calls_do_not_know_is_refused() -> None:

@@ -91,3 +91,23 @@ def advised_columns(record: Record, chosen: dict[str, str]) -> dict[str, str]:
     except UserError as error:
         return renamed_columns(re.findall(r'MAP_COLUMNS="([^"]*)"', str(error))[0].split())
     return {}
+
+
+def objects_of(value: Any) -> list[Record]:
+    """All objects within a JSON value, outside of what describes a function and of metadata."""
+    if isinstance(value, list):
+        return [found for item in value for found in objects_of(item)]
+    if not isinstance(value, dict):
+        return []
+    inner = [item for name, item in value.items() if name not in ("tools", "functions", "gen_input_configs")]
+    return [value, *objects_of(inner)]
+
+
+@pytest.mark.parametrize("name, record, expected", table_rows("a record"), ids=lambda text: text[:30])
+def test_a_field_anywhere_in_a_record_is_not_lost(name: str, record: str, expected: str) -> None:
+    for index in range(len(objects_of(json.loads(record.strip("`"))))):
+        for value in ("Words that are lost.", 0.5, False, ["x"], {"a": "b"}):
+            fields = json.loads(record.strip("`"))
+            objects_of(fields)[index]["extra"] = value
+            with pytest.raises(UserError, match="extra"):
+                RecordReader().example(fields)
