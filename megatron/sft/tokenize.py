@@ -9,7 +9,6 @@ import errno
 import os
 import signal
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from megatron.sft.chat.template import TRAIN_ON, ChatTemplate, CorrectionNeeded,
 from megatron.sft.data.corpus import OVERLONG, Corpus
 from megatron.sft.data.mixture import Input, Source, parse_inputs, validated_source
 from megatron.sft.data.packing import ALGORITHM
-from megatron.sft.data.report import RejectedRecords, print_corpus, print_sample, source_facts
+from megatron.sft.data.report import RejectedRecords, placeholder_notes, print_corpus, print_sample, source_facts
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import FORMAT, is_finished, token_dtype
 from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
@@ -198,7 +197,7 @@ def tokenize(options: Options, sources: list[Source], template: ChatTemplate, ow
                     print_sample(len(store.lengths) + 1, tokenizer, conversation)
                 store.add(replace(conversation, source=corpus.index) if corpus.index else conversation)
             print_corpus(corpus)
-        for note in [*_placeholder_notes(options, corpora), *sorted(template.notes)]:
+        for note in [*placeholder_notes(options.replaced, corpora), *sorted(template.notes)]:
             print(f"note: {note}")
         if options.skip_bad_records:
             rejected.keep()
@@ -231,22 +230,6 @@ def _corpus(options: Options, source: Source, index: int, template: ChatTemplate
         rejected.add if options.skip_bad_records else None,
         options.num_workers,
     )
-
-
-def _placeholder_notes(options: Options, corpora: list[Corpus]) -> list[str]:
-    """What MODEL_NAME and MODEL_AUTHOR replaced, or did not, in all sources."""
-    found = sum((corpus.reader.placeholders for corpus in corpora), Counter())
-    notes = []
-    for placeholder, value in options.replaced.items():
-        name = placeholder.strip("{}")
-        counts = {written: count for written, count in found.items() if written.strip("{} \t\n").upper() == name}
-        written = ", ".join(f"{text} of {count:,} texts" for text, count in sorted(counts.items()))
-        if value is not None:
-            replaced = f"stands for {written}" if written else f"is never used: the data has no {placeholder}"
-            notes.append(f"MODEL_{name}={value!r} {replaced}")
-        elif written:
-            notes.append(f"{written} stays as it is: set MODEL_{name} if it stands for a name")
-    return notes
 
 
 def _print_result(options: Options, totals: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """What step 3 reports of its sources: on the screen, in the manifest, and in a file of bad records."""
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +106,19 @@ def print_dropped(counts: Counts, seq_length: int) -> None:
         print(f"dropped {count} conversations: {reason}")
     if counts.num_truncated:
         print(f"cut {counts.num_truncated} conversations at {seq_length} tokens: their last answer has no end")
+
+
+def placeholder_notes(replaced: dict[str, str | None], corpora: Sequence[Corpus]) -> list[str]:
+    """What MODEL_NAME and MODEL_AUTHOR replaced, or did not, in all sources."""
+    found = sum((corpus.reader.placeholders for corpus in corpora), Counter())
+    notes = []
+    for placeholder, value in replaced.items():
+        name = placeholder.strip("{}")
+        counts = {written: count for written, count in found.items() if written.strip("{} \t\n").upper() == name}
+        written = ", ".join(f"{text} of {count:,} texts" for text, count in sorted(counts.items()))
+        if value is not None:
+            use = f"stands for {written}" if written else f"is never used: the data has no {placeholder}"
+            notes.append(f"MODEL_{name}={value!r} {use}")
+        elif written:
+            notes.append(f"{written} stays as it is: set MODEL_{name} if it stands for a name")
+    return notes
