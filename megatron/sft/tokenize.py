@@ -9,6 +9,7 @@ import errno
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +49,7 @@ class Options:
     train_on: str
     chat_template: str  # a name or a file; the tokenizer's own if empty
     skip_bad_records: bool
+    ignores_unknown: bool
     replaced: dict[str, str | None]  # placeholders in the data, and what they stand for
     prefix: Path
     num_workers: int  # does not change the result
@@ -105,6 +107,9 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     parser.add_argument(
         "--bad-rows", choices=("stop", "skip"), default="stop", help="skip: set them aside and continue"
     )
+    parser.add_argument(
+        "--unknown-fields", choices=("stop", "ignore"), default="stop", help="of the data: ignore and count them"
+    )
     parser.add_argument("--model-name", help="what {{NAME}} in the data stands for")
     parser.add_argument("--model-author", help="what {{AUTHOR}} in the data stands for")
     given = parser.parse_args(argv)
@@ -126,6 +131,7 @@ def parse_options(argv: Sequence[str] | None) -> Options:
         train_on=given.train_on,
         chat_template=given.chat_template,
         skip_bad_records=given.bad_rows == "skip",
+        ignores_unknown=given.unknown_fields == "ignore",
         replaced={"{{NAME}}": given.model_name, "{{AUTHOR}}": given.model_author},
         prefix=given.output_prefix or inputs[0].folder / name,
         num_workers=num_workers,
@@ -153,7 +159,7 @@ def _fingerprint(options: Options, sources: list[Source], template: str) -> str:
     paths = [options.tokenizer / name for name in TOKENIZER_FILES]
     files = sorted((path.name, sha256_of_file(path)) for path in paths if path.is_file())
     columns = sorted(options.columns.items())
-    data = [(source.sha256, source.wanted) for source in sources]
+    data = [(source.sha256, source.wanted, options.ignores_unknown) for source in sources]
     chosen = (options.seq_length, options.overlong, options.seed, options.packing, options.group_key, columns)
     more = (options.train_on, template, options.skip_bad_records, sorted(options.replaced.items()))
     return sha256_of_text(repr((FORMAT, ALGORITHM, data, files, chosen, more)))
@@ -192,7 +198,7 @@ def tokenize(options: Options, sources: list[Source], template: ChatTemplate, ow
                     print_sample(len(store.lengths) + 1, tokenizer, conversation)
                 store.add(replace(conversation, source=corpus.index) if corpus.index else conversation)
             print_corpus(corpus)
-        for note in sorted(template.notes):
+        for note in [*_placeholder_notes(options, corpora), *sorted(template.notes)]:
             print(f"note: {note}")
         if options.skip_bad_records:
             rejected.keep()
@@ -216,7 +222,7 @@ def _corpus(options: Options, source: Source, index: int, template: ChatTemplate
     return Corpus(
         source,
         template,
-        RecordReader(options.columns, options.replaced),
+        RecordReader(options.columns, options.replaced, options.ignores_unknown, frozenset({options.group_key})),
         options.seq_length,
         options.overlong,
         options.group_key,
@@ -225,6 +231,22 @@ def _corpus(options: Options, source: Source, index: int, template: ChatTemplate
         rejected.add if options.skip_bad_records else None,
         options.num_workers,
     )
+
+
+def _placeholder_notes(options: Options, corpora: list[Corpus]) -> list[str]:
+    """What MODEL_NAME and MODEL_AUTHOR replaced, or did not, in all sources."""
+    found = sum((corpus.reader.placeholders for corpus in corpora), Counter())
+    notes = []
+    for placeholder, value in options.replaced.items():
+        name = placeholder.strip("{}")
+        counts = {written: count for written, count in found.items() if written.strip("{} \t\n").upper() == name}
+        written = ", ".join(f"{text} of {count:,} texts" for text, count in sorted(counts.items()))
+        if value is not None:
+            replaced = f"stands for {written}" if written else f"is never used: the data has no {placeholder}"
+            notes.append(f"MODEL_{name}={value!r} {replaced}")
+        elif written:
+            notes.append(f"{written} stays as it is: set MODEL_{name} if it stands for a name")
+    return notes
 
 
 def _print_result(options: Options, totals: dict[str, Any]) -> None:
@@ -249,6 +271,7 @@ def _manifest(options: Options, corpora: list[Corpus], own: str) -> dict[str, An
         "options": {"overlong": options.overlong, "packing": options.packing, "columns": options.columns},
         "train_on": options.train_on,
         "bad_rows": "skip" if options.skip_bad_records else "stop",
+        "unknown_fields": "ignore" if options.ignores_unknown else "stop",
         # What training compares with the model's. The folder's own chat template may differ from the one used.
         "tokenizer": {
             "path": str(options.tokenizer.resolve()),

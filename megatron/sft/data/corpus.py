@@ -145,7 +145,7 @@ class Corpus:
 
     def _outcome(self, chunk: Chunk) -> Outcome:
         """What becomes of a chunk. Runs in a worker, so it counts separately."""
-        reader = replace(self.reader, formats=Counter(), ignored_fields=Counter())
+        reader = replace(self.reader, formats=Counter(), ignored_fields=Counter(), placeholders=Counter())
         part = replace(self, reader=reader, counts=Counts())
         rejected: list[tuple[int, str]] = []
         conversations: list[Conversation] = []
@@ -159,7 +159,7 @@ class Corpus:
     def _learned(self) -> list[Any]:
         """The counters and sets that reading and rendering fill; `update` adds to each of them."""
         reader, template = self.reader, self.template
-        counters = [reader.formats, reader.ignored_fields]
+        counters = [reader.formats, reader.ignored_fields, reader.placeholders]
         return [*counters, template.notes, template.end_of_turn_ids, template.control_tokens]
 
     def _add(self, chunk: Chunk, outcome: Outcome) -> None:
