@@ -38,11 +38,32 @@ REASONING = (
     Correction(OPENED_THOUGHT, "", only_with=("<｜Assistant｜>",)),
     # Qwen3 drops the reasoning of all answers but those after the last question.
     Correction(
-        re.compile(r"(if loop\.index0 > ns\.last_query_index)(?=\s*-?%\})"),
-        r"\1 or reasoning_content",
+        re.compile(
+            r"loop\.index0 > ns\.last_query_index(?: or not reasoning_content| and reasoning_content)?(?! or| and)"
+        ),
+        r"\g<0> or reasoning_content",
         only_with=("set reasoning_content", "</think>"),
     ),
 )
+# Qwen3 and its successors write an empty <think> block into answers without reasoning, but only after the last question
+# (Qwen3 of these into the last alone), so that one prompt has two beginnings. What to do about it, by EMPTY_THINK.
+QWEN3_ANSWER = ("set reasoning_content", "<think>")
+EMPTY_THINK: dict[str, tuple[Correction, ...]] = {
+    "template": (),
+    "every": (
+        Correction(
+            re.compile(r"loop\.index0 > ns\.last_query_index(?! or not)"),
+            r"\g<0> or not reasoning_content",
+            QWEN3_ANSWER,
+        ),
+        Correction(re.compile(r"loop\.last or \(?(?:not loop\.last and )?reasoning_content\)?"), "true", QWEN3_ANSWER),
+    ),
+    "none": (
+        Correction(
+            re.compile(r"loop\.index0 > ns\.last_query_index(?! and)"), r"\g<0> and reasoning_content", QWEN3_ANSWER
+        ),
+    ),
+}
 SYSTEM = (
     # Mistral puts the system text before the question that ends the conversation: a whole one ends with an answer.
     Correction(
@@ -84,9 +105,12 @@ CALLS = (
 )
 
 
-def candidates(template: str) -> list[str]:
-    """Corrected templates to try, those that change least first; empty if no correction applies."""
-    found = [corrected(template, group) for group in (REASONING, SYSTEM, CALLS, REASONING + SYSTEM + CALLS)]
+def candidates(template: str, empty_think: str = "template") -> list[str]:
+    """Corrected templates to try, those that change least first; empty if no correction applies. `empty_think`: a key of
+    EMPTY_THINK."""
+    blocks = EMPTY_THINK[empty_think]
+    groups = (REASONING, SYSTEM, CALLS, blocks, blocks + REASONING, blocks + REASONING + SYSTEM + CALLS)
+    found = [corrected(template, group) for group in groups]
     return [text for text in dict.fromkeys(found) if text != template]
 
 
