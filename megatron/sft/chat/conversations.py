@@ -62,13 +62,15 @@ NOT_A_COLUMN = "-"
 class Example:
     """One record: either `messages` or `text` (to be learned as it is) is filled.
 
-    `loss_flags` has for every message what its own `loss` field says, None where it has none.
+    `loss_flags` has for every message what its own `loss` field says, None where it has none. `template_kwargs` are the
+    record's own arguments for the chat template (its `chat_template_kwargs`).
     """
 
     messages: Messages
     loss_flags: tuple[bool | None, ...] = ()
     tools: Tools = None
     text: str = ""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def rounds(self) -> "list[Example]":
         """An example for every user message with the turns up to the next, each with the system text and the functions."""
