@@ -13,7 +13,7 @@ from megatron.sft.runtime.errors import UserError
 
 # What a template prints of a value: a text in any of its forms (skeleton.printed_forms), or one of these spellings.
 Text = str | tuple[str, ...]
-# A kind and what it holds: ("text",), ("number",), ("empty", "[]"), ("list", *shapes), ("object", *(rank of key, shape)).
+# A kind and what it holds: ("text",), ("number",), ("list", *shapes), ("object", *(rank of name, shape)).
 Shape = tuple[Any, ...]
 
 
@@ -31,8 +31,6 @@ def split_value(value: Any) -> tuple[Shape, list[Text]]:
     """Shape and texts of a JSON value: the texts of a list or object one after the other, each name before its value."""
     if isinstance(value, str):
         return ("text",), [value]
-    if value in ([], {}):
-        return ("empty", json.dumps(value)), [(json.dumps(value),)]
     if isinstance(value, list):
         parts = [split_value(item) for item in value]
         return ("list", *(shape for shape, _ in parts)), [text for _, texts in parts for text in texts]
@@ -53,25 +51,21 @@ def split_value(value: Any) -> tuple[Shape, list[Text]]:
 def marked_value(shape: Shape, prefix: str, numbers: Iterator[int]) -> tuple[Any, list[str]]:
     """A value of this shape, and the marks in it in the order of its texts. `numbers` are used up for marks; those of an
     object's names sort as the names do."""
-    kind, *parts = shape
+    kind, *parts = shape  # an empty list or object is the template's to print: there is nothing to prove
     if kind == "list":
         items = [marked_value(part, prefix, numbers) for part in parts]
         return [value for value, _ in items], [mark for _, marks in items for mark in marks]
     if kind == "object":
         result, marks = {}, []
         for rank, part in parts:
-            name = f"{prefix}NAME{rank:04d}N{next(numbers)}X"
+            name = f"{prefix}KEY{rank:04d}N{next(numbers)}X"
             result[name], more = marked_value(part, prefix, numbers)
             marks += [name, *more]
         return result, marks
     number = next(numbers)
     if kind == "number":
         return number, [str(number)]
-    text = f"{prefix}VALUE{number}X"
-    if kind == "empty":
-        value: Any = [text] if parts == ["[]"] else {text: "value"}
-        return value, [json.dumps(value)]
-    return text, [text]
+    return f"{prefix}VALUE{number}X", [f"{prefix}VALUE{number}X"]
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

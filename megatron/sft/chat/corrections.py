@@ -31,7 +31,7 @@ REMOVED_THOUGHT = re.compile(
 CUT_THOUGHT = re.compile(r"""(\w+(?:\.\w+|\[['"]\w+['"]\])*)\.split\(\s*(['"])</think>\2\s*\)\s*\[-1\]""")
 # <think> with its line break at the end of a piece of output, where an answer is to begin.
 OPENED_THOUGHT = re.compile(r"""<think>(?:\\n|\n)*(?=(['"])\s*-?\}\})""")
-REASONING = (
+REASONING: tuple[Correction, ...] = (
     # DeepSeek-R1 and its distillations drop the reasoning of every answer ...
     Correction(REMOVED_THOUGHT, ""),
     # ... and open it in their prompt, so that a model could neither begin an answer otherwise nor learn to begin it so.
@@ -64,6 +64,18 @@ EMPTY_THINK: dict[str, tuple[Correction, ...]] = {
         ),
     ),
 }
+# GLM-4.5 drops it from all answers before the last question.
+REASONING += (Correction(re.compile(r"loop\.index0 > ns\.last_user_index and reasoning_content"), "reasoning_content"),)
+# GLM ends an answer with the beginning of the next turn, which the last one does not have.
+ENDS = (
+    Correction(
+        re.compile(r"(\{%-?\s*endfor\s*-?%\})(\s*\{%-?\s*if add_generation_prompt\s*-?%\})"),
+        r"\1{%- if not add_generation_prompt and messages[-1].role == 'assistant' -%}"
+        r"{{ '<|observation|>' if messages[-1].tool_calls else '<|user|>' }}{%- endif -%}\2",
+        only_with=("<|assistant|>", "<|observation|>"),
+        without="messages[-1].role == 'assistant' -%}",
+    ),
+)
 SYSTEM = (
     # Mistral puts the system text before the question that ends the conversation: a whole one ends with an answer.
     Correction(
@@ -109,7 +121,7 @@ def candidates(template: str, empty_think: str = "template") -> list[str]:
     """Corrected templates to try, those that change least first; empty if no correction applies. `empty_think`: a key of
     EMPTY_THINK."""
     blocks = EMPTY_THINK[empty_think]
-    groups = (REASONING, SYSTEM, CALLS, blocks, blocks + REASONING, blocks + REASONING + SYSTEM + CALLS)
+    groups = (REASONING, SYSTEM, CALLS, ENDS, blocks, blocks + REASONING, blocks + REASONING + SYSTEM + CALLS + ENDS)
     found = [corrected(template, group) for group in groups]
     return [text for text in dict.fromkeys(found) if text != template]
 

@@ -95,7 +95,7 @@ class Renderer:
         try:
             self._set_date()
             texts, spans = render_jinja_template(
-                conversations=[messages],
+                conversations=[[_without_nones(message) for message in messages]],
                 tools=tools,
                 chat_template=self.text,
                 return_assistant_tokens_mask=True,
@@ -181,6 +181,11 @@ class Renderer:
         *name_and_arguments, id = marks.texts
         name = name_and_arguments[0]
         return all(mark in text for mark in name_and_arguments[1:]) and (name in text or id in text)
+
+
+def _without_nones(message: Message) -> Message:
+    """As apply_chat_template gives messages to templates."""
+    return {name: value for name, value in message.items() if value is not None}
 
 
 def _clock(day: date) -> Callable[[str], str]:

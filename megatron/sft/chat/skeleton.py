@@ -186,7 +186,7 @@ def split_message(message: Message, exact: bool, whole: bool = True) -> tuple[Tu
         more: list[Text] = [arguments_text(arguments)]
         as_text, shape = isinstance(arguments, str), None
         if not (whole or as_text):
-            shape, more = split_value(arguments) if arguments else (("object",), [])
+            shape, more = split_value(arguments)
         calls.append(CallPattern("id" in call, as_text, shape))
         texts += [call["function"]["name"], *more]
     fields = tuple(name for name in ("tool_call_id", "name") if name in message)

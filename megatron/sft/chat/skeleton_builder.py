@@ -22,14 +22,16 @@ from megatron.sft.runtime.errors import UserError
 
 FIX = "give another template (CHAT_TEMPLATE=<name or file>) that prints every text in full, or change the data"
 TOOL_MARK = "MARKTOOL"
+_PARAMETERS = {"required": ["q"], "properties": {"q": {"type": "string", "description": "D"}}, "type": "object"}
 MARKED_TOOLS: tuple[list[dict[str, Any]], ...] = (
     [{"type": "function", "function": {"name": f"A{TOOL_MARK}", "description": "A", "parameters": {"type": "object"}}}],
     [
         {"function": {"parameters": {"p": {}}, "description": "B", "name": f"B{TOOL_MARK}"}, "type": TOOL_MARK},
-        {"function": {"parameters": {"q": {}}, "description": "C", "name": "OTHER"}, "type": "other"},
+        {"function": {"parameters": _PARAMETERS, "description": "C", "name": "OTHER"}, "type": "other"},
     ],
 )
 EMPTY_THINK = re.compile(r"<think>\s*</think>")
+OPENED_THINK = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 # After a call, where a template may write them instead of its usual end of turn (Llama 3.1, gpt-oss, GLM).
 CALL_ENDS = ("<|eom_id|>", "<|call|>", "<|observation|>")
 MAX_SKELETONS = 4096  # in memory, a few kB each
@@ -141,12 +143,20 @@ class SkeletonBuilder:
         if turn and text.startswith(prompt) and earliest <= len(prompt) <= text_start:
             return len(prompt)
         # The prompt has more than the header, such as an opened <think>, that whole conversations do not have there.
+        opened = len(OPENED_THINK.sub("", prompt))
+        if turn and earliest <= opened < len(prompt) and text.startswith(prompt[:opened]):
+            start = opened
         if turn and prompt.startswith(text[:start]):
-            self.notes.add(
-                f"the chat template ends its prompt for a new answer with {prompt[start:]!r}, which is not in its text "
-                "of whole conversations: the model will have to continue from something that it is not trained on"
-            )
+            self._note_prompt(prompt[start:])
             return start
+        # The turns before may be printed otherwise at the end of a text.
+        ending = self._prompt_end(marked, turn) if is_reply else ""
+        header = OPENED_THINK.sub("", ending)
+        if header and text.startswith(header, earliest) and earliest + len(header) <= text_start:
+            if text.startswith(ending, earliest) and earliest + len(ending) <= text_start:
+                return earliest + len(ending)
+            self._note_prompt(ending[len(header) :])
+            return earliest + len(header)
         # A conversation's first turn has no prompt, and the turn before may be printed otherwise while it is the last.
         if not is_reply and self._header is not None:
             found = text.rfind(self._header, earliest, start)
@@ -155,6 +165,12 @@ class SkeletonBuilder:
         raise UserError(
             f"the chat template's prompt for an answer is not what stands before turn {turn} ('assistant') in a whole "
             f"text: {FIX}"
+        )
+
+    def _note_prompt(self, end: str) -> None:
+        self.notes.add(
+            f"the chat template ends its prompt for a new answer with {end!r}, which is not in its text of whole "
+            "conversations: the model will have to continue from something that it is not trained on"
         )
 
     @cached_property

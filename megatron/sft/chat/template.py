@@ -64,7 +64,7 @@ class ChatTemplate:
     text: str = ""
     train_on: str = "all_assistant"
     tool_text: str = ""
-    empty_think: str = "every"
+    empty_think: str = "template"
     day: date = field(default_factory=date.today)
     learned: Learned = field(default_factory=Learned)
 
