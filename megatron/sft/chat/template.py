@@ -47,6 +47,10 @@ class CorrectionNeeded(UserError):  # noqa: N818 (a request, not an error)
         self.reason = reason
         self.tool_template = tool_template
 
+    def at(self, place: str) -> "CorrectionNeeded":
+        """The same with the place of the record, such as file and line."""
+        return CorrectionNeeded(self.template, f"{place}: {self.reason}", self.tool_template)
+
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         # for pickling: worker processes pass it on
         return CorrectionNeeded, (self.template, self.reason, self.tool_template)

@@ -1,6 +1,8 @@
 """Arguments of a chat template besides messages and functions, such as enable_thinking: of one record, or of all (baked into
 the template's text, so that inference has them without being given them)."""
 
+import json
+from datetime import date
 from typing import Any
 
 import jinja2
@@ -16,6 +18,26 @@ RESERVED = {
 }  # fmt: skip
 
 
+def read_date(text: str) -> date | None:
+    """The date of TEMPLATE_DATE; None if it is empty."""
+    try:
+        return date.fromisoformat(text) if text else None
+    except ValueError:
+        raise UserError(f"TEMPLATE_DATE is {text!r}: give a date such as 2026-11-26") from None
+
+
+def read_arguments(text: str) -> dict[str, Any]:
+    """The arguments of TEMPLATE_KWARGS, a JSON object."""
+    try:
+        arguments = json.loads(text) if text.strip() else {}
+    except json.JSONDecodeError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise UserError(f'TEMPLATE_KWARGS is {text!r}: give a JSON object such as {{"enable_thinking": false}}')
+    check_arguments(arguments, "TEMPLATE_KWARGS")
+    return arguments
+
+
 def check_arguments(arguments: dict[str, Any], where: str) -> None:
     """A `UserError` for what no template can be given."""
     for name in arguments:
@@ -24,7 +46,13 @@ def check_arguments(arguments: dict[str, Any], where: str) -> None:
 
 
 def with_defaults(template: str, arguments: dict[str, Any]) -> str:
-    """The template with these values of its arguments where it is not given others."""
+    """The template with these values of its arguments where it is not given others; a `UserError` if it uses one of them
+    nowhere."""
+    unused = unused_arguments(template, arguments) if template else []
+    if unused:
+        raise UserError(
+            f"TEMPLATE_KWARGS has {unused[0]!r}, which the chat template does not use: correct or remove it"
+        )
     # Python's spelling of JSON values is Jinja's as well.
     lines = (
         f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
