@@ -20,9 +20,9 @@ from filelock import FileLock
 from megatron.sft.data.hub_records import Selection, open_records, write_records
 from megatron.sft.hf import hub
 from megatron.sft.hf.download_record import RECORD, check_arrived, download_facts
-from megatron.sft.hf.names import ASSETS, data_folder_name, gigabytes, model_folder_name, shown
+from megatron.sft.hf.names import ASSETS, data_folder_name, model_folder_name, shown
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
-from megatron.sft.runtime.manifest import check_free_space, read_json, write_json
+from megatron.sft.runtime.manifest import check_free_space, gigabytes, read_json, write_json
 
 # The same weights in other formats, and demonstrations; never needed where safetensors or pytorch_model*.bin exist.
 OTHER_FORMATS = (

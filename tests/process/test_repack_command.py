@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.sft.chat.encoding import Encoded
+from megatron.sft.chat.encoding import Conversation
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import TokenizedRows, token_dtype
 from tests.support.fork_server import SERVER
@@ -23,7 +23,7 @@ def write(folder: Path, grouped: bool = False, length: int = 128) -> Path:
         for number in range(300):
             runs = random.integers(2, 1 + max(2, int(random.integers(2, 32))), size=int(random.choice([2, 4]))).tolist()
             tokens = random.integers(0, 50_000, size=sum(runs))
-            store.add(Encoded(tokens, runs, group=number // 2 if grouped else None))
+            store.add(Conversation(tokens, runs, group=number // 2 if grouped else None))
         packing = store.pack(length, 1234, packing=True)
         facts = {"format": 1, "seed": 1234, "options": {"overlong": "drop", "packing": True}, "chat_template": "T"}
         store.write(packing, facts | {"fingerprint": "of tokenising"} | store.totals(packing, length))

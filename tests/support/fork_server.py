@@ -32,18 +32,9 @@ from typing import Any, NoReturn
 from tests.support.forked_python import MEGATRON, PLAIN, ask
 
 ROOT = Path(__file__).resolve().parents[2]
-# Variables that libraries read when they are imported: with other values than the server's, a process is started.
-READ_AT_IMPORT = (
-    "HF_",
-    "TRANSFORMERS_",
-    "CUDA_",
-    "TORCH",
-    "OMP_",
-    "TOKENIZERS_",
-    "PYTHON",
-    "MEGATRON_SFT_DEVICE",
-    "LD_",
-)
+# Variables of which the server has the values from its start: with others, a process is started. Not those that the package
+# sets itself (TORCHDYNAMO_DISABLE, TOKENIZERS_PARALLELISM): a test that calls a command in this process leaves them behind.
+READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "PYTHONPATH", "LD_")
 ROOMS = [
     *("runtime", "families", "hf", "model", "checkpoint", "chat"),
     *("data", "reporting", "planning", "training", "inference", "conversion"),

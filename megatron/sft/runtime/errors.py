@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from megatron.sft.runtime import console
+
 
 class UserError(Exception):
     """Something that the user can fix. The message has the thing, its value and the next step, on one line."""
@@ -47,15 +49,19 @@ def leave_message(message: str) -> None:
         print(f"error: {message}", file=sys.stderr, flush=True)
         return
     content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
-    Path(error_file).write_text(json.dumps(content))
+    # Whole or not at all: the launcher reads it, and may end this process while it writes.
+    staged = Path(f"{error_file}.{os.getpid()}.tmp")
+    staged.write_text(json.dumps(content))
+    staged.replace(error_file)
 
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Call a command's `main` and exit with the status that it returns.
 
     A `UserError` becomes one line and status 2, Ctrl-C status 130; any other error keeps its trace. In a multi-process run
-    every rank usually finds the same error, which is printed once.
+    every rank usually finds the same error, which is printed once. A terminal, pipe or log that is gone does not end it.
     """
+    console.protect()
     try:
         status = main()
     except UserError as error:

@@ -153,7 +153,7 @@ def test_leftovers_of_a_dead_process_are_written_over(tmp_path: Path) -> None:
 
 def test_a_second_writer_of_the_same_files_is_refused(tmp_path: Path) -> None:
     with ConversationStore(tmp_path / "data", token_dtype(100)) as store:
-        with pytest.raises(UserError, match="another process is writing"):
+        with pytest.raises(UserError, match="is being written by process"):
             ConversationStore(store.prefix, store.dtype).__enter__()
         assert (tmp_path / ".data.tokens.tmp").exists()
 
