@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.sft.chat.conversations import NOT_A_COLUMN, RecordReader
-from megatron.sft.chat.corrections import difference
+from megatron.sft.chat.corrections import EMPTY_THINK, difference
 from megatron.sft.chat.encoding import TOKENIZER_FILES, check_tokenizer_folder, load_tokenizer
 from megatron.sft.chat.named_templates import NAMES, chosen_template
 from megatron.sft.chat.template import TRAIN_ON, ChatTemplate, CorrectionNeeded, templates_of
@@ -106,16 +106,7 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     parser.add_argument(
         "--map-column", nargs="*", default=[], metavar="OLD=NEW", help="rename columns; OLD=- drops one"
     )
-    parser.add_argument("--train-on", choices=TRAIN_ON, default=TRAIN_ON[0], help="which turns are trained")
-    parser.add_argument("--chat-template", default="", help=f"a file, or one of {', '.join(NAMES)}")
-    parser.add_argument(
-        "--empty-think",
-        choices=("every", "template", "none"),
-        default="every",
-        help="which answers without reasoning get the template's empty <think> block",
-    )
-    parser.add_argument("--template-date", default="", metavar="YYYY-MM-DD", help="the date that a template prints")
-    parser.add_argument("--template-kwargs", default="", metavar="JSON", help="arguments for the chat template")
+    _add_template_options(parser)
     parser.add_argument(
         "--bad-rows", choices=("stop", "skip"), default="stop", help="skip: set them aside and continue"
     )
@@ -147,6 +138,19 @@ def parse_options(argv: Sequence[str] | None) -> Options:
         prefix=given.output_prefix or inputs[0].folder / name,
         num_workers=num_workers,
     )
+
+
+def _add_template_options(parser: OneLineParser) -> None:
+    parser.add_argument("--train-on", choices=TRAIN_ON, default=TRAIN_ON[0], help="which turns are trained")
+    parser.add_argument("--chat-template", default="", help=f"a file, or one of {', '.join(NAMES)}")
+    parser.add_argument(
+        "--empty-think",
+        choices=tuple(EMPTY_THINK),
+        default="every",
+        help="which answers without reasoning get the template's empty <think> block",
+    )
+    parser.add_argument("--template-date", default="", metavar="YYYY-MM-DD", help="the date that a template prints")
+    parser.add_argument("--template-kwargs", default="", metavar="JSON", help="arguments for the chat template")
 
 
 def whole_number(name: str, text: str, least: int, most: int, meaning: str) -> int:

@@ -172,13 +172,10 @@ def test_the_date_is_the_same_for_tags_and_macros() -> None:
     macro = DATED.replace(
         "{{- '<|im_start|>system", "{%- macro now(f) %}{{ strftime_now(f) }}{% endmacro %}{{- '<|im_start|>system"
     ).replace("strftime_now('", "now('")
-    tags = (
-        DATED.replace(
-            "{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}",
-            "{{- '<|im_start|>' + m.role + '\\n' }}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}",
-        )
-        .replace("for m in messages", "for m in messages[1:]")
-        .replace("{%- for", "{{ messages[0].content + '<|im_end|>' }}{%- for")
+    tags = DATED.replace(
+        "{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}",
+        "{{- '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'user' %}{{ m.content + '<|im_end|>' }}{% else %}"
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% endif %}{{ '\\n' }}",
     )
     for text in (DATED, macro, tags):
         rendered = template_for(text, day=day).render(turns("Hi", "Yo."))
