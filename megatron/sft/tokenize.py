@@ -6,20 +6,23 @@ Writes Tokenized-<data>-<tokenizer>-<length>_text_document.bin, .idx and .json n
 """
 
 import errno
+import json
 import os
 import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from megatron.sft.chat.conversations import NOT_A_COLUMN, RecordReader
-from megatron.sft.chat.corrections import difference
+from megatron.sft.chat.corrections import EMPTY_THINK, difference
 from megatron.sft.chat.encoding import TOKENIZER_FILES, check_tokenizer_folder, load_tokenizer
 from megatron.sft.chat.named_templates import NAMES, chosen_template
-from megatron.sft.chat.template import TRAIN_ON, ChatTemplate, CorrectionNeeded, template_of
+from megatron.sft.chat.template import TRAIN_ON, ChatTemplate, CorrectionNeeded, templates_of
+from megatron.sft.chat.template_arguments import read_arguments, read_date, with_defaults
 from megatron.sft.data.corpus import OVERLONG, Corpus
 from megatron.sft.data.mixture import Input, Source, parse_inputs, validated_source
 from megatron.sft.data.packing import ALGORITHM
@@ -48,6 +51,9 @@ class Options:
     columns: dict[str, str]
     train_on: str
     chat_template: str  # a name or a file; the tokenizer's own if empty
+    empty_think: str
+    template_date: date | None  # None: the day on which the run starts
+    template_kwargs: dict[str, Any]  # of all records
     skip_bad_records: bool
     ignores_unknown: bool
     replaced: dict[str, str | None]  # placeholders in the data, and what they stand for
@@ -102,8 +108,7 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     parser.add_argument(
         "--map-column", nargs="*", default=[], metavar="OLD=NEW", help="rename columns; OLD=- drops one"
     )
-    parser.add_argument("--train-on", choices=TRAIN_ON, default=TRAIN_ON[0], help="which turns are trained")
-    parser.add_argument("--chat-template", default="", help=f"a file, or one of {', '.join(NAMES)}")
+    _add_template_options(parser)
     parser.add_argument(
         "--bad-rows", choices=("stop", "skip"), default="stop", help="skip: set them aside and continue"
     )
@@ -130,12 +135,28 @@ def parse_options(argv: Sequence[str] | None) -> Options:
         columns=renamed_columns(given.map_column),
         train_on=given.train_on,
         chat_template=given.chat_template,
+        empty_think=given.empty_think,
+        template_date=read_date(given.template_date),
+        template_kwargs=read_arguments(given.template_kwargs),
         skip_bad_records=given.bad_rows == "skip",
         ignores_unknown=given.unknown_fields == "ignore",
         replaced={"{{NAME}}": given.model_name, "{{AUTHOR}}": given.model_author},
         prefix=given.output_prefix or inputs[0].folder / name,
         num_workers=num_workers,
     )
+
+
+def _add_template_options(parser: OneLineParser) -> None:
+    parser.add_argument("--train-on", choices=TRAIN_ON, default=TRAIN_ON[0], help="which turns are trained")
+    parser.add_argument("--chat-template", default="", help=f"a file, or one of {', '.join(NAMES)}")
+    parser.add_argument(
+        "--empty-think",
+        choices=tuple(EMPTY_THINK),
+        default="every",
+        help="which answers without reasoning get the template's empty <think> block",
+    )
+    parser.add_argument("--template-date", default="", metavar="YYYY-MM-DD", help="the date that a template prints")
+    parser.add_argument("--template-kwargs", default="", metavar="JSON", help="arguments for the chat template")
 
 
 def whole_number(name: str, text: str, least: int, most: int, meaning: str) -> int:
@@ -157,33 +178,42 @@ def renamed_columns(pairs: list[str]) -> dict[str, str]:
 def _fingerprint(options: Options, sources: list[Source], template: str) -> str:
     """A hash of all that decides the result: contents of data, tokenizer and template, and the options."""
     paths = [options.tokenizer / name for name in TOKENIZER_FILES]
+    paths += options.tokenizer.glob("additional_chat_templates/*.jinja")
     files = sorted((path.name, sha256_of_file(path)) for path in paths if path.is_file())
     columns = sorted(options.columns.items())
     data = [(source.sha256, source.wanted, options.ignores_unknown) for source in sources]
     chosen = (options.seq_length, options.overlong, options.seed, options.packing, options.group_key, columns)
     more = (options.train_on, template, options.skip_bad_records, sorted(options.replaced.items()))
-    return sha256_of_text(repr((FORMAT, ALGORITHM, data, files, chosen, more)))
+    rendering = (options.empty_think, str(options.template_date), json.dumps(options.template_kwargs, sort_keys=True))
+    return sha256_of_text(repr((FORMAT, ALGORITHM, data, files, chosen, more, rendering)))
 
 
 def tokenize_with_corrections(options: Options, sources: list[Source], text: str, fingerprint: str) -> None:
     """Tokenise with the chosen template (`text`, empty for the tokenizer's own). Where it does not print what is in the data
     but a known correction of it does, start again with that."""
     tokenizer = load_tokenizer(options.tokenizer, template_needed=False)
-    own = template_of(tokenizer)
+    own = templates_of(tokenizer)
+    chosen = (text, text if own[1] else "") if text else own
+    texts = [with_defaults(template, options.template_kwargs) for template in chosen]
+    day = options.template_date or date.today()
     while True:
+        template = ChatTemplate(tokenizer, texts[0], options.train_on, texts[1], options.empty_think, day)
         try:
-            tokenize(options, sources, ChatTemplate(tokenizer, text, options.train_on), own, fingerprint)
+            tokenize(options, sources, template, own, fingerprint)
         except CorrectionNeeded as needed:
             # Every correction is made only once, so this ends.
             print(f"---- the chat template is corrected, as {needed.reason.partition(': give another')[0]} ----")
-            print(difference(text or own, needed.template), flush=True)
-            text = needed.template
+            corrected = [needed.template, needed.tool_template]
+            print(*filter(None, map(difference, texts, corrected)), sep="\n", flush=True)
+            texts = corrected
         else:
             return
 
 
-def tokenize(options: Options, sources: list[Source], template: ChatTemplate, own: str, fingerprint: str) -> None:
-    """Read, render, tokenise, pack, write, and print what was done. `own` is the tokenizer's own template."""
+def tokenize(
+    options: Options, sources: list[Source], template: ChatTemplate, own: tuple[str, str], fingerprint: str
+) -> None:
+    """Read, render, tokenise, pack, write, and print what was done. `own` are the tokenizer's own templates."""
     tokenizer = template.tokenizer
     vocabulary_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     rejected_path = options.prefix.parent / f"{options.inputs[0].short_name}.rejected.jsonl"
@@ -258,10 +288,11 @@ def _print_result(options: Options, totals: dict[str, Any]) -> None:
     print(f"trained {100 * totals['trained_tokens'] / totals['tokens']:.1f} % of {totals['tokens']:,} tokens")
 
 
-def _manifest(options: Options, corpora: list[Corpus], own: str) -> dict[str, Any]:
+def _manifest(options: Options, corpora: list[Corpus], own: tuple[str, str]) -> dict[str, Any]:
     """What the manifest says of options, tokenizer, template and sources."""
     template = corpora[0].template
-    changed = bool(template.text) and template.text != own
+    texts = (template.text, template.tool_text)
+    changes = [difference(before, after) for before, after in zip(own, texts, strict=True) if after and before != after]
     return {
         "format": FORMAT,
         "vocab_size": len(template.tokenizer),
@@ -284,8 +315,12 @@ def _manifest(options: Options, corpora: list[Corpus], own: str) -> dict[str, An
         },
         "chat_template": template.text,
         "chat_template_sha256": sha256_of_text(template.text),
-        "chat_template_changed": changed,
-        "chat_template_diff": difference(own, template.text) if changed else "",
+        "tool_use_template": template.tool_text,
+        "chat_template_changed": bool(changes),
+        "chat_template_diff": "\n".join(changes),
+        "empty_think": options.empty_think,
+        "template_date": str(template.day) if any("strftime_now" in text for text in texts) else None,
+        "template_kwargs": options.template_kwargs,
         "notes": sorted(template.notes),
         "sources": [source_facts(corpus) for corpus in corpora],
     }

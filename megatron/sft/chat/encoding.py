@@ -107,7 +107,10 @@ def encode(
 def check_against_template(template: ChatTemplate, example: Example, encoded: Conversation) -> None:
     """Refuse tokens that differ from those that transformers itself makes of the conversation or the text."""
     if example.messages:
-        expected, by = template.tokens_of(example.messages, example.tools), "apply_chat_template(tokenize=True)"
+        expected, by = (
+            template.tokens_of(example.messages, example.tools, example.template_kwargs),
+            "apply_chat_template(tokenize=True)",
+        )
     else:
         expected, by = list(template.tokenizer(example.text).input_ids), "()"
         if expected[-1:] != [template.tokenizer.eos_token_id]:

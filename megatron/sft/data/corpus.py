@@ -203,7 +203,7 @@ class Corpus:
         fields = record.fields
         example = self.reader.example(fields)
         if example.messages:
-            rendered = self.template.render(example.messages, example.tools, example.loss_flags)
+            rendered = self._render(example)
         else:
             rendered = self.template.render_text(example.text)
         group = group_hash(fields, self.group_key, self.reader.renamed_columns) if self.group_key else None
@@ -214,7 +214,7 @@ class Corpus:
     ) -> None:
         """Set a bad record aside, or stop with its file and line."""
         if isinstance(error, CorrectionNeeded):
-            raise CorrectionNeeded(error.template, f"{record.place}: {error.reason}") from None
+            raise error.at(str(record.place)) from None
         reason = str(error).removeprefix(f"{record.place}: ")
         if rejected is None:
             raise UserError(f"{record.place}: {reason}") from None
@@ -287,5 +287,7 @@ class Corpus:
         return parts, num_dropped
 
     def _encoded(self, examples: Sequence[Example]) -> Iterator[Conversation]:
-        rendered = [self.template.render(example.messages, example.tools, example.loss_flags) for example in examples]
-        return encode(self.template.tokenizer, rendered)
+        return encode(self.template.tokenizer, list(map(self._render, examples)))
+
+    def _render(self, example: Example) -> RenderedText:
+        return self.template.render(example.messages, example.tools, example.loss_flags, example.template_kwargs)
