@@ -23,9 +23,10 @@ from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.parameters import DTYPE_OPTIONS, Caster, Parameters, progress_bar
 from megatron.sft.families.registry import DTYPES, read_architecture
 from megatron.sft.families.weight_names import weight_entries
-from megatron.sft.hf.folder import HFFolder, num_tokens, write_weights
+from megatron.sft.hf.folder import HFFolder, write_weights
 from megatron.sft.hf.parameters import HFParameters
 from megatron.sft.hf.safetensors_file import tensor_bytes
+from megatron.sft.hf.tokenizer_files import num_tokens
 from megatron.sft.inference.serving import serve_hint
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import check_free_space, read_json

@@ -25,6 +25,7 @@ from megatron.sft.data.packing import ALGORITHM
 from megatron.sft.data.report import RejectedRecords, print_corpus, print_sample, source_facts
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import FORMAT, is_finished, token_dtype
+from megatron.sft.hf.tokenizer import auto_tokenizer_note
 from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import sha256_of_file, sha256_of_text
@@ -164,9 +165,11 @@ def tokenize_with_corrections(options: Options, sources: list[Source], text: str
     but a known correction of it does, start again with that."""
     tokenizer = load_tokenizer(options.tokenizer, template_needed=False)
     own = template_of(tokenizer)
+    notes = set(filter(None, [auto_tokenizer_note(options.tokenizer, tokenizer)]))
     while True:
         try:
-            tokenize(options, sources, ChatTemplate(tokenizer, text, options.train_on), own, fingerprint)
+            template = ChatTemplate(tokenizer, text, options.train_on, notes=set(notes))
+            tokenize(options, sources, template, own, fingerprint)
         except CorrectionNeeded as needed:
             # Every correction is made only once, so this ends.
             print(f"---- the chat template is corrected, as {needed.reason.partition(': give another')[0]} ----")

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.registry import read_architecture
 from megatron.sft.hf.safetensors_file import SafetensorsFile, write_file
-from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
+from megatron.sft.hf.tokenizer_files import chat_template_sha256, num_tokens, tokenizer_sha256
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import read_json, write_json
 
@@ -105,18 +105,6 @@ class HFFolder:
             "tokenizer_sha256": tokenizer_sha256(self.path),
             "chat_template_sha256": chat_template_sha256(self.path),
         }
-
-
-def num_tokens(folder: Path) -> int:
-    """One more than the largest token id of tokenizer.json, 0 without such a file."""
-    if not (folder / "tokenizer.json").exists():
-        return 0
-    content = read_json(folder / "tokenizer.json", "tokenizer", "download the model again")
-    vocabulary = content.get("model", {}).get("vocab", {})
-    ids = [int(token["id"]) for token in content.get("added_tokens", [])]
-    if isinstance(vocabulary, dict):
-        return 1 + max([*ids, *vocabulary.values()], default=-1)
-    return max([len(vocabulary), *(id + 1 for id in ids)])  # a list of tokens with their scores
 
 
 def write_weights(
