@@ -10,10 +10,9 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-import orjson
-
 from megatron.sft.chat.fields import checked_list, optional_text, refuse_fields, required_text
 from megatron.sft.chat.turns import Message, Messages, Tools, Turns, read_tools, read_turns
+from megatron.sft.runtime import exact_json
 from megatron.sft.runtime.errors import UserError
 
 __all__ = ["Example", "Message", "Messages", "RecordReader", "group_hash", "join_rounds"]
@@ -101,7 +100,7 @@ def group_hash(record: dict[str, Any], key: str, renamed_columns: dict[str, str]
     value = record.get(key, record.get(old_names.get(key, key)))
     if value in (None, "", [], {}):
         return None
-    content = orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    content = exact_json.dumps(value, sort_keys=True)
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 

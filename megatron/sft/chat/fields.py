@@ -7,8 +7,7 @@ import contextlib
 from collections.abc import Iterable
 from typing import Any
 
-import orjson
-
+from megatron.sft.runtime import exact_json
 from megatron.sft.runtime.errors import UserError
 
 
@@ -41,8 +40,8 @@ def checked_list(value: Any, name: str, of: str, or_none: bool = False) -> list[
     if or_none and value in (None, ""):
         return []
     if isinstance(value, str) and value.lstrip()[:1] == "[":
-        with contextlib.suppress(orjson.JSONDecodeError):
-            value = orjson.loads(value)
+        with contextlib.suppress(ValueError):
+            value = exact_json.loads(value)
     if not isinstance(value, list):
         raise UserError(f"field '{name}' is {json_type(value)}: it must be a list of {of}, or that list as JSON text")
     return value
@@ -52,8 +51,8 @@ def checked_object(value: Any, name: str, needs: str = "", or_text: bool = False
     """The object; with `or_text` it may be JSON text. `needs` says in the message what it must have."""
     if or_text and isinstance(value, str):
         try:
-            value = orjson.loads(value)
-        except orjson.JSONDecodeError:
+            value = exact_json.loads(value)
+        except ValueError:
             raise UserError(f"field '{name}' is not valid JSON: write an object{needs}") from None
     if not isinstance(value, dict):
         raise UserError(f"field '{name}' is {json_type(value)}: it must be an object{needs}")

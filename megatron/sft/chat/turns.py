@@ -4,8 +4,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
-
 from megatron.sft.chat.fields import (
     checked_list,
     checked_object,
@@ -14,6 +12,7 @@ from megatron.sft.chat.fields import (
     refuse_fields,
     required_text,
 )
+from megatron.sft.runtime import exact_json
 from megatron.sft.runtime.errors import UserError
 
 # `role` and `content`; an assistant message may have `tool_calls`, a tool message `tool_call_id` and `name`.
@@ -162,8 +161,8 @@ def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
 def _calls_in_text(text: str, where: str) -> list[dict[str, Any]]:
     """The calls of a ShareGPT `function_call` turn: {"name": ..., "arguments": ...} as JSON, or a list of those."""
     try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError:
+        value = exact_json.loads(text)
+    except ValueError:
         raise UserError(f'field \'{where}\' is not valid JSON: write {{"name": ..., "arguments": {{...}}}}') from None
     calls = value if isinstance(value, list) else [value]
     if not calls:

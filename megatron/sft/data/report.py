@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from megatron.sft.chat.encoding import Conversation
 from megatron.sft.data.corpus import Corpus, Counts
 from megatron.sft.data.preview import color_wanted, legend, sample_text
 from megatron.sft.data.sources import SourceRecord
+from megatron.sft.runtime import exact_json
 
 
 class RejectedRecords:
@@ -39,7 +39,7 @@ class RejectedRecords:
         line = {"file": str(record.path), record.unit: record.number, "reason": reason, "row": content}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._temporary, "ab" if self.num_records else "wb") as file:
-            file.write(orjson.dumps(line, default=repr, option=orjson.OPT_APPEND_NEWLINE))
+            file.write(exact_json.dumps(line, default=repr) + b"\n")
         self.num_records += 1
 
     def keep(self) -> None:

@@ -13,11 +13,23 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from megatron.sft.data import json_records
-from megatron.sft.data.json_records import BYTE_ORDER_MARK, WHITESPACE, array_elements, decoded_record, lines, text_of
+from megatron.sft.data.json_records import (
+    BYTE_ORDER_MARK,
+    WHITESPACE,
+    array_elements,
+    decoded_record,
+    field_elements,
+    lines,
+    object_values,
+    text_of,
+    wrapping_field,
+)
 from megatron.sft.runtime.errors import UserError
 
 GZIP, ZSTANDARD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
@@ -96,7 +108,8 @@ def data_files(path: Path) -> list[Path]:
 
 
 def file_format(path: Path) -> str:
-    """`json array`, `json lines`, `csv` or `parquet`. Another format, or a missing, empty or damaged file is a `UserError`."""
+    """`json array`, `json lines`, `json object` (of one record, over several lines), `json object of NAME` (a field with the
+    records), `csv` or `parquet`. Another format, or a missing, empty or damaged file is a `UserError`."""
     try:
         with opened(path) as (content, _):
             start = content.read(json_records.PIECE_SIZE)
@@ -118,19 +131,43 @@ def file_format(path: Path) -> str:
         return "parquet"
     if _separator(path):
         return "csv"
-    return "json array" if first == b"[" else "json lines"
+    return _json_format(path, "json array" if first == b"[" else "json object")
+
+
+def _json_format(path: Path, whole: str) -> str:
+    """The format of a file that begins as a JSON value of the form `whole` does: that, if the value is the whole file."""
+    with opened(path) as (content, _):
+        lines_of_file = lines(content, path)
+        first, second = next(lines_of_file)[1], next(lines_of_file, None)
+    is_whole_line = json_records.is_json(first)
+    if whole == "json array":
+        return "json lines" if is_whole_line and second and second[1].lstrip(WHITESPACE).startswith(b"[") else whole
+    if is_whole_line and second:
+        return "json lines"
+    try:
+        with opened(path) as (content, _):
+            name = wrapping_field(content, path)
+    except UserError:
+        if first.strip() == b"{":
+            raise
+        return "json lines"  # whose reader says which line is wrong
+    if name:
+        return f"{whole} of {name}"
+    return "json lines" if is_whole_line else whole
 
 
 def read_records(path: Path) -> Iterator[SourceRecord]:
     """The records of a file, or of all data files of a folder, in order."""
-    readers = {"json array": array_elements, "json lines": lines, "csv": _csv_records}
+    readers = {"json array": array_elements, "json object": object_values, "json lines": lines, "csv": _csv_records}
     for file in data_files(path):
         kind = file_format(file)
         if kind == "parquet":
             yield from _parquet_records(file)
             continue
         with opened(file) as (content, raw):
-            for line, record in readers[kind](content, file):
+            form, _, name = kind.partition(" of ")
+            reader = partial(field_elements, name) if name else readers[form]
+            for line, record in reader(content, file):
                 yield SourceRecord(line, record, raw.tell(), file)
 
 
@@ -279,5 +316,9 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     if isinstance(value, list):
+        if value and isinstance(value[0], tuple):  # a map
+            return {name: _without_nulls(item) for name, item in value}
         return [_without_nulls(item) for item in value]
+    if isinstance(value, Decimal) and value == value.to_integral_value():
+        return int(value)  # how tables keep whole numbers above 64 bits
     return value

@@ -26,7 +26,7 @@ def converted(folder: Path, config: dict[str, Any]) -> str:
 
     A `UserError` for a file that is not sentencepiece's, and where the ids of any of PROBES are not sentencepiece's.
     """
-    import sentencepiece  # type: ignore[import-untyped]
+    import sentencepiece
     from tokenizers import AddedToken, Tokenizer
 
     path = folder / MODEL
@@ -58,7 +58,8 @@ def converted(folder: Path, config: dict[str, Any]) -> str:
 def _proto(model: Any) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
-    return sentencepiece_model_pb2.ModelProto.FromString(model.serialized_model_proto())
+    messages: Any = sentencepiece_model_pb2
+    return messages.ModelProto.FromString(model.serialized_model_proto())
 
 
 def _model(proto: Any) -> Any:
