@@ -1,7 +1,7 @@
 """What a fixed pipeline gives, as checksums and losses, to show that a change of the code changed no result.
 
 PYTHONPATH=CHECKOUT python tests/campaigns/fingerprint.py OUT.json
-python tests/campaigns/fingerprint.py --compare A.json B.json
+python tests/campaigns/fingerprint.py --compare A.json B.json [--tolerance 1e-6]
 
 It starts commands only, so that it runs on any commit that has them: tokenising of several formats, conversion to both
 checkpoint formats, training in several layouts, export. Model cards, manifests and messages are left out.
@@ -195,10 +195,19 @@ def fingerprint(work: Path) -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
+def equal(one: Any, other: Any, tolerance: float) -> bool:
+    if not tolerance or one is None or other is None or len(one) != len(other):
+        return bool(one == other)
+    return all(abs(a - b) <= tolerance * abs(a) for a, b in zip(one, other, strict=True))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--compare", action="store_true")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.0, help="of losses, relative; trained weights then do not count"
+    )
     arguments = parser.parse_args()
     if not arguments.compare:
         with tempfile.TemporaryDirectory() as work:
@@ -207,7 +216,13 @@ def main() -> int:
         print(f"{len(found)} results in {arguments.files[0]}")
         return 0
     one, other = (json.loads(path.read_text()) for path in arguments.files)
-    different = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+    if arguments.tolerance:
+        one, other = ({name: value for name, value in side.items() if "trained" not in name} for side in (one, other))
+    different = [
+        name
+        for name in sorted(one.keys() | other.keys())
+        if not equal(one.get(name), other.get(name), arguments.tolerance if name.startswith("losses") else 0.0)
+    ]
     for name in different:
         print(f"different: {name}")
     print(f"{len(one) - len(different)} of {len(one)} results are equal")

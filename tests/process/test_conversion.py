@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.sft.hf.folder import write_weights
 from tests.support import tiny
 
 
@@ -104,21 +103,6 @@ def test_converting_again_says_that_it_is_done_and_refuses_another_source(
     assert "is already the conversion of" in output
     output = tiny.run_module("convert", "--hf-dir", tiny_qwen2_tied, "--output", converted, status=2)
     assert output.startswith(f"error: {converted} holds a checkpoint of another source") and output.count("\n") == 1
-
-
-def test_shards_keep_to_their_size_and_the_index_finds_every_tensor(tmp_path: Path) -> None:
-    from safetensors import safe_open
-
-    tensors = {f"layer.{i}": torch.full((100,), float(i)) for i in range(10)}
-    write_weights(tmp_path, tensors, iter(tensors.items()), max_shard_bytes=1000)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 4000
-    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [
-        f"model-{i:05d}-of-00005.safetensors" for i in range(1, 6)
-    ]
-    for name, file in index["weight_map"].items():
-        with safe_open(tmp_path / file, framework="pt") as weights:
-            assert torch.equal(weights.get_tensor(name), tensors[name])
 
 
 def test_a_hundred_damages_give_a_hundred_errors_and_leave_nothing(tiny_qwen2: Path, tmp_path: Path) -> None:

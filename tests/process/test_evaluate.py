@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron.sft.inference.exact_match import final_answer
 from tests.support.fork_server import SERVER
 from tests.support.taught import TAUGHT, taught_folder
 
@@ -28,21 +27,6 @@ def data(tmp_path: Path) -> Path:
     rows = [{"instruction": row[0], "output": reference} for row, reference in zip(TAUGHT, references, strict=True)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-@pytest.mark.parametrize(
-    ("text", "final"),
-    [
-        ("<short> Ada  Tom\n", "Ada Tom"),
-        ("<think> Tom. </think> Ada Tom", "Ada Tom"),
-        ("<think> a </think> b </think>\n\nc", "c"),
-        ("<think> Tom. Add Ada", ""),
-        ("plain", "plain"),
-        ("", ""),
-    ],
-)
-def test_final_answer_is_what_comes_after_the_thinking(text, final):
-    assert final_answer(text, ["<short>", "<think>", "</think>"]) == final
 
 
 def test_each_mode_and_all_together_are_counted(data, tmp_path):

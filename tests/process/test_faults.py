@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron.sft.training.nonfinite import SpikeWatch
 from tests.campaigns.kill_campaign import Campaign
 from tests.campaigns.signal_campaign import POISON, poison, try_out
 from tests.support import tiny
@@ -147,11 +146,3 @@ def test_the_watchdog_names_the_process_that_holds_up_the_others_and_its_part(tm
     assert re.match(
         r"error: rank 1 hung for \d+ s in iteration 7, data; waiting: rank 0 in iteration 7, ", result.stderr
     )
-
-
-def test_a_loss_far_above_the_last_ones_is_a_spike() -> None:
-    watch = SpikeWatch()
-    assert not any(watch.look(2.0 + 0.01 * (step % 3)) for step in range(40))
-    assert watch.look(3.0).startswith("loss 3.0000 is far above the last 40 (2.0098 ±")
-    assert not watch.look(2.05)
-    assert not SpikeWatch().look(1e9)

@@ -42,23 +42,22 @@ def test_three_kv_heads_cannot_be_shared_by_two(model: Path, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ten_steps_lower_the_loss_and_it_still_knows_paris(model: Path, checkpoint: Path, tmp_path: Path) -> None:
-    rows = material.reasoning_gym_rows(24)
+def test_eight_steps_lower_the_loss_and_it_still_knows_paris(model: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Each step sees all data, so that the loss falls without ups and downs."""
     data = tmp_path / "reasoning.json"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    output = tiny.run_module("tokenize", "--tokenizer", model, "--input", data, "--seq-length", "96")
-    assert "rows of" in output or "rows (" in output
+    data.write_text("".join(json.dumps(row) + "\n" for row in material.reasoning_gym_rows(6)))
+    tiny.run_module("tokenize", "--tokenizer", model, "--input", data, "--seq-length", "96")
     (manifest,) = tmp_path.glob("Tokenized-*.json")
+    num_rows = json.loads(manifest.read_text())["rows"]
     tiny.launch(
         1,
         "train",
         *("--load", checkpoint, "--data-path", manifest.with_suffix(""), "--save", tmp_path / "run"),
-        *("--precision", "fp32", "--lr", "5e-5", "--train-iters", "10", "--global-batch-size", "2"),
+        *("--precision", "fp32", "--lr", "2e-5", "--train-iters", "8", "--global-batch-size", num_rows),
     )
     losses = tiny.losses(tmp_path / "run")
-    assert len(losses) == 10
-    # Few rows, so that five steps see about all of them.
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5]), losses
+    assert len(losses) == 8
+    assert losses[-1] < 0.7 * losses[0], losses
     tiny.run_module("export", "--load", tmp_path / "run", "--hf-dir", model, "--output", tmp_path / "trained")
-    answer = tiny.run_module("generate", tmp_path / "trained", "What is the capital of France?")
+    answer = tiny.run_module("generate", tmp_path / "trained", "What is the capital of France?", "--max-new-tokens", 24)
     assert "Paris" in answer

@@ -1,10 +1,10 @@
 """The walks that CONTRIBUTING describes are the ones that a record, a weight and a setting take."""
 
 import json
+import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +16,7 @@ LIMITS = {"record": 24, "weight": 20, "setting": 5}  # the setting passes a reci
 @pytest.fixture(scope="module")
 def walks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("walks")
-    environment = tiny.environment() if hasattr(tiny, "environment") else None
+    environment = {**os.environ, "MEGATRON_SFT_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-m", "tests.support.walk_tracer", str(folder)],
         cwd=tiny.ROOT, env=environment, capture_output=True, text=True, timeout=240,
@@ -27,10 +27,10 @@ def walks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 
 def described(walk: str) -> set[str]:
-    """The files that CONTRIBUTING names in the paragraph that begins with `**A record**` and so on."""
-    text = (Path(tiny.ROOT) / "CONTRIBUTING.md").read_text()
-    (paragraph,) = re.findall(rf"^\* \*\*A (?:chat )?{walk}\*\*.*?(?=\n\* |\n\n)", text, re.DOTALL | re.MULTILINE)
-    return set(re.findall(r"`([\w/]+\.py)`", paragraph))
+    """The files that CONTRIBUTING names below `### A record, …` and so on."""
+    text = (tiny.ROOT / "CONTRIBUTING.md").read_text()
+    (section,) = re.findall(rf"^### A {walk}, .*?(?=^##)", text, re.DOTALL | re.MULTILINE)
+    return set(re.findall(r"`([\w/]+\.py)`", section))
 
 
 @pytest.mark.parametrize("walk", LIMITS)

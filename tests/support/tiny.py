@@ -91,7 +91,7 @@ def random_rows(num_rows: int, length: int, seed: int = 0, longest: int = 23) ->
 
 
 def write_rows(prefix: Path, rows: list[list[Conversation]], length: int, joined: Collection[int] = ()) -> Path:
-    """Write rows as tokenised data with a manifest; returns the prefix. joined: rows of one unit with the row before."""
+    """Write rows as tokenised data with a manifest; returns the prefix. joined: rows in one row group with the row before."""
     from megatron.sft.data.tokenized import (
         FORMAT,
         MODE_CONTINUES_GROUP,

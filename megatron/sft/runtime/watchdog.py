@@ -158,7 +158,8 @@ class Watchdog(threading.Thread):
         over = seconds >= self.limit * self._patience()
         for rank, (beat, when) in self._heard.items():
             quiet = time.monotonic() - when
-            if beat.part != "done" and quiet > (max(5.0, 4 * self.interval) if over else SILENT_SECONDS):
+            # Where the run ends anyway, two missed beats are enough to name that process.
+            if beat.part != "done" and quiet > (_WAITING_SECONDS if over else SILENT_SECONDS):
                 return f"rank {rank} has been silent for {quiet:.0f} s, last in {beat}"
         if not over:
             return ""

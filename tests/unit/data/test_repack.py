@@ -1,7 +1,5 @@
 """Packing again: other lengths, seeds and packings from the files alone, every conversation as it was."""
 
-import os
-import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -13,9 +11,7 @@ from megatron.sft.chat.encoding import Conversation
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import TokenizedRows, data_file, token_dtype
 from megatron.sft.runtime.errors import run
-from tests.support.fork_server import SERVER
 
-ROOT = Path(__file__).parents[3]
 NAME = "Tokenized-data-model-{}_text_document"
 Content = tuple[bytes, bytes]  # tokens and mask of a conversation
 
@@ -161,13 +157,3 @@ def test_bad_arguments_are_named(
 ) -> None:
     assert here(monkeypatch, *arguments) == 2
     assert reason in capsys.readouterr().err
-
-
-def test_the_command(tmp_path: Path) -> None:
-    write(tmp_path)
-    line = ["bash", str(ROOT / "tools/repack"), NAME.format(128), "--seq-length", "300"]
-    environment = os.environ | {**SERVER.python()}
-    result = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "wrote " + NAME.format(300) + ".bin, .idx, .json"
-    assert TokenizedRows(tmp_path / NAME.format(300)).manifest["rows"] > 0

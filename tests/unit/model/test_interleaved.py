@@ -1,7 +1,6 @@
 """The interleaved pipeline: several model chunks on each stage train, save and resume as one model does."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,7 @@ from megatron.sft.planning.options import parse
 from megatron.sft.planning.resolution import plan_run
 from megatron.sft.runtime.errors import UserError
 from tests.campaigns import parallel_losses
-from tests.support import tiny
 
-OPTIONS = ["--split", "90,10,0", "--eval-interval", "5", "--save-interval", "5"]
 INTERLEAVED = ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"]
 
 
@@ -24,21 +21,6 @@ def four_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("four_layers")
     parallel_losses.save_models(folder, {"plain"})
     return folder / "plain"
-
-
-def test_interleaved_and_plain_pipelines_resume_each_other(
-    train: Callable[..., Path], four_layers: Path, tmp_path: Path
-) -> None:
-    one = train(1, *OPTIONS, "--load", four_layers)
-    interleaved = train(2, *OPTIONS, *INTERLEAVED, "--load", four_layers)
-    assert len(tiny.losses(interleaved)) == 10
-    plain = INTERLEAVED[:2]
-    for number, (start, processes, sizes) in enumerate([(interleaved, 2, plain), (one, 2, INTERLEAVED)]):
-        run = tiny.as_of(5, start, tmp_path / f"resumed_{number}")
-        train(processes, *OPTIONS, *sizes, "--load", four_layers, mode="resume", save=run)
-        for each in (start, run):
-            assert tiny.losses(each) == pytest.approx(tiny.losses(one), rel=1e-6)
-            assert tiny.validation_losses(each) == pytest.approx(tiny.validation_losses(one), rel=1e-6)
 
 
 def test_a_step_must_have_a_multiple_of_the_stages_in_micro_batches(

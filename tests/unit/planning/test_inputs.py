@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from megatron.sft.planning.resolution import plan_run
 from megatron.sft.runtime import checksum_cache
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import sealed, sha256_of_file
-from tests.support import tiny
 
 Edit = Callable[[dict[str, np.ndarray]], object]
 
@@ -111,13 +109,6 @@ def test_a_manifest_that_lacks_or_contradicts_something_is_refused(data: Path, c
     path.write_text(json.dumps(sealed(json.loads(path.read_text()) | changes)))
     with pytest.raises(UserError, match=r"packed\.v1\.(json|idx) "):
         TokenizedRows(data)
-
-
-def age(folder: Path) -> None:
-    """Make every file look an hour old, as far as a program can."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            os.utime(path, (time.time() - 3600, time.time() - 3600))
 
 
 def test_checksums_are_computed_once_and_again_after_a_change(
@@ -212,19 +203,3 @@ def test_a_start_checkpoint_that_is_not_what_was_converted_is_refused(converted:
     manifest.write_text(json.dumps(sealed(content)))
     with pytest.raises(UserError, match="has num_layers 9 for the weights and 3 in its configuration"):
         input_checks.check_checkpoint(open_checkpoint(folder), architecture)
-
-
-def test_all_processes_of_a_node_end_with_one_line_and_one_of_them_reads(
-    converted: Path, data: Path, tmp_path: Path
-) -> None:
-    content = bytearray(data_file(data, "bin").read_bytes())
-    content[77] ^= 8
-    data_file(data, "bin").write_bytes(content)
-    output = tiny.launch(
-        *(2, "train", "train", "--load", converted, "--data-path", data, "--save", tmp_path / "out"),
-        *("--precision", "fp32", "--train-iters", "1", "--global-batch-size", "8", "--micro-batch-size", "2"),
-        status=2,
-    )
-    errors = [line for line in output.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "packed.v1.bin is damaged" in errors[0], output
-    assert "iteration 1" not in output

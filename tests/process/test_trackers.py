@@ -1,0 +1,160 @@
+"""TensorBoard, Weights & Biases and the picture of a real run or process."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.reporting import trackers
+from megatron.sft.reporting.live_plot import LivePlot
+from megatron.sft.reporting.metrics import MetricsLog, StepMetrics
+from tests.support import tiny
+
+SHAPE = Architecture(
+    family="qwen2",
+    num_layers=2,
+    hidden_size=8,
+    ffn_hidden_size=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    vocab_size=100,
+    max_positions=64,
+    norm_epsilon=1e-6,
+    rope_theta=1e4,
+    tied_embeddings=False,
+    qkv_bias=True,
+    torch_dtype=torch.float32,
+)
+RECORD = StepMetrics(
+    iteration=5,
+    consumed_rows=40,
+    loss=1.25,
+    lr=1e-5,
+    grad_norm=0.5,
+    seconds=0.001,
+    tokens=1000,
+    trained_tokens=600,
+    sum_squared_lengths=50_000,
+    num_processes=2,
+    memory_bytes=3 << 30,
+)
+
+
+def points(folder: Path, name: str) -> list[tuple[int, float]]:
+    """What TensorBoard shows of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, round(event.value, 6)) for event in events.Scalars(name)]
+
+
+def test_tensorboard_shows_no_step_twice_after_a_resume(train: Callable[..., Path]) -> None:
+    """The first run has gone on for two steps after its last checkpoint, which the second one does again."""
+    folder = train(1, "--save-interval", 5, "--split", "90,10,0", "--eval-interval", 5)
+    writer = trackers.TensorBoard(folder, 11)
+    for iteration in (11, 12):
+        writer.write({"iteration": iteration, "loss": 9.0})
+    writer.close()
+    assert [step for step, _ in points(folder, "train/loss")] == list(range(1, 13))
+    train(1, "--train-iters", 14, "--split", "90,10,0", "--eval-interval", 5, mode="resume", save=folder)
+    expected = [(line["iteration"], line["loss"]) for line in tiny.metrics(folder) if "loss" in line]
+    assert points(folder, "train/loss") == [(step, pytest.approx(loss, abs=1e-5)) for step, loss in expected]
+    assert [step for step, _ in points(folder, "validation/loss")] == [5, 10, 14]
+
+
+WANDB = """
+import json, os, types
+class Settings:
+    def __init__(self, **values): self._offline = os.environ.get("WANDB_MODE") == "offline"
+class Run:
+    step = int(os.environ.get("STAND_IN_STEP", "0"))
+    url = "https://example.org/run"
+    def __init__(self, id, settings): self.id, self.settings = id, settings
+    def log(self, figures, step): record("log", step=step, **figures)
+    def finish(self): record("finish")
+def record(what, **values):
+    with open(os.environ["STAND_IN_LOG"], "a") as file: file.write(json.dumps([what, values]) + chr(10))
+def init(project, name, id, resume, dir, config, settings):
+    record("init", project=project, name=name, id=id, resume=resume, dir=dir, config=config)
+    return Run(id, settings)
+"""
+
+
+def track(folder: Path, iteration: int, **environment: str) -> tuple[str, list[list[object]]]:
+    """Three steps through the trackers in a process of its own; what it says, and what the stand-in for wandb was told."""
+    program = (
+        "import pathlib, sys; from megatron.sft.reporting.trackers import open_trackers\n"
+        f"tracked = open_trackers(pathlib.Path({str(folder)!r}), {iteration}, {{'lr': 1.0}})\n"
+        f"for step in range({iteration + 1}, {iteration + 4}):\n"
+        "    for one in tracked: one.write({'iteration': step, 'loss': 1 / step, 'sources': {'a': {'loss': 2.0}}})\n"
+        "for one in tracked: one.close()\n"
+    )
+    log = folder / "told.jsonl"
+    log.unlink(missing_ok=True)
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    variables |= {"PYTHONPATH": f"{tiny.ROOT}", "STAND_IN_LOG": str(log), **environment}
+    line = [sys.executable, "-c", program]
+    done = subprocess.run(line, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return done.stdout + done.stderr, told
+
+
+def test_weights_and_biases_continues_its_run_and_keeps_the_key_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "stand_in").mkdir()
+    (tmp_path / "stand_in" / "wandb.py").write_text(WANDB)
+    path = f"{tiny.ROOT}:{tmp_path / 'stand_in'}"
+    said, told = track(tmp_path, 0, PYTHONPATH=path, WANDB_API_KEY="very-secret")
+    [id] = {values["id"] for what, values in told if what == "init"}
+    assert [what for what, _ in told] == ["init", "log", "log", "log", "finish"]
+    assert told[1][1] == {"step": 1, "train/loss": 1.0, "loss by source/a": 2.0}
+    assert f"Weights & Biases: run {id}, https://example.org/run" in said
+    # Steps 2 and 3 are there already, and are done again.
+    _, told = track(tmp_path, 1, PYTHONPATH=path, WANDB_MODE="offline", STAND_IN_STEP="4")
+    assert [values["id"] for what, values in told if what == "init"] == [id]
+    assert [values["step"] for what, values in told if what == "log"] == [4]
+    files = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
+    assert "very-secret" not in said and not any(b"very-secret" in content for content in files)
+
+
+def test_weights_and_biases_is_not_imported_unless_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "wandb.py").write_text("raise SystemExit('imported')")
+    for environment in ({}, {"WANDB_API_KEY": "x", "WANDB_MODE": "disabled"}):
+        said, _ = track(tmp_path, 0, PYTHONPATH=f"{tiny.ROOT}:{tmp_path}", **environment)
+        assert said == ""
+
+
+def test_missing_package_and_broken_tracker_are_said_once_and_stop_nothing(tmp_path: Path) -> None:
+    (tmp_path / "wandb.py").write_text("raise ModuleNotFoundError('No module', name='wandb')")
+    said, _ = track(tmp_path, 0, PYTHONPATH=f"{tiny.ROOT}:{tmp_path}", WANDB_MODE="offline")
+    assert said == "note: Weights & Biases is skipped, the package wandb is missing: pip install wandb\n"
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "tensorboard").write_text("a file where the folder should be")
+    said, _ = track(folder, 0)
+    assert said.startswith("warning: TensorBoard is disabled (") and len(said.splitlines()) == 1
+
+
+def test_picture_is_drawn_next_to_the_run_and_its_failure_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tiny.ROOT))
+    picture = LivePlot(tmp_path)
+    for _ in range(3):
+        picture.redraw()  # there is no metrics.jsonl
+        picture.close()
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"warning: loss.png is not drawn (error: {tmp_path}/metrics.jsonl does not exist")
+    MetricsLog(tmp_path, 100, 80, 0, SHAPE).step(RECORD)
+    picture = LivePlot(tmp_path)
+    picture.redraw()
+    picture.close()
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"

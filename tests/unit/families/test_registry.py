@@ -1,0 +1,125 @@
+"""Architectures read from configurations, and layouts that they allow."""
+
+import pytest
+import torch
+
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.registry import FAMILIES, family_rules, read_architecture
+from megatron.sft.model.layout import Layout, check_layout
+from megatron.sft.runtime.errors import UserError
+
+CONFIG = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 2,
+    "hidden_size": 24,
+    "intermediate_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 10,
+    "max_position_embeddings": 16,
+    "rms_norm_eps": 1e-6,
+}
+MIXTURE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
+
+
+def _config(family: str) -> dict[str, object]:
+    of_mixtures = {
+        "qwen3_moe": {name: MIXTURE[name] for name in MIXTURE if name != "num_local_experts"},
+        "mixtral": {name: MIXTURE[name] for name in ("num_local_experts", "num_experts_per_tok")},
+    }
+    return {**CONFIG, "model_type": family, **of_mixtures.get(family, {})}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_reads_its_table_both_ways(family: str) -> None:
+    architecture = read_architecture(_config(family), "config.json")
+    for rule in family_rules(architecture):
+        tensors = [torch.randn(_hf_shape(name, architecture)) for name in rule.hf]
+        back = rule.to_hf(architecture, rule.to_megatron(architecture, *tensors))
+        assert all(torch.equal(one, other) for one, other in zip(tensors, back, strict=True)), rule.megatron
+
+
+def _hf_shape(name: str, architecture: Architecture) -> tuple[int, ...]:
+    query, key = architecture.num_heads * architecture.head_dim, architecture.num_kv_heads * architecture.head_dim
+    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
+    rows = {"q_proj": query, "k_proj": key, "v_proj": key, "gate_proj": ffn, "up_proj": ffn, ".w1.": ffn, ".w3.": ffn}
+    for part, size in rows.items():
+        if part in name:
+            return (size,) if name.endswith("bias") else (size, hidden)
+    return (hidden,) if "norm" in name else (hidden, hidden)
+
+
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+REFUSED = {
+    "model_type 'gpt2' is not supported: choose one of llama, mistral": {"model_type": "gpt2"},
+    "model_type None is not supported": {"model_type": None},
+    "hidden_act='gelu' is not supported for qwen2 (only 'silu')": {"hidden_act": "gelu"},
+    "use_sliding_window=True is not supported": {"use_sliding_window": True},
+    "RoPE scaling of type 'yarn' is not supported": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "RoPE scaling of type 'linear' is not supported": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "RoPE scaling of type 'llama3' is not supported": {"rope_scaling": _LLAMA3},
+    "lacks original_max_position_embeddings": {"model_type": "llama", "rope_scaling": _LLAMA3},
+    "the RoPE parameter mscale=1 is not supported": {"rope_scaling": {"rope_type": "default", "mscale": 1}},
+    "partial_rotary_factor=0.5 is not supported": {"partial_rotary_factor": 0.5},
+    "attention_bias=True is not supported for llama": {"model_type": "llama", "attention_bias": True},
+    "attention_dropout=0.1 is not supported": {"attention_dropout": 0.1},
+    "layer_types with other than 'full_attention'": {"layer_types": ["full_attention", "sliding_attention"]},
+    "logit_scale=16.0 is not supported: it is not known for qwen2": {"logit_scale": 16.0},
+    "the weights are quantised": {"quantization_config": {"bits": 4}},
+    "auto_map={'AutoModel': 'modeling.Model'} is not supported": {"auto_map": {"AutoModel": "modeling.Model"}},
+    "dtype 'float64' is not supported": {"dtype": "float64"},
+    "num_layers is 0": {"num_hidden_layers": 0},
+    "a field has a value of the wrong kind": {"hidden_size": "wide"},
+    "4 attention heads cannot share 3 KV heads": {"num_key_value_heads": 3},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_not_built_is_refused_by_name(reason: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_architecture({**CONFIG, **REFUSED[reason]}, "model/config.json")
+    assert str(error.value).startswith("model/config.json: ") and reason in str(error.value)
+
+
+# Fields that released models have besides those that transformers writes for a tiny one.
+RELEASED = {
+    "qwen2": {"use_mrope": False, "sliding_window": 4096, "max_window_layers": 21, "_name_or_path": "x"},
+    "llama": {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"kv_cache_dtype": {}}},
+    "mistral": {"sliding_window": 8, "torch_dtype": "bfloat16", "bos_token_id": 1},
+}
+
+
+@pytest.mark.parametrize("family", RELEASED)
+def test_fields_of_released_models_are_understood(family: str) -> None:
+    architecture = read_architecture({**CONFIG, "model_type": family, **RELEASED[family]}, "")
+    assert architecture.sliding_window == (8 if family == "mistral" else None)
+
+
+def test_old_and_new_spellings_of_a_configuration_are_read_alike() -> None:
+    old = read_architecture({**CONFIG, "rope_theta": 1e6, "torch_dtype": "bfloat16"}, "")
+    new = read_architecture(
+        {**CONFIG, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "dtype": "bfloat16"}, ""
+    )
+    assert old == new and old.rope_theta == 1e6 and old.torch_dtype == torch.bfloat16
+
+
+def test_uneven_pipelines_hold_every_layer() -> None:
+    for num_layers in range(1, 40):
+        architecture = read_architecture({**CONFIG, "num_hidden_layers": num_layers}, "")
+        for stages in range(1, min(num_layers, 9) + 1):
+            layers = Layout(pipeline_parallel=stages).stage_layers(architecture)
+            assert sum(layers) == num_layers and len(layers) == stages and min(layers) >= 1
+            assert len(set(layers[1:-1])) <= 1
+
+
+def test_a_layout_that_cannot_be_names_the_choices() -> None:
+    architecture = read_architecture(CONFIG, "")
+    with pytest.raises(UserError, match=r"TP=4 does not divide the model's 2 KV heads: choose TP from 1, 2"):
+        check_layout(Layout(tensor_parallel=4), architecture)
+    with pytest.raises(UserError, match=r"PP=3 is more than the model's 2 layers"):
+        check_layout(Layout(pipeline_parallel=3), architecture)
+    experts = read_architecture(_config("mixtral"), "")
+    with pytest.raises(UserError, match=r"EP=3 does not divide the model's 4 experts: choose EP from 1, 2, 4"):
+        check_layout(Layout(expert_parallel=3), experts)
+    with pytest.raises(UserError, match=r"EP=2 does not divide the model's 1 experts"):
+        check_layout(Layout(expert_parallel=2), architecture)
