@@ -156,13 +156,17 @@ def object_values(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
 def wrapping_field(file: BinaryIO, path: Path) -> str | None:
     """The field of the object that begins the file whose value is the list of the file's records; None for another object.
 
-    A `UserError` for what is not valid JSON.
+    A `UserError` for what is not valid JSON, and for an object with more after it on a single line.
     """
     text = _JsonText(file, path)
+    text.next_character()
+    line = text.line
     for name in text.fields():
         if name in _WRAPPERS and text.holds_records():
             return name
         text.element()
+    if text.line == line and text.next_character() and text.line == line:
+        raise text.error("more than one value: write one JSON object per record")
     return None
 
 

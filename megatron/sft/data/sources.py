@@ -148,7 +148,7 @@ def _json_format(path: Path, whole: str) -> str:
         with opened(path) as (content, _):
             name = wrapping_field(content, path)
     except UserError:
-        if first.strip() == b"{":
+        if first.strip() == b"{" and second and second[1].lstrip().startswith(b'"'):
             raise
         return "json lines"  # whose reader says which line is wrong
     if name:
