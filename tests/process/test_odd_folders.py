@@ -1,4 +1,4 @@
-"""Model folders as other programs leave them: fused experts, stale indices, two dtype fields, tokens that one file alone names."""
+"""Model folders as other programs leave them: fused experts, stale indices, two dtype fields, tokens without a row."""
 
 import json
 import shutil
@@ -141,5 +141,65 @@ def test_every_dtype_field_of_an_export_is_the_weights(
     (model / "config.json").write_text(json.dumps(config | fields))
     result = converted_and_exported(model, tmp_path, *option)
     exported = json.loads((result / "config.json").read_text())
-    assert {name: exported[name] for name in ("dtype", "torch_dtype") if name in exported} == dict.fromkeys(fields, expected)
+    assert {name: exported[name] for name in ("dtype", "torch_dtype") if name in exported} == dict.fromkeys(
+        fields, expected
+    )
     assert {str(t.dtype) for t in load_file(result / "model.safetensors").values()} == {f"torch.{expected}"}
+
+
+SHORT = {
+    "content": "<short>",
+    "lstrip": False,
+    "normalized": False,
+    "rstrip": False,
+    "single_word": False,
+    "special": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "token"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"49152": SHORT}}, "<short>"),
+        ("tokenizer_config.json", {"pad_token": "[PAD]"}, "[PAD]"),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<short>"]}, "<short>"),
+        ("special_tokens_map.json", {"mask_token": SHORT}, "<short>"),
+        ("added_tokens.json", {"<short>": 49152}, "<short>"),
+    ],
+)
+def test_a_token_that_tokenizer_json_lacks_gets_a_row_everywhere(
+    file: str, content: dict[str, object], token: str, tmp_path: Path
+) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from megatron.sft.chat.encoding import load_tokenizer
+    from megatron.sft.hf.tokenizer_files import num_tokens, tokenizer_sha256
+    from tests.support.material import smollm2_folder
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Qwen2Config(**sizes, num_key_value_heads=1, vocab_size=49152, max_position_embeddings=64)
+    model = tiny.save_random(Qwen2ForCausalLM(config), tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(smollm2_folder() / name, model / name)
+    known = json.loads((model / file).read_text()) if (model / file).exists() else {}
+    (model / file).write_text(json.dumps(known | content))
+    tokenizer = load_tokenizer(model)
+    assert tokenizer(token).input_ids == [49152]
+    assert len(tokenizer) == num_tokens(model) == 49153
+    assert tokenizer_sha256(model) != tokenizer_sha256(smollm2_folder())
+    result = converted_and_exported(model, tmp_path)
+    weights = load_file(result / "model.safetensors")
+    assert weights["model.embed_tokens.weight"].shape == weights["lm_head.weight"].shape == (49153, 16)
+    assert json.loads((result / "config.json").read_text())["vocab_size"] == 49153
+    assert load_tokenizer(result)(token).input_ids == [49152]
+
+
+def test_a_token_whose_stated_id_is_not_free_is_refused_with_both(tmp_path: Path) -> None:
+    from megatron.sft.chat.encoding import load_tokenizer
+    from megatron.sft.runtime.errors import UserError
+    from tests.support.material import smollm2_folder
+
+    shutil.copyfile(smollm2_folder() / "tokenizer.json", tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"50000": SHORT}}))
+    with pytest.raises(UserError, match="'<short>' id 50000.* 49152"):
+        load_tokenizer(tmp_path, template_needed=False)
