@@ -26,9 +26,17 @@ from megatron.sft.chat.template_arguments import read_arguments, read_date, with
 from megatron.sft.data.corpus import OVERLONG, Corpus
 from megatron.sft.data.mixture import Input, Source, parse_inputs, validated_source
 from megatron.sft.data.packing import ALGORITHM
-from megatron.sft.data.report import RejectedRecords, print_corpus, print_sample, source_facts
+from megatron.sft.data.report import (
+    RejectedRecords,
+    length_facts,
+    lengths_line,
+    print_corpus,
+    print_sample,
+    source_facts,
+)
 from megatron.sft.data.store import ConversationStore
-from megatron.sft.data.tokenized import FORMAT, is_finished, token_dtype
+from megatron.sft.data.tokenized import FORMAT, TokenizedRows, is_finished, token_dtype
+from megatron.sft.hf.tokenizer import auto_tokenizer_note
 from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import sha256_of_file, sha256_of_text
@@ -73,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     fingerprint = _fingerprint(options, sources, template)
     if is_finished(options.prefix, fingerprint):
         print(f"already tokenised, from the same data, tokenizer and options: {options.prefix}.bin, .idx, .json")
+        if facts := TokenizedRows(options.prefix).manifest.get("read_lengths"):
+            print(lengths_line(facts))
     else:
         try:
             tokenize_with_corrections(options, sources, template, fingerprint)
@@ -196,8 +206,10 @@ def tokenize_with_corrections(options: Options, sources: list[Source], text: str
     chosen = (text, text if own[1] else "") if text else own
     texts = [with_defaults(template, options.template_kwargs) for template in chosen]
     day = options.template_date or date.today()
+    note = auto_tokenizer_note(options.tokenizer, tokenizer)
     while True:
         template = ChatTemplate(tokenizer, texts[0], options.train_on, texts[1], options.empty_think, day)
+        template.notes.update(filter(None, [note]))
         try:
             tokenize(options, sources, template, own, fingerprint)
         except CorrectionNeeded as needed:
@@ -238,7 +250,7 @@ def tokenize(
         if options.group_key and all(corpus.counts.num_without_group == corpus.counts.num_read for corpus in corpora):
             raise UserError(f"GROUP_KEY is {options.group_key!r}: no record of the data has that field, correct it")
         packing = store.pack(options.seq_length, options.seed, options.packing)
-        totals = store.totals(packing, options.seq_length)
+        totals = store.totals(packing, options.seq_length) | {"read_lengths": length_facts(corpora)}
         store.write(packing, totals | _manifest(options, corpora, own) | {"fingerprint": fingerprint})
     _print_result(options, totals)
     if rejected.num_records:
@@ -283,6 +295,7 @@ def _print_result(options: Options, totals: dict[str, Any]) -> None:
     if options.group_key:
         several = sum(count for size, count in totals.get("row_units", {}).items() if size != "1")
         print(f"{totals['groups']:,} groups; {several:,} of them take several rows, which training keeps together")
+    print(lengths_line(totals["read_lengths"]))
     fill = f"{100 * totals['fill']:.1f} % full"
     print(f"packed {totals['conversations']} conversations into {totals['rows']} rows ({fill})")
     print(f"trained {100 * totals['trained_tokens'] / totals['tokens']:.1f} % of {totals['tokens']:,} tokens")

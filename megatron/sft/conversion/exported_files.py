@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.sft.checkpoint.folder import Checkpoint
+from megatron.sft.conversion.source_record import dtype_fields
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.parameters import DTYPE_OPTIONS
 from megatron.sft.hf.folder import copy_companions, dtype_name
@@ -92,12 +93,14 @@ def _edit_config(checkpoint: Checkpoint, architecture: Architecture, dtype: str 
     changes: dict[str, Any] = {}
     if config["vocab_size"] != architecture.vocab_size:
         changes["vocab_size"] = architecture.vocab_size
-    field = "torch_dtype" if "torch_dtype" in config else "dtype"
-    # The dtype that the export or the conversion was asked for.
-    converted = checkpoint.manifest.get("source", {}).get("config", {}).get(field)
-    wanted = dtype_name(DTYPE_OPTIONS[dtype]) if dtype else converted
-    if wanted and config.get(field) != wanted:
-        changes[field] = wanted
+    fields = dtype_fields(config)
+    # The dtype that the export or the conversion was asked for; where the original's two fields disagree, the weights'.
+    converted = checkpoint.manifest.get("source", {}).get("config", {})
+    stated = {converted.get(field) for field in fields}
+    wanted = stated.pop() if len(stated) == 1 else checkpoint.manifest.get("hf_dtype")
+    wanted = dtype_name(DTYPE_OPTIONS[dtype]) if dtype else wanted
+    if wanted:
+        changes |= {field: wanted for field in fields if config.get(field) != wanted}
     if changes:
         write_json(path, {**config, **changes})
         print(f"config.json: {', '.join(f'{name} is now {value}' for name, value in changes.items())}")
