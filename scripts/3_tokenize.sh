@@ -12,6 +12,10 @@
 #   OVERLONG=drop           conversations longer than LENGTH: drop, truncate, split (between turns) or error
 #   TRAIN_ON=all_assistant  which turns are trained: all_assistant, last_assistant or all (every token)
 #   CHAT_TEMPLATE=          chatml, llama-2, llama-3, mistral, qwen, deepseek-r1 or a file (default: the tokenizer's template)
+#   EMPTY_THINK=every       the template's empty <think> block in every answer without reasoning, in none, or where the
+#                           template writes it by itself (template)
+#   TEMPLATE_DATE=          the date that a template prints, as YYYY-MM-DD (default: the day on which the run starts)
+#   TEMPLATE_KWARGS=        arguments for the template of all records, as JSON: '{"enable_thinking": false}'
 #   BAD_ROWS=stop           stop at an unusable record, or skip it: it goes to <data>.rejected.jsonl with the reason
 #   UNKNOWN_FIELDS=stop     stop at a field of the data that is not known and could say what is said or trained, or ignore it
 #   MODEL_NAME=             replaces {{NAME}} in the data, also {{name}} and {{ name }}
@@ -34,6 +38,9 @@ help_or_arguments 3 3 "$@"
 : "${OVERLONG:=drop}"
 : "${TRAIN_ON:=all_assistant}"
 : "${CHAT_TEMPLATE:=}"
+: "${EMPTY_THINK:=every}"
+: "${TEMPLATE_DATE:=}"
+: "${TEMPLATE_KWARGS:=}"
 : "${BAD_ROWS:=stop}"
 : "${UNKNOWN_FIELDS:=stop}"
 : "${MODEL_NAME:=}"
@@ -46,7 +53,7 @@ help_or_arguments 3 3 "$@"
 : "${MAP_COLUMNS:=}"
 
 arguments=(--tokenizer "$1" --input "$2" --seq-length "$3" --overlong "$OVERLONG" --seed "$SEED"
-  --train-on "$TRAIN_ON" --bad-rows "$BAD_ROWS")
+  --train-on "$TRAIN_ON" --bad-rows "$BAD_ROWS" --empty-think "$EMPTY_THINK")
 case "$PACKING" in
   1) ;;
   0) arguments+=(--no-packing) ;;
@@ -55,6 +62,8 @@ esac
 [[ $UNKNOWN_FIELDS == stop ]] || arguments+=(--unknown-fields "$UNKNOWN_FIELDS")
 [[ -z "$GROUP_KEY" ]] || arguments+=(--group-key "$GROUP_KEY")
 [[ -z "$CHAT_TEMPLATE" ]] || arguments+=(--chat-template "$CHAT_TEMPLATE")
+[[ -z "$TEMPLATE_DATE" ]] || arguments+=(--template-date "$TEMPLATE_DATE")
+[[ -z "$TEMPLATE_KWARGS" ]] || arguments+=(--template-kwargs "$TEMPLATE_KWARGS")
 [[ -z "$MODEL_NAME" ]] || arguments+=(--model-name "$MODEL_NAME")
 [[ -z "$MODEL_AUTHOR" ]] || arguments+=(--model-author "$MODEL_AUTHOR")
 [[ -z "$OUTPUT_PREFIX" ]] || arguments+=(--output-prefix "$OUTPUT_PREFIX")

@@ -78,7 +78,7 @@ if [[ $mode == settings ]]; then # what scripts/cluster/ needs to know about a r
 fi
 
 if [[ $mode == plan ]]; then
-  SETTINGS_FROM_ENVIRONMENT=$(compgen -e | tr '\n' ' ') WORLD_SIZE=$((processes * ${NNODES:-1})) run_module plan "${arguments[@]}"
+  SETTINGS_FROM_ENVIRONMENT=$(compgen -e | tr '\n' ' ') PLANNED_PROCESSES=$((processes * ${NNODES:-1})) run_module plan "${arguments[@]}"
   exit
 fi
 launch "$processes" train ${mode:+"$mode"} "${arguments[@]}"

@@ -66,6 +66,8 @@ def _from_hugging_face(source: HFFolder, arguments: argparse.Namespace) -> None:
         _accept_existing(arguments, source, layout)
         return
     check_weights(source.path)
+    for note in source.notes:
+        print(note)
     _check_tied(source, skipped)
     if skipped:
         print(f"not converted, because config.json implies them: {', '.join(skipped)}")
@@ -149,6 +151,7 @@ def _accept_existing(arguments: argparse.Namespace, source: HFFolder, layout: La
     existing = checkpoint_folder.open_checkpoint(output)
     theirs = existing.manifest.get("source", {})
     same_source = theirs.get("weights_fingerprint") == HFParameters(source, None).fingerprint()
+    same_source = same_source and theirs.get("fused_experts") == source.fused_block
     same_config = theirs.get("config") == converted_config(source.config, source.architecture, arguments.dtype)
     same_form = existing.format == arguments.ckpt_format and existing.manifest.get("layout") == layout_record(layout)
     if same_form and same_source and same_config:

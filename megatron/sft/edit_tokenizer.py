@@ -14,8 +14,8 @@ from typing import Any
 
 from megatron.sft.chat.corrections import check_keeps_thinking, keep_thinking
 from megatron.sft.chat.named_templates import chosen_template
-from megatron.sft.hf.folder import num_tokens
-from megatron.sft.hf.tokenizer_files import read_chat_template
+from megatron.sft.hf.tokenizer import read_tokenizer
+from megatron.sft.hf.tokenizer_files import num_tokens, read_chat_template, tokens_to_add
 from megatron.sft.runtime.errors import UserError, run
 from megatron.sft.runtime.manifest import write_text
 
@@ -135,10 +135,12 @@ class TokenizerFiles:
 
     def add(self, name: str) -> None:
         """Append a token with the next free id, unless there is one of this name."""
-        present = self._token(name)
-        if present is not None or self._in_vocabulary(name):
+        others = {token["content"] for token in tokens_to_add(self.folder)}
+        if self._token(name) is not None or self._in_vocabulary(name) or name in others:
             self.messages.append(f"{name} exists already")
             return
+        # Tokens that only the other files name come first: their ids are taken.
+        self.added.extend(token for token in tokens_to_add(self.folder) if self._token(token["content"]) is None)
         token_id = max(num_tokens(self.folder), 1 + max((token["id"] for token in self.added), default=-1))
         self.added.append({"id": token_id, "content": name, **_FLAGS})
         decoder = self.content.get(CONFIG, {}).get("added_tokens_decoder")
@@ -193,8 +195,6 @@ class TokenizerFiles:
         print(f"changed {', '.join(after)} in {self.folder}; the originals are kept as *{ORIGINAL}")
 
     def _check_copy(self, after: dict[str, str], keeps_thinking: bool) -> None:
-        from transformers import AutoTokenizer
-
         with tempfile.TemporaryDirectory() as name:
             copy = Path(name)
             for path in self.folder.iterdir():
@@ -203,9 +203,9 @@ class TokenizerFiles:
             for file, text in after.items():
                 (copy / file).write_text(text, encoding="utf-8")
             try:
-                tokenizer = AutoTokenizer.from_pretrained(copy, trust_remote_code=False)
-            except Exception as error:
-                raise UserError(f"transformers cannot load the new tokenizer ({error}): nothing was changed") from None
+                tokenizer = read_tokenizer(copy)
+            except UserError as error:
+                raise UserError(f"the new tokenizer cannot be loaded ({error}): nothing was changed") from None
             for token in self.added:
                 content, token_id = token["content"], token["id"]
                 if tokenizer.encode(content, add_special_tokens=False) != [token_id]:

@@ -20,12 +20,14 @@ from megatron.sft.checkpoint.reading import stored_parameters
 from megatron.sft.conversion.exported_files import write_companions
 from megatron.sft.conversion.source_record import read_dtype_record, source_model
 from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.fused_experts import fused, fused_experts
 from megatron.sft.families.parameters import DTYPE_OPTIONS, Caster, Parameters, progress_bar
 from megatron.sft.families.registry import DTYPES, read_architecture
 from megatron.sft.families.weight_names import weight_entries
-from megatron.sft.hf.folder import HFFolder, num_tokens, write_weights
+from megatron.sft.hf.folder import HFFolder, write_weights
 from megatron.sft.hf.parameters import HFParameters
 from megatron.sft.hf.safetensors_file import tensor_bytes
+from megatron.sft.hf.tokenizer_files import num_tokens
 from megatron.sft.inference.serving import serve_hint
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import check_free_space, read_json
@@ -74,11 +76,15 @@ def export_weights(
     for entry in weight_entries(architecture):
         for name, tensor in zip(entry.hf, entry.rule.to_hf(architecture, stored.meta(entry)), strict=True):
             plan[name] = tensor.to(dtypes[name])
+    block = original.fused_block if original else checkpoint.manifest.get("source", {}).get("fused_experts")
+    form = fused_experts(architecture, str(block)) if block else None
+    plan = dict(fused(form, plan.items())) if form else plan
     check_free_space(
         folder, int(1.01 * sum(tensor.nbytes for tensor in plan.values())), f"the export of {checkpoint.path}"
     )
     caster = Caster()
-    write_weights(folder, plan, _tensors(checkpoint, architecture, stored, dtypes, caster))
+    tensors = _tensors(checkpoint, architecture, stored, dtypes, caster)
+    write_weights(folder, plan, fused(form, tensors) if form else tensors)
     for line in (*getattr(stored, "notes", ()), *filter(None, [caster.report()])):
         print(line)
 

@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     relay = SignalRelay()
     os.environ[LAUNCHER_PID] = str(os.getpid())
     os.environ.setdefault(STARTED, str(time.time()))
+    for name in [name for name in os.environ if name.startswith("PET_")]:
+        del os.environ[name]  # defaults of torchrun's options, which PyTorchJob sets: ours come from the command line
     # Imported here: torch takes seconds, and signals are listened to from the first moment.
     from megatron.sft.runtime.elastic_agent import launch
 

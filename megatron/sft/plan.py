@@ -39,7 +39,7 @@ def report(found: Resolution, settings: Sequence[Line]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _, options = parse(arguments)
-    found = resolve("", options, int(os.environ.get("WORLD_SIZE", "1")))
+    found = resolve("", options, int(os.environ.get("PLANNED_PROCESSES", "1")))
     add_needs(found)
     exported = os.environ.get("SETTINGS_FROM_ENVIRONMENT", "").split()  # by scripts/4_train.sh
     print(report(found, setting_lines(options, arguments, exported)))

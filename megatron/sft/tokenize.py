@@ -6,25 +6,37 @@ Writes Tokenized-<data>-<tokenizer>-<length>_text_document.bin, .idx and .json n
 """
 
 import errno
+import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.chat.conversations import NOT_A_COLUMN, RecordReader
-from megatron.sft.chat.corrections import difference
+from megatron.sft.chat.conversations import RecordReader, renamed_columns
+from megatron.sft.chat.corrections import EMPTY_THINK, difference
 from megatron.sft.chat.encoding import TOKENIZER_FILES, check_tokenizer_folder, load_tokenizer
 from megatron.sft.chat.named_templates import NAMES, chosen_template
-from megatron.sft.chat.template import TRAIN_ON, ChatTemplate, CorrectionNeeded, template_of
+from megatron.sft.chat.template import TRAIN_ON, ChatTemplate, CorrectionNeeded, templates_of
+from megatron.sft.chat.template_arguments import read_arguments, read_date, with_defaults
 from megatron.sft.data.corpus import OVERLONG, Corpus
 from megatron.sft.data.mixture import Input, Source, parse_inputs, validated_source
 from megatron.sft.data.packing import ALGORITHM
-from megatron.sft.data.report import RejectedRecords, placeholder_notes, print_corpus, print_sample, source_facts
+from megatron.sft.data.report import (
+    RejectedRecords,
+    length_facts,
+    lengths_line,
+    placeholder_notes,
+    print_corpus,
+    print_sample,
+    source_facts,
+)
 from megatron.sft.data.store import ConversationStore
-from megatron.sft.data.tokenized import FORMAT, is_finished, token_dtype
+from megatron.sft.data.tokenized import FORMAT, TokenizedRows, is_finished, token_dtype
+from megatron.sft.hf.tokenizer import auto_tokenizer_note
 from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import sha256_of_file, sha256_of_text
@@ -47,6 +59,9 @@ class Options:
     columns: dict[str, str]
     train_on: str
     chat_template: str  # a name or a file; the tokenizer's own if empty
+    empty_think: str
+    template_date: date | None  # None: the day on which the run starts
+    template_kwargs: dict[str, Any]  # of all records
     skip_bad_records: bool
     ignores_unknown: bool
     replaced: dict[str, str | None]  # placeholders in the data, and what they stand for
@@ -66,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     fingerprint = _fingerprint(options, sources, template)
     if is_finished(options.prefix, fingerprint):
         print(f"already tokenised, from the same data, tokenizer and options: {options.prefix}.bin, .idx, .json")
+        if facts := TokenizedRows(options.prefix).manifest.get("read_lengths"):
+            print(lengths_line(facts))
     else:
         try:
             tokenize_with_corrections(options, sources, template, fingerprint)
@@ -101,8 +118,7 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     parser.add_argument(
         "--map-column", nargs="*", default=[], metavar="OLD=NEW", help="rename columns; OLD=- drops one"
     )
-    parser.add_argument("--train-on", choices=TRAIN_ON, default=TRAIN_ON[0], help="which turns are trained")
-    parser.add_argument("--chat-template", default="", help=f"a file, or one of {', '.join(NAMES)}")
+    _add_template_options(parser)
     parser.add_argument(
         "--bad-rows", choices=("stop", "skip"), default="stop", help="skip: set them aside and continue"
     )
@@ -129,6 +145,9 @@ def parse_options(argv: Sequence[str] | None) -> Options:
         columns=renamed_columns(given.map_column),
         train_on=given.train_on,
         chat_template=given.chat_template,
+        empty_think=given.empty_think,
+        template_date=read_date(given.template_date),
+        template_kwargs=read_arguments(given.template_kwargs),
         skip_bad_records=given.bad_rows == "skip",
         ignores_unknown=given.unknown_fields == "ignore",
         replaced={"{{NAME}}": given.model_name, "{{AUTHOR}}": given.model_author},
@@ -137,52 +156,66 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     )
 
 
+def _add_template_options(parser: OneLineParser) -> None:
+    parser.add_argument("--train-on", choices=TRAIN_ON, default=TRAIN_ON[0], help="which turns are trained")
+    parser.add_argument("--chat-template", default="", help=f"a file, or one of {', '.join(NAMES)}")
+    parser.add_argument(
+        "--empty-think",
+        choices=tuple(EMPTY_THINK),
+        default="every",
+        help="which answers without reasoning get the template's empty <think> block",
+    )
+    parser.add_argument("--template-date", default="", metavar="YYYY-MM-DD", help="the date that a template prints")
+    parser.add_argument("--template-kwargs", default="", metavar="JSON", help="arguments for the chat template")
+
+
 def whole_number(name: str, text: str, least: int, most: int, meaning: str) -> int:
     if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
         raise UserError(f"{name} is {text!r}: give {meaning} ({least} to {most})")
     return int(text)
 
 
-def renamed_columns(pairs: list[str]) -> dict[str, str]:
-    columns: dict[str, str] = {}
-    for pair in pairs:
-        old, _, new = pair.partition("=")
-        if not old or not new or old in columns or (new in columns.values() and new != NOT_A_COLUMN):
-            raise UserError(f"MAP_COLUMNS has {pair!r}: give OLD=NEW, each name once, such as problem=instruction")
-        columns[old] = new
-    return columns
-
-
 def _fingerprint(options: Options, sources: list[Source], template: str) -> str:
     """A hash of all that decides the result: contents of data, tokenizer and template, and the options."""
     paths = [options.tokenizer / name for name in TOKENIZER_FILES]
+    paths += options.tokenizer.glob("additional_chat_templates/*.jinja")
     files = sorted((path.name, sha256_of_file(path)) for path in paths if path.is_file())
     columns = sorted(options.columns.items())
     data = [(source.sha256, source.wanted, options.ignores_unknown) for source in sources]
     chosen = (options.seq_length, options.overlong, options.seed, options.packing, options.group_key, columns)
     more = (options.train_on, template, options.skip_bad_records, sorted(options.replaced.items()))
-    return sha256_of_text(repr((FORMAT, ALGORITHM, data, files, chosen, more)))
+    rendering = (options.empty_think, str(options.template_date), json.dumps(options.template_kwargs, sort_keys=True))
+    return sha256_of_text(repr((FORMAT, ALGORITHM, data, files, chosen, more, rendering)))
 
 
 def tokenize_with_corrections(options: Options, sources: list[Source], text: str, fingerprint: str) -> None:
     """Tokenise with the chosen template (`text`, empty for the tokenizer's own). Where it does not print what is in the data
     but a known correction of it does, start again with that."""
     tokenizer = load_tokenizer(options.tokenizer, template_needed=False)
-    own = template_of(tokenizer)
+    own = templates_of(tokenizer)
+    chosen = (text, text if own[1] else "") if text else own
+    texts = [with_defaults(template, options.template_kwargs) for template in chosen]
+    day = options.template_date or date.today()
+    note = auto_tokenizer_note(options.tokenizer, tokenizer)
     while True:
+        template = ChatTemplate(tokenizer, texts[0], options.train_on, texts[1], options.empty_think, day)
+        template.notes.update(filter(None, [note]))
         try:
-            tokenize(options, sources, ChatTemplate(tokenizer, text, options.train_on), own, fingerprint)
+            tokenize(options, sources, template, own, fingerprint)
         except CorrectionNeeded as needed:
             # Every correction is made only once, so this ends.
             print(f"---- the chat template is corrected, as {needed.reason.partition(': give another')[0]} ----")
-            print(difference(text or own, needed.template), flush=True)
-            text = needed.template
+            corrected = [needed.template, needed.tool_template]
+            print(*filter(None, map(difference, texts, corrected)), sep="\n", flush=True)
+            texts = corrected
         else:
             return
 
 
-def tokenize(options: Options, sources: list[Source], template: ChatTemplate, own: str, fingerprint: str) -> None:
-    """Read, render, tokenise, pack, write, and print what was done. `own` is the tokenizer's own template."""
+def tokenize(
+    options: Options, sources: list[Source], template: ChatTemplate, own: tuple[str, str], fingerprint: str
+) -> None:
+    """Read, render, tokenise, pack, write, and print what was done. `own` are the tokenizer's own templates."""
     tokenizer = template.tokenizer
     vocabulary_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     rejected_path = options.prefix.parent / f"{options.inputs[0].short_name}.rejected.jsonl"
@@ -207,7 +240,7 @@ def tokenize(options: Options, sources: list[Source], template: ChatTemplate, ow
         if options.group_key and all(corpus.counts.num_without_group == corpus.counts.num_read for corpus in corpora):
             raise UserError(f"GROUP_KEY is {options.group_key!r}: no record of the data has that field, correct it")
         packing = store.pack(options.seq_length, options.seed, options.packing)
-        totals = store.totals(packing, options.seq_length)
+        totals = store.totals(packing, options.seq_length) | {"read_lengths": length_facts(corpora)}
         store.write(packing, totals | _manifest(options, corpora, own) | {"fingerprint": fingerprint})
     _print_result(options, totals)
     if rejected.num_records:
@@ -236,15 +269,17 @@ def _print_result(options: Options, totals: dict[str, Any]) -> None:
     if options.group_key:
         several = sum(count for size, count in totals.get("row_units", {}).items() if size != "1")
         print(f"{totals['groups']:,} groups; {several:,} of them take several rows, which training keeps together")
+    print(lengths_line(totals["read_lengths"]))
     fill = f"{100 * totals['fill']:.1f} % full"
     print(f"packed {totals['conversations']} conversations into {totals['rows']} rows ({fill})")
     print(f"trained {100 * totals['trained_tokens'] / totals['tokens']:.1f} % of {totals['tokens']:,} tokens")
 
 
-def _manifest(options: Options, corpora: list[Corpus], own: str) -> dict[str, Any]:
+def _manifest(options: Options, corpora: list[Corpus], own: tuple[str, str]) -> dict[str, Any]:
     """What the manifest says of options, tokenizer, template and sources."""
     template = corpora[0].template
-    changed = bool(template.text) and template.text != own
+    texts = (template.text, template.tool_text)
+    changes = [difference(before, after) for before, after in zip(own, texts, strict=True) if after and before != after]
     return {
         "format": FORMAT,
         "vocab_size": len(template.tokenizer),
@@ -267,8 +302,12 @@ def _manifest(options: Options, corpora: list[Corpus], own: str) -> dict[str, An
         },
         "chat_template": template.text,
         "chat_template_sha256": sha256_of_text(template.text),
-        "chat_template_changed": changed,
-        "chat_template_diff": difference(own, template.text) if changed else "",
+        "tool_use_template": template.tool_text,
+        "chat_template_changed": bool(changes),
+        "chat_template_diff": "\n".join(changes),
+        "empty_think": options.empty_think,
+        "template_date": str(template.day) if any("strftime_now" in text for text in texts) else None,
+        "template_kwargs": options.template_kwargs,
         "notes": sorted(template.notes),
         "sources": [source_facts(corpus) for corpus in corpora],
     }

@@ -78,7 +78,7 @@ def _train(mode: str, options: TrainOptions, arguments: Sequence[str], stop: Sto
 def _end() -> None:
     """Run `main`, and after an error exit without waiting for threads and connections that it has left hanging."""
     try:
-        run(main)
+        run(main, under_torchrun=True)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     except BaseException as error:

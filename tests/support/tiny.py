@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.support.fork_server import GPU_SERVER, SERVER, environment_of_runs
+from tests.support.fork_server import SERVER, environment_of_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -176,11 +176,7 @@ def run(processes: int, program: str, *arguments: object, status: int = 0, secon
 def run_on_gpu(processes: int, program: str, *arguments: object, seconds: float = TIMEOUT_SECONDS) -> str:
     """The same with the machine's GPUs."""
     environment = environment_of_runs(on_gpu=True)
-    texts = list(map(str, arguments))
-    if GPU_SERVER.suits(environment):
-        returned, output = GPU_SERVER.run(program, texts, environment, processes, seconds)
-    else:
-        returned, output = start(processes, program, texts, environment, seconds)
+    returned, output = start(processes, program, list(map(str, arguments)), environment, seconds)
     assert returned == 0, f"status {returned}:\n{output[-20000:]}"
     return output
 

@@ -172,6 +172,7 @@ SEAMS: dict[str, list[str]] = {
         "return_assistant_tokens_mask",
     ],
     "transformers.PreTrainedTokenizerFast.backend_tokenizer": [],
+    "transformers.PreTrainedTokenizerFast._tokenizer": [],
     "tokenizers.Tokenizer.encode_special_tokens": [],
     "datasets.data_files.DataFilesDict": [],
     "wandb.Settings._offline": [],

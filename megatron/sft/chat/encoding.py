@@ -12,6 +12,7 @@ from megatron.sft.chat.bpe_cache import WordEncoder
 from megatron.sft.chat.conversations import Example
 from megatron.sft.chat.skeleton import Answer
 from megatron.sft.chat.template import ChatTemplate, RenderedText, template_of
+from megatron.sft.hf.tokenizer import read_tokenizer
 from megatron.sft.hf.tokenizer_files import VOCABULARY_FILES
 from megatron.sft.runtime.errors import UserError
 
@@ -69,16 +70,7 @@ def check_tokenizer_folder(folder: Path) -> None:
 def load_tokenizer(folder: Path, template_needed: bool = True) -> Any:
     """The fast tokenizer of a local folder, without running code from it. It must have a chat template, if needed."""
     check_tokenizer_folder(folder)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises what it likes for a damaged file
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"tokenizer folder {folder} cannot be loaded ({reason}): download it again") from None
-    if not tokenizer.is_fast:
-        raise UserError(f"tokenizer folder {folder} has no fast tokenizer: add its tokenizer.json")
+    tokenizer = read_tokenizer(folder)
     if template_needed and not template_of(tokenizer):
         raise UserError(
             f"tokenizer folder {folder} has no chat template: add a chat_template.jinja, as in the folder of the "
@@ -107,7 +99,10 @@ def encode(
 def check_against_template(template: ChatTemplate, example: Example, encoded: Conversation) -> None:
     """Refuse tokens that differ from those that transformers itself makes of the conversation or the text."""
     if example.messages:
-        expected, by = template.tokens_of(example.messages, example.tools), "apply_chat_template(tokenize=True)"
+        expected, by = (
+            template.tokens_of(example.messages, example.tools, example.template_kwargs),
+            "apply_chat_template(tokenize=True)",
+        )
     else:
         expected, by = list(template.tokenizer(example.text).input_ids), "()"
         if expected[-1:] != [template.tokenizer.eos_token_id]:

@@ -40,8 +40,13 @@ def converted_config(config: dict[str, Any], architecture: Architecture, dtype: 
     if architecture.vocab_size != config["vocab_size"]:
         result["vocab_size"] = architecture.vocab_size
     if dtype is not None:
-        result["torch_dtype" if "torch_dtype" in result else "dtype"] = dtype_name(DTYPE_OPTIONS[dtype])
+        result |= dict.fromkeys(dtype_fields(result), dtype_name(DTYPE_OPTIONS[dtype]))
     return result
+
+
+def dtype_fields(config: Mapping[str, Any]) -> list[str]:
+    """The fields of a config.json with the weights' dtype: of transformers 5, of older versions, or both."""
+    return [field for field in ("dtype", "torch_dtype") if field in config] or ["dtype"]
 
 
 def dtype_record(dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:

@@ -18,8 +18,33 @@ OVERLONG = ("drop", "truncate", "split", "error")
 BATCH_BYTES, BATCH_CONVERSATIONS = 1 << 19, 256
 BYTES_FOR_WORDS = 4 << 20  # of a source: a smaller one is tokenised before a WordEncoder has been tried out
 BYTES_OF_OTHER_RECORDS = 2000  # an estimate, for records that are not JSON text
+LENGTH_LIMITS = (4096, 8192, 16384, 32768)  # usual row lengths, for the report
 CHECK_FIRST, CHECK_EVERY = 16, 500  # conversations whose tokens are compared with transformers' own
 BAD_RECORD = "bad row"  # as manifests have called it since format 1
+
+
+@dataclass
+class Lengths:
+    """Tokens of conversations before any was cut, split or dropped. longer: how many have more than each limit."""
+
+    num_conversations: int = 0
+    total: int = 0
+    shortest: int = 0
+    longest: int = 0
+    longer: Counter[int] = field(default_factory=lambda: Counter(dict.fromkeys(LENGTH_LIMITS, 0)))
+
+    def add(self, length: int) -> None:
+        self.update(
+            Lengths(1, length, length, length, Counter({limit: int(length > limit) for limit in LENGTH_LIMITS}))
+        )
+
+    def update(self, others: "Lengths") -> None:
+        if others.num_conversations:
+            self.shortest = min(self.shortest, others.shortest) if self.num_conversations else others.shortest
+        self.num_conversations += others.num_conversations
+        self.total += others.total
+        self.longest = max(self.longest, others.longest)
+        self.longer.update(others.longer)
 
 
 @dataclass
@@ -36,13 +61,15 @@ class Counts:
     num_with_control_tokens: int = 0  # conversations with the template's special tokens in their texts
     num_without_group: int = 0  # records without the field that records are grouped by
     dropped: Counter[str] = field(default_factory=Counter)  # by the reason
+    lengths: Lengths = field(default_factory=Lengths)
 
     def add(self, others: "Counts") -> None:
         for count in fields(self):
-            if count.name == "dropped":
-                self.dropped.update(others.dropped)
+            mine, added = getattr(self, count.name), getattr(others, count.name)
+            if isinstance(mine, int):
+                setattr(self, count.name, mine + added)
             else:
-                setattr(self, count.name, getattr(self, count.name) + getattr(others, count.name))
+                mine.update(added)
 
 
 def cut_or_dropped(conversation: Conversation, seq_length: int, overlong: str, counts: Counts) -> Conversation | None:
@@ -203,7 +230,7 @@ class Corpus:
         fields = record.fields
         example = self.reader.example(fields)
         if example.messages:
-            rendered = self.template.render(example.messages, example.tools, example.loss_flags)
+            rendered = self._render(example)
         else:
             rendered = self.template.render_text(example.text)
         group = group_hash(fields, self.group_key, self.reader.renamed_columns) if self.group_key else None
@@ -214,7 +241,7 @@ class Corpus:
     ) -> None:
         """Set a bad record aside, or stop with its file and line."""
         if isinstance(error, CorrectionNeeded):
-            raise CorrectionNeeded(error.template, f"{record.place}: {error.reason}") from None
+            raise error.at(str(record.place)) from None
         reason = str(error).removeprefix(f"{record.place}: ")
         if rejected is None:
             raise UserError(f"{record.place}: {reason}") from None
@@ -222,6 +249,7 @@ class Corpus:
         self.counts.dropped[BAD_RECORD] += 1
 
     def _count(self, pending: Pending, encoded: Conversation) -> None:
+        self.counts.lengths.add(len(encoded.tokens))
         self.counts.num_without_group += pending.group is None
         self.counts.num_merged_starts += encoded.num_merged_starts
         texts = [message["content"] or "" for message in pending.example.messages] or [pending.example.text]
@@ -287,5 +315,7 @@ class Corpus:
         return parts, num_dropped
 
     def _encoded(self, examples: Sequence[Example]) -> Iterator[Conversation]:
-        rendered = [self.template.render(example.messages, example.tools, example.loss_flags) for example in examples]
-        return encode(self.template.tokenizer, rendered)
+        return encode(self.template.tokenizer, list(map(self._render, examples)))
+
+    def _render(self, example: Example) -> RenderedText:
+        return self.template.render(example.messages, example.tools, example.loss_flags, example.template_kwargs)

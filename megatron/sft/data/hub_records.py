@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from megatron.sft.data.sources import SourceRecord, has_data_name, read_records, table_fields
 from megatron.sft.hf import hub
+from megatron.sft.runtime import exact_json
 from megatron.sft.runtime.errors import UserError
 
 PROGRESS_RECORDS = 200_000
@@ -143,6 +142,6 @@ def _with_new_names(fields: dict[str, Any], renamed: dict[str, str], number: int
 
 def _json_line(fields: dict[str, Any], number: int) -> bytes:
     try:
-        return orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
-    except TypeError as error:
+        return exact_json.dumps(fields) + b"\n"
+    except (TypeError, ValueError) as error:
         raise UserError(f"record {number} cannot be written as JSON ({error}): choose a data set of text") from None

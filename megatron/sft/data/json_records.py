@@ -12,29 +12,56 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import orjson
-
 from megatron.sft.chat.fields import json_type
+from megatron.sft.runtime import exact_json
 from megatron.sft.runtime.errors import UserError
 
 PIECE_SIZE = 1 << 20  # characters or bytes that are read at a time
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 WHITESPACE = b" \t\r\n"
 _SPACES = re.compile(r"[ \t\r\n]*")
+_OBJECTS, _OPENED = re.compile(r"\[[ \t\r\n]*\{"), re.compile(r"\[[ \t\r\n]*")
 # An error this close to the end of the text may come from a token that continues in the next piece, such as \ud83d\ude00.
 _LONGEST_TOKEN = 16
 _DECODER = json.JSONDecoder()
+_OF_A_MESSAGE = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
+# Fields of an object around the records of a whole file, such as {"type": "text2text", "instances": [...]}, and next to them.
+_WRAPPERS = ("data", "instances", "records", "rows", "examples", "samples", "items", "train")
+_OF_A_FILE = {
+    *("type", "version", "name", "title", "description", "license", "author", "authors", "source", "url", "homepage"),
+    *(
+        "citation",
+        "created",
+        "date",
+        "id",
+        "language",
+        "split",
+        "config",
+        "dataset",
+        "count",
+        "total",
+        "metadata",
+        "info",
+    ),
+    *("features", "num_rows_total", "num_rows_per_page", "partial"),
+}
 
 
 def decoded_record(content: bytes, place: str) -> dict[str, Any]:
-    """One JSON object; anything else is a `UserError` that starts with `place`.
+    """One JSON object, or a list of messages, which becomes the object {"messages": [...]}. Anything else is a `UserError` that
+    starts with `place`.
 
     orjson refuses bad UTF-8, lone surrogates, NaN, nesting that is too deep and trailing text, but it takes the last of two
     equal keys, so repeated keys are looked for here.
     """
     try:
-        record = orjson.loads(content)
-    except orjson.JSONDecodeError as error:
+        record, num_keys = exact_json.loads_with_keys(content)
+        # Every key ends with `":`. A text may contain that too, so only a different count asks for a closer look.
+        if content.count(b'":') - content.count(b'\\":') != num_keys:
+            _refuse_repeated_keys(content, place)
+    except RecursionError:
+        raise UserError(f"{place}: not valid JSON for a record (nested hundreds of levels deep): correct it") from None
+    except ValueError as error:
         try:
             content.decode("utf-8")
         except UnicodeDecodeError as bad:
@@ -43,22 +70,29 @@ def decoded_record(content: bytes, place: str) -> dict[str, Any]:
             ) from None
         reason = str(error).split(":")[0]
         raise UserError(f"{place}: not valid JSON ({reason}): write one JSON object per record") from None
+    if is_conversation(record):
+        return {"messages": record}
     if not isinstance(record, dict):
         raise UserError(f"{place}: the record is {json_type(record)}: write one JSON object per record")
-    try:
-        # Every key ends with `":`. A text may contain that too, so only a different count asks for a closer look.
-        num_colons = content.count(b'":') - content.count(b'\\":')
-        if num_colons != _num_keys(record):
-            _refuse_repeated_keys(content, place)
-    except RecursionError:
-        raise UserError(f"{place}: not valid JSON for a record (nested hundreds of levels deep): correct it") from None
     return record
 
 
-def _num_keys(value: Any) -> int:
-    if isinstance(value, dict):
-        return len(value) + sum(_num_keys(item) for item in value.values() if isinstance(item, dict | list))
-    return sum(_num_keys(item) for item in value if isinstance(item, dict | list))
+def is_json(content: bytes) -> bool:
+    """Whether these bytes are one JSON value."""
+    try:
+        exact_json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a JSON value is a list of messages."""
+    return isinstance(value, list) and bool(value) and all(map(is_message, value))
+
+
+def is_message(value: Any) -> bool:
+    return isinstance(value, dict) and any(fields <= value.keys() for fields in _OF_A_MESSAGE)
 
 
 def _refuse_repeated_keys(content: bytes, place: str) -> None:
@@ -90,29 +124,53 @@ def lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
 def array_elements(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
     """(line it starts on, content) of every element of the array that is the whole file.
 
-    A `UserError` where the array is not closed, continues after its end, or has an element whose end cannot be found.
+    A `UserError` where the array is not closed, continues after its end, holds messages, or has an element whose end cannot be
+    found.
     """
-    array = _ArrayText(file, path)
-    array.next_character()
-    array.take(1)  # the opening bracket, which `sources.file_format` has seen
-    while (first := array.next_character()) != "]":
-        if not first:
-            raise array.error("the JSON array is not closed with `]`: the file is cut short")
-        line = array.line
-        yield line, array.element().encode("utf-8", "surrogateescape")
-        separator = array.next_character()
-        if separator == ",":
-            array.take(1)
-            if array.next_character() == "]":
-                raise array.error("`,` before the end of the JSON array: remove it")
-        elif separator not in ("]", ""):
-            raise array.error(f"expected `,` or `]` after a record, found {separator!r}")
-    array.take(1)
-    if rest := array.next_character():
-        raise array.error(f"{rest!r} after the end of the JSON array: remove it")
+    text = _JsonText(file, path)
+    text.next_character()
+    yield from text.elements()
+    text.check_end("JSON array")
 
 
-class _ArrayText:
+def field_elements(name: str, file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    """The same for the array in this field of the object that is the whole file. Other fields must only describe the file."""
+    text = _JsonText(file, path)
+    for field in text.fields():
+        if field == name:
+            yield from text.elements()
+        elif _DECODER.decode(text.element()) and field not in _OF_A_FILE:
+            raise text.error(
+                f"the object has {field!r} next to the records in {name!r}: write the records alone, one per line"
+            )
+    text.check_end("JSON object")
+
+
+def object_values(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line it starts on, content) of every value of a file of one or more objects over several lines."""
+    text = _JsonText(file, path)
+    while text.next_character():
+        yield text.line, text.element().encode("utf-8", "surrogateescape")
+
+
+def wrapping_field(file: BinaryIO, path: Path) -> str | None:
+    """The field of the object that begins the file whose value is the list of the file's records; None for another object.
+
+    A `UserError` for what is not valid JSON, and for an object with more after it on a single line.
+    """
+    text = _JsonText(file, path)
+    text.next_character()
+    line = text.line
+    for name in text.fields():
+        if name in _WRAPPERS and text.holds_records():
+            return name
+        text.element()
+    if text.line == line and text.next_character() and text.line == line:
+        raise text.error("more than one value: write one JSON object per record")
+    return None
+
+
+class _JsonText:
     """The unread text of a file: `text[position:]`, which starts on line `line`."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
@@ -124,6 +182,67 @@ class _ArrayText:
 
     def error(self, message: str) -> UserError:
         return UserError(f"{self.path}, line {self.line}: {message}")
+
+    def elements(self) -> Iterator[tuple[int, bytes]]:
+        """(line it starts on, content) of every element of the array that begins here."""
+        self.take(1)
+        is_first = True
+        while self._has_another("]", "JSON array", is_first):
+            line, content = self.line, self.element()
+            if is_first and is_message(_DECODER.decode(content)):
+                raise self.error(
+                    'the list holds messages, not records: write {"messages": [...]} for each conversation'
+                )
+            yield line, content.encode("utf-8", "surrogateescape")
+            is_first = False
+        self.take(1)
+
+    def fields(self) -> Iterator[str]:
+        """The names of the object that begins here. Who iterates reads each value before the next name."""
+        self.next_character()
+        self.take(1)
+        is_first = True
+        while self._has_another("}", "JSON object", is_first):
+            name = _DECODER.decode(self.element())
+            if self.next_character() != ":":
+                raise self.error(f"expected `:` after {name!r}")
+            self.take(1)
+            self.next_character()
+            yield name
+            is_first = False
+        self.take(1)
+
+    def _has_another(self, end: str, what: str, is_first: bool) -> bool:
+        """Whether another part follows, which is then next, or `end`, which stays unread."""
+        found, follows = self.next_character(), is_first
+        if not is_first and found == ",":
+            self.take(1)
+            found, follows = self.next_character(), True
+            if found == end:
+                raise self.error(f"`,` before the end of the {what}: remove it")
+        if not found:
+            raise self.error(f"the {what} is not closed with `{end}`: the file is cut short")
+        if not follows and found != end:
+            raise self.error(f"expected `,` or `{end}` after a record, found {found!r}")
+        return found != end
+
+    def check_end(self, what: str) -> None:
+        if rest := self.next_character():
+            raise self.error(f"{rest!r} after the end of the {what}: remove it")
+
+    def holds_records(self) -> bool:
+        """Whether the value that begins here is a list of objects that are not messages. It stays unread."""
+        self.next_character()
+        while True:
+            if start := _OBJECTS.match(self.text, self.position):
+                try:
+                    return not is_message(_DECODER.raw_decode(self.text, start.end() - 1)[0])
+                except json.JSONDecodeError:
+                    pass  # it may continue
+            elif not _OPENED.fullmatch(self.text, self.position):
+                return False
+            if not self.read_more():
+                return False
 
     def read_more(self) -> bool:
         """Append at least as much as is unread, so that a long element is decoded only a few times. False at the end."""

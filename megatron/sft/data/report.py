@@ -2,17 +2,17 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from megatron.sft.chat.encoding import Conversation
-from megatron.sft.data.corpus import Corpus, Counts
+from megatron.sft.data.corpus import Corpus, Counts, Lengths
 from megatron.sft.data.preview import color_wanted, legend, sample_text
 from megatron.sft.data.sources import SourceRecord
+from megatron.sft.runtime import exact_json
 
 
 class RejectedRecords:
@@ -41,7 +41,7 @@ class RejectedRecords:
         line = {"file": str(record.path), record.unit: record.number, "reason": reason, "row": content}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._temporary, "ab" if self.num_records else "wb") as file:
-            file.write(orjson.dumps(line, default=repr, option=orjson.OPT_APPEND_NEWLINE))
+            file.write(exact_json.dumps(line, default=repr) + b"\n")
         self.num_records += 1
 
     def keep(self) -> None:
@@ -68,6 +68,29 @@ def source_facts(corpus: Corpus) -> dict[str, Any]:
         "split": {"rows": counts.num_split, "parts": counts.num_parts, "parts_dropped": counts.num_parts_dropped},
         "ignored_fields": dict(corpus.reader.ignored_fields),
     }
+
+
+def length_facts(corpora: Iterable[Corpus]) -> dict[str, Any]:
+    """The manifest's entry for the lengths of all conversations that were read, whatever became of them."""
+    lengths = Lengths()
+    for corpus in corpora:
+        lengths.update(corpus.counts.lengths)
+    return {
+        "conversations": lengths.num_conversations,
+        "shortest": lengths.shortest,
+        "mean": lengths.total / max(lengths.num_conversations, 1),
+        "longest": lengths.longest,
+        "longer_than": {str(limit): count for limit, count in lengths.longer.items()},
+    }
+
+
+def lengths_line(facts: dict[str, Any]) -> str:
+    shares = (
+        f"{int(limit) // 1024}k: {100 * count / max(facts['conversations'], 1):.1f} %"
+        for limit, count in facts["longer_than"].items()
+    )
+    sizes = f"min {facts['shortest']:,}, mean {facts['mean']:,.1f}, max {facts['longest']:,} tokens"
+    return f"lengths: {sizes}; longer than {', '.join(shares)}"
 
 
 def print_sample(number: int, tokenizer: Any, conversation: Conversation) -> None:

@@ -5,22 +5,32 @@ and every record keeps its file and line for messages.
 """
 
 import csv
-import gzip
-import io
 import re
 import sys
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from megatron.sft.data import json_records
-from megatron.sft.data.json_records import BYTE_ORDER_MARK, WHITESPACE, array_elements, decoded_record, lines, text_of
+from megatron.sft.data.compressed import opened
+from megatron.sft.data.json_records import (
+    BYTE_ORDER_MARK,
+    WHITESPACE,
+    array_elements,
+    decoded_record,
+    field_elements,
+    lines,
+    object_values,
+    text_of,
+    wrapping_field,
+)
 from megatron.sft.runtime.errors import UserError
 
-GZIP, ZSTANDARD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+PARQUET = b"PAR1"
 OTHER_FORMATS = {
     b"PK\x03\x04": "a zip archive: unpack it first (unzip)",
     b"BZh": "bzip2-compressed: unpack it first (bunzip2)",
@@ -31,7 +41,6 @@ OTHER_FORMATS = {
 DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 PARQUET_BATCH = 128  # records that are in memory at a time
-ZSTANDARD_BYTES = 1 << 14  # packed bytes read at a time: they may unpack to a thousand times as many
 LONE_SURROGATE = re.compile("[\\ud800-\\udfff]")
 # JSON files in data folders that are not data: what step 3 itself writes, and what the `datasets` library adds.
 NOT_DATA = (
@@ -96,7 +105,8 @@ def data_files(path: Path) -> list[Path]:
 
 
 def file_format(path: Path) -> str:
-    """`json array`, `json lines`, `csv` or `parquet`. Another format, or a missing, empty or damaged file is a `UserError`."""
+    """`json array`, `json lines`, `json object` (of one record, over several lines), `json object of NAME` (a field with the
+    records), `csv` or `parquet`. Another format, or a missing, empty or damaged file is a `UserError`."""
     try:
         with opened(path) as (content, _):
             start = content.read(json_records.PIECE_SIZE)
@@ -118,19 +128,43 @@ def file_format(path: Path) -> str:
         return "parquet"
     if _separator(path):
         return "csv"
-    return "json array" if first == b"[" else "json lines"
+    return _json_format(path, "json array" if first == b"[" else "json object")
+
+
+def _json_format(path: Path, whole: str) -> str:
+    """The format of a file that begins as a JSON value of the form `whole` does: that, if the value is the whole file."""
+    with opened(path) as (content, _):
+        lines_of_file = lines(content, path)
+        first, second = next(lines_of_file)[1], next(lines_of_file, None)
+    is_whole_line = json_records.is_json(first)
+    if whole == "json array":
+        return "json lines" if is_whole_line and second and second[1].lstrip(WHITESPACE).startswith(b"[") else whole
+    if is_whole_line and second:
+        return "json lines"
+    try:
+        with opened(path) as (content, _):
+            name = wrapping_field(content, path)
+    except UserError:
+        if first.strip() == b"{" and second and second[1].lstrip().startswith(b'"'):
+            raise
+        return "json lines"  # whose reader says which line is wrong
+    if name:
+        return f"{whole} of {name}"
+    return "json lines" if is_whole_line else whole
 
 
 def read_records(path: Path) -> Iterator[SourceRecord]:
     """The records of a file, or of all data files of a folder, in order."""
-    readers = {"json array": array_elements, "json lines": lines, "csv": _csv_records}
+    readers = {"json array": array_elements, "json object": object_values, "json lines": lines, "csv": _csv_records}
     for file in data_files(path):
         kind = file_format(file)
         if kind == "parquet":
             yield from _parquet_records(file)
             continue
         with opened(file) as (content, raw):
-            for line, record in readers[kind](content, file):
+            form, _, name = kind.partition(" of ")
+            reader = partial(field_elements, name) if name else readers[form]
+            for line, record in reader(content, file):
                 yield SourceRecord(line, record, raw.tell(), file)
 
 
@@ -144,67 +178,6 @@ def count_records(path: Path) -> int:
         else:
             num_records += sum(1 for _ in read_records(file))
     return num_records
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The unpacked content of a file, and the file itself, whose position says how much has been read.
-
-    A `UserError` where a compressed file is cut short or damaged.
-    """
-    with open(path, "rb") as raw:
-        start = raw.read(4)
-        raw.seek(0)
-        try:
-            if start.startswith(GZIP):
-                yield cast(BinaryIO, gzip.GzipFile(fileobj=raw)), raw
-            elif start.startswith(ZSTANDARD):
-                yield cast(BinaryIO, io.BufferedReader(_ZstandardStream(raw), json_records.PIECE_SIZE)), raw
-            else:
-                yield raw, raw
-        except EOFError:
-            raise UserError(f"data file {path} ends too early, it is cut short: get it again") from None
-        except (zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"data file {path} is damaged ({error}): get it again") from None
-
-
-class _ZstandardStream(io.RawIOBase):
-    """The unpacked content of a .zst file of one or more frames.
-
-    EOFError where the file ends within a frame, which zstandard's own `stream_reader` passes over in silence.
-    """
-
-    def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
-
-        self.raw = raw
-        self.library = zstandard
-        self.frame = self._new_frame()
-        self.unread = b""  # unpacked bytes
-
-    def _new_frame(self) -> Any:
-        # Files packed with `zstd --long=31` need the largest window.
-        return self.library.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.unread:
-            packed = self.frame.unused_data or self.raw.read(ZSTANDARD_BYTES)
-            if not packed:
-                if self.frame.eof:
-                    return 0
-                raise EOFError
-            if self.frame.eof:
-                self.frame = self._new_frame()
-            try:
-                self.unread = self.frame.decompress(packed)
-            except self.library.ZstdError as error:
-                raise zlib.error(str(error)) from None
-        size = min(len(buffer), len(self.unread))
-        buffer[:size], self.unread = self.unread[:size], self.unread[size:]
-        return size
 
 
 def _separator(path: Path) -> str | None:
@@ -279,5 +252,9 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     if isinstance(value, list):
+        if value and isinstance(value[0], tuple):  # a map
+            return {name: _without_nulls(item) for name, item in value}
         return [_without_nulls(item) for item in value]
+    if isinstance(value, Decimal) and value == value.to_integral_value():
+        return int(value)  # how tables keep whole numbers above 64 bits
     return value

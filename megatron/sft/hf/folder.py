@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.fused_experts import FusedExperts, fused_block, fused_experts
 from megatron.sft.families.registry import read_architecture
 from megatron.sft.hf.safetensors_file import SafetensorsFile, write_file
-from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
+from megatron.sft.hf.tokenizer_files import chat_template_sha256, num_tokens, tokenizer_sha256
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import read_json, write_json
 
@@ -25,7 +26,8 @@ MAX_SHARD_BYTES = 5_000_000_000
 class HFFolder:
     """A Hugging Face model on disk, opened for reading; a damaged or incomplete one is a `UserError`.
 
-    `architecture` has a vocabulary row for every token of the tokenizer; `rows_on_disk` are the embedding's.
+    `architecture` has a vocabulary row for every token of the tokenizer; `rows_on_disk` are the embedding's. Experts that lie
+    fused in one tensor have the names of single ones here; `fused_block` is their module then. `notes`: for the user.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,20 +44,49 @@ class HFFolder:
         on_disk = read_architecture(self.config, str(path / "config.json"))
         self.rows_on_disk = on_disk.vocab_size
         self.architecture: Architecture = replace(on_disk, vocab_size=max(on_disk.vocab_size, num_tokens(path)))
+        self.notes: list[str] = []
         self._files = self._find_files()
+        self._parts: dict[str, tuple[str, int, int, int]] = {}  # name -> fused tensor, expert, part of how many
+        self._renamed: dict[str, str] = {}
+        self.fused_block = fused_block(self._files) if self.architecture.moe else None
+        if self.fused_block:
+            self._split_fused(fused_experts(self.architecture, self.fused_block))
 
     def _find_files(self) -> dict[str, SafetensorsFile]:
         """Tensor name -> file."""
-        if (self.path / INDEX).exists():
-            return self._indexed_files()
-        single = self.path / SINGLE
-        if not single.exists():
+        single, index = self.path / SINGLE, self.path / INDEX
+        if single.exists():  # as in transformers, whatever an index says
+            if index.exists():
+                self.notes.append(f"{SINGLE} is read, as transformers does; {INDEX} next to it is ignored")
+            file = SafetensorsFile(single)
+            return dict.fromkeys(file.entries, file)
+        if not index.exists():
             raise UserError(
                 f"{self.path} has no {SINGLE} and no {INDEX}: only safetensors weights are read, "
                 "download a revision that has them"
             )
-        file = SafetensorsFile(single)
-        return dict.fromkeys(file.entries, file)
+        return self._indexed_files()
+
+    def _split_fused(self, form: FusedExperts) -> None:
+        """Give the experts of fused tensors, and what else has another name next to them, the names of the family's table."""
+        for fused, experts in form.tensors.items():
+            if fused not in self._files:
+                continue  # its parts are reported as missing
+            file, num_parts = self._files.pop(fused), len(experts[0])
+            shape = file.entries[fused][1]
+            if len(shape) != 3 or shape[0] != len(experts) or shape[1] % num_parts:
+                raise UserError(
+                    f"{self.path}: {fused} is {tuple(shape)}, config.json says {len(experts)} experts: weights and "
+                    "configuration do not belong together"
+                )
+            for expert, names in enumerate(experts):
+                for part, name in enumerate(names):
+                    self._parts[name] = (fused, expert, part, num_parts)
+                    self._files[name] = file
+        for name, on_disk in form.renamed.items():
+            if on_disk in self._files and name != on_disk:
+                self._renamed[name] = on_disk
+                self._files[name] = self._files.pop(on_disk)
 
     def _indexed_files(self) -> dict[str, SafetensorsFile]:
         path = self.path / INDEX
@@ -91,11 +122,18 @@ class HFFolder:
         return sum(path.stat().st_size for path in self.weight_files)
 
     def dtype_and_shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        return self._files[name].entries[name]
+        if name not in self._parts:
+            return self._files[name].entries[self._renamed.get(name, name)]
+        fused, _, _, num_parts = self._parts[name]
+        dtype, (_, rows, columns) = self._files[name].entries[fused]
+        return dtype, (rows // num_parts, columns)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor in its dtype on disk, mapped from the file."""
-        return self._files[name].tensor(name)
+        if name not in self._parts:
+            return self._files[name].tensor(self._renamed.get(name, name))
+        fused, expert, part, num_parts = self._parts[name]
+        return self._files[name].tensor(fused)[expert].chunk(num_parts)[part]
 
     def manifest_entry(self) -> dict[str, Any]:
         """What a manifest says of the source: the configuration, and checksums of tokenizer and chat template."""
@@ -104,19 +142,8 @@ class HFFolder:
             "config": self.config,
             "tokenizer_sha256": tokenizer_sha256(self.path),
             "chat_template_sha256": chat_template_sha256(self.path),
+            **({"fused_experts": self.fused_block} if self.fused_block else {}),
         }
-
-
-def num_tokens(folder: Path) -> int:
-    """One more than the largest token id of tokenizer.json, 0 without such a file."""
-    if not (folder / "tokenizer.json").exists():
-        return 0
-    content = read_json(folder / "tokenizer.json", "tokenizer", "download the model again")
-    vocabulary = content.get("model", {}).get("vocab", {})
-    ids = [int(token["id"]) for token in content.get("added_tokens", [])]
-    if isinstance(vocabulary, dict):
-        return 1 + max([*ids, *vocabulary.values()], default=-1)
-    return max([len(vocabulary), *(id + 1 for id in ids)])  # a list of tokens with their scores
 
 
 def write_weights(

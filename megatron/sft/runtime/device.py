@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron.sft.runtime import ranks
+
 # Dense bf16 peaks in TFLOP/s from NVIDIA's data sheets (without sparsity); the name is searched in torch's device name.
 _PEAK_TFLOPS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "H800": 989.4, "A100": 312.0, "A800": 312.0}
 
@@ -182,12 +184,12 @@ def _quieten() -> None:
 
 @contextlib.contextmanager
 def process_group(timeout_minutes: float = 10.0) -> Iterator[None]:
-    """Join the process group that torchrun describes in the environment and leave it at the end; without torchrun, one process.
+    """Join the process group of the run that this process belongs to, and leave it at the end; outside a run, one process.
 
     timeout_minutes: of a collective, after which torch.distributed raises.
     """
     prepare()
-    if "RANK" not in os.environ:
+    if not ranks.in_a_run():
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend(), store=store, rank=0, world_size=1)

@@ -1,6 +1,7 @@
 """Errors as users see them: one line with the thing, its value and the next step."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron.sft.runtime import console
+from megatron.sft.runtime.ranks import leave_foreign_run
 
 
 class UserError(Exception):
@@ -55,12 +57,17 @@ def leave_message(message: str) -> None:
     staged.replace(error_file)
 
 
-def run(main: Callable[[], int]) -> NoReturn:
+def run(main: Callable[[], int], under_torchrun: bool = False) -> NoReturn:
     """Call a command's `main` and exit with the status that it returns.
 
     A `UserError` becomes one line and status 2, Ctrl-C status 130; any other error keeps its trace. In a multi-process run
     every rank usually finds the same error, which is printed once. A terminal, pipe or log that is gone does not end it.
+    under_torchrun: torch's own torchrun may start the command.
     """
+    leave_foreign_run(under_torchrun)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal of another encoding shows ? for what it lacks; stderr has replacements by default.
+        sys.stdout.reconfigure(errors="replace")
     console.protect()
     try:
         status = main()

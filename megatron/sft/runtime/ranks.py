@@ -1,11 +1,34 @@
-"""Whether this process is rank 0 of its run, as torchrun's environment says, and printing from rank 0 alone."""
+"""Which process of a run this is, and printing from rank 0 alone.
+
+RANK in the environment does not make a run: every pod of a PyTorchJob or of PAI-DLC has it.
+"""
 
 import os
 
+from megatron.sft.runtime.signals import LAUNCHER_PID
+
+_RUN_ID = "TORCHELASTIC_RUN_ID"  # torchrun, ours or torch's, sets it for the processes that it starts
+_OF_A_RUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK")
+
+
+def in_a_run() -> bool:
+    """Whether torchrun started this process as one of a run."""
+    return _RUN_ID in os.environ and "RANK" in os.environ
+
+
+def leave_foreign_run(under_torchrun: bool) -> None:
+    """Forget the ranks in the environment unless `megatron.sft.launch` started this process, or torchrun did and this is a
+    command for it (`under_torchrun`)."""
+    if os.environ.get(LAUNCHER_PID) == str(os.getppid()) or (under_torchrun and in_a_run()):
+        return
+    for name in list(os.environ):
+        if name in _OF_A_RUN or name.startswith("TORCHELASTIC_"):
+            del os.environ[name]
+
 
 def is_rank_0() -> bool:
-    """True on the process that prints and writes for all; also without torchrun."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """True on the process that prints and writes for all; also outside a run."""
+    return not in_a_run() or int(os.environ["RANK"]) == 0
 
 
 def print_rank_0(message: str) -> None:
