@@ -90,9 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             folder = options.prefix.parent
-            raise UserError(
-                f"no space left in {folder}: free some, or use --output-prefix; nothing was written"
-            ) from None
+            raise UserError(f"no space left in {folder}: free some, or use --output-prefix; nothing was written") from None
     print("next: scripts/4_train.sh")
     return 0
 
@@ -101,27 +99,18 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     parser = OneLineParser(prog="tokenize", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a Hugging Face model")
     parser.add_argument(
-        "--input",
-        action="append",
-        required=True,
-        help="files, folders or hub ids, each with #500 or #20%% to sample it",
+        "--input", action="append", required=True, help="files, folders or hub ids, each with #500 or #20%% to sample it"
     )
     parser.add_argument("--seq-length", required=True, help="tokens in a row")
     parser.add_argument("--overlong", choices=OVERLONG, default="drop", help="what to do with longer conversations")
     parser.add_argument("--seed", default="1234", help="decides the order of rows and what shares a row")
     parser.add_argument("--output-prefix", type=Path, help="name of the result, without .bin")
     parser.add_argument("--no-packing", action="store_true", help="one conversation a row")
-    parser.add_argument(
-        "--group-key", default="", metavar="FIELD", help="records with the same value of it stay together"
-    )
+    parser.add_argument("--group-key", default="", metavar="FIELD", help="records with the same value of it stay together")
     parser.add_argument("--num-workers", default=str(len(os.sched_getaffinity(0))), help="worker processes")
-    parser.add_argument(
-        "--map-column", nargs="*", default=[], metavar="OLD=NEW", help="rename columns; OLD=- drops one"
-    )
+    parser.add_argument("--map-column", nargs="*", default=[], metavar="OLD=NEW", help="rename columns; OLD=- drops one")
     _add_template_options(parser)
-    parser.add_argument(
-        "--bad-rows", choices=("stop", "skip"), default="stop", help="skip: set them aside and continue"
-    )
+    parser.add_argument("--bad-rows", choices=("stop", "skip"), default="stop", help="skip: set them aside and continue")
     parser.add_argument(
         "--unknown-fields", choices=("stop", "ignore"), default="stop", help="of the data: ignore and count them"
     )
@@ -212,9 +201,7 @@ def tokenize_with_corrections(options: Options, sources: list[Source], text: str
             return
 
 
-def tokenize(
-    options: Options, sources: list[Source], template: ChatTemplate, own: tuple[str, str], fingerprint: str
-) -> None:
+def tokenize(options: Options, sources: list[Source], template: ChatTemplate, own: tuple[str, str], fingerprint: str) -> None:
     """Read, render, tokenise, pack, write, and print what was done. `own` are the tokenizer's own templates."""
     tokenizer = template.tokenizer
     vocabulary_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)

@@ -36,9 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             watchdog.report_failure(f"rank {os.environ.get('RANK', '0')}: {cause_of(error)}")
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             place = error.filename or f"OUTPUT_PATH {options.save}"
-            raise UserError(
-                f"{error.strerror}: {place}: check the disk or free space, then run the same command"
-            ) from error
+            raise UserError(f"{error.strerror}: {place}: check the disk or free space, then run the same command") from error
         if type(error).__name__ == "OutOfMemoryError":
             raise UserError(
                 f"the GPU's memory is full ({cause_of(error)}): take RECOMPUTE=auto or full, more GPUs, or a larger "

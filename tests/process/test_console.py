@@ -28,13 +28,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
 def settings(material: Material, save: Path, train_iters: int = 4) -> dict[str, str]:
     given = {"PRETRAIN_CHECKPOINT_PATH": material.checkpoint, "DATA_PATH": material.data, "OUTPUT_PATH": save}
     given |= {"LENGTH": 64, "PRECISION": "fp32", "TRAIN_ITERS": train_iters, "GLOBAL_BATCH_SIZE": 4}
-    given |= {
-        "SAVE_INTERVAL": 1000,
-        "LR": "1e-3",
-        "GPUS_PER_NODE": 1,
-        "MEGATRON_SFT_DEVICE": "cpu",
-        "OMP_NUM_THREADS": 1,
-    }
+    given |= {"SAVE_INTERVAL": 1000, "LR": "1e-3", "GPUS_PER_NODE": 1, "MEGATRON_SFT_DEVICE": "cpu", "OMP_NUM_THREADS": 1}
     given |= {"PYTHON": sys.executable}
     return os.environ | {name: str(value) for name, value in given.items()}
 

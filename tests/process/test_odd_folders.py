@@ -141,20 +141,11 @@ def test_every_dtype_field_of_an_export_is_the_weights(
     (model / "config.json").write_text(json.dumps(config | fields))
     result = converted_and_exported(model, tmp_path, *option)
     exported = json.loads((result / "config.json").read_text())
-    assert {name: exported[name] for name in ("dtype", "torch_dtype") if name in exported} == dict.fromkeys(
-        fields, expected
-    )
+    assert {name: exported[name] for name in ("dtype", "torch_dtype") if name in exported} == dict.fromkeys(fields, expected)
     assert {str(t.dtype) for t in load_file(result / "model.safetensors").values()} == {f"torch.{expected}"}
 
 
-SHORT = {
-    "content": "<short>",
-    "lstrip": False,
-    "normalized": False,
-    "rstrip": False,
-    "single_word": False,
-    "special": True,
-}
+SHORT = {"content": "<short>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
 
 
 @pytest.mark.parametrize(
@@ -201,5 +192,5 @@ def test_a_token_whose_stated_id_is_not_free_is_refused_with_both(tmp_path: Path
 
     shutil.copyfile(smollm2_folder() / "tokenizer.json", tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"50000": SHORT}}))
-    with pytest.raises(UserError, match="'<short>' id 50000.* 49152"):
+    with pytest.raises(UserError, match=r"'<short>' id 50000.* 49152"):
         load_tokenizer(tmp_path, template_needed=False)

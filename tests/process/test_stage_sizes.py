@@ -8,8 +8,7 @@ from tests.support import tiny
 
 
 @pytest.mark.parametrize(
-    ("family", "tensor", "pipeline", "expert"),
-    [("qwen2", 2, 2, 1), ("qwen2_tied_bf16", 1, 2, 1), ("qwen3_moe", 1, 1, 2)],
+    ("family", "tensor", "pipeline", "expert"), [("qwen2", 2, 2, 1), ("qwen2_tied_bf16", 1, 2, 1), ("qwen3_moe", 1, 1, 2)]
 )
 def test_each_process_has_as_many_weights_as_estimated(
     family: str, tensor: int, pipeline: int, expert: int, tmp_path: Path

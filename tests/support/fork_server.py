@@ -286,9 +286,7 @@ def _ranks(request: dict[str, Any]) -> Iterator[list[dict[str, str]]]:
     from torch.distributed import TCPStore
 
     port = listening.getsockname()[1]
-    request["store"] = TCPStore(
-        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
-    )
+    request["store"] = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
 def _fork(request: dict[str, Any], rank: dict[str, str], folder: Path, descriptors: list[int]) -> int:

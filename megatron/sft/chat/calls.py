@@ -3,14 +3,7 @@
 from typing import Any
 
 from megatron.sft.chat.field_names import TOOLS_FIELDS
-from megatron.sft.chat.fields import (
-    checked_list,
-    checked_object,
-    checked_text,
-    is_filled,
-    parsed_json,
-    required_text,
-)
+from megatron.sft.chat.fields import checked_list, checked_object, checked_text, is_filled, parsed_json, required_text
 from megatron.sft.runtime.errors import UserError
 
 # The functions that a model may call, as OpenAI writes them: `type`, and `function` with `name` and `parameters`.
@@ -50,8 +43,7 @@ def _tool(tool: Any, where: str) -> dict[str, Any]:
 def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
     """The calls of `tool_calls`: a list, or that list as JSON text."""
     return [
-        read_call(call, f"{where}[{index}]")
-        for index, call in enumerate(checked_list(value, where, "calls", or_none=True))
+        read_call(call, f"{where}[{index}]") for index, call in enumerate(checked_list(value, where, "calls", or_none=True))
     ]
 
 

@@ -49,12 +49,7 @@ def _part(part: Any, name: str) -> tuple[str, Any, str]:
             f"reasoning are supported: change the record, or remove it"
         )
     for key, value in part.items():
-        if (
-            key not in MORE_KEYS
-            and key not in PART_TYPES[kind]
-            and is_filled(value)
-            and not is_metadata(key, value, part)
-        ):
+        if key not in MORE_KEYS and key not in PART_TYPES[kind] and is_filled(value) and not is_metadata(key, value, part):
             raise UserError(f"field '{name}.{key}' is unknown in a part of type {kind!r}: remove it")
     keys = [key for key in PART_TYPES[kind] if part.get(key) is not None]
     if len(keys) > 1:

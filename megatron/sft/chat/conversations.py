@@ -34,7 +34,7 @@ REFUSED_FIELDS = ("tools", "functions", "tool_calls", "function_call", "history"
 FORMAT_FIELDS = {*LISTS, *PAIRS, *ANSWERS, TEXT}
 NOT_A_COLUMN = "-"
 OF_TURNS = "[]."  # MAP_COLUMNS also takes fields of turns: messages[].time=-
-# Arguments of apply_chat_template that are no variables of a template.
+# Arguments of apply_chat_template that a template has no variable for.
 RESERVED_KWARGS = {
     *("tools", "documents", "messages", "conversation", "chat_template", "add_generation_prompt"),
     *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
@@ -120,11 +120,7 @@ class RecordReader:
         return Example(turns.messages, tuple(turns.loss_flags), turns.tools, text, kwargs)
 
     def _ignore(
-        self,
-        extras: list[tuple[str, str, Any]],
-        record: dict[str, Any],
-        fields: tuple[str, ...],
-        messages: Messages,
+        self, extras: list[tuple[str, str, Any]], record: dict[str, Any], fields: tuple[str, ...], messages: Messages
     ) -> None:
         """Count these fields, if they say nothing more than the conversation; else refuse them."""
         for path, name, value in extras:
@@ -186,10 +182,7 @@ def _refuse_preferences(record: dict[str, Any]) -> None:
     chosen = next((name for name in found if "rejected" not in name and "non" not in name), "")
     new = "messages" if isinstance(record.get(chosen), list) else "completion"
     advice = "write the answer that is to be learned as an answer"
-    for columns in (
-        {name: new if name == chosen else NOT_A_COLUMN for name in found},
-        dict.fromkeys(found, NOT_A_COLUMN),
-    ):
+    for columns in ({name: new if name == chosen else NOT_A_COLUMN for name in found}, dict.fromkeys(found, NOT_A_COLUMN)):
         with contextlib.suppress(UserError):
             RecordReader(columns, ignores_unknown=True).example(record)
             listed = " ".join(f"{old}={new}" for old, new in columns.items())
@@ -268,9 +261,7 @@ def _template_kwargs(record: dict[str, Any]) -> dict[str, Any]:
     thinking = record.get("enable_thinking")
     if thinking is not None:
         if not isinstance(thinking, bool) or kwargs.get("enable_thinking", thinking) != thinking:
-            raise UserError(
-                f"field 'enable_thinking' is {thinking!r}: give true or false, the same as in chat_template_kwargs"
-            )
+            raise UserError(f"field 'enable_thinking' is {thinking!r}: give true or false, the same as in chat_template_kwargs")
         kwargs["enable_thinking"] = thinking
     return kwargs
 
@@ -281,13 +272,9 @@ def _with_renamed_turns(record: dict[str, Any], columns: dict[str, str]) -> dict
         listed = checked_list(record[list_name], list_name, "turns", or_none=True)
         prefix = list_name + OF_TURNS
         names = {
-            old.removeprefix(prefix): new.rpartition(OF_TURNS)[2]
-            for old, new in columns.items()
-            if old.startswith(prefix)
+            old.removeprefix(prefix): new.rpartition(OF_TURNS)[2] for old, new in columns.items() if old.startswith(prefix)
         }
-        record = record | {
-            list_name: [_renamed_turn(turn, names) if isinstance(turn, dict) else turn for turn in listed]
-        }
+        record = record | {list_name: [_renamed_turn(turn, names) if isinstance(turn, dict) else turn for turn in listed]}
     return record
 
 

@@ -38,9 +38,7 @@ REASONING: tuple[Correction, ...] = (
     Correction(OPENED_THOUGHT, "", only_with=("<｜Assistant｜>",)),
     # Qwen3 drops the reasoning of all answers but those after the last question.
     Correction(
-        re.compile(
-            r"loop\.index0 > ns\.last_query_index(?: or not reasoning_content| and reasoning_content)?(?! or| and)"
-        ),
+        re.compile(r"loop\.index0 > ns\.last_query_index(?: or not reasoning_content| and reasoning_content)?(?! or| and)"),
         r"\g<0> or reasoning_content",
         only_with=("set reasoning_content", "</think>"),
     ),
@@ -52,16 +50,12 @@ EMPTY_THINK: dict[str, tuple[Correction, ...]] = {
     "template": (),
     "every": (
         Correction(
-            re.compile(r"loop\.index0 > ns\.last_query_index(?! or not)"),
-            r"\g<0> or not reasoning_content",
-            QWEN3_ANSWER,
+            re.compile(r"loop\.index0 > ns\.last_query_index(?! or not)"), r"\g<0> or not reasoning_content", QWEN3_ANSWER
         ),
         Correction(re.compile(r"loop\.last or \(?(?:not loop\.last and )?reasoning_content\)?"), "true", QWEN3_ANSWER),
     ),
     "none": (
-        Correction(
-            re.compile(r"loop\.index0 > ns\.last_query_index(?! and)"), r"\g<0> and reasoning_content", QWEN3_ANSWER
-        ),
+        Correction(re.compile(r"loop\.index0 > ns\.last_query_index(?! and)"), r"\g<0> and reasoning_content", QWEN3_ANSWER),
     ),
 }
 # GLM-4.5 drops it from all answers before the last question.
@@ -78,9 +72,7 @@ ENDS = (
 )
 SYSTEM = (
     # Mistral puts the system text before the question that ends the conversation: a whole one ends with an answer.
-    Correction(
-        re.compile(r"if loop\.last and system_message is defined"), "if loop.first and system_message is defined"
-    ),
+    Correction(re.compile(r"if loop\.last and system_message is defined"), "if loop.first and system_message is defined"),
 )
 CALLS = (
     # DeepSeek-V3 and R1 print calls only where the content is none, which transformers removes from messages, ...

@@ -10,13 +10,7 @@ from megatron.sft.runtime.errors import UserError
 
 LISTS = ("messages", "conversations", "conversation", "dialogue", "dialog")
 # A question and the answer that usually comes with it.
-PAIRS = {
-    "instruction": "output",
-    "query": "response",
-    "prompt": "completion",
-    "question": "response",
-    "input": "output",
-}
+PAIRS = {"instruction": "output", "query": "response", "prompt": "completion", "question": "response", "input": "output"}
 ANSWERS = ("output", "response", "completion")
 CALLS_FIELD = "answers"  # the calls that answer a query (xLAM)
 TEXT = "text"
@@ -24,30 +18,14 @@ KWARGS_FIELDS = ("chat_template_kwargs", "enable_thinking")
 CONTEXTS = ("input", "context")  # follow an instruction on a new line (Alpaca, Dolly)
 # Names of other data sets, for the advice what to rename. `answer` is often the bare result next to a full answer.
 OTHER_QUESTIONS = (*PAIRS, "problem", "user", "human", "inputs", "source", "src", "dialogue", "document", "article")
-OTHER_ANSWERS = (
-    *ANSWERS,
-    "solution",
-    "answer",
-    "target",
-    "targets",
-    "tgt",
-    "assistant",
-    "gpt",
-    "bot",
-    "reply",
-    "summary",
-)
+OTHER_ANSWERS = (*ANSWERS, "solution", "answer", "target", "targets", "tgt", "assistant", "gpt", "bot", "reply", "summary")
 
 
 def format_fields(record: dict[str, Any]) -> tuple[str, ...]:
     """The fields that hold the conversation: one list, a question and its answer, or the text."""
     for names in ([name for name in record if record[name] is not None], list(record)):
         for name in (*LISTS, TEXT):
-            if (
-                name in names
-                and not (name == TEXT and any(answer in names for answer in ANSWERS))
-                and _may_be(name, record)
-            ):
+            if name in names and not (name == TEXT and any(answer in names for answer in ANSWERS)) and _may_be(name, record):
                 return (name,)
         if found := _question_and_answer_fields(names):
             return found
@@ -75,9 +53,7 @@ def _looks_like_turns(value: Any) -> bool:
     """Whether a list holds texts, or objects with a role."""
     if not isinstance(value, list) or len(value) < 2:
         return False
-    return all(
-        isinstance(turn, str) or (isinstance(turn, dict) and any(name in turn for name in ROLE_NAMES)) for turn in value
-    )
+    return all(isinstance(turn, str) or (isinstance(turn, dict) and any(name in turn for name in ROLE_NAMES)) for turn in value)
 
 
 def _question_and_answer_fields(names: list[str]) -> tuple[str, ...]:
@@ -159,9 +135,7 @@ def _question_and_answer(record: dict[str, Any], fields: tuple[str, ...], needs_
     question = required_text(record, question_name)
     contexts = [name for name in CONTEXTS if question_name == "instruction" and optional_text(record, name)]
     if len(contexts) > 1:
-        raise UserError(
-            "the record has both 'input' and 'context': drop one, for example with MAP_COLUMNS=\"context=-\""
-        )
+        raise UserError("the record has both 'input' and 'context': drop one, for example with MAP_COLUMNS=\"context=-\"")
     turns = Turns()
     for index, pair in enumerate(checked_list(record.get("history"), "history", "pairs", or_none=True)):
         if not isinstance(pair, list) or len(pair) != 2:
@@ -188,9 +162,7 @@ def _question_and_answer(record: dict[str, Any], fields: tuple[str, ...], needs_
 def _check_present(record: dict[str, Any], fields: tuple[str, ...]) -> None:
     """Where a field is missing and another may be what is meant, the advice names that."""
     for name, others in zip(fields, (OTHER_QUESTIONS, OTHER_ANSWERS), strict=False):
-        other = (
-            _named({key: record[key] for key in record if key not in fields}, others) if name not in record else None
-        )
+        other = _named({key: record[key] for key in record if key not in fields}, others) if name not in record else None
         if other:
             raise UserError(
                 f'field {name!r} is missing: add it, or rename a column, here perhaps with MAP_COLUMNS="{other}={name}"'

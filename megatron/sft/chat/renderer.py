@@ -144,9 +144,7 @@ class Renderer:
     def _apply(self, messages: Messages, tools: Tools, **options: Any) -> Any:
         try:
             self._set_date()
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=self.text, **options, **self.kwargs
-            )
+            return self.tokenizer.apply_chat_template(messages, tools=tools, chat_template=self.text, **options, **self.kwargs)
         except TEMPLATE_ERRORS as error:
             raise _refused(error) from None
 

@@ -247,9 +247,7 @@ def adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def _find_marks(
-    render: str, pattern: Pattern, marks: Sequence[Marks]
-) -> tuple[list[_Place], tuple[tuple[Slot, Slot], ...]]:
+def _find_marks(render: str, pattern: Pattern, marks: Sequence[Marks]) -> tuple[list[_Place], tuple[tuple[Slot, Slot], ...]]:
     """The places of all marks in the order of the render, which must be that of the turns, and the names of calls that are
     printed as a part of their ids alone (Kimi)."""
     places: list[_Place] = []

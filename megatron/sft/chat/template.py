@@ -146,9 +146,7 @@ class ChatTemplate:
             raise UserError("a turn is not to be trained (loss, train or weight is 0), but TRAIN_ON=all: change either")
         last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
         if last < 0 and self.train_on != "all":
-            raise UserError(
-                "the record has no turn of an assistant, so there is no answer to learn: add one, or remove it"
-            )
+            raise UserError("the record has no turn of an assistant, so there is no answer to learn: add one, or remove it")
         first = last if self.train_on == "last_assistant" else 0
         return tuple(
             message["role"] == "assistant" and (index >= first if flag is None else flag)
@@ -223,21 +221,15 @@ class ChatTemplate:
     def _check_blocks(self, blocks: Spans, answers: tuple[Answer, ...]) -> None:
         """Each {% generation %} block must hold one answer with its end-of-turn token."""
         if len(blocks) != len(answers):
-            raise UserError(
-                f"the chat template has {len(blocks)} generation blocks for {len(answers)} answers: correct it"
-            )
+            raise UserError(f"the chat template has {len(blocks)} generation blocks for {len(answers)} answers: correct it")
         previous_end = 0
         for (start, end), answer in zip(blocks, answers, strict=True):
             if start > answer.text_start or start < previous_end:
                 raise UserError("the chat template's {% generation %} block begins after the answer does: correct it")
             if end < answer.end:
-                raise UserError(
-                    "the chat template's {% generation %} block ends before the end-of-turn token: correct it"
-                )
+                raise UserError("the chat template's {% generation %} block ends before the end-of-turn token: correct it")
             if start < answer.start:
-                self.notes.add(
-                    "the chat template's {% generation %} block holds a part of the header, which is trained, too"
-                )
+                self.notes.add("the chat template's {% generation %} block holds a part of the header, which is trained, too")
             previous_end = end
 
 

@@ -50,13 +50,10 @@ def with_defaults(template: str, arguments: dict[str, Any]) -> str:
     nowhere."""
     unused = unused_arguments(template, arguments) if template else []
     if unused:
-        raise UserError(
-            f"TEMPLATE_KWARGS has {unused[0]!r}, which the chat template does not use: correct or remove it"
-        )
+        raise UserError(f"TEMPLATE_KWARGS has {unused[0]!r}, which the chat template does not use: correct or remove it")
     # Python's spelling of JSON values is Jinja's as well.
     lines = (
-        f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
-        for name, value in arguments.items()
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}" for name, value in arguments.items()
     )
     defaults = "".join(lines)
     return f"{defaults}\n{template}" if defaults and template else template  # the line break after a tag is not printed

@@ -63,9 +63,7 @@ class Turns:
             return
         previous, previous_flag = self.messages[-1], self.loss_flags[-1]
         if previous_flag is not None and loss_flag is not None and previous_flag != loss_flag:
-            raise UserError(
-                f"{where} is trained otherwise than the turn before it, of which it is a part: correct either"
-            )
+            raise UserError(f"{where} is trained otherwise than the turn before it, of which it is a part: correct either")
         self.loss_flags[-1] = previous_flag if loss_flag is None else loss_flag
         content = "\n\n".join(text for text in (previous["content"], message["content"]) if text)
         calls = previous.get("tool_calls", []) + message["tool_calls"]
@@ -140,9 +138,7 @@ def _add_turns_of_keys(turns: Turns, turn: dict[str, Any], where: str, list_name
     for name in turn:
         if (role := role_of_key(name)) and by_role.setdefault(role, name) != name:
             raise UserError(f"'{where}' has both {by_role[role]!r} and {name!r}: keep one of them")
-    present = [
-        role for role in KEY_ROLES if role in by_role and (role == "assistant" or is_filled(turn[by_role[role]]))
-    ]
+    present = [role for role in KEY_ROLES if role in by_role and (role == "assistant" or is_filled(turn[by_role[role]]))]
     for role in present:
         # What else the object says, says it of its answer.
         fields = {"role": role, "content": turn[by_role[role]]} | (rest if role == present[-1] else {})

@@ -154,9 +154,7 @@ def _model_card(checkpoint: Checkpoint, training: dict[str, Any], run_folder: Pa
 
 def _last_loss(checkpoint: Checkpoint, run_folder: Path) -> float | None:
     """The training loss that the run's metrics give for the checkpoint's step, or the nearest logged before it."""
-    path = next(
-        (p for p in (run_folder / "metrics.jsonl", checkpoint.path.parent / "metrics.jsonl") if p.exists()), None
-    )
+    path = next((p for p in (run_folder / "metrics.jsonl", checkpoint.path.parent / "metrics.jsonl") if p.exists()), None)
     if path is None:
         return None
     last = None

@@ -34,9 +34,7 @@ class Lengths:
     longer: Counter[int] = field(default_factory=lambda: Counter(dict.fromkeys(LENGTH_LIMITS, 0)))
 
     def add(self, length: int) -> None:
-        self.update(
-            Lengths(1, length, length, length, Counter({limit: int(length > limit) for limit in LENGTH_LIMITS}))
-        )
+        self.update(Lengths(1, length, length, length, Counter({limit: int(length > limit) for limit in LENGTH_LIMITS})))
 
     def update(self, others: "Lengths") -> None:
         if others.num_conversations:
@@ -236,9 +234,7 @@ class Corpus:
         group = group_hash(fields, self.group_key, self.reader.renamed_columns) if self.group_key else None
         return Pending(record, index, example, rendered, group)
 
-    def _refuse(
-        self, record: SourceRecord, index: int, error: UserError, rejected: list[tuple[int, str]] | None
-    ) -> None:
+    def _refuse(self, record: SourceRecord, index: int, error: UserError, rejected: list[tuple[int, str]] | None) -> None:
         """Set a bad record aside, or stop with its file and line."""
         if isinstance(error, CorrectionNeeded):
             raise error.at(str(record.place)) from None

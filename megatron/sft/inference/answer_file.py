@@ -37,9 +37,7 @@ def read_questions(path: Path, with_reference: bool) -> list[Question]:
             messages = reader.conversation(record.fields)
             has_answer = messages[-1]["role"] == "assistant"
             if with_reference and not has_answer:
-                raise UserError(
-                    f"the last turn is {messages[-1]['role']!r}, so there is no reference: end with an answer"
-                )
+                raise UserError(f"the last turn is {messages[-1]['role']!r}, so there is no reference: end with an answer")
         except UserError as error:
             raise UserError(f"{record.place}: {error}") from None
         questions.append(Question(messages[:-1], messages[-1]["content"]) if has_answer else Question(messages, None))

@@ -73,9 +73,7 @@ def _add_disk(found: Resolution) -> None:
     free = shutil.disk_usage(folder).free
     size = checkpoint_bytes(found.options, found.architecture)
     kept = checkpoints_kept(found.options, found.train_iters)
-    found.add(
-        "disk", f"{gigabytes(size)} a checkpoint, {kept} kept: {gigabytes(kept * size)} of {gigabytes(free)} free"
-    )
+    found.add("disk", f"{gigabytes(size)} a checkpoint, {kept} kept: {gigabytes(kept * size)} of {gigabytes(free)} free")
     if size <= free < kept * size:  # no room for even one is found with the settings
         found.problems.append(
             f"{kept} checkpoints of {gigabytes(size)} do not fit the {gigabytes(free)} free in {folder}: save less "
@@ -88,9 +86,7 @@ def _add_time(found: Resolution) -> None:
         return
     options = found.options
     load = measured_rows(found.rows) if found.rows is not None else full_rows(found.seq_length)
-    speed, where = tokens_per_second(
-        options.tokens_per_second, options.save, found.architecture, load, found.num_processes
-    )
+    speed, where = tokens_per_second(options.tokens_per_second, options.save, found.architecture, load, found.num_processes)
     tokens = found.train_iters * options.global_batch_size * load.tokens
     found.add("time", f"{clock(tokens / speed)} for {tokens / 1e9:,.3f} G tokens at {speed:,.0f} tokens/s ({where})")
 

@@ -112,9 +112,7 @@ def _resolve_model(found: Resolution, mode: str) -> None:
     if not (options.save / TRACKER).exists() and not options.load.is_dir() and mode != "resume":
         known = found.attempt(unconverted, options.load)
         found.architecture, where, command = known or (None, "", "")
-        found.problems.append(
-            f"PRETRAIN_CHECKPOINT_PATH {options.load} does not exist: make it with scripts/2_convert.sh"
-        )
+        found.problems.append(f"PRETRAIN_CHECKPOINT_PATH {options.load} does not exist: make it with scripts/2_convert.sh")
         found.to_do.append(command)
         found.add("start", f"not there yet{f', sizes from {where}' if where else ''}")
     elif begin := found.attempt(starting_point, mode, options):

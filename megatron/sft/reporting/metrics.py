@@ -137,9 +137,7 @@ class MetricsLog:
                 file.write(self._unwritten)
         except OSError as error:
             if not self._warned:
-                ranks.print_rank_0(
-                    f"warning: {self.folder / METRICS} cannot be written ({error.strerror}): training continues"
-                )
+                ranks.print_rank_0(f"warning: {self.folder / METRICS} cannot be written ({error.strerror}): training continues")
             self._warned = True
         else:
             self._unwritten, self._warned = "", False
@@ -154,9 +152,7 @@ def forget_after(folder: Path, iteration: int) -> None:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         write_text(path, "".join(line for line in lines if _is_kept(line, iteration)))
     except OSError as error:
-        ranks.print_rank_0(
-            f"warning: {path} cannot be brought back to iteration {iteration} ({error.strerror}): fix it later"
-        )
+        ranks.print_rank_0(f"warning: {path} cannot be brought back to iteration {iteration} ({error.strerror}): fix it later")
 
 
 def has_validation(folder: Path, iteration: int) -> bool:

@@ -66,11 +66,7 @@ def _acquire(output: Path, lock: Path) -> int:
             reaches = _flock(descriptor)
             found = _record(descriptor)
             here = (found.get("host"), found.get("space")) == (socket.gethostname(), _process_space())
-            if (
-                reaches is False
-                or (found and not here and _beats(lock, found))
-                or (here and not reaches and _lives(found))
-            ):
+            if reaches is False or (found and not here and _beats(lock, found)) or (here and not reaches and _lives(found)):
                 raise UserError(_refusal(output, lock, found))
             # The holder before may have removed the file between our open and our lock.
             if os.path.exists(lock) and os.stat(lock).st_ino == os.fstat(descriptor).st_ino:
@@ -133,7 +129,4 @@ def _process_space() -> str:
 def _refusal(output: Path, lock: Path, found: dict[str, Any]) -> str:
     holder = f"process {found.get('pid', 'unknown')} on {found.get('host', 'this machine')}"
     since = f", started {found['started']}" if found.get("started") else ""
-    return (
-        f"{output} is being written by {holder}{since}: wait for it or end it, or give another output "
-        f"(the lock is {lock})"
-    )
+    return f"{output} is being written by {holder}{since}: wait for it or end it, or give another output (the lock is {lock})"

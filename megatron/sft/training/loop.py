@@ -65,9 +65,7 @@ class Run:
         plan = self.plan
         pending = self._validation_pending()
         if self.iteration >= plan.train_iters and not pending:
-            ranks.print_rank_0(
-                f"nothing to do: the run has {plan.train_iters} steps and iteration {self.iteration} is saved"
-            )
+            ranks.print_rank_0(f"nothing to do: the run has {plan.train_iters} steps and iteration {self.iteration} is saved")
             return 0
         self.feeder = Feeder(plan)
         save = self.options.save
@@ -218,9 +216,7 @@ class Run:
         assert sums is not None
         loss, trained = type(part)(sums).reduce()
         if not math.isfinite(loss):
-            ranks.print_rank_0(
-                f"warning: the validation loss is {loss}: look at the validation rows, or at the weights"
-            )
+            ranks.print_rank_0(f"warning: the validation loss is {loss}: look at the validation rows, or at the weights")
         self.log.validation(self.iteration, loss, trained)
         return 0
 
@@ -244,7 +240,5 @@ class Run:
             ranks.print_rank_0(f"done: {self.iteration} steps, checkpoints in {save}\nnext: scripts/5_export.sh {save}")
             return 0
         kept = f"after iteration {self.iteration}, which is saved" if self.saver.last_saved else "before the first step"
-        ranks.print_rank_0(
-            f"stopped by {name_of(code)} {kept}: the same command continues from there (status {RESUME})"
-        )
+        ranks.print_rank_0(f"stopped by {name_of(code)} {kept}: the same command continues from there (status {RESUME})")
         return RESUME

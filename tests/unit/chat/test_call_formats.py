@@ -32,8 +32,7 @@ HEAD = (
     "{%- for c in m.tool_calls or [] %}"
 )
 TAIL = (
-    "{%- endfor %}{{ '<|im_end|>\\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
+    "{%- endfor %}{{ '<|im_end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 # The words that the formats of these families put around each parameter.
 QWEN3_CODER = (
@@ -43,8 +42,7 @@ QWEN3_CODER = (
     "{{ '\\n</parameter>\\n' }}{%- endfor %}{{ '</function>\\n</tool_call>' }}" + TAIL
 )
 MINIMAX = (
-    HEAD
-    + "{{ '<minimax:tool_call>\\n<invoke name=\"' + c.function.name + '\">' }}{%- set args = c.function.arguments %}"
+    HEAD + "{{ '<minimax:tool_call>\\n<invoke name=\"' + c.function.name + '\">' }}{%- set args = c.function.arguments %}"
     "{%- for k, v in args.items() %}{{ '<parameter name=\"' + k + '\">' }}"
     "{{ v | tojson(ensure_ascii=False) if v is not string else v }}{{ '</parameter>' }}{%- endfor %}"
     "{{ '</invoke>\\n</minimax:tool_call>' }}" + TAIL
@@ -74,14 +72,7 @@ SORTED = (
 )
 INDENTED = HEAD + "{{ c.function.name + ' ' }}{{ c.function.arguments | tojson(indent=2, ensure_ascii=True) }}" + TAIL
 
-ARGUMENTS = {
-    "harbour": 'Brest "été" <x>',
-    "days": 2,
-    "when": {"from": ["now", 1]},
-    "sure": True,
-    "note": None,
-    "all": [],
-}
+ARGUMENTS = {"harbour": 'Brest "été" <x>', "days": 2, "when": {"from": ["now", 1]}, "sure": True, "note": None, "all": []}
 FORMATS: dict[str, tuple[str, str]] = {
     "qwen3-coder": (
         QWEN3_CODER,
@@ -112,10 +103,7 @@ FORMATS: dict[str, tuple[str, str]] = {
         PYTHONIC,
         "[tide(harbour=\"Brest \"été\" <x>\", days=2, when={'from': ['now', 1]}, sure=True, note=None, all=[])]",
     ),
-    "sorted": (
-        SORTED,
-        'tide{all:[],days:2,harbour:"Brest \\"été\\" <x>",note:null,sure:true,when:{"from": ["now", 1]}}',
-    ),
+    "sorted": (SORTED, 'tide{all:[],days:2,harbour:"Brest \\"été\\" <x>",note:null,sure:true,when:{"from": ["now", 1]}}'),
     "indented": (INDENTED, "tide " + json.dumps(ARGUMENTS, indent=2)),
 }
 

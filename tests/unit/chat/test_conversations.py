@@ -14,12 +14,7 @@ BEFORE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"
 FUNCTION = {"name": "add", "description": "Adds", "parameters": {"type": "object", "properties": {}}}
 TOOL = {"type": "function", "function": FUNCTION}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
-CALLING = [
-    ASKED,
-    {"role": "assistant", "content": "", "tool_calls": [CALL]},
-    {"role": "tool", "content": "2"},
-    ANSWERED,
-]
+CALLING = [ASKED, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "2"}, ANSWERED]
 
 
 def example(record: dict[str, Any]) -> Example:
@@ -46,11 +41,7 @@ def from_value(*pairs: tuple[str, str]) -> list[dict[str, str]]:
         ({"prompt": [ASKED], "completion": [ANSWERED]}, [ASKED, ANSWERED], "prompt/completion"),
         ({"conversations": from_value(("human", "Q"), ("gpt", "A"))}, [ASKED, ANSWERED], "sharegpt"),
         ({"conversations": from_value(("user", "Q"), ("assistant", "A"))}, [ASKED, ANSWERED], "sharegpt"),
-        (
-            {"conversations": from_value(("human", "Q"), ("gpt", "A")), "system": "S"},
-            [SYSTEM, ASKED, ANSWERED],
-            "sharegpt",
-        ),
+        ({"conversations": from_value(("human", "Q"), ("gpt", "A")), "system": "S"}, [SYSTEM, ASKED, ANSWERED], "sharegpt"),
         (
             {
                 "conversations": from_value(
@@ -154,22 +145,14 @@ def test_a_column_can_be_skipped_and_what_is_ignored_is_counted() -> None:
         ({"messages": [ASKED, ANSWERED | {"loss": "yes"}]}, "messages[1].loss' is 'yes': it must be 0 or 1"),
         ({"messages": [ASKED, ANSWERED | {"loss": 0, "weight": 1}]}, "which disagree"),
         ({"messages": [ASKED | {"loss": 1}, ANSWERED]}, "asks for training, but its role is 'user'"),
-        (
-            {"messages": [ASKED | {"tool_calls": [CALL]}, ANSWERED]},
-            "'messages[0].tool_calls' is in a turn of role 'user'",
-        ),
+        ({"messages": [ASKED | {"tool_calls": [CALL]}, ANSWERED]}, "'messages[0].tool_calls' is in a turn of role 'user'"),
         ({"messages": [ASKED, {"role": "assistant", "tool_calls": "x"}]}, "'messages[1].tool_calls' is text"),
         (
             {"messages": [ASKED, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}]},
             "messages[1].tool_calls[0].function.arguments' is a list",
         ),
         (
-            {
-                "messages": [
-                    ASKED,
-                    {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]},
-                ]
-            },
+            {"messages": [ASKED, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}]},
             "messages[1].tool_calls[0].function.arguments' is not valid JSON",
         ),
         (
@@ -183,10 +166,7 @@ def test_a_column_can_be_skipped_and_what_is_ignored_is_counted() -> None:
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWERED]},
             "messages[0].content[0]' is not a plain text part",
         ),
-        (
-            {"messages": [ASKED, ANSWERED | {"reasoning_content": "R", "content": "<think>x</think>A"}]},
-            "and <think> tags",
-        ),
+        ({"messages": [ASKED, ANSWERED | {"reasoning_content": "R", "content": "<think>x</think>A"}]}, "and <think> tags"),
         ({"instruction": "Q", "output": "A", "history": [["a", ""]]}, "field 'history[0].1' is empty"),
         ({"instruction": "Q", "output": "A", "tools": "x"}, "field 'tools' is text"),
     ],

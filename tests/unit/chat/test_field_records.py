@@ -37,17 +37,7 @@ def render(record: Record, name: str = "qwen") -> str:
 @pytest.mark.parametrize(
     "name",
     [
-        *(
-            "loss",
-            "train",
-            "training",
-            "weight",
-            "loss_weight",
-            "loss_scale",
-            "loss_mask",
-            "step_loss_mask",
-            "trainable",
-        ),
+        *("loss", "train", "training", "weight", "loss_weight", "loss_scale", "loss_mask", "step_loss_mask", "trainable"),
         *("output_with_loss", "is_trainable", "train_on_turn"),
     ],
 )
@@ -200,9 +190,7 @@ def test_names_of_the_user_and_the_assistant(user: str, assistant: str) -> None:
     assert render(record).endswith(f"<|im_start|>user\nQ{END}\n<|im_start|>assistant\nA{END}\n")
 
 
-@pytest.mark.parametrize(
-    "tool", ["tool", "function", "observation", "ipython", "tool_response", "Tool Result", "environment"]
-)
+@pytest.mark.parametrize("tool", ["tool", "function", "observation", "ipython", "tool_response", "Tool Result", "environment"])
 @pytest.mark.parametrize("call", ["function_call", "tool_call", "Function-Call", "tool_calls"])
 def test_names_of_calls_and_results(tool: str, call: str) -> None:
     record = turns(("user", "Q"), (call, CALL_JSON), (tool, "rising"), ("assistant", "A"))
@@ -226,9 +214,7 @@ def test_consecutive_calls_and_a_text_before_them_are_one_answer() -> None:
 def test_a_call_without_arguments_has_an_empty_object(arguments: Any) -> None:
     call = {"type": "function", "function": {"name": "now", "arguments": arguments}}
     record = {"messages": [USER, ANSWER | {"content": "", "tool_calls": [call]}]}
-    assert trained(RecordReader().example(record)) == [
-        f'<tool_call>\n{{"name": "now", "arguments": {{}}}}\n</tool_call>{END}'
-    ]
+    assert trained(RecordReader().example(record)) == [f'<tool_call>\n{{"name": "now", "arguments": {{}}}}\n</tool_call>{END}']
 
 
 def test_calls_of_two_fields_must_be_the_same() -> None:
@@ -326,30 +312,10 @@ def test_arguments_that_are_not_the_templates_are_refused() -> None:
 @pytest.mark.parametrize(
     "name, value",
     [
-        *[
-            ("id", 7),
-            ("conversation_id", "c"),
-            ("dataSource", "x"),
-            ("image_url", None),
-            ("source", {"a": 1}),
-            ("lang", "fr"),
-        ],
+        *[("id", 7), ("conversation_id", "c"), ("dataSource", "x"), ("image_url", None), ("source", {"a": 1}), ("lang", "fr")],
         *[("score", 0.3), ("quality_score", "high"), ("score_chosen", 1), ("created_at", "2026"), ("license", "MIT")],
-        *[
-            ("num_turns", 3),
-            ("tokens", 99),
-            ("category", "x"),
-            ("tags", ["a"]),
-            ("metadata", {"k": [1]}),
-            ("model", "m"),
-        ],
-        *[
-            ("toxic", False),
-            ("openai_moderation", [{"flagged": False}]),
-            ("difficulty", "hard"),
-            ("empty", ""),
-            ("none", None),
-        ],
+        *[("num_turns", 3), ("tokens", 99), ("category", "x"), ("tags", ["a"]), ("metadata", {"k": [1]}), ("model", "m")],
+        *[("toxic", False), ("openai_moderation", [{"flagged": False}]), ("difficulty", "hard"), ("empty", ""), ("none", None)],
     ],
 )
 def test_fields_that_say_nothing_of_the_conversation_are_counted(name: str, value: Any) -> None:
@@ -363,13 +329,7 @@ def test_fields_that_say_nothing_of_the_conversation_are_counted(name: str, valu
     [
         *[("context", "Stars are far."), ("answer", "B"), ("documents", ["d"]), ("label", False), ("kto_tag", False)],
         *[("is_correct", False), ("importance", 0.5), ("input_ids", [1]), ("labels", [1]), ("assistant_masks", [0, 1])],
-        *[
-            ("channel", "analysis"),
-            ("prefix", True),
-            ("end_turn", False),
-            ("persona", "A sailor."),
-            ("token_weights", [1]),
-        ],
+        *[("channel", "analysis"), ("prefix", True), ("end_turn", False), ("persona", "A sailor."), ("token_weights", [1])],
         *[("eval_loss", 3), ("sample_weights", 2), ("weight_score", 0)],
     ],
 )

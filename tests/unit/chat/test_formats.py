@@ -59,9 +59,7 @@ def test_a_record_of_the_table_trains_what_it_says(name: str, record: str, expec
 
 
 @pytest.mark.parametrize("name, record, columns, expected", table_rows("MAP_COLUMNS"), ids=lambda text: text[:30])
-def test_what_is_refused_is_read_with_the_advice_of_the_table(
-    name: str, record: str, columns: str, expected: str
-) -> None:
+def test_what_is_refused_is_read_with_the_advice_of_the_table(name: str, record: str, columns: str, expected: str) -> None:
     fields = json.loads(record.strip("`"))
     with pytest.raises(UserError):
         RecordReader().example(fields)
@@ -70,9 +68,7 @@ def test_what_is_refused_is_read_with_the_advice_of_the_table(
 
 
 @pytest.mark.parametrize("name, record, columns, expected", table_rows("MAP_COLUMNS"), ids=lambda text: text[:30])
-def test_the_advice_of_the_messages_leads_to_a_record_that_is_read(
-    name: str, record: str, columns: Any, expected: str
-) -> None:
+def test_the_advice_of_the_messages_leads_to_a_record_that_is_read(name: str, record: str, columns: Any, expected: str) -> None:
     """Each message's MAP_COLUMNS is followed until there is no message."""
     if name == "medical-o1":
         pytest.skip("the table's own advice, which no message can know")

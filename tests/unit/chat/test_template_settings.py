@@ -204,15 +204,11 @@ def test_arguments_of_all_records_are_kept_in_the_template(run: Run) -> None:
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
     exported = tokenizer.apply_chat_template(question, chat_template=manifest["chat_template"], **options)
     assert exported == tokenizer.apply_chat_template(question, enable_thinking=False, **options)
-    thinking = tokenizer.apply_chat_template(
-        question, chat_template=manifest["chat_template"], enable_thinking=True, **options
-    )
+    thinking = tokenizer.apply_chat_template(question, chat_template=manifest["chat_template"], enable_thinking=True, **options)
     assert thinking == tokenizer.apply_chat_template(question, **options), "a caller may ask for another"
 
 
-@pytest.mark.parametrize(
-    "value", [False, True, None, 3, 1.5, "a\"b'c\\d\n%}{{ x }}é🌱", [1, "a", None], {"a": {"b": [True]}}]
-)
+@pytest.mark.parametrize("value", [False, True, None, 3, 1.5, "a\"b'c\\d\n%}{{ x }}é🌱", [1, "a", None], {"a": {"b": [True]}}])
 def test_any_value_can_be_a_default(value: Any) -> None:
     text = "\nA{{ x | tojson }}\n{% if y is defined %}{{ y }}{% endif %} B"
     tokenizer = template_of("qwen3").tokenizer
@@ -245,7 +241,7 @@ def test_arguments_that_are_not_used_or_not_allowed() -> None:
 
 
 @pytest.mark.parametrize("value", ["enable_thinking=false", "[1]", '{"messages": []}', '{"enable_thinkng": true}', "{"])
-def test_settings_that_are_no_arguments_are_refused(run: Run, value: str) -> None:
+def test_settings_that_the_template_does_not_take_are_refused(run: Run, value: str) -> None:
     with pytest.raises(UserError, match="TEMPLATE_KWARGS"):
         run([{"messages": ROUNDS}], "--template-kwargs", value)
 

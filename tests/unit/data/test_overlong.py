@@ -26,10 +26,7 @@ class Records(Source):
     """Records in memory."""
 
     def records(self, seed: int, index: int) -> Any:
-        return (
-            SourceRecord(line, fields, line, self.input.path)
-            for line, fields in enumerate(RECORDS[self.sha256], start=1)
-        )
+        return (SourceRecord(line, fields, line, self.input.path) for line, fields in enumerate(RECORDS[self.sha256], start=1))
 
 
 RECORDS: dict[str, list[dict[str, Any]]] = {}
@@ -132,7 +129,5 @@ def test_a_row_without_a_trained_token_is_dropped_and_counted() -> None:
 
 
 def test_an_error_names_the_row_and_the_choices() -> None:
-    with pytest.raises(
-        UserError, match=r"records, line 2: the conversation has \d+ tokens.*OVERLONG=drop, truncate or split"
-    ):
+    with pytest.raises(UserError, match=r"records, line 2: the conversation has \d+ tokens.*OVERLONG=drop, truncate or split"):
         kept([conversation(1), conversation(10)], 60, "error")

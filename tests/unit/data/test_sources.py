@@ -134,12 +134,7 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path: Path) -> None:
     array = json.dumps(ROWS, indent=1).encode()
     half = lines.index(b"\n", len(lines) // 2) + 1
     frames = zstandard.compress(lines[:half]) + zstandard.compress(lines[half:])
-    contents = {
-        "a.jsonl": lines,
-        "b.json": array,
-        "c.jsonl.gz": gzip.compress(lines),
-        "d.json.zst": zstandard.compress(array),
-    }
+    contents = {"a.jsonl": lines, "b.json": array, "c.jsonl.gz": gzip.compress(lines), "d.json.zst": zstandard.compress(array)}
     contents |= {"e.gz": gzip.compress(lines[:half]) + gzip.compress(lines[half:]), "f.zst": frames}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
@@ -259,10 +254,7 @@ ANSWERED = {"role": "assistant", "content": "A"}
             [{"role": "system", "content": ""}, ASKED, ANSWERED],
         ),
         ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, [ASKED, ANSWERED]),
-        (
-            {"id": 7, "conversations": [ASKED, ANSWERED], "system": "S"},
-            [{"role": "system", "content": "S"}, ASKED, ANSWERED],
-        ),
+        ({"id": 7, "conversations": [ASKED, ANSWERED], "system": "S"}, [{"role": "system", "content": "S"}, ASKED, ANSWERED]),
     ],
 )
 def test_every_format_becomes_messages(row: dict[str, Any], expected: Messages) -> None:

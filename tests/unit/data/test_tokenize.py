@@ -133,11 +133,7 @@ def test_a_bad_row_stops_with_file_line_field_and_fix_and_leaves_nothing(
     ],
 )
 def test_bad_arguments_get_one_line_and_leave_nothing(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    changed: dict[str, str],
-    reason: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changed: dict[str, str], reason: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README").write_text("not a folder")

@@ -86,9 +86,7 @@ def test_more_recomputation_takes_less_memory_and_the_cheapest_that_fits_is_take
 
 def test_the_first_stage_of_a_pipeline_keeps_a_micro_batch_for_every_stage() -> None:
     architecture, _ = find_architecture("Qwen/Qwen2.5-7B-Instruct")
-    few, many = (
-        estimate(architecture, Layout(1, 4), 1, replace(ROW, num_micro_batches=count)).activations for count in (1, 8)
-    )
+    few, many = (estimate(architecture, Layout(1, 4), 1, replace(ROW, num_micro_batches=count)).activations for count in (1, 8))
     assert 3.5 < many / few <= 4.0
 
 
