@@ -201,5 +201,5 @@ def test_a_token_whose_stated_id_is_not_free_is_refused_with_both(tmp_path: Path
 
     shutil.copyfile(smollm2_folder() / "tokenizer.json", tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"50000": SHORT}}))
-    with pytest.raises(UserError, match="'<short>' id 50000.* 49152"):
+    with pytest.raises(UserError, match=r"'<short>' id 50000.* 49152"):
         load_tokenizer(tmp_path, template_needed=False)
