@@ -51,20 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         copying = _copy_and_hash(source, work / "copy")
         print(f"copy and SHA-256          {copying:6.1f} s")
         convert = ["convert", "--source", str(source), "--output", str(work / "checkpoint")]
-        export = [
-            "export",
-            "--load",
-            str(work / "checkpoint"),
-            "--hf-dir",
-            str(source),
-            "--output",
-            str(work / "export"),
-        ]
+        export = ["export", "--load", str(work / "checkpoint"), "--hf-dir", str(source), "--output", str(work / "export")]
         for command in (convert, export):
             seconds, memory = _measured(command)
-            print(
-                f"{command[0]:<24}  {seconds:6.1f} s  {seconds / copying:5.2f} times  {memory / 1e6:7.0f} MB anonymous"
-            )
+            print(f"{command[0]:<24}  {seconds:6.1f} s  {seconds / copying:5.2f} times  {memory / 1e6:7.0f} MB anonymous")
         if {p.name: sha256_of_file(p) for p in source.glob("*.safetensors")} != {
             p.name: sha256_of_file(p) for p in (work / "export").glob("*.safetensors")
         }:
@@ -120,9 +110,7 @@ def _copy_and_hash(source: Path, target: Path) -> float:
 def _measured(command: list[str]) -> tuple[float, int]:
     """Seconds and peak anonymous memory (without mapped files) of a module's process."""
     start = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-m", f"megatron.sft.{command[0]}", *command[1:]], stdout=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([sys.executable, "-m", f"megatron.sft.{command[0]}", *command[1:]], stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
         peak = max(peak, _anonymous_bytes(process.pid))

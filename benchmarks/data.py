@@ -37,9 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     examples = [reader.example(record.fields) for record in source.records(0, 0)]
     texts = [template.render(example.messages, example.tools, example.loss_flags).text for example in examples]
     num_megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    print(
-        f"{len(texts):,} records, {num_megabytes:.1f} MB of text, {given.num_workers} processors, {given.tokenizer.name}"
-    )
+    print(f"{len(texts):,} records, {num_megabytes:.1f} MB of text, {given.num_workers} processors, {given.tokenizer.name}")
     if given.library:
         corpus.BYTES_FOR_WORDS = 1 << 60
     ratios = []
@@ -49,9 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bare = len(texts) / _seconds_of_encoding(tokenizer, texts)
         whole = len(texts) / _seconds_of_step(tokenizer, source, given.seq_length, given.num_workers)
         ratios.append(whole / bare)
-        print(
-            f"{turn}: bare encode_batch {bare:,.0f} records/s, the whole step {whole:,.0f} records/s, ratio {ratios[-1]:.2f}"
-        )
+        print(f"{turn}: bare encode_batch {bare:,.0f} records/s, the whole step {whole:,.0f} records/s, ratio {ratios[-1]:.2f}")
     print(f"ratio {sorted(ratios)[len(ratios) // 2]:.2f} (the middle of {len(ratios)}), peak memory {_peak_memory()}")
     return 0
 
@@ -79,9 +75,7 @@ def _seconds_of_encoding(tokenizer: Any, texts: list[str]) -> float:
 
 def _seconds_of_step(tokenizer: Any, source: Source, length: int, num_workers: int) -> float:
     started = time.monotonic()
-    conversations = corpus.Corpus(
-        source, ChatTemplate(tokenizer), RecordReader(), length, "truncate", num_workers=num_workers
-    )
+    conversations = corpus.Corpus(source, ChatTemplate(tokenizer), RecordReader(), length, "truncate", num_workers=num_workers)
     dtype = token_dtype(max(tokenizer.get_vocab().values()) + 1)
     with tempfile.TemporaryDirectory() as folder, ConversationStore(Path(folder) / "data", dtype) as store:
         for conversation in conversations:

@@ -29,9 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with process_groups.parallel(Layout()):
         whole = _measure(arguments, 1.0)
         for share in (0.6, 0.4):
-            print(
-                f"  {100 * share:.0f} % of the tokens trained: {100 * _measure(arguments, share) / whole:.0f} % of that time"
-            )
+            print(f"  {100 * share:.0f} % of the tokens trained: {100 * _measure(arguments, share) / whole:.0f} % of that time")
     return 0
 
 

@@ -50,9 +50,7 @@ def _model(name: str) -> Any:
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance  # type: ignore[import-not-found]
     except ImportError as error:
-        raise UserError(
-            f"the peer needs Liger's kernels ({error}): pip install liger-kernel, or --against ''"
-        ) from None
+        raise UserError(f"the peer needs Liger's kernels ({error}): pip install liger-kernel, or --against ''") from None
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(_ATTENTION, _packed_attention)

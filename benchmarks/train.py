@@ -72,17 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(prog="benchmark_train", description=__doc__)
-    parser.add_argument(
-        "--model", default=MODEL, help="a model folder, its config.json, or a name in assets/models.json"
-    )
+    parser.add_argument("--model", default=MODEL, help="a model folder, its config.json, or a name in assets/models.json")
     parser.add_argument("--row-length", type=int, default=16384)
-    parser.add_argument(
-        "--conversations", default="", help="lengths in every row, or lognormal:MEAN; default: 6 that fill it"
-    )
+    parser.add_argument("--conversations", default="", help="lengths in every row, or lognormal:MEAN; default: 6 that fill it")
     parser.add_argument("--trained", type=float, default=1.0, help="share of each conversation's tokens, at its end")
-    parser.add_argument(
-        "--gpus", type=int, default=0, help="for our stack; default: those of one copy. The peer runs on one"
-    )
+    parser.add_argument("--gpus", type=int, default=0, help="for our stack; default: those of one copy. The peer runs on one")
     for name in ("tensor-parallel", "pipeline-parallel", "context-parallel", "virtual-pipeline"):
         parser.add_argument(f"--{name}", type=int, default=1, help="size of this dimension for our stack")
     parser.add_argument("--micro-batches", type=int, default=4, help="rows a step on each copy of the model")
@@ -113,15 +107,7 @@ def _in_own_process(stack: str, gpus: int, argv: Sequence[str]) -> Measurement:
     """Run one stack as a process, or one for each GPU; its last line of output is the measurement."""
     command = [sys.executable, "-m", "benchmarks.train", *argv, "--stack", stack]
     if stack != "peer" and gpus > 1:
-        launch = [
-            "megatron.sft.launch",
-            "--standalone",
-            "--local-addr",
-            "localhost",
-            "--nproc-per-node",
-            str(gpus),
-            "-m",
-        ]
+        launch = ["megatron.sft.launch", "--standalone", "--local-addr", "localhost", "--nproc-per-node", str(gpus), "-m"]
         command[2:2] = launch
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     if result.returncode:
@@ -175,8 +161,7 @@ def measure(arguments: argparse.Namespace) -> Measurement:
         seconds=statistics.median(seconds),
         tokens=sum(row.tokens for row in timed) // arguments.steps,
         trained_tokens=sum(row.trained for row in timed) // arguments.steps,
-        flops=sum(training_flops(architecture, row.tokens, row.trained, row.squared) for row in timed)
-        / arguments.steps,
+        flops=sum(training_flops(architecture, row.tokens, row.trained, row.squared) for row in timed) / arguments.steps,
         memory_allocated=peaks[0] / 2**30,
         memory_reserved=peaks[1] / 2**30,
         gemm_tflops=gemm,

@@ -79,9 +79,7 @@ def mark(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(
-    collector: pytest.Collector,
-) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     """`-m gpu` runs on machines that have only what training needs: a file that needs another package is skipped there.
 
     Everywhere else a package that is missing is an error, so that nothing is skipped by mistake.

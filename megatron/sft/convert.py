@@ -87,11 +87,7 @@ def _from_hugging_face(source: HFFolder, arguments: argparse.Namespace) -> None:
 def _check_tied(source: HFFolder, skipped: list[str]) -> None:
     """A `UserError` for a separate output layer in a model whose config.json ties it to the embedding: one of them is wrong."""
     embedding = "model.embed_tokens.weight"
-    if (
-        not source.architecture.tied_embeddings
-        or "lm_head.weight" not in skipped
-        or embedding not in source.tensor_names
-    ):
+    if not source.architecture.tied_embeddings or "lm_head.weight" not in skipped or embedding not in source.tensor_names:
         return
     if not torch.equal(source.tensor("lm_head.weight"), source.tensor(embedding)):
         raise UserError(
@@ -162,9 +158,7 @@ def _accept_existing(arguments: argparse.Namespace, source: HFFolder, layout: La
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="convert", description=__doc__)
-    parser.add_argument(
-        "--source", type=Path, help="a Hugging Face model folder, or a checkpoint of any format and layout"
-    )
+    parser.add_argument("--source", type=Path, help="a Hugging Face model folder, or a checkpoint of any format and layout")
     parser.add_argument("--hf-dir", type=Path, help="the original model of a checkpoint that has no manifest")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--iteration", type=int, help="of a checkpoint; the latest unless given")

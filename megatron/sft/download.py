@@ -20,9 +20,9 @@ from filelock import FileLock
 from megatron.sft.data.hub_records import Selection, open_records, write_records
 from megatron.sft.hf import hub
 from megatron.sft.hf.download_record import RECORD, check_arrived, download_facts
-from megatron.sft.hf.names import ASSETS, data_folder_name, gigabytes, model_folder_name, shown
+from megatron.sft.hf.names import ASSETS, data_folder_name, model_folder_name, shown
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
-from megatron.sft.runtime.manifest import check_free_space, read_json, write_json
+from megatron.sft.runtime.manifest import check_free_space, gigabytes, read_json, write_json
 
 # The same weights in other formats, and demonstrations; never needed where safetensors or pytorch_model*.bin exist.
 OTHER_FORMATS = (
@@ -46,13 +46,9 @@ def local_source(kind: str, source: str) -> Path | None:
     path = Path(source).expanduser()
     if path.exists():
         return path.resolve()
-    looks_like_path = (
-        source.startswith(("/", ".", "~")) or source.count("/") > 1 or re.search(r"\.(json|parquet|csv)", source)
-    )
+    looks_like_path = source.startswith(("/", ".", "~")) or source.count("/") > 1 or re.search(r"\.(json|parquet|csv)", source)
     if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise UserError(
-            f"{kind} {source} does not exist here and is not a hub id (NAME or OWNER/NAME): check its spelling"
-        )
+        raise UserError(f"{kind} {source} does not exist here and is not a hub id (NAME or OWNER/NAME): check its spelling")
     return None
 
 
@@ -109,9 +105,7 @@ def _fetch_model(id: str, revision: str, target: Path) -> None:
     repository = hub.find_repository("model", id, revision)
     names = wanted_files(repository.files)
     if "config.json" not in names:
-        raise UserError(
-            f"model {id} has no config.json at {revision}: it is not a transformers model; choose another id"
-        )
+        raise UserError(f"model {id} has no config.json at {revision}: it is not a transformers model; choose another id")
     files = {name: repository.files[name] for name in names}
     num_bytes = sum(files.values())
     # The commit is in the name, so that an interrupted download never continues with the files of another revision.
@@ -163,9 +157,7 @@ def _copy_model(source: Path, target: Path) -> None:
     print(f"saved {shown(target)}, a copy of {source}" + (f" ({linked} weight files as hard links)" if linked else ""))
 
 
-def place_dataset(
-    source: str, selection: Selection, revision: str | None, assets: Path, name: str | None = None
-) -> Path:
+def place_dataset(source: str, selection: Selection, revision: str | None, assets: Path, name: str | None = None) -> Path:
     """Bring a data set to assets/data/<name>/<name>.json as JSON lines and return that file. name: None for the source's."""
     local = local_source("dataset", source)
     name = data_folder_name(name or ((local.stem if local.is_file() else local.name) if local else source))

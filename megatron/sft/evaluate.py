@@ -15,14 +15,7 @@ from typing import Any
 from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.inference.answer_file import kept_values
 from megatron.sft.inference.backends import Decoding
-from megatron.sft.inference.chat_model import (
-    BACKENDS,
-    DTYPES,
-    ChatModel,
-    check_control,
-    check_model_folder,
-    load_chat_model,
-)
+from megatron.sft.inference.chat_model import BACKENDS, DTYPES, ChatModel, check_control, check_model_folder, load_chat_model
 from megatron.sft.inference.exact_match import exact_match
 from megatron.sft.inference.lm_eval_tasks import LmEvalModel, LmEvalSettings, check_tasks
 from megatron.sft.inference.scores import Score, draw, markdown, table_lines

@@ -64,11 +64,7 @@ def verified_meanwhile(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def export_weights(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    original: HFFolder | None,
-    dtypes: dict[str, torch.dtype],
-    folder: Path,
+    checkpoint: Checkpoint, architecture: Architecture, original: HFFolder | None, dtypes: dict[str, torch.dtype], folder: Path
 ) -> None:
     """Write the model's Hugging Face tensors, with one parameter in memory at a time. `dtypes`: name -> dtype to write."""
     stored = stored_parameters(checkpoint, architecture, HFParameters(original, None) if original else None)
@@ -79,9 +75,7 @@ def export_weights(
     block = original.fused_block if original else checkpoint.manifest.get("source", {}).get("fused_experts")
     form = fused_experts(architecture, str(block)) if block else None
     plan = dict(fused(form, plan.items())) if form else plan
-    check_free_space(
-        folder, int(1.01 * sum(tensor.nbytes for tensor in plan.values())), f"the export of {checkpoint.path}"
-    )
+    check_free_space(folder, int(1.01 * sum(tensor.nbytes for tensor in plan.values())), f"the export of {checkpoint.path}")
     caster = Caster()
     tensors = _tensors(checkpoint, architecture, stored, dtypes, caster)
     write_weights(folder, plan, fused(form, tensors) if form else tensors)
@@ -90,11 +84,7 @@ def export_weights(
 
 
 def _tensors(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    stored: Parameters,
-    dtypes: dict[str, torch.dtype],
-    caster: Caster,
+    checkpoint: Checkpoint, architecture: Architecture, stored: Parameters, dtypes: dict[str, torch.dtype], caster: Caster
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor, layer by layer. Tensors of an untrained model must have the checksums that the conversion noted."""
     checksums = checkpoint.manifest.get("tensor_crc32", {})

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 
+from megatron.sft.runtime import console
 from megatron.sft.runtime.errors import run
 from megatron.sft.runtime.signals import LAUNCHER_PID, STARTED, SignalRelay
 
@@ -28,6 +29,7 @@ def check_inputs(arguments: Sequence[str], num_processes: int) -> None:
     from megatron.sft.planning.resolution import plan_run
 
     mode, options = parse(arguments[arguments.index(TRAIN) + 1 :])
+    console.fall_back_to(options.save / console.FILE)
     input_checks.check(plan_run(mode, options, num_processes))
     os.environ[input_checks.CHECKED] = "1"  # the processes inherit it
 

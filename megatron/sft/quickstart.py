@@ -27,9 +27,7 @@ NAMES = (
 )
 SHORT, THINK, END_THINK = "<short>", "<think>", "</think>"
 # How Qwen2 splits text before its byte-pair merges; transformers 5 uses this for the family whatever tokenizer.json says.
-QWEN2_PIECES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN2_PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 NUM_NAMES = (3, 4, 5)  # in a question
 NUM_TRAINING_QUESTIONS = 3000
@@ -37,13 +35,7 @@ NUM_HELD_OUT_QUESTIONS = 240
 SEED = 2024
 
 ASSETS = names.ASSETS / "quickstart"
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
+MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 SOURCE_MANIFEST = "quickstart.json"
 
 

@@ -114,9 +114,7 @@ def repack(source: TokenizedRows, options: Options, prefix: Path, fingerprint: s
         }
         store.write(packing, manifest)
     fill = f"{100 * manifest['fill']:.1f} % full"
-    print(
-        f"packed {len(store.lengths)} conversations into {packing.num_rows} rows of {options.seq_length} tokens ({fill})"
-    )
+    print(f"packed {len(store.lengths)} conversations into {packing.num_rows} rows of {options.seq_length} tokens ({fill})")
     print(f"wrote {prefix}.bin, .idx, .json")
 
 

@@ -6,30 +6,27 @@ Writes Tokenized-<data>-<tokenizer>-<length>_text_document.bin, .idx and .json n
 """
 
 import errno
+import json
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from megatron.sft.chat.conversations import NOT_A_COLUMN, RecordReader
-from megatron.sft.chat.corrections import difference
+from megatron.sft.chat.corrections import EMPTY_THINK, difference
 from megatron.sft.chat.encoding import TOKENIZER_FILES, check_tokenizer_folder, load_tokenizer
 from megatron.sft.chat.named_templates import NAMES, chosen_template
-from megatron.sft.chat.template import TRAIN_ON, ChatTemplate, CorrectionNeeded, template_of
+from megatron.sft.chat.template import TRAIN_ON, ChatTemplate, CorrectionNeeded, templates_of
+from megatron.sft.chat.template_arguments import read_arguments, read_date, with_defaults
 from megatron.sft.data.corpus import OVERLONG, Corpus
 from megatron.sft.data.mixture import Input, Source, parse_inputs, validated_source
 from megatron.sft.data.packing import ALGORITHM
-from megatron.sft.data.report import (
-    RejectedRecords,
-    length_facts,
-    lengths_line,
-    print_corpus,
-    print_sample,
-    source_facts,
-)
+from megatron.sft.data.report import RejectedRecords, length_facts, lengths_line, print_corpus, print_sample, source_facts
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import FORMAT, TokenizedRows, is_finished, token_dtype
 from megatron.sft.hf.tokenizer import auto_tokenizer_note
@@ -55,7 +52,11 @@ class Options:
     columns: dict[str, str]
     train_on: str
     chat_template: str  # a name or a file; the tokenizer's own if empty
+    empty_think: str
+    template_date: date | None  # None: the day on which the run starts
+    template_kwargs: dict[str, Any]  # of all records
     skip_bad_records: bool
+    ignores_unknown: bool
     replaced: dict[str, str | None]  # placeholders in the data, and what they stand for
     prefix: Path
     num_workers: int  # does not change the result
@@ -82,9 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             folder = options.prefix.parent
-            raise UserError(
-                f"no space left in {folder}: free some, or use --output-prefix; nothing was written"
-            ) from None
+            raise UserError(f"no space left in {folder}: free some, or use --output-prefix; nothing was written") from None
     print("next: scripts/4_train.sh")
     return 0
 
@@ -93,27 +92,20 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     parser = OneLineParser(prog="tokenize", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a Hugging Face model")
     parser.add_argument(
-        "--input",
-        action="append",
-        required=True,
-        help="files, folders or hub ids, each with #500 or #20%% to sample it",
+        "--input", action="append", required=True, help="files, folders or hub ids, each with #500 or #20%% to sample it"
     )
     parser.add_argument("--seq-length", required=True, help="tokens in a row")
     parser.add_argument("--overlong", choices=OVERLONG, default="drop", help="what to do with longer conversations")
     parser.add_argument("--seed", default="1234", help="decides the order of rows and what shares a row")
     parser.add_argument("--output-prefix", type=Path, help="name of the result, without .bin")
     parser.add_argument("--no-packing", action="store_true", help="one conversation a row")
-    parser.add_argument(
-        "--group-key", default="", metavar="FIELD", help="records with the same value of it stay together"
-    )
+    parser.add_argument("--group-key", default="", metavar="FIELD", help="records with the same value of it stay together")
     parser.add_argument("--num-workers", default=str(len(os.sched_getaffinity(0))), help="worker processes")
+    parser.add_argument("--map-column", nargs="*", default=[], metavar="OLD=NEW", help="rename columns; OLD=- drops one")
+    _add_template_options(parser)
+    parser.add_argument("--bad-rows", choices=("stop", "skip"), default="stop", help="skip: set them aside and continue")
     parser.add_argument(
-        "--map-column", nargs="*", default=[], metavar="OLD=NEW", help="rename columns; OLD=- drops one"
-    )
-    parser.add_argument("--train-on", choices=TRAIN_ON, default=TRAIN_ON[0], help="which turns are trained")
-    parser.add_argument("--chat-template", default="", help=f"a file, or one of {', '.join(NAMES)}")
-    parser.add_argument(
-        "--bad-rows", choices=("stop", "skip"), default="stop", help="skip: set them aside and continue"
+        "--unknown-fields", choices=("stop", "ignore"), default="stop", help="of the data: ignore and count them"
     )
     parser.add_argument("--model-name", help="what {{NAME}} in the data stands for")
     parser.add_argument("--model-author", help="what {{AUTHOR}} in the data stands for")
@@ -135,11 +127,28 @@ def parse_options(argv: Sequence[str] | None) -> Options:
         columns=renamed_columns(given.map_column),
         train_on=given.train_on,
         chat_template=given.chat_template,
+        empty_think=given.empty_think,
+        template_date=read_date(given.template_date),
+        template_kwargs=read_arguments(given.template_kwargs),
         skip_bad_records=given.bad_rows == "skip",
+        ignores_unknown=given.unknown_fields == "ignore",
         replaced={"{{NAME}}": given.model_name, "{{AUTHOR}}": given.model_author},
         prefix=given.output_prefix or inputs[0].folder / name,
         num_workers=num_workers,
     )
+
+
+def _add_template_options(parser: OneLineParser) -> None:
+    parser.add_argument("--train-on", choices=TRAIN_ON, default=TRAIN_ON[0], help="which turns are trained")
+    parser.add_argument("--chat-template", default="", help=f"a file, or one of {', '.join(NAMES)}")
+    parser.add_argument(
+        "--empty-think",
+        choices=tuple(EMPTY_THINK),
+        default="every",
+        help="which answers without reasoning get the template's empty <think> block",
+    )
+    parser.add_argument("--template-date", default="", metavar="YYYY-MM-DD", help="the date that a template prints")
+    parser.add_argument("--template-kwargs", default="", metavar="JSON", help="arguments for the chat template")
 
 
 def whole_number(name: str, text: str, least: int, most: int, meaning: str) -> int:
@@ -161,35 +170,42 @@ def renamed_columns(pairs: list[str]) -> dict[str, str]:
 def _fingerprint(options: Options, sources: list[Source], template: str) -> str:
     """A hash of all that decides the result: contents of data, tokenizer and template, and the options."""
     paths = [options.tokenizer / name for name in TOKENIZER_FILES]
+    paths += options.tokenizer.glob("additional_chat_templates/*.jinja")
     files = sorted((path.name, sha256_of_file(path)) for path in paths if path.is_file())
     columns = sorted(options.columns.items())
-    data = [(source.sha256, source.wanted) for source in sources]
+    data = [(source.sha256, source.wanted, options.ignores_unknown) for source in sources]
     chosen = (options.seq_length, options.overlong, options.seed, options.packing, options.group_key, columns)
     more = (options.train_on, template, options.skip_bad_records, sorted(options.replaced.items()))
-    return sha256_of_text(repr((FORMAT, ALGORITHM, data, files, chosen, more)))
+    rendering = (options.empty_think, str(options.template_date), json.dumps(options.template_kwargs, sort_keys=True))
+    return sha256_of_text(repr((FORMAT, ALGORITHM, data, files, chosen, more, rendering)))
 
 
 def tokenize_with_corrections(options: Options, sources: list[Source], text: str, fingerprint: str) -> None:
     """Tokenise with the chosen template (`text`, empty for the tokenizer's own). Where it does not print what is in the data
     but a known correction of it does, start again with that."""
     tokenizer = load_tokenizer(options.tokenizer, template_needed=False)
-    own = template_of(tokenizer)
-    notes = set(filter(None, [auto_tokenizer_note(options.tokenizer, tokenizer)]))
+    own = templates_of(tokenizer)
+    chosen = (text, text if own[1] else "") if text else own
+    texts = [with_defaults(template, options.template_kwargs) for template in chosen]
+    day = options.template_date or date.today()
+    note = auto_tokenizer_note(options.tokenizer, tokenizer)
     while True:
+        template = ChatTemplate(tokenizer, texts[0], options.train_on, texts[1], options.empty_think, day)
+        template.notes.update(filter(None, [note]))
         try:
-            template = ChatTemplate(tokenizer, text, options.train_on, notes=set(notes))
             tokenize(options, sources, template, own, fingerprint)
         except CorrectionNeeded as needed:
             # Every correction is made only once, so this ends.
             print(f"---- the chat template is corrected, as {needed.reason.partition(': give another')[0]} ----")
-            print(difference(text or own, needed.template), flush=True)
-            text = needed.template
+            corrected = [needed.template, needed.tool_template]
+            print(*filter(None, map(difference, texts, corrected)), sep="\n", flush=True)
+            texts = corrected
         else:
             return
 
 
-def tokenize(options: Options, sources: list[Source], template: ChatTemplate, own: str, fingerprint: str) -> None:
-    """Read, render, tokenise, pack, write, and print what was done. `own` is the tokenizer's own template."""
+def tokenize(options: Options, sources: list[Source], template: ChatTemplate, own: tuple[str, str], fingerprint: str) -> None:
+    """Read, render, tokenise, pack, write, and print what was done. `own` are the tokenizer's own templates."""
     tokenizer = template.tokenizer
     vocabulary_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     rejected_path = options.prefix.parent / f"{options.inputs[0].short_name}.rejected.jsonl"
@@ -204,7 +220,7 @@ def tokenize(options: Options, sources: list[Source], template: ChatTemplate, ow
                     print_sample(len(store.lengths) + 1, tokenizer, conversation)
                 store.add(replace(conversation, source=corpus.index) if corpus.index else conversation)
             print_corpus(corpus)
-        for note in sorted(template.notes):
+        for note in [*_placeholder_notes(options, corpora), *sorted(template.notes)]:
             print(f"note: {note}")
         if options.skip_bad_records:
             rejected.keep()
@@ -228,7 +244,7 @@ def _corpus(options: Options, source: Source, index: int, template: ChatTemplate
     return Corpus(
         source,
         template,
-        RecordReader(options.columns, options.replaced),
+        RecordReader(options.columns, options.replaced, options.ignores_unknown, frozenset({options.group_key})),
         options.seq_length,
         options.overlong,
         options.group_key,
@@ -237,6 +253,22 @@ def _corpus(options: Options, source: Source, index: int, template: ChatTemplate
         rejected.add if options.skip_bad_records else None,
         options.num_workers,
     )
+
+
+def _placeholder_notes(options: Options, corpora: list[Corpus]) -> list[str]:
+    """What MODEL_NAME and MODEL_AUTHOR replaced, or did not, in all sources."""
+    found = sum((corpus.reader.placeholders for corpus in corpora), Counter())
+    notes = []
+    for placeholder, value in options.replaced.items():
+        name = placeholder.strip("{}")
+        counts = {written: count for written, count in found.items() if written.strip("{} \t\n").upper() == name}
+        written = ", ".join(f"{text} of {count:,} texts" for text, count in sorted(counts.items()))
+        if value is not None:
+            replaced = f"stands for {written}" if written else f"is never used: the data has no {placeholder}"
+            notes.append(f"MODEL_{name}={value!r} {replaced}")
+        elif written:
+            notes.append(f"{written} stays as it is: set MODEL_{name} if it stands for a name")
+    return notes
 
 
 def _print_result(options: Options, totals: dict[str, Any]) -> None:
@@ -249,10 +281,11 @@ def _print_result(options: Options, totals: dict[str, Any]) -> None:
     print(f"trained {100 * totals['trained_tokens'] / totals['tokens']:.1f} % of {totals['tokens']:,} tokens")
 
 
-def _manifest(options: Options, corpora: list[Corpus], own: str) -> dict[str, Any]:
+def _manifest(options: Options, corpora: list[Corpus], own: tuple[str, str]) -> dict[str, Any]:
     """What the manifest says of options, tokenizer, template and sources."""
     template = corpora[0].template
-    changed = bool(template.text) and template.text != own
+    texts = (template.text, template.tool_text)
+    changes = [difference(before, after) for before, after in zip(own, texts, strict=True) if after and before != after]
     return {
         "format": FORMAT,
         "vocab_size": len(template.tokenizer),
@@ -262,6 +295,7 @@ def _manifest(options: Options, corpora: list[Corpus], own: str) -> dict[str, An
         "options": {"overlong": options.overlong, "packing": options.packing, "columns": options.columns},
         "train_on": options.train_on,
         "bad_rows": "skip" if options.skip_bad_records else "stop",
+        "unknown_fields": "ignore" if options.ignores_unknown else "stop",
         # What training compares with the model's. The folder's own chat template may differ from the one used.
         "tokenizer": {
             "path": str(options.tokenizer.resolve()),
@@ -274,8 +308,12 @@ def _manifest(options: Options, corpora: list[Corpus], own: str) -> dict[str, An
         },
         "chat_template": template.text,
         "chat_template_sha256": sha256_of_text(template.text),
-        "chat_template_changed": changed,
-        "chat_template_diff": difference(own, template.text) if changed else "",
+        "tool_use_template": template.tool_text,
+        "chat_template_changed": bool(changes),
+        "chat_template_diff": "\n".join(changes),
+        "empty_think": options.empty_think,
+        "template_date": str(template.day) if any("strftime_now" in text for text in texts) else None,
+        "template_kwargs": options.template_kwargs,
         "notes": sorted(template.notes),
         "sources": [source_facts(corpus) for corpus in corpora],
     }

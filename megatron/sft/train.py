@@ -3,6 +3,7 @@
 torchrun --nproc-per-node N -m megatron.sft.train [train|resume] --load CKPT --data-path PREFIX --save OUT …
 """
 
+import contextlib
 import errno
 import os
 import re
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron.sft.planning.options import TrainOptions, parse
-from megatron.sft.runtime import watchdog
+from megatron.sft.runtime import console, watchdog
 from megatron.sft.runtime.errors import UserError, cause_of, run
 from megatron.sft.runtime.signals import LOST_PEER, StopRequest
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = StopRequest()
     arguments = list(sys.argv[1:] if argv is None else argv)
     mode, options = parse(arguments)
+    console.fall_back_to(options.save / console.FILE)
     watchdog.start(options.watchdog_minutes)
     try:
         status = _train(mode, options, arguments, stop)
@@ -34,9 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             watchdog.report_failure(f"rank {os.environ.get('RANK', '0')}: {cause_of(error)}")
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             place = error.filename or f"OUTPUT_PATH {options.save}"
-            raise UserError(
-                f"{error.strerror}: {place}: check the disk or free space, then run the same command"
-            ) from error
+            raise UserError(f"{error.strerror}: {place}: check the disk or free space, then run the same command") from error
         if type(error).__name__ == "OutOfMemoryError":
             raise UserError(
                 f"the GPU's memory is full ({cause_of(error)}): take RECOMPUTE=auto or full, more GPUs, or a larger "
@@ -53,17 +53,18 @@ def _train(mode: str, options: TrainOptions, arguments: Sequence[str], stop: Sto
     from megatron.sft.model import process_groups
     from megatron.sft.planning import input_checks
     from megatron.sft.planning.resolution import resolve, setting_lines, table
-    from megatron.sft.runtime import device, ranks
+    from megatron.sft.runtime import device, output_lock, ranks
 
     device.prepare()
     found = resolve(mode, options, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
     plan = found.plan()
     ranks.print_rank_0(table([*found.lines, ("output", str(options.save)), *setting_lines(options, arguments)]))
     input_checks.check(plan)
+    hold = output_lock.held(options.save, options.save / ".lock") if ranks.is_rank_0() else contextlib.nullcontext()
     from megatron.sft.model.config import describe_kernels
 
     ranks.print_rank_0(f"  computing with {describe_kernels(options.precision)}")
-    with process_groups.parallel(plan.layout, options.seed, options.distributed_timeout_minutes):
+    with hold, process_groups.parallel(plan.layout, options.seed, options.distributed_timeout_minutes):
         from megatron.sft.checkpoint.verification import checked_run
         from megatron.sft.training.loop import Run
 

@@ -155,9 +155,7 @@ def table(results: list[Result], by_scripts: list[Result]) -> str:
         scripts = _found([result for result in by_scripts if result.fault.case == name])
         lines.append(f"| {name} | {counts} | {_found(own)} | {scripts} |")
     kinds = Counter(result.fault.kind for result in results)
-    lines.append(
-        f"| all | {' | '.join(str(kinds[kind]) for kind in KINDS)} | {_found(results)} | {_found(by_scripts)} |"
-    )
+    lines.append(f"| all | {' | '.join(str(kinds[kind]) for kind in KINDS)} | {_found(results)} | {_found(by_scripts)} |")
     return "\n".join(lines)
 
 

@@ -38,13 +38,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_tied": ("Llama", {"tie_word_embeddings": True, "head_dim": 16}),
     "qwen3_moe": (
         "Qwen3Moe",
-        {
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "head_dim": 16,
-            "norm_topk_prob": True,
-        },
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16, "norm_topk_prob": True},
     ),
 }
 
@@ -52,15 +46,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def command(num_processes: int, module: str, *arguments: object) -> None:
     start = [sys.executable, "-m"]
     if num_processes:
-        start += [
-            "megatron.sft.launch",
-            "--standalone",
-            "--local-addr",
-            "localhost",
-            "--nproc-per-node",
-            num_processes,
-            "-m",
-        ]
+        start += ["megatron.sft.launch", "--standalone", "--local-addr", "localhost", "--nproc-per-node", num_processes, "-m"]
     environment = {"MEGATRON_SFT_DEVICE": "cpu", "OMP_NUM_THREADS": "1", **os.environ}
     result = subprocess.run(
         [str(word) for word in [*start, f"megatron.sft.{module}", *arguments]],
@@ -79,12 +65,7 @@ def save_model(folder: Path, name: str) -> None:
     import transformers
 
     family, changes = MODELS[name]
-    sizes: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"num_hidden_layers": 4, "vocab_size": 1301, "max_position_embeddings": 512, "tie_word_embeddings": False}
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{**sizes, **changes})
@@ -131,9 +112,7 @@ def export_facts(folder: Path) -> dict[str, str]:
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
             tensors = load_file(path)
-            facts |= {
-                n: hashlib.sha256(t.contiguous().view(-1).numpy().tobytes()).hexdigest() for n, t in tensors.items()
-            }
+            facts |= {n: hashlib.sha256(t.contiguous().view(-1).numpy().tobytes()).hexdigest() for n, t in tensors.items()}
         elif path.suffix not in (".md", ".png"):
             facts[path.name] = sha256(path)
     return facts
@@ -164,17 +143,7 @@ def fingerprint(work: Path) -> dict[str, Any]:
     jobs = [(name, layout) for name, layout in jobs if name == "qwen2" or layout in few]
     for name in MODELS:
         for form, sizes in (("torch_dist", ()), ("torch", ("--tensor-model-parallel-size", 2))):
-            command(
-                0,
-                "convert",
-                "--source",
-                work / name,
-                "--output",
-                work / f"{name}.{form}",
-                "--ckpt-format",
-                form,
-                *sizes,
-            )
+            command(0, "convert", "--source", work / name, "--output", work / f"{name}.{form}", "--ckpt-format", form, *sizes)
             exported = work / f"{name}.{form}.hf"
             command(0, "export", "--load", work / f"{name}.{form}", "--hf-dir", work / name, "--output", exported)
             found[f"conversion {name} {form}"] = export_facts(exported)
@@ -205,9 +174,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--compare", action="store_true")
-    parser.add_argument(
-        "--tolerance", type=float, default=0.0, help="of losses, relative; trained weights then do not count"
-    )
+    parser.add_argument("--tolerance", type=float, default=0.0, help="of losses, relative; trained weights then do not count")
     arguments = parser.parse_args()
     if not arguments.compare:
         with tempfile.TemporaryDirectory() as work:

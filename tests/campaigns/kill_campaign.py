@@ -14,16 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.support.real_runs import (
-    HANG_SECONDS,
-    LAYOUTS,
-    STEPS,
-    Material,
-    RealRun,
-    Seen,
-    assert_same_run,
-    make_material,
-)
+from tests.support.real_runs import HANG_SECONDS, LAYOUTS, STEPS, Material, RealRun, Seen, assert_same_run, make_material
 
 MOMENTS = ("start", "step", "validation", "save", "async save", "exit")
 SYNC, ASYNC = ["--async-save", "0"], ["--async-save", "1"]
@@ -101,9 +92,7 @@ class Campaign:
         status = run.finish(HANG_SECONDS)
         self.slowest = max(self.slowest, time.monotonic() - struck)
         assert status in (0, 128 + signal.SIGKILL), run.output
-        assert status == 0 or f"rank {victim.rank} (process {victim.pid}) was ended by SIGKILL" in run.output, (
-            run.output
-        )
+        assert status == 0 or f"rank {victim.rank} (process {victim.pid}) was ended by SIGKILL" in run.output, run.output
         return True
 
 

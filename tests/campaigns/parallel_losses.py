@@ -124,12 +124,7 @@ def _largest(ours: list[float], theirs: list[float]) -> float:
 
 def save_models(folder: Path, names: set[str]) -> None:
     """Four layers of a shape that every layout here can split, as converted checkpoints."""
-    qwen2: dict[str, Any] = {
-        "num_hidden_layers": 4,
-        "hidden_size": 128,
-        "intermediate_size": 192,
-        "num_attention_heads": 4,
-    }
+    qwen2: dict[str, Any] = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
     qwen2 |= {"num_key_value_heads": 2, "vocab_size": tiny.VOCAB_SIZE, "max_position_embeddings": 2048}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
     import transformers
@@ -290,9 +285,7 @@ def available_layouts(on_cpu: bool) -> list[Layout]:
 def report(pairs: Sequence[tuple[Run, Run]]) -> list[str]:
     """Print a line a run; returns the names of those that differ by more than their variant's tolerance."""
     wrong = []
-    print(
-        f"{'variant':<28} {'layout':<18} {'first loss':>10} {'last':>10} {'difference':>11} {'of norms':>9}  tolerance"
-    )
+    print(f"{'variant':<28} {'layout':<18} {'first loss':>10} {'last':>10} {'difference':>11} {'of norms':>9}  tolerance")
     for run, reference in pairs:
         difference, norms = run.difference(reference), run.norm_difference(reference)
         agrees = difference <= run.variant.tolerance

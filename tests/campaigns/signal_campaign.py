@@ -21,17 +21,7 @@ import numpy as np
 
 from megatron.sft.data.row_order import RowOrder, split_rows
 from tests.support import tiny
-from tests.support.real_runs import (
-    HANG_SECONDS,
-    ROWS,
-    STEPS,
-    Material,
-    RealRun,
-    Seen,
-    assert_same_run,
-    losses,
-    make_material,
-)
+from tests.support.real_runs import HANG_SECONDS, ROWS, STEPS, Material, RealRun, Seen, assert_same_run, losses, make_material
 
 # Where the last process is held for a moment while the fault strikes: part and iteration.
 MOMENTS = {
@@ -77,9 +67,7 @@ class Case:
     def last_rank(self) -> int:
         return 0 if self.run.layout == "1x1" else 1
 
-    def strike(
-        self, act: Callable[[Seen], None], faults: dict[str, object] | None = None, **environment: str
-    ) -> Outcome:
+    def strike(self, act: Callable[[Seen], None], faults: dict[str, object] | None = None, **environment: str) -> Outcome:
         """Start, act when the last process is in the part, and wait for the end."""
         self.run.start({**self.held, **(faults or {})}, environment)
         seen = self.run.wait_for(self.part, self.iteration, self.last_rank)
@@ -88,9 +76,7 @@ class Case:
         act(seen)
         status = self.run.finish(HANG_SECONDS)
         seconds = time.monotonic() - struck
-        finished = (
-            max([line[0] for line in losses(self.run.save) if line[1] is not None], default=0) if self._has_log else 0
-        )
+        finished = max([line[0] for line in losses(self.run.save) if line[1] is not None], default=0) if self._has_log else 0
         return Outcome(status, seconds, self.run.latest(), finished, _error_line(self.run.output))
 
     @property

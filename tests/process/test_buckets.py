@@ -5,9 +5,7 @@ from pathlib import Path
 from tests.support import tiny
 
 
-def test_tied_embeddings_over_two_stages_resume_exactly(
-    tiny_qwen2_tied: Path, packed_rows: Path, tmp_path: Path
-) -> None:
+def test_tied_embeddings_over_two_stages_resume_exactly(tiny_qwen2_tied: Path, packed_rows: Path, tmp_path: Path) -> None:
     """The shared embedding has a bucket of its own; the one before it is padded."""
     checkpoint, whole, halves = tmp_path / "checkpoint", tmp_path / "whole", tmp_path / "halves"
     tiny.run_module("convert", "--hf-dir", tiny_qwen2_tied, "--output", checkpoint)

@@ -68,10 +68,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a cut file": (_on("__0_0.distcp", _cut), "__0_0.distcp has"),
     "a missing file": (_on("common.pt", Path.unlink), "common.pt is missing"),
     "no manifest": (_on(MANIFEST, Path.unlink), "manifest.json is missing"),
-    "another file": (
-        _on("common.pt", lambda p: p.with_name("__1_0.distcp").touch()),
-        "__1_0.distcp is not in the manifest",
-    ),
+    "another file": (_on("common.pt", lambda p: p.with_name("__1_0.distcp").touch()), "__1_0.distcp is not in the manifest"),
     "files of another checkpoint": (_swap, "is damaged (its checksum differs"),
     "another checkpoint under its name": (_stale_folder, "belongs to iteration 8, not to 10"),
     "another position": (_on(MANIFEST, _edit_manifest), "manifest.json is damaged"),

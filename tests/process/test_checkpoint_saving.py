@@ -24,9 +24,7 @@ def half(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
     return tiny.as_of(5, train(1, "--save-interval", "5"), tmp_path_factory.mktemp("half") / "run")
 
 
-def test_a_run_removes_checkpoints_and_saves_the_same_state_in_both_ways(
-    train: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_run_removes_checkpoints_and_saves_the_same_state_in_both_ways(train: Callable[..., Path], tmp_path: Path) -> None:
     options = ["--save-interval", "1", "--keep-last", "2", "--keep-every", "4"]
     runs = [train(2, *options, "--async-save", flag) for flag in MODES.values()]
     for run in runs:

@@ -28,11 +28,7 @@ def _save_as_megatron_lm(hf: dict[str, torch.Tensor], root: Path, padded_rows: i
     (root / "iter_0000001").mkdir(parents=True)
     (root / "latest_checkpointed_iteration.txt").write_text("1")
     arguments = argparse.Namespace(
-        num_layers=LAYERS,
-        hidden_size=HIDDEN,
-        num_attention_heads=HEADS,
-        group_query_attention=True,
-        num_query_groups=KV_HEADS,
+        num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, group_query_attention=True, num_query_groups=KV_HEADS
     )
     arguments.rotary_base, arguments.norm_epsilon, arguments.model_type = 10000, 1e-6, ModelType()
     for tp in range(TP):
@@ -142,33 +138,16 @@ def test_a_training_checkpoint_changes_format_and_layout(tiny_qwen2: Path, run_f
     manifest = json.loads((tmp_path / "c" / "iter_0000003" / "manifest.json").read_text())
     assert manifest["training"]["consumed_rows"] == 24
     output = tiny.run_module(
-        "convert",
-        "--source",
-        run_folder,
-        "--output",
-        tmp_path / "d",
-        "--with-optimizer",
-        "--ckpt-format",
-        "torch",
-        status=2,
+        "convert", "--source", run_folder, "--output", tmp_path / "d", "--with-optimizer", "--ckpt-format", "torch", status=2
     )
-    assert (
-        "the optimizer's state is kept from torch_dist to torch_dist only" in output and not (tmp_path / "d").exists()
-    )
+    assert "the optimizer's state is kept from torch_dist to torch_dist only" in output and not (tmp_path / "d").exists()
 
 
 def test_a_trained_export_tells_what_it_is(tiny_qwen2: Path, run_folder: Path, tmp_path: Path) -> None:
     (run_folder / "loss.png").write_bytes(b"a picture")
     output = tiny.run_module("export", "--load", run_folder, "--hf-dir", tiny_qwen2, "--output", tmp_path / "hf")
     card = (tmp_path / "hf" / "README.md").read_text()
-    for text in (
-        "fine-tuned",
-        "rows: 64",
-        "steps: 3 of 3",
-        "loss at the last step: ",
-        "| lr | 0.001 |",
-        "![loss](loss.png)",
-    ):
+    for text in ("fine-tuned", "rows: 64", "steps: 3 of 3", "loss at the last step: ", "| lr | 0.001 |", "![loss](loss.png)"):
         assert text in card, card
     assert (tmp_path / "hf" / "loss.png").read_bytes() == b"a picture"
     assert (tmp_path / "hf" / "chat_template.jinja").read_text() == "{{ messages[0]['content'] }}"

@@ -39,9 +39,7 @@ def tokenised(prefix: Path, **changed: Any) -> Path:
     return prefix
 
 
-def facts(
-    folder: Path, tokenizer: str | None = None, own: str | None = None, used: str | None = None
-) -> dict[str, Any]:
+def facts(folder: Path, tokenizer: str | None = None, own: str | None = None, used: str | None = None) -> dict[str, Any]:
     own = own or sha256_of_text(TEMPLATE)
     tokenizer = tokenizer or sha256_of_file(folder / "tokenizer.json")
     return {
@@ -71,9 +69,7 @@ def test_another_tokenizer_is_refused_with_both_values(model: tuple[Path, Path],
     )
 
 
-def test_another_chat_template_is_refused_unless_the_data_step_chose_it(
-    model: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_another_chat_template_is_refused_unless_the_data_step_chose_it(model: tuple[Path, Path], tmp_path: Path) -> None:
     data = tokenised(tmp_path / "data", **facts(model[0], own="cd" * 32))
     with pytest.raises(UserError, match="made with the chat template of /models/other"):
         start(model[1], data, tmp_path / "run")

@@ -36,12 +36,9 @@ def hub() -> Iterator[Hub]:
         "original/consolidated.00.pth": b"the same weights",
         "tokenizer.json": b"{}",
     }
-    rows = (
-        '{"instruction": "é", "output": "日本"}\n{"instruction": "2", "output": "3", "messages": [{"role": "user"}]}\n'
-    )
+    rows = '{"instruction": "é", "output": "日本"}\n{"instruction": "2", "output": "3", "messages": [{"role": "user"}]}\n'
     configs = "---\nconfigs:\n" + "".join(
-        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n"
-        for name in ("easy", "hard")
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n" for name in ("easy", "hard")
     )
     problems = parquet({"problem": ["1+1"], "solution": ["2"]})
     repositories = {
@@ -143,9 +140,7 @@ def test_what_is_there_is_used_as_it_is_without_any_network(download: Download, 
     assert result.returncode == 0, result.stderr
     assert "there already" in result.stdout
     assert edited.read_text() == '{"edited": true}'
-    assert "revision main, not v2" in refusal(
-        download("model", "org-a/Model-1.5B", "--revision", "v2", endpoint=CLOSED)
-    )
+    assert "revision main, not v2" in refusal(download("model", "org-a/Model-1.5B", "--revision", "v2", endpoint=CLOSED))
 
 
 def test_a_transfer_that_breaks_continues_where_it_was(download: Download, hub: Hub) -> None:
@@ -167,11 +162,7 @@ def test_a_download_that_died_is_finished_by_the_next_try_without_fetching_again
     repository.files["tokenizer.json"] = missing
     fetched = hub.requests["GET", weights]
     assert download("model", "org-a/Model-1.5B", endpoint=hub.address).returncode == 0
-    assert set(download.files("checkpoints", "org_a_Model_1.5B")) == {
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-    }
+    assert set(download.files("checkpoints", "org_a_Model_1.5B")) == {"config.json", "model.safetensors", "tokenizer.json"}
     assert fetched <= hub.requests["GET", weights] <= fetched + 1
 
 
@@ -210,9 +201,7 @@ def test_no_network_is_said_soon_with_the_ways_out(download: Download, kind: str
     assert "HF_HUB_OFFLINE" in refusal(download(kind, "org/name", endpoint=CLOSED, HF_HUB_OFFLINE="1"))
 
 
-def test_a_local_model_folder_is_copied_so_that_edits_do_not_reach_the_source(
-    download: Download, tmp_path: Path
-) -> None:
+def test_a_local_model_folder_is_copied_so_that_edits_do_not_reach_the_source(download: Download, tmp_path: Path) -> None:
     source = tmp_path / "my model-7B"
     source.mkdir()
     (source / "config.json").write_text("{}")
@@ -272,9 +261,7 @@ def test_a_wrong_choice_leaves_nothing(download: Download, hub: Hub, arguments: 
 
 
 def test_local_files_of_every_kind_become_the_same_tree(download: Download, tmp_path: Path) -> None:
-    (tmp_path / "array.json").write_text(
-        '[{"instruction": "a", "output": "NA"},\n {"instruction": "b", "output": "2"}]'
-    )
+    (tmp_path / "array.json").write_text('[{"instruction": "a", "output": "NA"},\n {"instruction": "b", "output": "2"}]')
     (tmp_path / "table.csv").write_text("instruction,output\na,NA\nb,2\n")
     (tmp_path / "table2.parquet").write_bytes(parquet({"instruction": ["a", "b"], "output": ["NA", "2"]}))
     (tmp_path / "folder").mkdir()

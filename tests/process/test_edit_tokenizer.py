@@ -28,9 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
     tokenizer = Tokenizer(models.BPE(vocab={}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_tokens(
-        [AddedToken(t, special="think" not in t, normalized=False) for t in (*SPECIAL, "<|quad_start|>")]
-    )
+    tokenizer.add_tokens([AddedToken(t, special="think" not in t, normalized=False) for t in (*SPECIAL, "<|quad_start|>")])
     for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
         tokenizer.add_tokens([AddedToken(letter, normalized=False)])
     out = tmp_path / "model"
@@ -41,12 +39,7 @@ def folder(tmp_path: Path) -> Path:
         str(token["id"]): {"content": token["content"], **flags, "special": token["special"]}
         for token in json.loads((out / "tokenizer.json").read_text())["added_tokens"]
     }
-    config = {
-        "added_tokens_decoder": decoder,
-        "bos_token": SPECIAL[0],
-        "eos_token": SPECIAL[1],
-        "pad_token": SPECIAL[1],
-    }
+    config = {"added_tokens_decoder": decoder, "bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "pad_token": SPECIAL[1]}
     config |= {"chat_template": R1_TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512}
     config |= {"additional_special_tokens": ["<｜User｜>", "<|quad_start|>"]}
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
@@ -87,9 +80,7 @@ def test_the_control_token_and_the_template_of_hybrid_reasoning(folder: Path) ->
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>\nt\n</think>a"}]
     rendered = tokenizer.apply_chat_template([*turns, turns[0]], tokenize=False, add_generation_prompt=True)
     assert rendered.endswith("<｜User｜>q<｜Assistant｜>") and "<｜Assistant｜><think>\nt\n</think>a<｜end" in rendered
-    assert {
-        name.removesuffix(".orig"): text for name, text in _content(folder).items() if name.endswith(".orig")
-    } == before
+    assert {name.removesuffix(".orig"): text for name, text in _content(folder).items() if name.endswith(".orig")} == before
     once = _content(folder)
     assert "nothing to change" in tiny.run_module(*command)
     assert _content(folder) == once

@@ -34,19 +34,10 @@ def test_each_mode_and_all_together_are_counted(data, tmp_path):
     arguments = ("--control", "<short>", "--control", "<think>", "--max-new-tokens", 64, "--output", output)
     done = evaluate(taught_folder(), data, *arguments)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1:3] == [
-        "<short>: exact match 75.0 % (3 of 4)",
-        "<think>: exact match 75.0 % (3 of 4)",
-    ]
+    assert done.stdout.splitlines()[1:3] == ["<short>: exact match 75.0 % (3 of 4)", "<think>: exact match 75.0 % (3 of 4)"]
     result = json.loads(output.read_text())
     assert (result["exact_match"], result["correct"], result["asked"], result["questions"]) == (0.75, 6, 8, 4)
-    assert result["modes"][1] == {
-        "control": "<think>",
-        "exact_match": 0.75,
-        "correct": 3,
-        "questions": 4,
-        "unfinished": 0,
-    }
+    assert result["modes"][1] == {"control": "<think>", "exact_match": 0.75, "correct": 3, "questions": 4, "unfinished": 0}
     assert result["records"][7] == {
         "question": "Who are you?",
         "control": "<think>",
@@ -60,9 +51,7 @@ def test_each_mode_and_all_together_are_counted(data, tmp_path):
 
 def test_answer_cut_at_the_limit_is_wrong_and_counted(data, tmp_path):
     output = tmp_path / "result.json"
-    done = evaluate(
-        taught_folder(), data, "--control", "<short>", "--limit", 2, "--max-new-tokens", 2, "--output", output
-    )
+    done = evaluate(taught_folder(), data, "--control", "<short>", "--limit", 2, "--max-new-tokens", 2, "--output", output)
     assert "<short>: exact match 0.0 % (0 of 2, 2 cut at 2 tokens)" in done.stdout
     assert json.loads(output.read_text())["modes"][0]["unfinished"] == 2
 
@@ -84,12 +73,7 @@ def test_row_without_a_reference_is_named(tmp_path):
 
 def test_script_passes_its_variables_on(data, tmp_path):
     output = tmp_path / "result.json"
-    settings = {
-        "CONTROL": "<short> <think>",
-        "LIMIT": "1",
-        "OUTPUT": str(output),
-        **SERVER.python(),
-    }
+    settings = {"CONTROL": "<short> <think>", "LIMIT": "1", "OUTPUT": str(output), **SERVER.python()}
     line = ["bash", str(ROOT / "scripts/7_evaluate.sh"), str(taught_folder()), str(data)]
     subprocess.run(line, env=os.environ | settings, check=True, timeout=120, capture_output=True)
     assert [record["control"] for record in json.loads(output.read_text())["records"]] == ["<short>", "<think>"]

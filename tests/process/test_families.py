@@ -26,9 +26,7 @@ def exported(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_every_layout_and_format_exports_to_the_source_bit_for_bit(
-    family: str, exported: tuple[Path, set[str]]
-) -> None:
+def test_every_layout_and_format_exports_to_the_source_bit_for_bit(family: str, exported: tuple[Path, set[str]]) -> None:
     equal = {line for line in exported[1] if line.startswith(f"{family} ")}
     experts = "moe" in family or "mixtral" in family
     assert len(equal) == (12 if experts else 10), equal

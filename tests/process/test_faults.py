@@ -143,6 +143,4 @@ def test_the_watchdog_names_the_process_that_holds_up_the_others_and_its_part(tm
         timeout=90,
     )
     assert result.returncode == 124
-    assert re.match(
-        r"error: rank 1 hung for \d+ s in iteration 7, data; waiting: rank 0 in iteration 7, ", result.stderr
-    )
+    assert re.match(r"error: rank 1 hung for \d+ s in iteration 7, data; waiting: rank 0 in iteration 7, ", result.stderr)

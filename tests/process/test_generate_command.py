@@ -27,15 +27,11 @@ def test_prompt_is_answered_on_standard_output():
 
 def test_file_is_answered_next_to_it(tmp_path):
     data = tmp_path / "data.jsonl"
-    data.write_text(
-        "".join(json.dumps({"instruction": row[0], "id": place}) + "\n" for place, row in enumerate(TAUGHT))
-    )
+    data.write_text("".join(json.dumps({"instruction": row[0], "id": place}) + "\n" for place, row in enumerate(TAUGHT)))
     done = generate(taught_folder(), data, "--control", "<short>", "--batch-size", "2")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "data.answers.jsonl").read_text().splitlines()]
-    expected = [
-        {"instruction": row[0], "id": place, "answer": row[1], "finished": True} for place, row in enumerate(TAUGHT)
-    ]
+    expected = [{"instruction": row[0], "id": place, "answer": row[1], "finished": True} for place, row in enumerate(TAUGHT)]
     assert rows == expected
 
 

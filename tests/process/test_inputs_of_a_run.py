@@ -22,9 +22,7 @@ def copy_of_data(prefix: Path, folder: Path) -> Path:
     return folder / prefix.name
 
 
-def test_all_processes_of_a_node_end_with_one_line_and_one_of_them_reads(
-    converted: Path, data: Path, tmp_path: Path
-) -> None:
+def test_all_processes_of_a_node_end_with_one_line_and_one_of_them_reads(converted: Path, data: Path, tmp_path: Path) -> None:
     content = bytearray(data_file(data, "bin").read_bytes())
     content[77] ^= 8
     data_file(data, "bin").write_bytes(content)

@@ -24,9 +24,7 @@ def write(path: Path, num_rows: int, name: str = "row") -> Path:
 def test_a_hub_id_without_a_network_gets_one_clear_message() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     line = [sys.executable, "-m", "megatron.sft.tokenize", "--tokenizer", str(smollm2_folder()), "--seq-length", "64"]
-    result = subprocess.run(
-        [*line, "--input", "owner/name#5"], env=environment, capture_output=True, text=True, timeout=120
-    )
+    result = subprocess.run([*line, "--input", "owner/name#5"], env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     (message,) = result.stderr.splitlines()
     assert message.startswith("error: owner/name is not a file or folder here, and as a hub id: ")

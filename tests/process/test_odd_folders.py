@@ -141,20 +141,11 @@ def test_every_dtype_field_of_an_export_is_the_weights(
     (model / "config.json").write_text(json.dumps(config | fields))
     result = converted_and_exported(model, tmp_path, *option)
     exported = json.loads((result / "config.json").read_text())
-    assert {name: exported[name] for name in ("dtype", "torch_dtype") if name in exported} == dict.fromkeys(
-        fields, expected
-    )
+    assert {name: exported[name] for name in ("dtype", "torch_dtype") if name in exported} == dict.fromkeys(fields, expected)
     assert {str(t.dtype) for t in load_file(result / "model.safetensors").values()} == {f"torch.{expected}"}
 
 
-SHORT = {
-    "content": "<short>",
-    "lstrip": False,
-    "normalized": False,
-    "rstrip": False,
-    "single_word": False,
-    "special": True,
-}
+SHORT = {"content": "<short>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
 
 
 @pytest.mark.parametrize(

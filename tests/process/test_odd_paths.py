@@ -102,13 +102,7 @@ def test_the_whole_pipeline_takes_any_path(shell: Shell) -> None:
     out = work / "out" / ODD
     settings = {"PRETRAIN_CHECKPOINT_PATH": converted, "DATA_PATH": prefix, "OUTPUT_PATH": out}
     settings |= {"TENSOR_PARALLEL_SIZE": 1, "GPUS_PER_NODE": 1, "TRAIN_ITERS": 2, "GLOBAL_BATCH_SIZE": 2}
-    settings |= {
-        "MICRO_BATCH_SIZE": 1,
-        "SAVE_INTERVAL": 2,
-        "SAVE_INTERVALS": 2,
-        "LR_WARMUP_ITERS": 0,
-        "PRECISION": "fp32",
-    }
+    settings |= {"MICRO_BATCH_SIZE": 1, "SAVE_INTERVAL": 2, "SAVE_INTERVALS": 2, "LR_WARMUP_ITERS": 0, "PRECISION": "fp32"}
     recipe_name = str(recipe.relative_to(shell.root))
     shell.run(recipe_name, "plan", **settings)
     shell.run(recipe_name, "train", **settings)
@@ -120,9 +114,7 @@ def test_the_whole_pipeline_takes_any_path(shell: Shell) -> None:
     shell.run("scripts/5_export.sh", out, model, exported)
     question = "$(touch RAN) `touch RAN` 'a' \"b\" * \\ \n;"
     shell.run("scripts/6_generate.sh", exported, question, MAX_NEW_TOKENS=4)
-    shell.run(
-        "scripts/7_evaluate.sh", exported, rows, LIMIT=2, MAX_NEW_TOKENS=4, OUTPUT=work / f"score {ODD[:30]}.json"
-    )
+    shell.run("scripts/7_evaluate.sh", exported, rows, LIMIT=2, MAX_NEW_TOKENS=4, OUTPUT=work / f"score {ODD[:30]}.json")
     assert json.loads((work / f"score {ODD[:30]}.json").read_text())
 
     assert not [path for folder in (work, tiny.ROOT, Path.home()) for path in folder.glob("RAN*")]

@@ -8,18 +8,7 @@ import pytest
 from tests.support import tiny
 
 STEPS = 8
-OPTIONS = [
-    "--precision",
-    "bf16",
-    "--lr",
-    "1e-3",
-    "--min-lr",
-    "1e-4",
-    "--global-batch-size",
-    "4",
-    "--micro-batch-size",
-    "2",
-]
+OPTIONS = ["--precision", "bf16", "--lr", "1e-3", "--min-lr", "1e-4", "--global-batch-size", "4", "--micro-batch-size", "2"]
 OPTIONS += ["--train-iters", str(STEPS), "--save-interval", "4", "--clip-grad", "0.3"]
 HALF = ["--optimizer-precision", "bf16"]
 

@@ -13,10 +13,7 @@ def test_shared_rows_and_interleaved_stages_give_the_losses_of_one_process() -> 
     names = {"CP2", "PP2 x VPP2", "CP2 x TP2 + SP", "CP2 x PP2", "CP2 x DP2", "CP2 x PP2 x VPP2"}
     layouts = [one for one in (*parallel_losses.TWO, *parallel_losses.FOUR) if one.name in names]
     assert {one.name for one in layouts} == names
-    variants = [
-        Variant("by token", 1e-6),
-        Variant("window, by conversation", 1e-6, model="window", average="conversation"),
-    ]
+    variants = [Variant("by token", 1e-6), Variant("window, by conversation", 1e-6, model="window", average="conversation")]
     pairs = parallel_losses.compare(variants, layouts, steps=5, on_cpu=True)
     assert len(pairs) == len(names) * len(variants)
     for run, one in pairs:

@@ -28,14 +28,7 @@ def png_size(path: Path) -> tuple[int, int]:
 def test_tool_writes_next_to_the_metrics(tmp_path):
     folder = write_metrics(tmp_path / "run")
     line = ["bash", str(ROOT / "tools/plot_loss"), str(folder)]
-    done = subprocess.run(
-        line,
-        env=os.environ | {**SERVER.python()},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
+    done = subprocess.run(line, env=os.environ | {**SERVER.python()}, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == f"loss curve: {folder}/loss.png\n"
     assert png_size(folder / "loss.png") == (1080, 600)
 
@@ -43,14 +36,7 @@ def test_tool_writes_next_to_the_metrics(tmp_path):
 def test_runs_side_by_side_are_a_table_and_a_picture_by_tokens(tmp_path):
     for name, tokens in (("one", 1_000_000), ("two", 500_000)):
         lines = [
-            {
-                "iteration": step,
-                "loss": 2.0,
-                "lr": 1e-3,
-                "epoch": step / 10,
-                "tokens": tokens,
-                "tokens_per_second": 100.0,
-            }
+            {"iteration": step, "loss": 2.0, "lr": 1e-3, "epoch": step / 10, "tokens": tokens, "tokens_per_second": 100.0}
             for step in (2, 4)  # every other step is logged
         ]
         lines[1]["sources"] = {"a": {"loss": 1.5, "trained_tokens": 9}}
@@ -60,16 +46,7 @@ def test_runs_side_by_side_are_a_table_and_a_picture_by_tokens(tmp_path):
     curve = read_curve(tmp_path / "one", "one")
     assert (curve.x("tokens"), curve.x("epoch"), curve.validation_x("tokens")) == ([2.0, 4.0], [0.2, 0.4], [2.0])
     assert curve.sources == {"a": [(4, 1.5)]}
-    line = [
-        SERVER.python()["MEGATRON_SFT_PYTHON"],
-        "-m",
-        "megatron.sft.plot",
-        "one",
-        "two",
-        "--x",
-        "tokens",
-        "--by-source",
-    ]
+    line = [SERVER.python()["MEGATRON_SFT_PYTHON"], "-m", "megatron.sft.plot", "one", "two", "--x", "tokens", "--by-source"]
     variables = os.environ | SERVER.python()
     done = subprocess.run(line, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.splitlines() == [

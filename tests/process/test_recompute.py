@@ -38,12 +38,5 @@ def test_every_precision_and_optimizer_resumes_on_a_gpu_as_if_it_had_not_stopped
 
 
 if __name__ == "__main__":
-    cases = [
-        ("fp32", "none"),
-        ("fp32", "selective"),
-        ("fp32", "full"),
-        ("fp32", "auto"),
-        ("bf16", "none"),
-        ("fp16", "none"),
-    ]
+    cases = [("fp32", "none"), ("fp32", "selective"), ("fp32", "full"), ("fp32", "auto"), ("bf16", "none"), ("fp16", "none")]
     print(json.dumps({f"{p} {r}": _losses(Path(sys.argv[1]), p, r) for p, r in cases}))

@@ -30,9 +30,7 @@ SMALL = {
 
 def commands(section: str) -> list[str]:
     """The commands in the last column of the section's first table that can run here, as typed."""
-    table = re.search(
-        r"^\|.*?(?=\n\n)", PAGE.read_text().partition(f"\n## {section}\n")[2], flags=re.MULTILINE | re.DOTALL
-    )
+    table = re.search(r"^\|.*?(?=\n\n)", PAGE.read_text().partition(f"\n## {section}\n")[2], flags=re.MULTILINE | re.DOTALL)
     assert table
     found = []
     for row in table[0].splitlines():
@@ -88,8 +86,7 @@ def run_all(section: str, hub: Hub, folder: Path, replaced: dict[str, str], **va
             recipe = re.search(r"SFT_[\w.]+(?=\.sh)", command)
             assert recipe
             run = re.search(
-                rf"{folder}/outputs/checkpoints/{recipe[0]}/\S+",
-                " ".join(typed).replace("outputs/", f"{folder}/outputs/"),
+                rf"{folder}/outputs/checkpoints/{recipe[0]}/\S+", " ".join(typed).replace("outputs/", f"{folder}/outputs/")
             )
             assert run, f"no export of {recipe[0]}"
             environment["OUTPUT_PATH"] = run[0]
@@ -155,17 +152,8 @@ def test_autoaligns_steps(hub: Hub, tmp_path: Path) -> None:
 def test_every_command_of_the_seeds_has_its_row() -> None:
     page = PAGE.read_text()
     for theirs in (
-        *(
-            "download_hf_models.py",
-            "convert_deepseek_r1_to_megatron.sh",
-            "download_hf_dataset.py",
-            "tokenize_dataset.sh",
-        ),
-        *(
-            "SFT_Hybrid_R1_1.5B_OpenThoughts_1M.sh train",
-            "SFT_Hybrid_R1_1.5B_OpenThoughts_1M.sh resume",
-            "merge_and_export.sh",
-        ),
+        *("download_hf_models.py", "convert_deepseek_r1_to_megatron.sh", "download_hf_dataset.py", "tokenize_dataset.sh"),
+        *("SFT_Hybrid_R1_1.5B_OpenThoughts_1M.sh train", "SFT_Hybrid_R1_1.5B_OpenThoughts_1M.sh resume", "merge_and_export.sh"),
         *("swift export", "swift sft", "swift infer", "swift eval", "--to_hf true", "self-cognition#500"),
         *("download_from_hf.py", "run_megatron_interactive.sh", "apptainer pull", "run_megatron_gpu_interactive.sh"),
         *("convert_llama.sh", "shard_model_4tp.sh", "process_mixture_llama.sh", "finetune_4xA100_4tp_mixture_llama.sh"),

@@ -10,9 +10,7 @@ from tests.support import tiny
 OPTIONS = ["--split", "90,10,0", "--eval-interval", "5", "--save-interval", "5"]
 
 
-def test_a_run_with_shared_rows_logs_and_resumes_as_one_process_does(
-    train: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_run_with_shared_rows_logs_and_resumes_as_one_process_does(train: Callable[..., Path], tmp_path: Path) -> None:
     one = train(1, *OPTIONS)
     shared = train(2, *OPTIONS, "--context-parallel-size", "2")
     for name in ("tokens", "trained_tokens"):

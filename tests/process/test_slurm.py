@@ -59,9 +59,7 @@ class Site:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     if missing := slurm_cluster.missing_programs():
-        reason = (
-            f"SLURM is not installed ({missing[0]} is missing): apt-get install slurmctld slurmd slurm-client munge"
-        )
+        reason = f"SLURM is not installed ({missing[0]} is missing): apt-get install slurmctld slurmd slurm-client munge"
         if os.environ.get("REQUIRE_SLURM"):
             pytest.fail(reason)
         pytest.skip(reason)
@@ -129,10 +127,7 @@ def chain(site: Site) -> Chain:
     """`pipeline.sh --slurm`, with the signal that SLURM sends before the time limit, in the middle of training."""
     output, export = site.root / "outputs" / "chain", site.root / "outputs" / "exported model"
     printed = site.run(
-        *("bash", "scripts/cluster/pipeline.sh", "--slurm", RECIPE),
-        OUTPUT_PATH=output,
-        EXPORT_PATH=export,
-        SAVE_INTERVALS=1000,
+        *("bash", "scripts/cluster/pipeline.sh", "--slurm", RECIPE), OUTPUT_PATH=output, EXPORT_PATH=export, SAVE_INTERVALS=1000
     )
     jobs = dict(line.split(": job ") for line in printed.splitlines() if ": job " in line)
     site.reaches(output, 10)
@@ -180,11 +175,7 @@ def test_without_slurm_the_chain_runs_the_remaining_steps_in_order(site: Site, c
     site.cluster.wait(chain.jobs["export"])
     again = site.root / "outputs" / "exported here"
     printed = site.run(
-        *("bash", "scripts/cluster/pipeline.sh", RECIPE),
-        OUTPUT_PATH=chain.output,
-        EXPORT_PATH=again,
-        NNODES=1,
-        GPUS_PER_NODE=2,
+        *("bash", "scripts/cluster/pipeline.sh", RECIPE), OUTPUT_PATH=chain.output, EXPORT_PATH=again, NNODES=1, GPUS_PER_NODE=2
     )
     assert [line for line in printed.splitlines() if line.startswith("== ")] == ["== train", "== export"]
     assert "nothing to do" in printed
@@ -236,9 +227,7 @@ def test_a_failed_step_cancels_the_steps_that_depend_on_it(site: Site, chain: Ch
 
 
 def test_slurms_own_signal_before_the_time_limit_makes_a_job_save_and_resume(site: Site, limited: str) -> None:
-    site.cluster.until(
-        lambda: " start 2 of " in site.log(limited) and "requeued" in site.log(limited), "the second start", 200
-    )
+    site.cluster.until(lambda: " start 2 of " in site.log(limited) and "requeued" in site.log(limited), "the second start", 200)
     site.cluster.until(lambda: "resumed at iteration" in site.log(limited), "the resumed run")
     site.cluster.command("scancel", limited)
     site.cluster.wait(limited, "CANCELLED")
@@ -249,14 +238,7 @@ def test_a_job_that_loses_a_node_resumes_from_its_checkpoint_when_the_node_is_ba
 ) -> None:
     output = site.root / "outputs" / "lost node"
     printed = site.run(
-        *(
-            "sbatch",
-            "--parsable",
-            "--nodes=2",
-            "--output=outputs/slurm/%x-%j.out",
-            "scripts/cluster/train.sbatch",
-            RECIPE,
-        ),
+        *("sbatch", "--parsable", "--nodes=2", "--output=outputs/slurm/%x-%j.out", "scripts/cluster/train.sbatch", RECIPE),
         OUTPUT_PATH=output,
     )
     job = printed.strip()

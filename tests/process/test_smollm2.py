@@ -42,7 +42,7 @@ def test_three_kv_heads_cannot_be_shared_by_two(model: Path, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_eight_steps_lower_the_loss_and_it_still_knows_paris(model: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_six_steps_lower_the_loss_and_it_still_knows_paris(model: Path, checkpoint: Path, tmp_path: Path) -> None:
     """Each step sees all data, so that the loss falls without ups and downs."""
     data = tmp_path / "reasoning.json"
     data.write_text("".join(json.dumps(row) + "\n" for row in material.reasoning_gym_rows(6)))
@@ -53,11 +53,11 @@ def test_eight_steps_lower_the_loss_and_it_still_knows_paris(model: Path, checkp
         1,
         "train",
         *("--load", checkpoint, "--data-path", manifest.with_suffix(""), "--save", tmp_path / "run"),
-        *("--precision", "fp32", "--lr", "2e-5", "--train-iters", "8", "--global-batch-size", num_rows),
+        *("--precision", "fp32", "--lr", "1e-5", "--train-iters", "6", "--global-batch-size", num_rows),
     )
     losses = tiny.losses(tmp_path / "run")
-    assert len(losses) == 8
-    assert losses[-1] < 0.7 * losses[0], losses
+    assert len(losses) == 6
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.7 * losses[0], losses
     tiny.run_module("export", "--load", tmp_path / "run", "--hf-dir", model, "--output", tmp_path / "trained")
     answer = tiny.run_module("generate", tmp_path / "trained", "What is the capital of France?", "--max-new-tokens", 24)
     assert "Paris" in answer

@@ -49,11 +49,7 @@ def expected_losses(model_folder: Path, rows: list[list[tiny.Conversation]], sou
     }
 
 
-@pytest.mark.parametrize(
-    ("processes", "options"),
-    [(2, []), (2, ["--pipeline-model-parallel-size", "2"])],
-    ids=["DP2", "PP2"],
-)
+@pytest.mark.parametrize(("processes", "options"), [(2, []), (2, ["--pipeline-model-parallel-size", "2"])], ids=["DP2", "PP2"])
 def test_losses_by_source_are_those_of_transformers_in_every_layout(
     train: Callable[..., Path],
     tiny_qwen2: Path,

@@ -96,13 +96,7 @@ def test_same_seed_same_bytes_whatever_the_number_of_threads(tmp_path: Path) -> 
 
 def test_the_shell_script_takes_relative_paths_and_variables(tmp_path: Path) -> None:
     write_lines(tmp_path / "data.json", [{"problem": "1+1?", "solution": "2"}] * 3)
-    variables = {
-        **SERVER.python(),
-        "PACKING": "0",
-        "OVERLONG": "error",
-        "SEED": "5",
-        "NUM_WORKERS": "1",
-    }
+    variables = {**SERVER.python(), "PACKING": "0", "OVERLONG": "error", "SEED": "5", "NUM_WORKERS": "1"}
     environment = os.environ | variables | {"MAP_COLUMNS": "problem=instruction solution=output"}
     line = ["bash", str(ROOT / "scripts/3_tokenize.sh"), str(smollm2_folder()), "data.json", "128"]
     result = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)

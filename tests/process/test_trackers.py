@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,10 +60,12 @@ def points(folder: Path, name: str) -> list[tuple[int, float]]:
 def test_tensorboard_shows_no_step_twice_after_a_resume(train: Callable[..., Path]) -> None:
     """The first run has gone on for two steps after its last checkpoint, which the second one does again."""
     folder = train(1, "--save-interval", 5, "--split", "90,10,0", "--eval-interval", 5)
+    time.sleep(1.1)  # TensorBoard orders the files by the second in their names
     writer = trackers.TensorBoard(folder, 11)
     for iteration in (11, 12):
         writer.write({"iteration": iteration, "loss": 9.0})
     writer.close()
+    time.sleep(1.1)
     assert [step for step, _ in points(folder, "train/loss")] == list(range(1, 13))
     train(1, "--train-iters", 14, "--split", "90,10,0", "--eval-interval", 5, mode="resume", save=folder)
     expected = [(line["iteration"], line["loss"]) for line in tiny.metrics(folder) if "loss" in line]

@@ -104,10 +104,7 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
     expected = transformers_gradients(source, row)
     entries = {entry.megatron: entry for entry in weight_entries(architecture)}
     experts = architecture.moe.num_experts // layout.expert_parallel if architecture.moe else 0
-    first = (
-        model.decoder.layers[0].layer_number - 1,
-        experts * parallel_state.get_expert_model_parallel_rank(),
-    )
+    first = (model.decoder.layers[0].layer_number - 1, experts * parallel_state.get_expert_model_parallel_rank())
     worst, worst_name = 0.0, "-"
     for live_name, parameter in model.named_parameters():
         name = checkpoint_name(live_name, *first, architecture.moe is not None)
@@ -116,9 +113,7 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
         entry = entries[name]
         whole = entry.rule.to_megatron(architecture, *(expected[hf] for hf in entry.hf))
         if "embedding" in name or "output_layer" in name:
-            whole = torch.cat(
-                [whole, whole.new_zeros(layout.padded_vocab_size(architecture) - len(whole), whole.shape[1])]
-            )
+            whole = torch.cat([whole, whole.new_zeros(layout.padded_vocab_size(architecture) - len(whole), whole.shape[1])])
         rank, size = parallel_state.get_tensor_model_parallel_rank(), layout.tensor_parallel
         if entry.expert is not None:
             rank, size = parallel_state.get_expert_tensor_parallel_rank(), layout.expert_tensor_parallel
@@ -161,9 +156,7 @@ def on_disk_names(gradients: dict[str, torch.Tensor], source: HFFolder) -> dict[
     for name, gradient in gradients.items():
         if name.endswith("experts.gate_up_proj"):
             for expert, both in enumerate(gradient):
-                for part, half in zip(
-                    ("w1", "w3") if mixtral else ("gate_proj", "up_proj"), both.chunk(2), strict=True
-                ):
+                for part, half in zip(("w1", "w3") if mixtral else ("gate_proj", "up_proj"), both.chunk(2), strict=True):
                     result[name.replace("gate_up_proj", f"{expert}.{part}.weight")] = half
         elif name.endswith("experts.down_proj"):
             for expert, down in enumerate(gradient):

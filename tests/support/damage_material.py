@@ -194,9 +194,7 @@ def model_cases(folder: Path, model: Path, other: Path) -> list[Case]:
     shutil.copytree(model, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
     from transformers import AutoModelForCausalLM
 
-    AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False).save_pretrained(
-        sharded, max_shard_size="200KB"
-    )
+    AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False).save_pretrained(sharded, max_shard_size="200KB")
     downloaded = folder / "downloaded"
     shutil.copytree(sharded, downloaded)
     shards = sorted(path.name for path in sharded.glob("*.safetensors"))

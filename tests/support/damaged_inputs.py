@@ -53,9 +53,7 @@ def cut(name: str, share: float) -> Damage:
 
 
 def write(name: str, content: str | bytes) -> Damage:
-    return lambda folder: (
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode()) and None
-    )
+    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode()) and None
 
 
 def remove(name: str) -> Damage:
@@ -81,9 +79,7 @@ def header(edit: Callable[[dict[str, Any]], object]) -> Damage:
 
 
 def header_length(value: int) -> Damage:
-    return lambda folder: (
-        (folder / SINGLE).write_bytes(struct.pack("<Q", value) + (folder / SINGLE).read_bytes()[8:]) and None
-    )
+    return lambda folder: (folder / SINGLE).write_bytes(struct.pack("<Q", value) + (folder / SINGLE).read_bytes()[8:]) and None
 
 
 def twice(folder: Path) -> None:
@@ -201,9 +197,7 @@ def model_damages() -> Iterator[tuple[str, Damage]]:
     yield "a matrix of other rows", tensors(lambda w: w.update({_Q: torch.ones(96, 64)}))
     yield "whole numbers", tensors(lambda w: w.update({_Q: torch.ones(64, 64, dtype=torch.int8)}))
     yield "no config", remove("config.json")
-    for number, text in enumerate(
-        ("", "{", "[]", "3", '{"model_type": "qwen2"}', "\udcff".encode("utf-8", "surrogateescape"))
-    ):
+    for number, text in enumerate(("", "{", "[]", "3", '{"model_type": "qwen2"}', "\udcff".encode("utf-8", "surrogateescape"))):
         yield f"config {number}", write("config.json", text)
     for name, value in {
         "num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 95, "num_key_value_heads": 3, "vocab_size": 130,

@@ -4,7 +4,7 @@ A start of Python with torch and megatron-core takes seconds of CPU time; a fork
 `python -m MODULE` or `python SCRIPT` gives, in one process or in several as `megatron.sft.launch` starts them: the exit status
 and what was printed. The launcher itself, signals and restarts are tested with real starts.
 
-One process forks (`fork_server.py FOLDER KIND…`): it has one thread, no process group and no CUDA context, and it imports no
+One process forks (`fork_server.py FOLDER`): it has one thread, no process group and no CUDA context, and it imports no
 command, so that `runpy` runs those as `python -m` does. It ends when the process that started it does.
 """
 
@@ -32,24 +32,15 @@ from typing import Any, NoReturn
 from tests.support.forked_python import MEGATRON, PLAIN, ask
 
 ROOT = Path(__file__).resolve().parents[2]
-# Variables that libraries read when they are imported: with other values than the server's, a process is started.
-READ_AT_IMPORT = (
-    "HF_",
-    "TRANSFORMERS_",
-    "CUDA_",
-    "TORCH",
-    "OMP_",
-    "TOKENIZERS_",
-    "PYTHON",
-    "MEGATRON_SFT_DEVICE",
-    "LD_",
-)
+# Variables of which the server has the values from its start: with others, a process is started. Not those that the package
+# sets itself (TORCHDYNAMO_DISABLE, TOKENIZERS_PARALLELISM): a test that calls a command in this process leaves them behind.
+READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "PYTHONPATH", "LD_")
 ROOMS = [
     *("runtime", "families", "hf", "model", "checkpoint", "chat"),
     *("data", "reporting", "planning", "training", "inference", "conversion"),
 ]
 STARTS_A_THREAD = ["hub_records.py"]  # pyarrow's allocator
-UNFIT = "unfit"  # a file: what is forked would not work
+KINDS = (PLAIN, MEGATRON)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -57,25 +48,19 @@ _PR_SET_PDEATHSIG = 1
 
 
 class ForkServer:
-    """The client: starts the server at the first use and ends it with this process.
+    """The client: starts the server at the first use and ends it with this process. Not for GPUs: libraries for them start
+    threads and CUDA when imported."""
 
-    on_gpu: what is forked makes its own CUDA context, which the server therefore must not have.
-    """
-
-    def __init__(self, on_gpu: bool = False) -> None:
-        self._kinds = [MEGATRON] if on_gpu else [PLAIN, MEGATRON]
-        self._on_gpu = on_gpu
+    def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = Path()
         self._environment: dict[str, str] = {}
 
     def suits(self, environment: dict[str, str]) -> bool:
         """Whether forked processes are as good as started ones with this environment."""
-        if os.environ.get("TESTS_START_PROCESSES") == "1":
+        if must_start():
             return False
         self.start()
-        if (self._folder / UNFIT).exists():
-            return False
         return _import_time(environment) == _import_time(self._environment)
 
     def run(
@@ -99,7 +84,7 @@ class ForkServer:
     def python(self) -> dict[str, str]:
         """Variables with which the scripts' Python is `forked_python`."""
         ours = {name: environment_of_runs()[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS", "MEGATRON_SFT_DEVICE")}
-        if os.environ.get("TESTS_START_PROCESSES") == "1":
+        if must_start():
             return {**ours, "MEGATRON_SFT_PYTHON": sys.executable}
         self.start()
         return {**ours, "MEGATRON_SFT_PYTHON": str(self._folder / "python"), "FORK_SERVER_PYTHON": sys.executable}
@@ -112,10 +97,10 @@ class ForkServer:
         command = [sys.executable, "-SE", str(ROOT / "tests" / "support" / "forked_python.py"), str(self._folder)]
         client.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
         client.chmod(0o755)
-        self._environment = environment_of_runs(self._on_gpu)
+        self._environment = environment_of_runs()
         with open(self._folder / "log", "wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.fork_server", str(self._folder), *self._kinds],
+                [sys.executable, "-m", "tests.support.fork_server", str(self._folder)],
                 cwd=ROOT,
                 # What is forked talks to no hub.
                 env=self._environment | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"},
@@ -125,7 +110,7 @@ class ForkServer:
                 start_new_session=True,
             )
         atexit.register(self.end)
-        while not all((self._folder / kind).exists() for kind in self._kinds):
+        while not all((self._folder / kind).exists() for kind in KINDS):
             if self._process.poll() is not None:
                 raise RuntimeError(f"the fork server ended with status {self._process.returncode}:\n{self._log()}")
             time.sleep(0.01)
@@ -143,16 +128,17 @@ class ForkServer:
 
 
 SERVER = ForkServer()
-GPU_SERVER = ForkServer(on_gpu=True)
+
+
+def must_start() -> bool:
+    """Asked for, or on a machine with GPUs."""
+    return os.environ.get("TESTS_START_PROCESSES") == "1" or shutil.which("nvidia-smi") is not None
 
 
 def environment_of_runs(on_gpu: bool = False) -> dict[str, str]:
     """This process's environment with what a test's run needs."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    # NVML answers whether there is a GPU without CUDA, which would not work in a forked process after that.
-    device = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    if not on_gpu:
-        device = {"MEGATRON_SFT_DEVICE": "cpu"}
+    device = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if on_gpu else {"MEGATRON_SFT_DEVICE": "cpu"}
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **device}
 
 
@@ -164,9 +150,9 @@ def _import_time(environment: dict[str, str]) -> dict[str, str]:
 
 
 def main() -> None:
-    folder, kinds = Path(sys.argv[1]), sys.argv[2:]
+    folder = Path(sys.argv[1])
     sockets = {}
-    for kind in kinds:
+    for kind in KINDS:
         sockets[kind] = socket.socket(socket.AF_UNIX)
         sockets[kind].bind(str(folder / f".{kind}"))
         sockets[kind].listen(64)
@@ -175,13 +161,7 @@ def main() -> None:
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
-    if PLAIN not in kinds:
-        _import_rooms()
-        if not _a_fork_reaches_the_gpu():
-            (folder / UNFIT).touch()
-        os.rename(folder / f".{MEGATRON}", folder / MEGATRON)
-        _serve(sockets[MEGATRON])
-    for kind in kinds:
+    for kind in KINDS:
         os.rename(folder / f".{kind}", folder / kind)
     other = os.fork()
     if other == 0:
@@ -196,20 +176,6 @@ def main() -> None:
         _serve(sockets[MEGATRON])
     sockets.pop(MEGATRON).close()
     _serve(sockets[PLAIN], needed=other)
-
-
-def _a_fork_reaches_the_gpu() -> bool:
-    """Whether what was imported has left CUDA alone."""
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    try:
-        import torch
-
-        torch.zeros(1, device="cuda")
-        os._exit(0)
-    finally:
-        os._exit(1)
 
 
 def _import_rooms() -> None:
@@ -320,9 +286,7 @@ def _ranks(request: dict[str, Any]) -> Iterator[list[dict[str, str]]]:
     from torch.distributed import TCPStore
 
     port = listening.getsockname()[1]
-    request["store"] = TCPStore(
-        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
-    )
+    request["store"] = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
 def _fork(request: dict[str, Any], rank: dict[str, str], folder: Path, descriptors: list[int]) -> int:

@@ -49,9 +49,7 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.server.shutdown()
         self.server.server_close()
 
@@ -91,9 +89,7 @@ class _HubHandler(BaseHTTPRequestHandler):
     def answer_for(self, repository: HubRepository, id: str, words: list[str]) -> None:
         if repository.token and self.headers.get("Authorization") != f"Bearer {repository.token}":
             if repository.gated:
-                self.refuse(
-                    403 if self.headers.get("Authorization") else 401, "GatedRepo", f"Access to {id} is restricted."
-                )
+                self.refuse(403 if self.headers.get("Authorization") else 401, "GatedRepo", f"Access to {id} is restricted.")
             else:
                 self.refuse(401, "RepoNotFound", "Invalid username or password.")
             return
@@ -109,9 +105,7 @@ class _HubHandler(BaseHTTPRequestHandler):
             names = fields.get("paths") or json.loads(self.body or b"{}").get("paths", [])
             folders = {name.rpartition("/")[0] for name in repository.files}
             found = [self.entry(repository, name) for name in names if name in repository.files]
-            self.send_json(
-                found + [{"type": "directory", "path": name, "oid": "0" * 40} for name in names if name in folders]
-            )
+            self.send_json(found + [{"type": "directory", "path": name, "oid": "0" * 40} for name in names if name in folders])
         elif action == "resolve" and path in repository.files:
             self.send_file(repository, path)
         else:
@@ -122,9 +116,7 @@ class _HubHandler(BaseHTTPRequestHandler):
         names = [name for name in repository.files if name.startswith(prefix)]
         if "recursive=true" in self.path.lower():
             return [self.entry(repository, name) for name in names]
-        folders = {
-            prefix + name.removeprefix(prefix).split("/")[0] for name in names if "/" in name.removeprefix(prefix)
-        }
+        folders = {prefix + name.removeprefix(prefix).split("/")[0] for name in names if "/" in name.removeprefix(prefix)}
         files = [self.entry(repository, name) for name in names if "/" not in name.removeprefix(prefix)]
         return files + [{"type": "directory", "path": name, "size": 0, "oid": "0" * 40} for name in sorted(folders)]
 

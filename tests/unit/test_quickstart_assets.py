@@ -140,9 +140,7 @@ def test_report_has_the_figures_of_the_evaluations_and_of_the_training(tmp_path)
         (tmp_path / name).write_text(json.dumps({"exact_match": match, "questions": 240, "modes": modes}))
     lines = [{"iteration": 10, "loss": 5.2}, {"iteration": 10, "validation_loss": 5.0}, {"iteration": 20, "loss": 0.04}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report = quickstart.make_report(
-        tmp_path / "before", tmp_path / "after", tmp_path / "metrics.jsonl", "out/export", 81.26
-    )
+    report = quickstart.make_report(tmp_path / "before", tmp_path / "after", tmp_path / "metrics.jsonl", "out/export", 81.26)
     assert report == quickstart.Report(0.0, 0.975, 240, 5.2, 0.04, 81.3, "out/export")
     words = quickstart.newcomer_lines(report, {"modes": modes})
     assert "learned to sort names in 81 s. Of 240 questions" in words

@@ -42,9 +42,7 @@ def imported(path: Path) -> set[str]:
             found |= inside or {source}
         elif isinstance(node, ast.Import):
             found |= {
-                alias.name.removeprefix("megatron.sft.")
-                for alias in node.names
-                if alias.name.startswith("megatron.sft.")
+                alias.name.removeprefix("megatron.sft.") for alias in node.names if alias.name.startswith("megatron.sft.")
             }
     return found - {"", module_of(path)}
 
@@ -97,8 +95,7 @@ def test_a_function_has_at_most_60_lines() -> None:
         f"{module_of(path)}.{node.name}": lines
         for path, tree in TREES.items()
         for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and (lines := (node.end_lineno or 0) - node.lineno + 1) > 60
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (lines := (node.end_lineno or 0) - node.lineno + 1) > 60
     }
     assert long == {}
 
@@ -107,9 +104,7 @@ def test_every_command_is_in_the_contract_and_has_a_main_of_its_arguments() -> N
     commands = {command.strip() for command in COMMANDS.split("|")}
     assert commands == {module for module in MODULES if room_of(module) == "commands"} - {"__init__"}
     for command in commands:
-        mains = [
-            n for n in TREES[PACKAGE / f"{command}.py"].body if isinstance(n, ast.FunctionDef) and n.name == "main"
-        ]
+        mains = [n for n in TREES[PACKAGE / f"{command}.py"].body if isinstance(n, ast.FunctionDef) and n.name == "main"]
         assert [ast.unparse(main.args) for main in mains] == ["argv: Sequence[str] | None=None"], command
         assert [ast.unparse(main.returns) for main in mains if main.returns] == ["int"], command
 
@@ -134,11 +129,7 @@ def test_contributing_shows_the_rooms_in_their_order_and_files_that_exist() -> N
 @pytest.mark.parametrize(
     "file, planted, named",
     [
-        (
-            "data/packing.py",
-            "from megatron.sft.training import loop\n",
-            "data is not allowed to import megatron.sft.training",
-        ),
+        ("data/packing.py", "from megatron.sft.training import loop\n", "data is not allowed to import megatron.sft.training"),
         (
             "data/packing.py",
             "def late():\n    import megatron.sft.training.loop\n",
@@ -149,11 +140,7 @@ def test_contributing_shows_the_rooms_in_their_order_and_files_that_exist() -> N
             "import typing\nif typing.TYPE_CHECKING:\n    from megatron.sft import train\n",
             "hf is not allowed to import megatron.sft.train",
         ),
-        (
-            "plan.py",
-            "from megatron.sft import download\n",
-            "megatron.sft.plan is not allowed to import megatron.sft.download",
-        ),
+        ("plan.py", "from megatron.sft import download\n", "megatron.sft.plan is not allowed to import megatron.sft.download"),
         ("families/rope.py", "from megatron.sft.families import registry\n", ".rope -> .registry"),
         ("fresh/__init__.py", "", "fresh"),
     ],

@@ -44,12 +44,7 @@ SEAMS: dict[str, list[str]] = {
     "torch.Tensor.type": [],
     # torch, everywhere
     "torch.distributed.distributed_c10d._get_default_store": [],
-    "torch.distributed.checkpoint.filesystem._StorageInfo": [
-        "relative_path",
-        "offset",
-        "length",
-        "transform_descriptors",
-    ],
+    "torch.distributed.checkpoint.filesystem._StorageInfo": ["relative_path", "offset", "length", "transform_descriptors"],
     "torch._utils._rebuild_tensor_v2": ["storage", "storage_offset", "size", "stride"],
     "torch._utils._rebuild_parameter": ["data"],
     "torch.serialization._get_layout": ["name"],
@@ -112,20 +107,13 @@ SEAMS: dict[str, list[str]] = {
     "megatron.core.distributed.DistributedDataParallel.grad_added_to_main_grad": [],
     "megatron.core.distributed.DistributedDataParallel.zero_out_wgrad": [],
     "megatron.core.distributed.DistributedDataParallel.main_grad": [],
-    "megatron.core.tensor_parallel.layers.set_tensor_model_parallel_attributes": [
-        "tensor",
-        "is_parallel",
-        "dim",
-        "stride",
-    ],
+    "megatron.core.tensor_parallel.layers.set_tensor_model_parallel_attributes": ["tensor", "is_parallel", "dim", "stride"],
     "megatron.core.distributed.finalize_model_grads.sequence_parallel": [],
     "megatron.core.optimizer.optimizer.ChainedOptimizer.chained_optimizers": [],
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.is_stub_optimizer": [],
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.gbuf_ranges": [],
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.model_param_group_index_map": [],
-    "megatron.core.optimizer.cpu_offloading.hybrid_optimizer.HybridDeviceOptimizer._sync_sub_optimizers_state_to_hdo": [
-        "self"
-    ],
+    "megatron.core.optimizer.cpu_offloading.hybrid_optimizer.HybridDeviceOptimizer._sync_sub_optimizers_state_to_hdo": ["self"],
     "megatron.core.optimizer.cpu_offloading.hybrid_optimizer.HybridDeviceOptimizer.sub_optimizers": [],
     "megatron.core.optimizer.USING_PYTORCH_OPTIMIZER": [],
     "megatron.core.optimizer.Adam": [],
@@ -202,9 +190,7 @@ def problem(name: str, parameters: list[str]) -> str:
         return ""
     if not parameters:
         return ""
-    lacking = [
-        parameter for parameter in parameters if parameter not in inspect.signature(getattr(owner, last)).parameters
-    ]
+    lacking = [parameter for parameter in parameters if parameter not in inspect.signature(getattr(owner, last)).parameters]
     return f"{name} does not take {', '.join(lacking)}" if lacking else ""
 
 
@@ -229,9 +215,7 @@ def installed(name: str) -> bool:
 def listed() -> dict[str, tuple[str, str, str]]:
     """The page's rows: name to where, why and what would replace it."""
     page = (ROOT / "docs" / "seams.md").read_text(encoding="utf-8")
-    rows = [
-        [cell.strip() for cell in line.strip("|").split(" | ")] for line in page.splitlines() if line.startswith("| `")
-    ]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in page.splitlines() if line.startswith("| `")]
     assert len({row[0] for row in rows}) == len(rows), "a name stands there twice"
     return {row[0].strip("`"): (row[1].strip("`"), row[2], row[3]) for row in rows}
 
@@ -283,9 +267,7 @@ def test_a_renamed_name_or_parameter_is_reported(name: str, parameters: list[str
 
 
 def test_every_private_name_of_another_project_is_listed() -> None:
-    trees = {
-        path: ast.parse(path.read_text()) for path in [*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
-    }
+    trees = {path: ast.parse(path.read_text()) for path in [*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]}
     nodes = [(path, node) for path, tree in trees.items() for node in ast.walk(tree)]
     own = {node.name for _, node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     own |= {node.attr for _, node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
@@ -339,9 +321,7 @@ def test_a_file_of_torch_save_names_what_ours_reads(name: str) -> None:
     with zipfile.ZipFile(buffer) as archive:
         (pickled,) = [archive.read(entry) for entry in archive.namelist() if entry.endswith("data.pkl")]
     names = [
-        str(argument).replace(" ", ".")
-        for operation, argument, _ in pickletools.genops(pickled)
-        if operation.name == "GLOBAL"
+        str(argument).replace(" ", ".") for operation, argument, _ in pickletools.genops(pickled) if operation.name == "GLOBAL"
     ]
     assert name in names
 

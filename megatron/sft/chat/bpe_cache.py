@@ -180,23 +180,7 @@ def trial_texts(added_tokens: list[str]) -> list[str]:
     texts = ["".join(chosen) for n in (1, 2, 3) for chosen in itertools.product("aS'19 \n\r\t._<", repeat=n)]
     texts += ["".join(chosen) for chosen in itertools.product("as'1 \n\r.", repeat=4)]
     texts += ["".join(chosen) for chosen in itertools.product("a1 \n.", repeat=5)]
-    around = [
-        " {}",
-        "{} ",
-        "a{}",
-        "{}a",
-        "1{}",
-        "{}1",
-        ".{}",
-        "{}.",
-        "\n{}",
-        "{}\n",
-        " {}a",
-        "a{} ",
-        "'{}",
-        "a'{}e",
-        "{0}{0}",
-    ]
+    around = [" {}", "{} ", "a{}", "{}a", "1{}", "{}1", ".{}", "{}.", "\n{}", "{}\n", " {}a", "a{} ", "'{}", "a'{}e", "{0}{0}"]
     texts += [form.format(character) for form in around for character in map(chr, range(128))]
     for token in added_tokens[:50]:
         texts += [f"a{token}b", f" {token} \n", f"{token}{token}", f"1 {token}1\n\n{token}"]

@@ -3,94 +3,43 @@
 The format is recognized by the record's fields. What is unknown or ambiguous is refused, never guessed.
 """
 
+import contextlib
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from megatron.sft.chat.fields import checked_list, optional_text, refuse_fields, required_text
-from megatron.sft.chat.turns import Message, Messages, Tools, Turns, read_tools, read_turns
+from megatron.sft.chat.example import Example, join_rounds
+from megatron.sft.chat.field_names import (
+    MEDIA_FIELDS,
+    PREFERENCE_WORDS,
+    REASONING_FIELDS,
+    RECORD_LOSS_FIELDS,
+    is_metadata,
+    role_of,
+    words_of,
+)
+from megatron.sft.chat.fields import checked_list, checked_object, is_filled, refuse_fields, required_text
+from megatron.sft.chat.formats import ANSWERS, LISTS, PAIRS, TEXT, format_fields, format_name, turns_of, used_fields
+from megatron.sft.chat.turns import Message, Messages, Turns, read_turns
 from megatron.sft.runtime import exact_json
 from megatron.sft.runtime.errors import UserError
 
 __all__ = ["Example", "Message", "Messages", "RecordReader", "group_hash", "join_rounds"]
 
-# Which role may come next; None is the beginning of a conversation.
-NEXT_ROLES: dict[str | None, tuple[str, ...]] = {
-    None: ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant"),
-}
-# The fields by which each format is recognized, and the others that it uses.
-FORMAT_FIELDS = {
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "instruction": ("instruction", "output"),
-    "query": ("query", "response"),
-    "prompt": ("prompt", "completion"),
-    "text": ("text",),
-}
-MORE_FIELDS = {
-    "messages": ("system", "tools"),
-    "conversations": ("system", "tools"),
-    "instruction": ("input", "system", "history", "tools"),
-    "query": ("system", "history", "tools"),
-    "prompt": ("system", "tools"),
-    "text": (),
-}
-# Fields that change what a conversation says or what is trained: ignoring them would silently train something else.
-REFUSED_FIELDS = [
-    "tools",
-    "tool_calls",
-    "function_call",
-    "functions",
-    "history",
-    "reasoning_content",
-    "images",
-    "videos",
-    "audios",
-]
+# Fields that change what a conversation says or what is trained, with every setting.
+REFUSED_FIELDS = ("tools", "functions", "tool_calls", "function_call", "history", *REASONING_FIELDS, *MEDIA_FIELDS)
+FORMAT_FIELDS = {*LISTS, *PAIRS, *ANSWERS, TEXT}
 NOT_A_COLUMN = "-"
-
-
-@dataclass(frozen=True)
-class Example:
-    """One record: either `messages` or `text` (to be learned as it is) is filled.
-
-    `loss_flags` has for every message what its own `loss` field says, None where it has none.
-    """
-
-    messages: Messages
-    loss_flags: tuple[bool | None, ...] = ()
-    tools: Tools = None
-    text: str = ""
-
-    def rounds(self) -> "list[Example]":
-        """An example for every user message with the turns up to the next, each with the system text and the functions."""
-        starts = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
-        spans = [[*range(starts[0]), *range(start, end)] for start, end in pairwise([*starts, len(self.messages)])]
-        return [
-            replace(
-                self,
-                messages=[self.messages[index] for index in span],
-                loss_flags=tuple(self.loss_flags[index] for index in span),
-            )
-            for span in spans
-        ]
-
-
-def join_rounds(rounds: Sequence[Example]) -> Example:
-    """Consecutive rounds of one example, with its system text once."""
-    num_system = next(index for index, message in enumerate(rounds[0].messages) if message["role"] == "user")
-    messages, flags = rounds[0].messages[:num_system], rounds[0].loss_flags[:num_system]
-    for example in rounds:
-        messages = messages + example.messages[num_system:]
-        flags += example.loss_flags[num_system:]
-    return replace(rounds[0], messages=messages, loss_flags=flags)
+OF_TURNS = "[]."  # MAP_COLUMNS also takes fields of turns: messages[].time=-
+# Arguments of apply_chat_template that a template has no variable for.
+RESERVED_KWARGS = {
+    *("tools", "documents", "messages", "conversation", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
 
 
 def group_hash(record: dict[str, Any], key: str, renamed_columns: dict[str, str]) -> int | None:
@@ -106,16 +55,27 @@ def group_hash(record: dict[str, Any], key: str, renamed_columns: dict[str, str]
 
 @dataclass
 class RecordReader:
-    """Makes examples of records, and counts their formats and the fields that were ignored.
+    """Makes examples of records, and counts their formats, the fields that were ignored, and the placeholders.
 
     `renamed_columns` maps old names to new; "-" removes a column. `replaced` maps placeholders such as {{NAME}} to their
-    texts, None where the user has set none.
+    texts, None where the user has set none. `ignores_unknown`: fields that could say what is said or trained are ignored,
+    and do not stop the run. `also_used`: fields that are read elsewhere. Without `needs_answer` a record may be a question.
     """
 
     renamed_columns: dict[str, str] = field(default_factory=dict)
     replaced: dict[str, str | None] = field(default_factory=dict)
+    ignores_unknown: bool = False
+    also_used: frozenset[str] = frozenset()
+    needs_answer: bool = True
     formats: Counter[str] = field(default_factory=Counter)
     ignored_fields: Counter[str] = field(default_factory=Counter)
+    placeholders: Counter[str] = field(default_factory=Counter)  # records by placeholder as written, such as {{ name }}
+
+    def __post_init__(self) -> None:
+        self._patterns = {
+            placeholder: re.compile(r"\{\{\s*" + placeholder.strip("{}") + r"\s*\}\}", re.IGNORECASE)
+            for placeholder in self.replaced
+        }
 
     def conversation(self, record: dict[str, Any]) -> Messages:
         """The messages of one record. A `UserError` refuses plain text."""
@@ -127,28 +87,55 @@ class RecordReader:
     def example(self, record: dict[str, Any]) -> Example:
         """The example of one record. A `UserError` names the field and the fix; the caller adds file and line."""
         record = self._renamed(record)
-        kind = _format_of(record)
-        used = (*FORMAT_FIELDS[kind], *MORE_FIELDS[kind])
+        _refuse_preferences(record)
+        fields = format_fields(record)
+        used = used_fields(record, fields)
         refuse_fields(record, [name for name in REFUSED_FIELDS if name not in used])
+        _check_record_loss(record)
         turns, text = Turns(), ""
-        if kind == "text":
-            text = self._filled(required_text(record, "text"), "text")
+        if fields == (TEXT,):
+            text = self._filled(required_text(record, TEXT), TEXT)
         else:
-            turns = _turns_of(record, kind)
+            _refuse_empty_list(record, fields)
+            turns = turns_of(record, fields, self.needs_answer)
             for index, message in enumerate(turns.messages):
                 message["content"] = self._filled(message["content"], f"turn {index}")
-            _check_order(turns.messages)
-        self.formats[_format_name(record, kind)] += 1
-        self.ignored_fields.update(name for name in record if name not in used)
-        self.ignored_fields.update(turns.ignored_fields)
-        tools = read_tools(record.get("tools")) if kind != "text" else None
-        return Example(turns.messages, tuple(turns.loss_flags), tools, text)
+            if self.needs_answer:
+                _check_answers(turns.messages)
+        unused = [(name, name, record[name]) for name in record if name not in used]
+        self._ignore([*unused, *turns.extras], record, fields, turns.messages)
+        self.formats[format_name(record, fields)] += 1
+        kwargs = _template_kwargs(record) if text == "" else {}
+        return Example(turns.messages, tuple(turns.loss_flags), turns.tools, text, kwargs)
+
+    def _ignore(
+        self, extras: list[tuple[str, str, Any]], record: dict[str, Any], fields: tuple[str, ...], messages: Messages
+    ) -> None:
+        """Count these fields, if they say nothing more than the conversation; else refuse them."""
+        for path, name, value in extras:
+            if is_filled(value) and not self._says_nothing(path, name, value, record, messages):
+                if path in FORMAT_FIELDS:
+                    raise UserError(
+                        f"the record has fields of several formats ({fields[0]} and {path}): keep one of them, for example "
+                        f'with MAP_COLUMNS="{path}=-"'
+                    )
+                if not self.ignores_unknown:
+                    raise _unknown(path, value)
+        self.ignored_fields.update({path for path, _, _ in extras})
+
+    def _says_nothing(self, path: str, name: str, value: Any, record: dict[str, Any], messages: Messages) -> bool:
+        if path in self.also_used or path in RECORD_LOSS_FIELDS or is_metadata(name, value, record):
+            return True
+        if path == "mask":  # NeMo: the role whose turns are not trained
+            return isinstance(value, str) and role_of(value) not in (None, "assistant")
+        return _is_repeated(path, value, messages)
 
     def _renamed(self, record: dict[str, Any]) -> dict[str, Any]:
         if not self.renamed_columns:
             return record
+        record = _with_renamed_turns(record, self.renamed_columns)
         for old, new in self.renamed_columns.items():
-            if new == NOT_A_COLUMN:
+            if new == NOT_A_COLUMN or OF_TURNS in old:
                 continue
             if old not in record:
                 raise UserError(f"field {old!r} is missing, which MAP_COLUMNS renames to {new!r}: correct MAP_COLUMNS")
@@ -161,107 +148,128 @@ class RecordReader:
         return renamed
 
     def _filled(self, text: str, where: str) -> str:
-        """The text with the placeholders replaced."""
+        """The text with the placeholders replaced. In small letters or with spaces, as in {{ name }}, they may also be meant
+        for other programs, so without a value they stay."""
+        if "{{" not in text:
+            return text
         for placeholder, value in self.replaced.items():
-            if placeholder in text:
-                if value is None:
-                    variable = f"MODEL_{placeholder.strip('{}')}"
-                    raise UserError(f"{where} has the placeholder {placeholder}: set {variable} to what it stands for")
-                text = text.replace(placeholder, value)
+            if value is None and placeholder in text:
+                variable = f"MODEL_{placeholder.strip('{}')}"
+                raise UserError(f"{where} has the placeholder {placeholder}: set {variable} to what it stands for")
+            pattern = self._patterns[placeholder]
+            self.placeholders.update(set(pattern.findall(text)))
+            if value is not None:
+                text = pattern.sub(value.replace("\\", r"\\"), text)
         return text
 
 
-def _format_of(record: dict[str, Any]) -> str:
-    """The format, a key of FORMAT_FIELDS. A record with fields of several formats is refused."""
-    found = [kind for kind, names in FORMAT_FIELDS.items() if any(record.get(name) is not None for name in names)]
-    found = found or [kind for kind, names in FORMAT_FIELDS.items() if any(name in record for name in names)]
-    if len(found) > 1:
-        columns = [name for kind in found for name in FORMAT_FIELDS[kind] if record.get(name) is not None]
-        raise UserError(
-            f"the record has fields of several formats ({' and '.join(found)}): keep one of them, for example with "
-            f'MAP_COLUMNS="{columns[-1]}=-"'
-        )
+def _refuse_preferences(record: dict[str, Any]) -> None:
+    found = [name for name in record if PREFERENCE_WORDS & set(words_of(name)) and is_filled(record[name])]
+    found = [name for name in found if not is_metadata(name, record[name], record)]
     if not found:
-        names = ", ".join(map(repr, record)) or "none"
-        raise UserError(
-            f"fields are {names}; expected 'instruction' and 'output', or 'messages', or 'conversations', or 'query' and "
-            "'response', or 'prompt' and 'completion', or 'text': rename columns with MAP_COLUMNS=OLD=NEW (--map-column)"
-        )
-    return found[0]
+        return
+    chosen = next((name for name in found if "rejected" not in name and "non" not in name), "")
+    new = "messages" if isinstance(record.get(chosen), list) else "completion"
+    advice = "write the answer that is to be learned as an answer"
+    for columns in ({name: new if name == chosen else NOT_A_COLUMN for name in found}, dict.fromkeys(found, NOT_A_COLUMN)):
+        with contextlib.suppress(UserError):
+            RecordReader(columns, ignores_unknown=True).example(record)
+            listed = " ".join(f"{old}={new}" for old, new in columns.items())
+            advice = f'choose it, for example with MAP_COLUMNS="{listed}"'
+            break
+    raise UserError(
+        f"field {found[0]!r} is of preference data (a chosen and a rejected answer), of which only one answer can be trained "
+        f"here: {advice}"
+    )
 
 
-def _format_name(record: dict[str, Any], kind: str) -> str:
-    """How a format is reported."""
-    if kind == "instruction":
-        return "alpaca" if any(name in record for name in ("input", "history")) else "instruction"
-    if kind == "conversations":
-        turns = record["conversations"]
-        is_sharegpt = isinstance(turns, list) and turns and isinstance(turns[0], dict) and "from" in turns[0]
-        return "sharegpt" if is_sharegpt else "conversations"
-    return {"query": "query/response", "prompt": "prompt/completion"}.get(kind, kind)
-
-
-def _turns_of(record: dict[str, Any], kind: str) -> Turns:
-    """The turns of a record, its system text first."""
-    if kind in ("messages", "conversations"):
-        turns = read_turns(checked_list(record[kind], kind, "turns"), kind)
-    elif kind == "prompt" and not isinstance(record.get("prompt"), str):
-        turns = _prompt_and_completion(record)
-    else:
-        turns = _question_and_answer(record, *FORMAT_FIELDS[kind])
-    system = optional_text(record, "system")
-    if system and turns.messages[0]["role"] == "system":
-        raise UserError(f"the record has a field 'system' and a system turn in {kind!r}: keep one of them")
-    if system:
-        first = Turns()
-        first.add({"role": "system", "content": system})
-        return first + turns
-    return turns
-
-
-def _question_and_answer(record: dict[str, Any], question_name: str, answer_name: str) -> Turns:
-    """The pairs of `history`, then one question and its answer. Alpaca's rule: `input` follows on a new line."""
-    question = required_text(record, question_name)
-    answer = required_text(record, answer_name)
-    extra = optional_text(record, "input") if question_name == "instruction" else ""
-    pairs = checked_list(record.get("history"), "history", "pairs", or_none=True)
-    turns = Turns()
-    for index, pair in enumerate(pairs):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise UserError(f"history[{index}] is not a pair of strings: write [question, answer]")
-        texts = {"0": pair[0], "1": pair[1]}
-        turns.add({"role": "user", "content": required_text(texts, "0", f"history[{index}].")})
-        turns.add({"role": "assistant", "content": required_text(texts, "1", f"history[{index}].")})
-    turns.add({"role": "user", "content": f"{question}\n{extra}" if extra else question})
-    turns.add({"role": "assistant", "content": answer})
-    return turns
-
-
-def _prompt_and_completion(record: dict[str, Any]) -> Turns:
-    """Two lists of messages: in `prompt` answers are trained only where they ask for it, in `completion` as usual."""
-    for name in ("prompt", "completion"):
-        if name not in record:
-            raise UserError(f"field {name!r} is missing: add it, or rename a column with MAP_COLUMNS=OLD={name}")
-    prompt = read_turns(checked_list(record["prompt"], "prompt", "turns, as 'completion' is"), "prompt")
-    completion = read_turns(checked_list(record["completion"], "completion", "turns, as 'prompt' is"), "completion")
-    prompt.loss_flags = [bool(flag) for flag in prompt.loss_flags]
-    return prompt + completion
-
-
-def _check_order(messages: Messages) -> None:
-    """Refuse two users in a row, a system text in the middle, a call without its result, or no last answer."""
-    previous: str | None = None
-    for index, message in enumerate(messages):
-        if message["role"] not in NEXT_ROLES[previous]:
-            after = f"follows {previous!r}" if previous else "is the first"
-            expected = " or ".join(map(repr, NEXT_ROLES[previous]))
+def _check_record_loss(record: dict[str, Any]) -> None:
+    for name in RECORD_LOSS_FIELDS:
+        if record.get(name) not in (None, 1):
             raise UserError(
-                f"wrong order: turn {index} ({message['role']!r}) {after}, not {expected}: correct the record"
+                f"field {name!r} is {record[name]!r}, which says how much of the record is trained: only 1 is supported; "
+                f'remove the record, or drop the field with MAP_COLUMNS="{name}=-"'
             )
-        if message["role"] == "user" and index and messages[index - 1].get("tool_calls"):
-            raise UserError(f"wrong order: turn {index} ('user') follows a call without its result: add a 'tool' turn")
-        previous = message["role"]
-    if previous != "assistant":
+
+
+def _refuse_empty_list(record: dict[str, Any], fields: tuple[str, ...]) -> None:
+    """An empty list next to the fields of another format."""
+    others = [name for name in record if name in FORMAT_FIELDS and name not in fields and is_filled(record[name])]
+    if fields[0] in LISTS and not is_filled(record[fields[0]]) and others:
         raise UserError(
-            f"the last turn is {previous!r}, so there is no answer to learn: end the record with an assistant turn"
+            f"the record has fields of several formats ({fields[0]} and {others[0]}), of which {fields[0]!r} is empty: keep "
+            f'one of them, for example with MAP_COLUMNS="{fields[0]}=-"'
         )
+
+
+def _check_answers(messages: Messages) -> None:
+    """An answer is learned after something that it answers; the order of turns is the chat template's matter."""
+    if not any(message["role"] == "assistant" for message in messages[1:]):
+        last = f"the last turn is {messages[-1]['role']!r} and none is an assistant turn"
+        first = "turn 0 ('assistant') is the first and the only answer"
+        what = first if messages[0]["role"] == "assistant" else last
+        raise UserError(f"{what}, so there is no answer to learn: add an assistant turn, or remove the record")
+
+
+def _is_repeated(path: str, value: Any, messages: Messages) -> bool:
+    """Whether a field has only what the conversation has: a text of it, the same turns, or the whole rendered."""
+    texts = [message["content"] for message in messages if message["content"]]
+    if isinstance(value, str):
+        text = value.strip()
+        if any(text in content for content in texts):
+            return True
+        # A rendered conversation (`text`), or its prompt.
+        asked = [message["content"] for message in messages if message["role"] == "user"]
+        rendered = asked if path == "prompt" else texts
+        return path in (TEXT, "prompt") and bool(rendered) and all(content.strip() in value for content in rendered)
+    if path in (*LISTS, "prompt") and isinstance(value, list):
+        try:
+            repeated = read_turns(value, path).messages
+        except UserError:
+            return False
+        return all(message in messages for message in repeated)
+    return False
+
+
+def _unknown(path: str, value: Any) -> UserError:
+    shown = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:40]}..."
+    return UserError(
+        f"field {path!r} ({shown}) is unknown, and could say what is said or trained: rename it or drop it with "
+        f'MAP_COLUMNS="{path}=-", or ignore all unknown fields with UNKNOWN_FIELDS=ignore'
+    )
+
+
+def _template_kwargs(record: dict[str, Any]) -> dict[str, Any]:
+    """The arguments for the chat template of a record: `chat_template_kwargs`, and `enable_thinking` (verl)."""
+    value = record.get("chat_template_kwargs")
+    kwargs = dict(checked_object(value, "chat_template_kwargs", or_text=True)) if is_filled(value) else {}
+    kwargs = {name: argument for name, argument in kwargs.items() if argument is not None}
+    for name in kwargs:
+        if name in RESERVED_KWARGS:
+            raise UserError(f"field 'chat_template_kwargs.{name}' is not for a chat template: remove it")
+    thinking = record.get("enable_thinking")
+    if thinking is not None:
+        if not isinstance(thinking, bool) or kwargs.get("enable_thinking", thinking) != thinking:
+            raise UserError(f"field 'enable_thinking' is {thinking!r}: give true or false, the same as in chat_template_kwargs")
+        kwargs["enable_thinking"] = thinking
+    return kwargs
+
+
+def _with_renamed_turns(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """The record with the fields of its turns renamed or dropped, as `messages[].time=-` asks for."""
+    for list_name in {old.partition(OF_TURNS)[0] for old in columns if OF_TURNS in old} & record.keys():
+        listed = checked_list(record[list_name], list_name, "turns", or_none=True)
+        prefix = list_name + OF_TURNS
+        names = {
+            old.removeprefix(prefix): new.rpartition(OF_TURNS)[2] for old, new in columns.items() if old.startswith(prefix)
+        }
+        record = record | {list_name: [_renamed_turn(turn, names) if isinstance(turn, dict) else turn for turn in listed]}
+    return record
+
+
+def _renamed_turn(turn: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    items: Iterator[tuple[str, Any]] = ((names.get(name, name), value) for name, value in turn.items())
+    renamed = {name: value for name, value in items if name != NOT_A_COLUMN}
+    if len(renamed) + sum(names.get(name) == NOT_A_COLUMN for name in turn) != len(turn):
+        raise UserError(f"MAP_COLUMNS gives two fields of a turn one name ({', '.join(names.values())}): correct it")
+    return renamed

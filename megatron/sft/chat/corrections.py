@@ -31,23 +31,48 @@ REMOVED_THOUGHT = re.compile(
 CUT_THOUGHT = re.compile(r"""(\w+(?:\.\w+|\[['"]\w+['"]\])*)\.split\(\s*(['"])</think>\2\s*\)\s*\[-1\]""")
 # <think> with its line break at the end of a piece of output, where an answer is to begin.
 OPENED_THOUGHT = re.compile(r"""<think>(?:\\n|\n)*(?=(['"])\s*-?\}\})""")
-REASONING = (
+REASONING: tuple[Correction, ...] = (
     # DeepSeek-R1 and its distillations drop the reasoning of every answer ...
     Correction(REMOVED_THOUGHT, ""),
     # ... and open it in their prompt, so that a model could neither begin an answer otherwise nor learn to begin it so.
     Correction(OPENED_THOUGHT, "", only_with=("<｜Assistant｜>",)),
     # Qwen3 drops the reasoning of all answers but those after the last question.
     Correction(
-        re.compile(r"(if loop\.index0 > ns\.last_query_index)(?=\s*-?%\})"),
-        r"\1 or reasoning_content",
+        re.compile(r"loop\.index0 > ns\.last_query_index(?: or not reasoning_content| and reasoning_content)?(?! or| and)"),
+        r"\g<0> or reasoning_content",
         only_with=("set reasoning_content", "</think>"),
+    ),
+)
+# Qwen3 and its successors write an empty <think> block into answers without reasoning, but only after the last question
+# (Qwen3 of these into the last alone), so that one prompt has two beginnings. What to do about it, by EMPTY_THINK.
+QWEN3_ANSWER = ("set reasoning_content", "<think>")
+EMPTY_THINK: dict[str, tuple[Correction, ...]] = {
+    "template": (),
+    "every": (
+        Correction(
+            re.compile(r"loop\.index0 > ns\.last_query_index(?! or not)"), r"\g<0> or not reasoning_content", QWEN3_ANSWER
+        ),
+        Correction(re.compile(r"loop\.last or \(?(?:not loop\.last and )?reasoning_content\)?"), "true", QWEN3_ANSWER),
+    ),
+    "none": (
+        Correction(re.compile(r"loop\.index0 > ns\.last_query_index(?! and)"), r"\g<0> and reasoning_content", QWEN3_ANSWER),
+    ),
+}
+# GLM-4.5 drops it from all answers before the last question.
+REASONING += (Correction(re.compile(r"loop\.index0 > ns\.last_user_index and reasoning_content"), "reasoning_content"),)
+# GLM ends an answer with the beginning of the next turn, which the last one does not have.
+ENDS = (
+    Correction(
+        re.compile(r"(\{%-?\s*endfor\s*-?%\})(\s*\{%-?\s*if add_generation_prompt\s*-?%\})"),
+        r"\1{%- if not add_generation_prompt and messages[-1].role == 'assistant' -%}"
+        r"{{ '<|observation|>' if messages[-1].tool_calls else '<|user|>' }}{%- endif -%}\2",
+        only_with=("<|assistant|>", "<|observation|>"),
+        without="messages[-1].role == 'assistant' -%}",
     ),
 )
 SYSTEM = (
     # Mistral puts the system text before the question that ends the conversation: a whole one ends with an answer.
-    Correction(
-        re.compile(r"if loop\.last and system_message is defined"), "if loop.first and system_message is defined"
-    ),
+    Correction(re.compile(r"if loop\.last and system_message is defined"), "if loop.first and system_message is defined"),
 )
 CALLS = (
     # DeepSeek-V3 and R1 print calls only where the content is none, which transformers removes from messages, ...
@@ -84,9 +109,12 @@ CALLS = (
 )
 
 
-def candidates(template: str) -> list[str]:
-    """Corrected templates to try, those that change least first; empty if no correction applies."""
-    found = [corrected(template, group) for group in (REASONING, SYSTEM, CALLS, REASONING + SYSTEM + CALLS)]
+def candidates(template: str, empty_think: str = "template") -> list[str]:
+    """Corrected templates to try, those that change least first; empty if no correction applies. `empty_think`: a key of
+    EMPTY_THINK."""
+    blocks = EMPTY_THINK[empty_think]
+    groups = (REASONING, SYSTEM, CALLS, ENDS, blocks, blocks + REASONING, blocks + REASONING + SYSTEM + CALLS + ENDS)
+    found = [corrected(template, group) for group in groups]
     return [text for text in dict.fromkeys(found) if text != template]
 
 

@@ -40,11 +40,7 @@ class Conversation:
     def cut(self, length: int) -> "Conversation":
         """The first `length` tokens."""
         starts = [0, *accumulate(self.mask_run_lengths)]
-        runs = [
-            min(run, length - start)
-            for run, start in zip(self.mask_run_lengths, starts, strict=False)
-            if start < length
-        ]
+        runs = [min(run, length - start) for run, start in zip(self.mask_run_lengths, starts, strict=False) if start < length]
         return replace(self, tokens=self.tokens[:length], mask_run_lengths=runs)
 
     def pieces(self, length: int) -> "list[Conversation]":
@@ -83,9 +79,7 @@ def load_tokenizer(folder: Path, template_needed: bool = True) -> Any:
     return tokenizer
 
 
-def encode(
-    tokenizer: Any, rendered: Sequence[RenderedText], words: WordEncoder | None = None
-) -> Iterator[Conversation]:
+def encode(tokenizer: Any, rendered: Sequence[RenderedText], words: WordEncoder | None = None) -> Iterator[Conversation]:
     """The conversations of these texts, in order; with `words` the same, sooner. Each is checked when it is taken: that its
     mask cannot be exact is a `UserError`, to which the caller adds file and line."""
     texts = [conversation.text for conversation in rendered]
@@ -99,7 +93,10 @@ def encode(
 def check_against_template(template: ChatTemplate, example: Example, encoded: Conversation) -> None:
     """Refuse tokens that differ from those that transformers itself makes of the conversation or the text."""
     if example.messages:
-        expected, by = template.tokens_of(example.messages, example.tools), "apply_chat_template(tokenize=True)"
+        expected, by = (
+            template.tokens_of(example.messages, example.tools, example.template_kwargs),
+            "apply_chat_template(tokenize=True)",
+        )
     else:
         expected, by = list(template.tokenizer(example.text).input_ids), "()"
         if expected[-1:] != [template.tokenizer.eos_token_id]:
@@ -121,9 +118,7 @@ def _conversation(encoding: Any, rendered: RenderedText) -> Conversation:
         first, is_merged = _first_token(encoding, rendered.text, start, end)
         after = _check_end(encoding, answer, end) + 1
         if first < position or first == 0:
-            raise UserError(
-                "an answer shares a token with what precedes it: the mask cannot be exact, change the record"
-            )
+            raise UserError("an answer shares a token with what precedes it: the mask cannot be exact, change the record")
         runs += [first - position, after - first]
         position = after
         num_merged += is_merged
@@ -152,9 +147,7 @@ def _check_end(encoding: Any, answer: Answer, end: int) -> int:
     marks more."""
     token, last = encoding.char_to_token(answer.end - 1), encoding.char_to_token(end - 1)
     if token is None or encoding.ids[token] != answer.end_of_turn_id or last is None or last < token:
-        raise UserError(
-            "the end-of-turn token of an answer is not a separate token: check the tokenizer's added tokens"
-        )
+        raise UserError("the end-of-turn token of an answer is not a separate token: check the tokenizer's added tokens")
     if encoding.token_to_chars(last)[1] > end:
         raise UserError("the last token of an answer holds a part of the next turn: the mask cannot be exact")
     return int(last)

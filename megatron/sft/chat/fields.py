@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,8 +41,8 @@ def checked_list(value: Any, name: str, of: str, or_none: bool = False) -> list[
     if or_none and value in (None, ""):
         return []
     if isinstance(value, str) and value.lstrip()[:1] == "[":
-        with contextlib.suppress(ValueError):
-            value = exact_json.loads(value)
+        with contextlib.suppress(UserError):
+            value = parsed_json(value, name)
     if not isinstance(value, list):
         raise UserError(f"field '{name}' is {json_type(value)}: it must be a list of {of}, or that list as JSON text")
     return value
@@ -50,21 +51,33 @@ def checked_list(value: Any, name: str, of: str, or_none: bool = False) -> list[
 def checked_object(value: Any, name: str, needs: str = "", or_text: bool = False) -> dict[str, Any]:
     """The object; with `or_text` it may be JSON text. `needs` says in the message what it must have."""
     if or_text and isinstance(value, str):
-        try:
-            value = exact_json.loads(value)
-        except ValueError:
-            raise UserError(f"field '{name}' is not valid JSON: write an object{needs}") from None
+        value = parsed_json(value, name, f"write an object{needs}")
     if not isinstance(value, dict):
         raise UserError(f"field '{name}' is {json_type(value)}: it must be an object{needs}")
     return value
 
 
+def parsed_json(text: str, name: str, fix: str = "correct it") -> Any:
+    """The JSON value of a text, with whole numbers of any size."""
+    try:
+        return exact_json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError(f"field '{name}' is not valid JSON: {fix}") from None
+
+
+def is_filled(value: Any) -> bool:
+    """Whether a field says anything: null, an empty text, list or object do not."""
+    return value is not None and value not in ("", [], {})
+
+
 def refuse_fields(fields: dict[str, Any], names: Iterable[str], where: str = "") -> None:
     """Refuse these fields unless they are empty."""
     for name in names:
-        if fields.get(name) not in (None, [], "", {}):
+        if is_filled(fields.get(name)):
+            column = re.sub(r"\[\d+\]", "[]", where) + name
             raise UserError(
-                f"field '{where}{name}' is not supported, and ignoring it would change what is trained: remove it"
+                f"field '{where}{name}' is not supported, and ignoring it would change what is trained: remove the record, or "
+                f'drop the field with MAP_COLUMNS="{column}=-"'
             )
 
 

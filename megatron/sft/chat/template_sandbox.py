@@ -59,9 +59,7 @@ def _try(text: str) -> None:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = lambda value, **_: json.dumps(value)
     environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: "2024-01-01")
     template = environment.from_string(text)

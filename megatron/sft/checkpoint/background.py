@@ -160,9 +160,7 @@ class SaveTask:
             if self._cancelled.is_set():
                 raise CancelledError
             if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"rank {rank} did not report its part as written within {self._timeout / 60:.0f} minutes"
-                )
+                raise TimeoutError(f"rank {rank} did not report its part as written within {self._timeout / 60:.0f} minutes")
             time.sleep(_PAUSE_SECONDS)
         content = json.loads(text)
         if "error" in content:

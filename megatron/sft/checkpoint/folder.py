@@ -77,9 +77,7 @@ def open_checkpoint(root: Path, iteration: int | None = None) -> Checkpoint:
             raise UserError(f"{root} has no {TRACKER}: is it a folder of Megatron checkpoints?")
     path = iteration_path(root, iteration)
     if not path.is_dir():
-        raise UserError(
-            f"{root} has no checkpoint of iteration {iteration}: there are {iterations(root)[::-1] or 'none'}"
-        )
+        raise UserError(f"{root} has no checkpoint of iteration {iteration}: there are {iterations(root)[::-1] or 'none'}")
     return _open(path, iteration)
 
 
@@ -94,9 +92,7 @@ def _open(path: Path, iteration: int) -> Checkpoint:
         return Checkpoint(path, iteration, TORCH_DIST, manifest)
     if any(path.glob("mp_rank_*/model_optim_rng.pt")):
         return Checkpoint(path, iteration, TORCH, manifest)
-    raise UserError(
-        f"{path} holds no checkpoint (neither .metadata nor mp_rank_*): take another iteration or convert again"
-    )
+    raise UserError(f"{path} holds no checkpoint (neither .metadata nor mp_rank_*): take another iteration or convert again")
 
 
 def verify_files(checkpoint: Checkpoint) -> None:

@@ -89,9 +89,7 @@ def slices_of_range(
             yield block, place, place + prod(sizes)
 
 
-def tensors_by_parameter(
-    tensors: list[ShardedTensor], parameters: Iterable[nn.Parameter]
-) -> dict[Any, list[ShardedTensor]]:
+def tensors_by_parameter(tensors: list[ShardedTensor], parameters: Iterable[nn.Parameter]) -> dict[Any, list[ShardedTensor]]:
     """The tensors that lie in each parameter's memory; together they are the whole parameter."""
     by_address = sorted(parameters, key=lambda parameter: parameter.data_ptr())
     addresses = [parameter.data_ptr() for parameter in by_address]
@@ -115,9 +113,7 @@ def load_weights(checkpoint: Checkpoint, chunks: Sequence[nn.Module], layout: La
         return
     config = checkpoint.manifest.get("source", {}).get("config")
     if config is None:
-        raise UserError(
-            f"{checkpoint.path} has no {MANIFEST} with the model's configuration: run scripts/2_convert.sh on it"
-        )
+        raise UserError(f"{checkpoint.path} has no {MANIFEST} with the model's configuration: run scripts/2_convert.sh on it")
     source = stored_parameters(checkpoint, read_architecture(config, str(checkpoint.path / MANIFEST)))
     for chunk in chunks:
         _fill_from_whole(chunk, source, layout)

@@ -139,13 +139,7 @@ def load_optimizer(
     for share in all_shares:
         loaded = {kind: torch.zeros(share.stop - share.start) for kind in KINDS}
         # One share at a time, so that only its state is in memory twice.
-        read(
-            [
-                s
-                for kind in KINDS
-                for s in _slices(share, parts[share.parameter], kind, partial(loaded.__getitem__, kind))
-            ]
-        )
+        read([s for kind in KINDS for s in _slices(share, parts[share.parameter], kind, partial(loaded.__getitem__, kind))])
         share.fill(loaded, int(record["step"]))
 
 

@@ -22,11 +22,7 @@ _PLAIN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): torch.Size,
     **{("builtins", kind.__name__): kind for kind in (set, frozenset, dict, list, tuple)},
-    **{
-        ("torch", str(dtype).removeprefix("torch.")): dtype
-        for dtype in vars(torch).values()
-        if isinstance(dtype, torch.dtype)
-    },
+    **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)},
 }
 # Opcodes that refer to objects outside the pickle's bytes.
 _REFUSED = {"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
@@ -67,12 +63,7 @@ class Record:
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(
-        self,
-        data: bytes,
-        known: Callable[[str, str], Any],
-        stored: Callable[[Any], Any] | None,
-    ) -> None:
+    def __init__(self, data: bytes, known: Callable[[str, str], Any], stored: Callable[[Any], Any] | None) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._known, self._stored = known, stored
         self._classes: dict[tuple[str, str], Any] = {}
@@ -94,9 +85,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_records(
-    data: bytes,
-    known: Callable[[str, str], Any] = lambda module, name: None,
-    stored: Callable[[Any], Any] | None = None,
+    data: bytes, known: Callable[[str, str], Any] = lambda module, name: None, stored: Callable[[Any], Any] | None = None
 ) -> Any:
     """The content of a pickle, of plain values and `Record`s.
 
@@ -120,6 +109,4 @@ def refusing_damage(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the checkpoint is not whole, take another one") from None
     except Exception as error:
-        raise UserError(
-            f"{path} is damaged or not to be trusted ({first_line(error)}): take another checkpoint"
-        ) from None
+        raise UserError(f"{path} is damaged or not to be trusted ({first_line(error)}): take another checkpoint") from None

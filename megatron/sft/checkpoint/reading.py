@@ -41,9 +41,7 @@ class SliceReader:
         """A `UserError` where the checkpoint lacks one of these tensors."""
         missing = sorted(set(keys) - self.tensors.keys())
         if missing:
-            raise UserError(
-                f"{self.folder} lacks {len(missing)} tensors, {missing[0]} among them: convert the model again"
-            )
+            raise UserError(f"{self.folder} lacks {len(missing)} tensors, {missing[0]} among them: convert the model again")
 
     def fill(self, slices: list[ShardSlice]) -> None:
         """Set the values of every slice. A tensor that is missing, incomplete or of another shape is a `UserError`."""

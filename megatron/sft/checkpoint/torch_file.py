@@ -101,9 +101,7 @@ class _Archive:
         if entry.header_offset < self._start:
             raise ValueError(f"its record {name} begins outside the archive")
         header = _LOCAL_HEADER.unpack_from(self.map, entry.header_offset)
-        start = (
-            entry.header_offset + _LOCAL_HEADER.size + header[-2] + header[-1]
-        )  # the lengths of name and extra field
+        start = entry.header_offset + _LOCAL_HEADER.size + header[-2] + header[-1]  # the lengths of name and extra field
         if start + entry.file_size > len(self.map):
             raise ValueError(f"its record {name} ends outside the archive")
         return memoryview(self.map)[start : start + entry.file_size]

@@ -42,9 +42,7 @@ def rank_folder(rank: Rank, layout: Layout) -> str:
     return name + (f"_{rank[2]:03d}" if layout.expert_parallel > 1 else "")
 
 
-def save_parameters(
-    folder: Path, architecture: Architecture, layout: Layout, source: Parameters, iteration: int
-) -> None:
+def save_parameters(folder: Path, architecture: Architecture, layout: Layout, source: Parameters, iteration: int) -> None:
     """Write every rank's part of the model, with the arguments that Megatron-LM checks and `--use-checkpoint-args` reads."""
     content = {
         "args": _megatron_arguments(architecture, layout, iteration),
@@ -59,9 +57,7 @@ def save_parameters(
             name: _part(entry, source.meta(entry), architecture, layout, rank[0]) for name, entry in entries.items()
         }
         state.update(_engine_states(architecture, layout, rank[1]))
-        parts = (
-            (name, _part(entry, source.read(entry), architecture, layout, rank[0])) for name, entry in entries.items()
-        )
+        parts = ((name, _part(entry, source.read(entry), architecture, layout, rank[0])) for name, entry in entries.items())
         path = folder / rank_folder(rank, layout) / FILE
         path.parent.mkdir()
         torch_file.write(path, content, state, parts)
@@ -92,9 +88,7 @@ def _local_entries(architecture: Architecture, layout: Layout, rank: Rank) -> It
         yield name, entry
 
 
-def _part(
-    entry: WeightEntry, parameter: Tensor, architecture: Architecture, layout: Layout, tensor_rank: int
-) -> Tensor:
+def _part(entry: WeightEntry, parameter: Tensor, architecture: Architecture, layout: Layout, tensor_rank: int) -> Tensor:
     if entry.megatron in (EMBEDDING, OUTPUT):
         parameter = padded(parameter, layout.padded_vocab_size(architecture))
     return tensor_parallel_part(entry.rule, parameter, tensor_rank, layout.tensor_parallel)
@@ -145,9 +139,7 @@ class TorchFormatParameters:
     def _collect(self, ranks: dict[Rank, dict[str, Any]]) -> None:
         counts = {rank[1]: _num_layers(content["model"]) for rank, content in ranks.items()}
         if sum(counts.values()) != self.architecture.num_layers:
-            raise UserError(
-                f"{self.folder} has {sum(counts.values())} layers, the model has {self.architecture.num_layers}"
-            )
+            raise UserError(f"{self.folder} has {sum(counts.values())} layers, the model has {self.architecture.num_layers}")
         moe = self.architecture.moe
         for (tensor_rank, stage, expert_rank), content in ranks.items():
             first_layer = sum(count for other, count in counts.items() if other < stage)
@@ -206,9 +198,7 @@ class TorchFormatParameters:
         try:
             return join_tensor_parallel(entry.rule, parts)
         except RuntimeError as error:
-            raise UserError(
-                f"{self.folder}: the ranks' parts of {entry.megatron} do not fit together ({error})"
-            ) from None
+            raise UserError(f"{self.folder}: the ranks' parts of {entry.megatron} do not fit together ({error})") from None
 
 
 def _read_ranks(folder: Path, architecture: Architecture) -> dict[Rank, dict[str, Any]]:
@@ -249,9 +239,7 @@ def _check_arguments(folder: Path, architecture: Architecture, arguments: Any, n
         if not isinstance(stored, int | float) or stored == value:
             continue
         if name.startswith("num"):
-            raise UserError(
-                f"{folder} was written with {name} {stored}, config.json implies {value}: give the right model"
-            )
+            raise UserError(f"{folder} was written with {name} {stored}, config.json implies {value}: give the right model")
         notes.append(f"the checkpoint was trained with {name} {stored}, config.json says {value}: config.json is used")
 
 

@@ -12,15 +12,7 @@ from megatron.sft.checkpoint.folder import MANIFEST, TORCH, TORCH_DIST, TRACKER,
 from megatron.sft.checkpoint.shard_slice import balanced
 from megatron.sft.runtime import ranks, watchdog
 from megatron.sft.runtime.errors import UserError
-from megatron.sft.runtime.manifest import (
-    Files,
-    check_sizes,
-    check_sums,
-    listed_files,
-    read_json,
-    seal_holds,
-    write_text,
-)
+from megatron.sft.runtime.manifest import Files, check_sizes, check_sums, listed_files, read_json, seal_holds, write_text
 
 _ADVICE = "the checkpoint is not used"
 

@@ -74,9 +74,7 @@ class WrittenPart:
 
 def part_from_json(content: dict[str, Any]) -> WrittenPart:
     """The inverse of `asdict` after a way through JSON, which makes lists of tuples."""
-    tuples = (
-        {**stored, **{n: tuple(stored[n]) for n in ("offsets", "sizes", "whole")}} for stored in content["slices"]
-    )
+    tuples = ({**stored, **{n: tuple(stored[n]) for n in ("offsets", "sizes", "whole")}} for stored in content["slices"])
     return WrittenPart(content["files"], [StoredSlice(**stored) for stored in tuples])
 
 

@@ -1,8 +1,9 @@
-"""The files of an exported folder besides its weights: the original model's, edited only where training changed a fact,
+"""The files of an exported folder apart from its weights: the original model's, edited only where training changed a fact,
 and README.md, the model card of a trained model.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron.sft.hf.tokenizer_files import read_chat_template
 from megatron.sft.runtime.manifest import read_json, write_json, write_text
 
 CURVE = "loss.png"
+EXTRA_TEMPLATES = "additional_chat_templates"  # of a tokenizer with several, beyond the default one
 _RECIPE = (
     "train_iters", "epochs", "global_batch_size", "micro_batch_size", "seq_length", "lr", "min_lr", "lr_decay_style",
     "lr_warmup_iters", "lr_warmup_fraction", "weight_decay", "clip_grad", "precision", "loss_average", "seed",
@@ -30,14 +32,17 @@ def write_companions(
     `run_folder`: where the run wrote its metrics and plot.
     """
     copy_companions(hf_dir, folder)
+    if (hf_dir / EXTRA_TEMPLATES).is_dir():
+        shutil.copytree(hf_dir / EXTRA_TEMPLATES, folder / EXTRA_TEMPLATES, dirs_exist_ok=True)
     _edit_config(checkpoint, architecture, dtype, folder / "config.json")
     training = checkpoint.manifest.get("training") or checkpoint.manifest.get("trained")
     if not training:
         return
-    template = training.get("chat_template")
-    if template and template != read_chat_template(folder):
-        write_chat_template(folder, template)
-        print("chat template: that of the training data, which differs from the original model's")
+    for name, key in (("default", "chat_template"), ("tool_use", "tool_use_template")):
+        template = training.get(key)
+        if template and template != read_named_template(folder, name):
+            write_chat_template(folder, template, name)
+            print(f"chat template ({name}): that of the training data, which differs from the original model's")
     _edit_end_tokens(training, folder)
     if (folder / "README.md").exists():
         (folder / "README.md").rename(folder / "README.original.md")
@@ -47,15 +52,40 @@ def write_companions(
     write_text(folder / "README.md", _model_card(checkpoint, training, run_folder, hf_dir, curve is not None))
 
 
-def write_chat_template(folder: Path, template: str) -> None:
-    """Write a template to where the folder has one: chat_template.jinja, tokenizer_config.json, or both."""
-    config_path = folder / "tokenizer_config.json"
-    config = read_json(config_path, "tokenizer configuration", "take the original") if config_path.exists() else None
-    in_config = config is not None and "chat_template" in config
-    if config is not None and (in_config or not (folder / "chat_template.jinja").exists()):
-        write_json(config_path, {**config, "chat_template": template})
-    if config is None or (folder / "chat_template.jinja").exists():
-        write_text(folder / "chat_template.jinja", template)
+def read_named_template(folder: Path, name: str) -> str | None:
+    """The template of that name, as transformers reads a folder; None if there is none."""
+    if name == "default":
+        return read_chat_template(folder)
+    path = folder / EXTRA_TEMPLATES / f"{name}.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    return None if (folder / "chat_template.jinja").is_file() else _listed(_tokenizer_config(folder)).get(name)
+
+
+def write_chat_template(folder: Path, template: str, name: str = "default") -> None:
+    """Write a template to where the folder has it: a file, tokenizer_config.json (alone, or in a list by name), or both."""
+    path = folder / "chat_template.jinja" if name == "default" else folder / EXTRA_TEMPLATES / f"{name}.jinja"
+    config = _tokenizer_config(folder)
+    listed = _listed(config)
+    if config is not None and ("chat_template" in config or not path.exists()):
+        content: Any = template
+        if listed:
+            content = [{"name": key, "template": text} for key, text in (listed | {name: template}).items()]
+        if listed or name == "default":
+            write_json(folder / "tokenizer_config.json", {**config, "chat_template": content})
+    if config is None or path.exists():
+        write_text(path, template)
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "tokenizer_config.json"
+    return read_json(path, "tokenizer configuration", "take the original") if path.exists() else None
+
+
+def _listed(config: dict[str, Any] | None) -> dict[str, str]:
+    """The templates of a tokenizer configuration that has several, by name."""
+    listed = (config or {}).get("chat_template")
+    return {entry["name"]: entry["template"] for entry in listed} if isinstance(listed, list) else {}
 
 
 def _edit_config(checkpoint: Checkpoint, architecture: Architecture, dtype: str | None, path: Path) -> None:
@@ -124,9 +154,7 @@ def _model_card(checkpoint: Checkpoint, training: dict[str, Any], run_folder: Pa
 
 def _last_loss(checkpoint: Checkpoint, run_folder: Path) -> float | None:
     """The training loss that the run's metrics give for the checkpoint's step, or the nearest logged before it."""
-    path = next(
-        (p for p in (run_folder / "metrics.jsonl", checkpoint.path.parent / "metrics.jsonl") if p.exists()), None
-    )
+    path = next((p for p in (run_folder / "metrics.jsonl", checkpoint.path.parent / "metrics.jsonl") if p.exists()), None)
     if path is None:
         return None
     last = None

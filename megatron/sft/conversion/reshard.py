@@ -5,14 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.checkpoint.folder import (
-    TORCH_DIST,
-    TRACKER,
-    Checkpoint,
-    iteration_path,
-    open_checkpoint,
-    verify_files,
-)
+from megatron.sft.checkpoint.folder import TORCH_DIST, TRACKER, Checkpoint, iteration_path, open_checkpoint, verify_files
 from megatron.sft.checkpoint.reading import stored_parameters
 from megatron.sft.conversion.checkpoint_writer import requested_layout, write_parameters
 from megatron.sft.conversion.source_record import converted_config, read_dtype_record, source_model

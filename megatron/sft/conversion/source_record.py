@@ -53,10 +53,7 @@ def dtype_record(dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
     """The dtype that most Hugging Face tensors have, and the tensors that have another. `dtypes`: name -> dtype."""
     names = {name: dtype_name(dtype) for name, dtype in dtypes.items()}
     common = max(sorted(set(names.values())), key=list(names.values()).count)
-    return {
-        "hf_dtype": common,
-        "hf_dtype_exceptions": {name: dtype for name, dtype in names.items() if dtype != common},
-    }
+    return {"hf_dtype": common, "hf_dtype_exceptions": {name: dtype for name, dtype in names.items() if dtype != common}}
 
 
 def read_dtype_record(checkpoint: Checkpoint, original: HFFolder | None) -> dict[str, Any]:

@@ -34,9 +34,7 @@ class Lengths:
     longer: Counter[int] = field(default_factory=lambda: Counter(dict.fromkeys(LENGTH_LIMITS, 0)))
 
     def add(self, length: int) -> None:
-        self.update(
-            Lengths(1, length, length, length, Counter({limit: int(length > limit) for limit in LENGTH_LIMITS}))
-        )
+        self.update(Lengths(1, length, length, length, Counter({limit: int(length > limit) for limit in LENGTH_LIMITS})))
 
     def update(self, others: "Lengths") -> None:
         if others.num_conversations:
@@ -172,7 +170,7 @@ class Corpus:
 
     def _outcome(self, chunk: Chunk) -> Outcome:
         """What becomes of a chunk. Runs in a worker, so it counts separately."""
-        reader = replace(self.reader, formats=Counter(), ignored_fields=Counter())
+        reader = replace(self.reader, formats=Counter(), ignored_fields=Counter(), placeholders=Counter())
         part = replace(self, reader=reader, counts=Counts())
         rejected: list[tuple[int, str]] = []
         conversations: list[Conversation] = []
@@ -186,7 +184,7 @@ class Corpus:
     def _learned(self) -> list[Any]:
         """The counters and sets that reading and rendering fill; `update` adds to each of them."""
         reader, template = self.reader, self.template
-        counters = [reader.formats, reader.ignored_fields]
+        counters = [reader.formats, reader.ignored_fields, reader.placeholders]
         return [*counters, template.notes, template.end_of_turn_ids, template.control_tokens]
 
     def _add(self, chunk: Chunk, outcome: Outcome) -> None:
@@ -230,18 +228,16 @@ class Corpus:
         fields = record.fields
         example = self.reader.example(fields)
         if example.messages:
-            rendered = self.template.render(example.messages, example.tools, example.loss_flags)
+            rendered = self._render(example)
         else:
             rendered = self.template.render_text(example.text)
         group = group_hash(fields, self.group_key, self.reader.renamed_columns) if self.group_key else None
         return Pending(record, index, example, rendered, group)
 
-    def _refuse(
-        self, record: SourceRecord, index: int, error: UserError, rejected: list[tuple[int, str]] | None
-    ) -> None:
+    def _refuse(self, record: SourceRecord, index: int, error: UserError, rejected: list[tuple[int, str]] | None) -> None:
         """Set a bad record aside, or stop with its file and line."""
         if isinstance(error, CorrectionNeeded):
-            raise CorrectionNeeded(error.template, f"{record.place}: {error.reason}") from None
+            raise error.at(str(record.place)) from None
         reason = str(error).removeprefix(f"{record.place}: ")
         if rejected is None:
             raise UserError(f"{record.place}: {reason}") from None
@@ -315,5 +311,7 @@ class Corpus:
         return parts, num_dropped
 
     def _encoded(self, examples: Sequence[Example]) -> Iterator[Conversation]:
-        rendered = [self.template.render(example.messages, example.tools, example.loss_flags) for example in examples]
-        return encode(self.template.tokenizer, rendered)
+        return encode(self.template.tokenizer, list(map(self._render, examples)))
+
+    def _render(self, example: Example) -> RenderedText:
+        return self.template.render(example.messages, example.tools, example.loss_flags, example.template_kwargs)

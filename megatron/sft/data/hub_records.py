@@ -60,17 +60,13 @@ def _builder(location: str, selection: Selection, revision: str | None, cache: P
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset_builder(
-            location, selection.config, revision=revision, cache_dir=str(cache / "datasets")
-        )
+        return datasets.load_dataset_builder(location, selection.config, revision=revision, cache_dir=str(cache / "datasets"))
     except datasets.exceptions.DataFilesNotFoundError:
         raise UserError(f"dataset {location} has no data files (json, parquet, csv): choose another one") from None
     except (ValueError, RuntimeError) as error:
         # An unknown configuration, several of which none was chosen, or a data set that is a program.
         reason = " ".join(str(error).split()).partition(" Example of usage")[0]
-        raise UserError(
-            f"dataset {location}, CONFIG={selection.config or ''}: {reason}: set CONFIG (--config)"
-        ) from None
+        raise UserError(f"dataset {location}, CONFIG={selection.config or ''}: {reason}: set CONFIG (--config)") from None
 
 
 def _split_files(builder: Any, selection: Selection) -> list[str]:
@@ -130,9 +126,7 @@ def write_records(records: Iterator[SourceRecord], renamed: dict[str, str], targ
 def _with_new_names(fields: dict[str, Any], renamed: dict[str, str], number: int) -> dict[str, Any]:
     for old, new in renamed.items():
         if old not in fields:
-            raise UserError(
-                f"record {number} has no column {old} to rename, it has {', '.join(fields)}: correct MAP_COLUMNS"
-            )
+            raise UserError(f"record {number} has no column {old} to rename, it has {', '.join(fields)}: correct MAP_COLUMNS")
         if new in fields and new not in renamed:
             raise UserError(
                 f"record {number} already has a column {new}: rename that one too, as {new}=other, or correct MAP_COLUMNS"

@@ -29,20 +29,7 @@ _OF_A_MESSAGE = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
 _WRAPPERS = ("data", "instances", "records", "rows", "examples", "samples", "items", "train")
 _OF_A_FILE = {
     *("type", "version", "name", "title", "description", "license", "author", "authors", "source", "url", "homepage"),
-    *(
-        "citation",
-        "created",
-        "date",
-        "id",
-        "language",
-        "split",
-        "config",
-        "dataset",
-        "count",
-        "total",
-        "metadata",
-        "info",
-    ),
+    *("citation", "created", "date", "id", "language", "split", "config", "dataset", "count", "total", "metadata", "info"),
     *("features", "num_rows_total", "num_rows_per_page", "partial"),
 }
 
@@ -65,9 +52,7 @@ def decoded_record(content: bytes, place: str) -> dict[str, Any]:
         try:
             content.decode("utf-8")
         except UnicodeDecodeError as bad:
-            raise UserError(
-                f"{place}: byte {bad.start + 1} of the record is not UTF-8: save the file as UTF-8"
-            ) from None
+            raise UserError(f"{place}: byte {bad.start + 1} of the record is not UTF-8: save the file as UTF-8") from None
         reason = str(error).split(":")[0]
         raise UserError(f"{place}: not valid JSON ({reason}): write one JSON object per record") from None
     if is_conversation(record):
@@ -140,9 +125,7 @@ def field_elements(name: str, file: BinaryIO, path: Path) -> Iterator[tuple[int,
         if field == name:
             yield from text.elements()
         elif _DECODER.decode(text.element()) and field not in _OF_A_FILE:
-            raise text.error(
-                f"the object has {field!r} next to the records in {name!r}: write the records alone, one per line"
-            )
+            raise text.error(f"the object has {field!r} next to the records in {name!r}: write the records alone, one per line")
     text.check_end("JSON object")
 
 
@@ -190,9 +173,7 @@ class _JsonText:
         while self._has_another("]", "JSON array", is_first):
             line, content = self.line, self.element()
             if is_first and is_message(_DECODER.decode(content)):
-                raise self.error(
-                    'the list holds messages, not records: write {"messages": [...]} for each conversation'
-                )
+                raise self.error('the list holds messages, not records: write {"messages": [...]} for each conversation')
             yield line, content.encode("utf-8", "surrogateescape")
             is_first = False
         self.take(1)
@@ -277,9 +258,7 @@ class _JsonText:
                     continue
                 if is_cut:
                     raise self.error("the file ends inside this record: it is cut short") from None
-                raise self.error(
-                    f"not valid JSON ({error.msg}), so the next record cannot be found: correct it"
-                ) from None
+                raise self.error(f"not valid JSON ({error.msg}), so the next record cannot be found: correct it") from None
             except RecursionError:
                 raise self.error("not valid JSON for a record (nested hundreds of levels deep): correct it") from None
             size = end - self.position

@@ -38,9 +38,7 @@ class Input:
 
     @property
     def is_on_hub(self) -> bool:
-        return (
-            not self.path.exists() and HUB_ID.fullmatch(self.name) is not None and not self.name.endswith(DATA_ENDINGS)
-        )
+        return not self.path.exists() and HUB_ID.fullmatch(self.name) is not None and not self.name.endswith(DATA_ENDINGS)
 
     @property
     def short_name(self) -> str:
@@ -117,14 +115,10 @@ def _parsed_input(text: str, is_one_of_several: bool) -> Input:
     elif AMOUNT.fullmatch(found.group(2)) and Decimal(found.group(2).rstrip("%")) > 0:
         parsed = Input(found.group(1), found.group(2))
     else:
-        raise UserError(
-            f"input {text!r}: {found.group(2)!r} is not a number of records: give #500, or #20% of its records"
-        )
+        raise UserError(f"input {text!r}: {found.group(2)!r} is not a number of records: give #500, or #20% of its records")
     if not parsed.path.exists() and not parsed.is_on_hub:
         hint = " (paths with spaces, among several inputs: one on each line)" if is_one_of_several else ""
-        raise UserError(
-            f"data file {parsed.name} does not exist: check the path, or get it with scripts/1_download.sh{hint}"
-        )
+        raise UserError(f"data file {parsed.name} does not exist: check the path, or get it with scripts/1_download.sh{hint}")
     return parsed
 
 

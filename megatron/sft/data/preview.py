@@ -15,13 +15,7 @@ from megatron.sft.data.tokenized import Row, TokenizedRows
 GREEN, GREY, RESET = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 SAMPLE_TOKENS = 600
 PAGE_TOKENS = 4000  # shown of a conversation on the page; of longer ones the middle is skipped
-INVISIBLE = {
-    ord("\t"): "⇥\t",
-    ord("\r"): "␍",
-    ord("\u00a0"): "⍽",
-    ord("\u200b"): "⟨zero width⟩",
-    ord("\ufeff"): "⟨BOM⟩",
-}
+INVISIBLE = {ord("\t"): "⇥\t", ord("\r"): "␍", ord("\u00a0"): "⍽", ord("\u200b"): "⟨zero width⟩", ord("\ufeff"): "⟨BOM⟩"}
 
 
 def color_wanted(stream: IO[str] = sys.stdout) -> bool:

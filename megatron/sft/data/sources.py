@@ -43,13 +43,7 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 PARQUET_BATCH = 128  # records that are in memory at a time
 LONE_SURROGATE = re.compile("[\\ud800-\\udfff]")
 # JSON files in data folders that are not data: what step 3 itself writes, and what the `datasets` library adds.
-NOT_DATA = (
-    "Tokenized-*_text_document.json",
-    "*.rejected.jsonl",
-    "dataset_info.json",
-    "dataset_infos.json",
-    "state.json",
-)
+NOT_DATA = ("Tokenized-*_text_document.json", "*.rejected.jsonl", "dataset_info.json", "dataset_infos.json", "state.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +108,7 @@ def file_format(path: Path) -> str:
             while not first and (piece := content.read(1 << 20)):
                 first = piece.lstrip(WHITESPACE)[:1]
     except FileNotFoundError:
-        raise UserError(
-            f"data file {path} does not exist: check the path, or get it with scripts/1_download.sh"
-        ) from None
+        raise UserError(f"data file {path} does not exist: check the path, or get it with scripts/1_download.sh") from None
     except OSError as error:
         raise UserError(f"data file {path} cannot be read: {error.strerror or error}") from None
     for magic, what in OTHER_FORMATS.items():
@@ -212,9 +204,7 @@ def _csv_header(path: Path, reader: Any) -> list[str]:
 
 def _csv_fields(names: list[str], values: list[str]) -> "dict[str, Any] | UserError":
     if len(values) != len(names):
-        return UserError(
-            f"the record has {len(values)} values, the header {len(names)}: correct its separators or quotes"
-        )
+        return UserError(f"the record has {len(values)} values, the header {len(names)}: correct its separators or quotes")
     for name, value in zip(names, values, strict=True):
         if not value.isascii() and LONE_SURROGATE.search(value):
             return UserError(f"field {name!r} is not UTF-8: save the file as UTF-8")

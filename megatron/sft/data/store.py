@@ -3,7 +3,6 @@
 Everything is written under temporary names next to the result and renamed at the end, the manifest last.
 """
 
-import fcntl
 import hashlib
 import os
 from array import array
@@ -17,6 +16,7 @@ from megatron.sft.data.packing import Packing, pack_groups, pack_rows, single_ro
 from megatron.sft.data.tokenized import MODE_CONTINUES_GROUP, MODE_FIRST, MODE_TRAINED, data_file, write_index
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import sealed, sha256_of_file, write_json
+from megatron.sft.runtime.output_lock import held
 
 
 class ConversationStore:
@@ -26,7 +26,7 @@ class ConversationStore:
     num_sources: how many sources they come from; with several, a .sources file has the source of each conversation.
 
     A context manager that removes the temporary files at its end, whatever happens. Those of a process that died are
-    overwritten; those of a living process are locked, and a second writer is a `UserError`.
+    overwritten; a living one holds the output's lock, and a second writer is a `UserError`.
     """
 
     def __init__(self, prefix: Path, dtype: "np.dtype[Any]", grouped: bool = False, num_sources: int = 1) -> None:
@@ -47,26 +47,19 @@ class ConversationStore:
         self._scratch = self._temporary("tokens")
 
     def __enter__(self) -> "ConversationStore":
+        self._lock = held(self.prefix)
         try:
-            self.prefix.parent.mkdir(parents=True, exist_ok=True)
-            # Not truncated before it is locked: another process may be writing it.
-            self._file: IO[bytes] = open(os.open(self._scratch, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+            self._lock.__enter__()
+            self._file: IO[bytes] = open(self._scratch, "w+b")
         except OSError as error:
             raise UserError(f"cannot write to {self.prefix.parent} ({error.strerror}): use --output-prefix") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise UserError(f"another process is writing {self.prefix}.*: wait for it to finish") from None
-        except OSError:
-            pass  # a file system without locks
-        self._file.truncate()
         return self
 
     def __exit__(self, *error: object) -> None:
         for name in ("bin", "idx", "groups", "sources", "json", "tokens"):
             self._temporary(name).unlink(missing_ok=True)
         self._file.close()
+        self._lock.__exit__(None, None, None)
 
     def add(self, conversation: Conversation) -> None:
         tokens = conversation.tokens

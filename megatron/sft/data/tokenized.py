@@ -189,9 +189,7 @@ def read_index(path: Path) -> Index:
     return Index(np.dtype(names[code]), *parts)
 
 
-def write_index(
-    path: Path, dtype: "np.dtype[Any]", lengths: np.ndarray, documents: np.ndarray, modes: np.ndarray
-) -> None:
+def write_index(path: Path, dtype: "np.dtype[Any]", lengths: np.ndarray, documents: np.ndarray, modes: np.ndarray) -> None:
     """Write an .idx file, byte for byte what megatron-core's IndexedDatasetBuilder(multimodal=True) writes, but without its
     lists of Python numbers. lengths, modes: [segments]; documents: as in `Index`."""
     pointers = _pointers(lengths, dtype)
@@ -226,9 +224,7 @@ def check_data_manifest(path: Path, manifest: Any, version: int) -> None:
             raise UserError(f"{path} has no size and checksum of .{ending}: {REBUILD}")
         size = BYTES_PER_CONVERSATION[ending]
         if size and facts["bytes"] != size * manifest["conversations"]:
-            raise UserError(
-                f"{path} has {manifest['conversations']} conversations, .{ending} another number: {REBUILD}"
-            )
+            raise UserError(f"{path} has {manifest['conversations']} conversations, .{ending} another number: {REBUILD}")
 
 
 def _is_sha256(value: Any) -> bool:

@@ -53,9 +53,7 @@ def check_fields(
             continue
         reason = _REASONS.get(field)
         if reason is None:
-            reason = (
-                f"it is not known for {model_type} and could change what the model computes; delete it if it does not"
-            )
+            reason = f"it is not known for {model_type} and could change what the model computes; delete it if it does not"
         raise UserError(f"{where}: {field}={_short(value)} is not supported: {reason}")
 
 

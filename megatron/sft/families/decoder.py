@@ -21,9 +21,7 @@ def outer(architecture: Architecture) -> tuple[Rule, ...]:
         Rename("embedding.word_embeddings.weight", "model.embed_tokens.weight", tp_dim=0),
         Rename("decoder.final_layernorm.weight", "model.norm.weight"),
     )
-    return (
-        rules if architecture.tied_embeddings else (*rules, Rename("output_layer.weight", "lm_head.weight", tp_dim=0))
-    )
+    return rules if architecture.tied_embeddings else (*rules, Rename("output_layer.weight", "lm_head.weight", tp_dim=0))
 
 
 def attention(architecture: Architecture) -> tuple[Rule, ...]:

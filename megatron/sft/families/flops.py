@@ -13,9 +13,7 @@ def training_flops(architecture: Architecture, tokens: int, trained_tokens: int,
     tokens: all tokens without padding. trained_tokens: those that the output head computes logits for.
     sum_squared_lengths: the sum over conversations of their length squared.
     """
-    projections = (
-        architecture.hidden_size * architecture.head_dim * 2 * (architecture.num_heads + architecture.num_kv_heads)
-    )
+    projections = architecture.hidden_size * architecture.head_dim * 2 * (architecture.num_heads + architecture.num_kv_heads)
     mlp = 3 * architecture.hidden_size * architecture.ffn_hidden_size
     if architecture.moe:
         moe = architecture.moe

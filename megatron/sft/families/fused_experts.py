@@ -63,7 +63,4 @@ def fused(form: FusedExperts, tensors: Iterable[tuple[str, Tensor]]) -> Iterator
         waiting[name] = tensor
         experts = form.tensors[fused_names[name]]
         if name == experts[-1][-1]:
-            yield (
-                fused_names[name],
-                torch.stack([torch.cat([waiting.pop(part) for part in names]) for names in experts]),
-            )
+            yield (fused_names[name], torch.stack([torch.cat([waiting.pop(part) for part in names]) for names in experts]))

@@ -19,9 +19,7 @@ from megatron.sft.families.rope import read_rope
 from megatron.sft.families.rules import Rule
 from megatron.sft.runtime.errors import UserError
 
-FAMILIES: dict[str, ModuleType] = {
-    family.MODEL_TYPE: family for family in (llama, mistral, mixtral, qwen2, qwen3, qwen3_moe)
-}
+FAMILIES: dict[str, ModuleType] = {family.MODEL_TYPE: family for family in (llama, mistral, mixtral, qwen2, qwen3, qwen3_moe)}
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -46,22 +44,16 @@ def read_architecture(config: dict[str, Any], where: str) -> Architecture:
     model_type = config.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:
-        raise UserError(
-            f"{where}: model_type {model_type!r} is not supported: choose one of {', '.join(sorted(FAMILIES))}"
-        )
+        raise UserError(f"{where}: model_type {model_type!r} is not supported: choose one of {', '.join(sorted(FAMILIES))}")
     facts = {name: getattr(family, name, default) for name, default in _OPTIONAL.items()}
     windowed = {"sliding_window"} if facts["SLIDING_WINDOW"] else set()
     check_fields(config, where, {*facts["USED"], *windowed}, facts["FIXED"], facts["IMMATERIAL"])
     try:
         return _read({**facts["DEFAULTS"], **config}, where, family.MODEL_TYPE, facts)
     except KeyError as error:
-        raise UserError(
-            f"{where}: the field {error.args[0]!r} is missing: is it the model's own config.json?"
-        ) from None
+        raise UserError(f"{where}: the field {error.args[0]!r} is missing: is it the model's own config.json?") from None
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{where}: a field has a value of the wrong kind ({error}): take the model's own file"
-        ) from None
+        raise UserError(f"{where}: a field has a value of the wrong kind ({error}): take the model's own file") from None
 
 
 def family_rules(architecture: Architecture) -> tuple[Rule, ...]:

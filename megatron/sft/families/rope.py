@@ -26,9 +26,7 @@ def read_rope(config: dict[str, Any], where: str, kinds: set[str]) -> tuple[floa
     for field in sorted(parameters.keys() - _KNOWN):
         raise UserError(f"{where}: the RoPE parameter {field}={parameters[field]!r} is not supported")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(
-            f"{where}: partial_rotary_factor={parameters['partial_rotary_factor']!r} is not supported (only 1.0)"
-        )
+        raise UserError(f"{where}: partial_rotary_factor={parameters['partial_rotary_factor']!r} is not supported (only 1.0)")
     theta = parameters.get("rope_theta", config.get("rope_theta"))
     # The default of transformers' LlamaConfig, which configs that predate the field rely on.
     theta = 10000.0 if theta is None else float(theta)
@@ -36,9 +34,7 @@ def read_rope(config: dict[str, Any], where: str, kinds: set[str]) -> tuple[floa
         return theta, None
     missing = [field for field in _LLAMA3 if field not in parameters]
     if missing:
-        raise UserError(
-            f"{where}: RoPE scaling of type {kind!r} lacks {missing[0]}: is it the model's own config.json?"
-        )
+        raise UserError(f"{where}: RoPE scaling of type {kind!r} lacks {missing[0]}: is it the model's own config.json?")
     factor, low, high, positions = (parameters[field] for field in _LLAMA3)
     if not (float(factor) >= 1 and 0 < float(low) < float(high) and int(positions) > 0):
         raise UserError(f"{where}: RoPE scaling with factor {factor}, frequencies {low} to {high} is not possible")

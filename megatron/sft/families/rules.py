@@ -126,6 +126,4 @@ def join_tensor_parallel(rule: Rule, parts: list[Tensor]) -> Tensor:
     if rule.tp_dim is None or len(parts) == 1:
         return parts[0]
     blocks = [part.chunk(rule.num_fused, dim=rule.tp_dim) for part in parts]  # ranks x blocks
-    return torch.cat(
-        [blocks[rank][block] for block in range(rule.num_fused) for rank in range(len(parts))], rule.tp_dim
-    )
+    return torch.cat([blocks[rank][block] for block in range(rule.num_fused) for rank in range(len(parts))], rule.tp_dim)

@@ -69,9 +69,7 @@ def checkpoint_name(module_name: str, first_layer: int = 0, first_expert: int = 
         if module_name.endswith(separate):
             module_name = module_name.removesuffix(separate) + fused
     module_name = _LOCAL_EXPERT.sub(lambda m: f".experts.experts.{int(m[1]) + first_expert}.", module_name)
-    module_name = _GROUPED_EXPERT.sub(
-        lambda m: f".experts.experts.{int(m[2]) + first_expert}.{m[1]}.weight", module_name
-    )
+    module_name = _GROUPED_EXPERT.sub(lambda m: f".experts.experts.{int(m[2]) + first_expert}.{m[1]}.weight", module_name)
     return _LAYER.sub(lambda match: f"{int(match[1]) + first_layer}.", module_name)
 
 
@@ -104,9 +102,7 @@ def check_hf_names(architecture: Architecture, names: set[str], where: str) -> l
         skipped.append("lm_head.weight")
     missing, unknown = expected - names, names - expected - set(skipped)
     if missing:
-        raise UserError(
-            f"{where}: {len(missing)} tensors are missing, {min(missing)} among them: download the model again"
-        )
+        raise UserError(f"{where}: {len(missing)} tensors are missing, {min(missing)} among them: download the model again")
     if unknown:
         raise UserError(
             f"{where}: {len(unknown)} tensors are not known for {architecture.family}, {min(unknown)} among them: "

@@ -32,9 +32,7 @@ class HFFolder:
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
-            raise UserError(
-                f"model folder {path} does not exist: run scripts/1_download.sh model ID, or correct the path"
-            )
+            raise UserError(f"model folder {path} does not exist: run scripts/1_download.sh model ID, or correct the path")
         self.path = path
         self.config: dict[str, Any] = read_json(
             path / "config.json", "model configuration", "give a Hugging Face model folder (scripts/1_download.sh)"

@@ -114,9 +114,7 @@ def _meaning(error: BaseException, kind: str, id: str, revision: str) -> str | N
     token = "the token in use was refused" if huggingface_hub.get_token() else "no token is set"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, hub_errors.GatedRepoError):
-        return (
-            f" is gated and {token}: accept its conditions on its page, then set HF_TOKEN to a token that may read it"
-        )
+        return f" is gated and {token}: accept its conditions on its page, then set HF_TOKEN to a token that may read it"
     if isinstance(error, hub_errors.RevisionNotFoundError):
         return f" has no revision {revision}: check REVISION against its branches, tags and commits"
     if isinstance(error, hub_errors.RepositoryNotFoundError):

@@ -1,4 +1,4 @@
-"""Where models and data are kept, names of folders made from hub ids, and sizes and paths as messages show them."""
+"""Where models and data are kept, names of folders made from hub ids, and paths as messages show them."""
 
 import os
 from pathlib import Path
@@ -14,11 +14,6 @@ def model_folder_name(source: str) -> str:
 def data_folder_name(source: str) -> str:
     """`Vinnnf/Hybrid-OpenThoughts2-1M-1.5B` becomes `Vinnnf-Hybrid-OpenThoughts2-1M-1.5B`."""
     return source.replace("/", "-")
-
-
-def gigabytes(num_bytes: int) -> str:
-    """`3.55 GB`; small sizes in MB."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def shown(path: Path) -> str:

@@ -35,9 +35,7 @@ def converted(folder: Path, config: dict[str, Any]) -> str:
         proto = _proto(model)
     except (RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{path} is not a sentencepiece model ({reason}): add the tokenizer.json of the model"
-        ) from None
+        raise UserError(f"{path} is not a sentencepiece model ({reason}): add the tokenizer.json of the model") from None
     backend = Tokenizer(_model(proto))
     for piece in proto.pieces:
         if piece.type in (_UNKNOWN, _CONTROL, _USER_DEFINED):
@@ -80,11 +78,7 @@ def _model(proto: Any) -> Any:
     merges.sort(key=lambda merge: merge[:3], reverse=True)
     unknown = proto.pieces[trainer.unk_id].piece
     return BPE(
-        vocabulary,
-        [merge[3:] for merge in merges],
-        unk_token=unknown,
-        fuse_unk=True,
-        byte_fallback=trainer.byte_fallback,
+        vocabulary, [merge[3:] for merge in merges], unk_token=unknown, fuse_unk=True, byte_fallback=trainer.byte_fallback
     )
 
 

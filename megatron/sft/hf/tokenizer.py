@@ -20,9 +20,7 @@ def read_tokenizer(folder: Path) -> Any:
     transformers.logging.set_verbosity_error()
     try:
         if not has_own_ids(folder):
-            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         elif (folder / TOKENIZER).is_file():
             tokenizer = _with_own_ids(folder, folder)
         else:
@@ -47,18 +45,14 @@ def _with_own_ids(files: Path, folder: Path) -> Any:
     import transformers
     from tokenizers import AddedToken, Tokenizer
 
-    tokenizer: Any = transformers.PreTrainedTokenizerFast.from_pretrained(
-        files, local_files_only=True, trust_remote_code=False
-    )
+    tokenizer: Any = transformers.PreTrainedTokenizerFast.from_pretrained(files, local_files_only=True, trust_remote_code=False)
     tokenizer.name_or_path = str(folder)
     backend = Tokenizer.from_file(str(files / TOKENIZER))
     for token in tokens_to_add(folder):
         flags = {name: value for name, value in token.items() if name not in ("id", "content")}
         backend.add_tokens([AddedToken(token["content"], **flags)])
         if backend.token_to_id(token["content"]) != token["id"]:
-            raise UserError(
-                f"tokenizer folder {folder}: {token['content']!r} cannot be added: add it to its {TOKENIZER}"
-            )
+            raise UserError(f"tokenizer folder {folder}: {token['content']!r} cannot be added: add it to its {TOKENIZER}")
     tokenizer._tokenizer = backend
     return tokenizer
 
@@ -80,9 +74,7 @@ def auto_tokenizer_note(folder: Path, tokenizer: Any) -> str:
 
     if not has_own_ids(folder):
         return ""
-    prefix = (
-        f"the ids are those of {folder}'s vocabulary file; AutoTokenizer of transformers {transformers.__version__}"
-    )
+    prefix = f"the ids are those of {folder}'s vocabulary file; AutoTokenizer of transformers {transformers.__version__}"
     try:
         other: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         theirs = [other.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in PROBES]

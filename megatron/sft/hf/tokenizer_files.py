@@ -102,10 +102,7 @@ def _named_tokens(folder: Path) -> Iterator[tuple[int | None, dict[str, Any]]]:
         config = config | _optional_json(folder / "special_tokens_map.json")
         special = {_flags(value)["content"] for value in _special_tokens(config)}
         for content, id in sorted(_optional_json(folder / "added_tokens.json").items(), key=lambda item: int(item[1])):
-            yield (
-                int(id),
-                _flags({"content": content, "special": content in special, "normalized": content not in special}),
-            )
+            yield (int(id), _flags({"content": content, "special": content in special, "normalized": content not in special}))
     for id, token in sorted((stated or {}).items(), key=lambda item: int(item[0])):
         yield int(id), _flags(token)
     for token in _special_tokens(config):

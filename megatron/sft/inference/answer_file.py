@@ -8,14 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.chat.conversations import FORMAT_FIELDS, Messages, RecordReader
+from megatron.sft.chat.conversations import Messages, RecordReader
 from megatron.sft.data.sources import read_records
 from megatron.sft.inference.backends import Decoding
 from megatron.sft.inference.chat_model import Answer, ChatModel
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import sha256_of_file, sha256_of_text, write_text
-
-_PLACEHOLDER = "-"  # the answer of a record without one, because the reader of records requires it
 
 
 @dataclass(frozen=True)
@@ -31,34 +29,19 @@ def read_questions(path: Path, with_reference: bool) -> list[Question]:
 
     `UserError` with the line for a record that cannot be read or, if `with_reference`, has no reference.
     """
-    reader = RecordReader()
+    # What is not trained need not be known, but a reference must be an answer.
+    reader = RecordReader(ignores_unknown=True, needs_answer=with_reference)
     questions = []
     for record in read_records(path):
         try:
-            fields, has_answer = (record.fields, True) if with_reference else _with_answer(record.fields)
-            conversation = reader.conversation(fields)
+            messages = reader.conversation(record.fields)
+            has_answer = messages[-1]["role"] == "assistant"
+            if with_reference and not has_answer:
+                raise UserError(f"the last turn is {messages[-1]['role']!r}, so there is no reference: end with an answer")
         except UserError as error:
             raise UserError(f"{record.place}: {error}") from None
-        questions.append(Question(conversation[:-1], conversation[-1]["content"] if has_answer else None))
+        questions.append(Question(messages[:-1], messages[-1]["content"]) if has_answer else Question(messages, None))
     return questions
-
-
-def _with_answer(fields: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The record with an answer in any case, and whether that was in the data."""
-    for name, role, text, answerer in (
-        ("messages", "role", "content", "assistant"),
-        ("conversations", "from", "value", "gpt"),
-    ):
-        turns = fields.get(name)
-        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
-            if turns[-1].get(role) not in ("user", "human", "tool", "observation"):
-                return fields, True
-            return {**fields, name: [*turns, {role: answerer, text: _PLACEHOLDER}]}, False
-    for kind in ("instruction", "query", "prompt"):
-        question, answer = FORMAT_FIELDS[kind]
-        if isinstance(fields.get(question), str) and not fields.get(answer):
-            return {**fields, answer: _PLACEHOLDER}, False
-    return fields, True
 
 
 def answer_file(chat_model: ChatModel, data: Path, output: Path, decoding: Decoding, settings: dict[str, Any]) -> None:

@@ -80,9 +80,7 @@ class ChatModel:
         for start in range(0, len(order), decoding.batch_size):
             batch = order[start : start + decoding.batch_size]
             replies = self.generate([prompts[index] for index in batch], decoding)
-            new = {
-                index: Answer(control + reply.text, reply.finished) for index, reply in zip(batch, replies, strict=True)
-            }
+            new = {index: Answer(control + reply.text, reply.finished) for index, reply in zip(batch, replies, strict=True)}
             answers |= new
             progress(new)
         return [answers[index] for index in range(len(prompts))]

@@ -73,10 +73,7 @@ def load(folder: Path, dtype: str, seed: int, tokenizer: Any, stop_ids: Sequence
     transformers.utils.logging.disable_progress_bar()
     try:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            local_files_only=True,
-            trust_remote_code=False,
+            folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # for a damaged folder transformers raises errors of any type
         reason = " ".join(str(error).split())[:200]

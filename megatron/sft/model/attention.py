@@ -66,9 +66,7 @@ class PackedAttention(MegatronModule):
 
     def _run_by_run(self, query: Tensor, key: Tensor, value: Tensor, runs: AttentionRuns) -> Tensor:
         contexts = []
-        for q, k, v in zip(
-            query.split(runs.lengths), key.split(runs.key_lengths), value.split(runs.key_lengths), strict=True
-        ):
+        for q, k, v in zip(query.split(runs.lengths), key.split(runs.key_lengths), value.split(runs.key_lengths), strict=True):
             context = F.scaled_dot_product_attention(
                 q.transpose(0, 1)[None],  # [1, heads, length, dim]
                 k.transpose(0, 1)[None],

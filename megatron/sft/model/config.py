@@ -49,11 +49,7 @@ def describe_kernels(precision: str) -> str:
 
 
 def transformer_config(
-    architecture: Architecture,
-    layout: Layout,
-    precision: str = "fp32",
-    fp8_recipe: str = "tensorwise",
-    recompute: str = "none",
+    architecture: Architecture, layout: Layout, precision: str = "fp32", fp8_recipe: str = "tensorwise", recompute: str = "none"
 ) -> TransformerConfig:
     """megatron-core's configuration of this architecture in this layout.
 
@@ -164,9 +160,7 @@ def _fp8_fields(recipe: str, architecture: Architecture) -> dict[str, Any]:
     `tensorwise` scales every tensor by its current largest value; `delayed` by the largest of the last 16 steps.
     """
     if not has_transformer_engine():
-        raise UserError(
-            "PRECISION=fp8 needs a GPU and Transformer Engine (an nvcr PyTorch container has it): take bf16"
-        )
+        raise UserError("PRECISION=fp8 needs a GPU and Transformer Engine (an nvcr PyTorch container has it): take bf16")
     sizes = {
         "hidden size": architecture.hidden_size,
         "MLP width": architecture.ffn_hidden_size,

@@ -20,12 +20,7 @@ class DecoderLayer(TransformerLayer):
     """Attention and MLP (or experts), each after a norm and added to the residual."""
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        *_: Any,
-        rotary_pos_emb: Tensor,
-        packed_seq_params: PackedSeqParams,
-        **__: Any,
+        self, hidden_states: Tensor, *_: Any, rotary_pos_emb: Tensor, packed_seq_params: PackedSeqParams, **__: Any
     ) -> tuple[Tensor, None]:
         """hidden_states [t / TP with sequence parallelism, 1, hidden size] to the same.
 

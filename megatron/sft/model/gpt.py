@@ -168,6 +168,4 @@ def _layers(config: TransformerConfig, vp_stage: int | None) -> TransformerBlock
             layer.submodules.mlp = get_moe_module_spec(
                 use_te=True, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
             )
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
-    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)

@@ -42,9 +42,7 @@ def add_and_norm(residual: Tensor, added: Tensor | None, weight: Tensor, eps: fl
     return result
 
 
-def _norm(
-    residual: Tensor, added: Tensor | None, weight: Tensor, eps: float, outputs: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _norm(residual: Tensor, added: Tensor | None, weight: Tensor, eps: float, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(the sum, `outputs` filled with its norm, 1 / rms of the sum in float32)."""
     if residual.is_cuda:
         from megatron.sft.model.kernels import layer
@@ -78,11 +76,7 @@ class _AddAndNorm(torch.autograd.Function):
             from megatron.sft.model.kernels.layer import norm_backward
 
             grad_inputs, grad_weight = norm_backward(
-                sums,
-                weight,
-                inverse_rms,
-                grad_outputs.contiguous(),
-                None if grad_sums is None else grad_sums.contiguous(),
+                sums, weight, inverse_rms, grad_outputs.contiguous(), None if grad_sums is None else grad_sums.contiguous()
             )
         else:
             normed, scaled = sums.float() * inverse_rms, grad_outputs.float() * weight.float()

@@ -42,10 +42,7 @@ class RowPipeline(P2PCommunicator):
         self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
     ) -> Shapes:
         nothing = [0, 0, 0]
-        return (
-            next(self._from_previous) if recv_prev else nothing,
-            next(self._from_next) if recv_next else nothing,
-        )
+        return (next(self._from_previous) if recv_prev else nothing, next(self._from_next) if recv_next else nothing)
 
 
 def run_schedule(

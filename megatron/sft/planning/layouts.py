@@ -26,12 +26,7 @@ class Suggestion:
 
 
 def suggest_layouts(
-    architecture: Architecture,
-    num_gpus: int,
-    gpu_bytes: int,
-    settings: MemorySettings,
-    global_batch_size: int,
-    count: int = 5,
+    architecture: Architecture, num_gpus: int, gpu_bytes: int, settings: MemorySettings, global_batch_size: int, count: int = 5
 ) -> list[Suggestion]:
     """The parallel sizes for `num_gpus` GPUs that fit `gpu_bytes` each, estimated fastest first.
 

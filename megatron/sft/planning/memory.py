@@ -64,13 +64,10 @@ class MemoryEstimate:
         return {name: value for name, value in self.__dict__.items() if name != "stage"}
 
 
-def estimate(
-    architecture: Architecture, layout: Layout, data_parallel: int, settings: MemorySettings
-) -> MemoryEstimate:
+def estimate(architecture: Architecture, layout: Layout, data_parallel: int, settings: MemorySettings) -> MemoryEstimate:
     """The estimate for the pipeline stage that needs most. Rows are taken as full and every token as trained."""
     stages = [
-        _stage_estimate(architecture, layout, data_parallel, settings, stage)
-        for stage in range(layout.pipeline_parallel)
+        _stage_estimate(architecture, layout, data_parallel, settings, stage) for stage in range(layout.pipeline_parallel)
     ]
     return max(stages, key=lambda each: each.total)
 

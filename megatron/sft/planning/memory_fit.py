@@ -13,9 +13,7 @@ CARDS = {"24 GB": 23.6, "40 GB": 39.4, "48 GB": 44.5, "80 GB": 79.1, "141 GB": 1
 MOST_GPUS = 64
 
 
-def fewest_gpus_text(
-    architecture: Architecture, layout: Layout, settings: MemorySettings, global_batch_size: int
-) -> str:
+def fewest_gpus_text(architecture: Architecture, layout: Layout, settings: MemorySettings, global_batch_size: int) -> str:
     """`40 GB: 2 GPUs with RECOMPUTE=full; 80 GB: 1 GPU`: for every card the fewest GPUs, more of them as more data_parallel."""
     found = []
     for card, gib in CARDS.items():
@@ -31,10 +29,7 @@ def _fewest_gpus(
     architecture: Architecture, layout: Layout, settings: MemorySettings, global_batch_size: int, gpu_bytes: int
 ) -> tuple[int, str] | None:
     data_parallel = 1
-    while (
-        data_parallel * layout.model_size <= MOST_GPUS
-        and data_parallel * settings.micro_batch_size <= global_batch_size
-    ):
+    while data_parallel * layout.model_size <= MOST_GPUS and data_parallel * settings.micro_batch_size <= global_batch_size:
         here = replace(settings, num_micro_batches=global_batch_size // (data_parallel * settings.micro_batch_size))
         recompute = settings.recompute
         if recompute == "auto":

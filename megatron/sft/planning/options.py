@@ -11,9 +11,7 @@ from megatron.sft.runtime.errors import UserError
 MODES = ("train", "resume")
 
 
-def _setting(
-    variable: str, meaning: str, default: Any = MISSING, choices: tuple[str, ...] = (), option: str = ""
-) -> Any:
+def _setting(variable: str, meaning: str, default: Any = MISSING, choices: tuple[str, ...] = (), option: str = "") -> Any:
     metadata = {"variable": variable, "meaning": meaning, "choices": choices, "option": option}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 

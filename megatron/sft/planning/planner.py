@@ -5,15 +5,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from megatron.sft.hf.names import gigabytes
 from megatron.sft.planning import input_checks
-from megatron.sft.planning.memory import GIB, cheapest_recompute, estimate, num_parameters
+from megatron.sft.planning.memory import GIB, cheapest_recompute, estimate
 from megatron.sft.planning.memory_fit import fewest_gpus_text, gpu_memory, memory_settings
 from megatron.sft.planning.options import TrainOptions
-from megatron.sft.planning.resolution import Resolution
+from megatron.sft.planning.resolution import Resolution, checkpoint_bytes
 from megatron.sft.planning.run_time import full_rows, measured_rows, tokens_per_second
 from megatron.sft.reporting.metrics import clock
-from megatron.sft.runtime.manifest import Files
+from megatron.sft.runtime.manifest import Files, gigabytes
 
 # Larger inputs would keep `plan` from answering in seconds: a disk reads some hundred megabytes a second.
 CHECKED_BYTES = 2 << 30
@@ -72,12 +71,10 @@ def _add_disk(found: Resolution) -> None:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    size = num_parameters(found.architecture) * (16 if found.options.precision == "fp32" else 14)
+    size = checkpoint_bytes(found.options, found.architecture)
     kept = checkpoints_kept(found.options, found.train_iters)
-    found.add(
-        "disk", f"{gigabytes(size)} a checkpoint, {kept} kept: {gigabytes(kept * size)} of {gigabytes(free)} free"
-    )
-    if kept * size > free:
+    found.add("disk", f"{gigabytes(size)} a checkpoint, {kept} kept: {gigabytes(kept * size)} of {gigabytes(free)} free")
+    if size <= free < kept * size:  # no room for even one is found with the settings
         found.problems.append(
             f"{kept} checkpoints of {gigabytes(size)} do not fit the {gigabytes(free)} free in {folder}: save less "
             "often (SAVE_INTERVALS), keep fewer (KEEP_LAST), make room, or set OUTPUT_PATH to another disk"
@@ -89,9 +86,7 @@ def _add_time(found: Resolution) -> None:
         return
     options = found.options
     load = measured_rows(found.rows) if found.rows is not None else full_rows(found.seq_length)
-    speed, where = tokens_per_second(
-        options.tokens_per_second, options.save, found.architecture, load, found.num_processes
-    )
+    speed, where = tokens_per_second(options.tokens_per_second, options.save, found.architecture, load, found.num_processes)
     tokens = found.train_iters * options.global_batch_size * load.tokens
     found.add("time", f"{clock(tokens / speed)} for {tokens / 1e9:,.3f} G tokens at {speed:,.0f} tokens/s ({where})")
 

@@ -30,6 +30,7 @@ from megatron.sft.planning.run_plan import (
 )
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.manifest import check_free_space
 
 Result = TypeVar("Result")
 Line = tuple[str, str]  # a name and its value, for people
@@ -97,6 +98,7 @@ def resolve(mode: str, options: TrainOptions, num_processes: int) -> Resolution:
     _resolve_processes(found)
     _resolve_data(found)
     _resolve_steps(found)
+    _resolve_disk(found)
     return found
 
 
@@ -110,9 +112,7 @@ def _resolve_model(found: Resolution, mode: str) -> None:
     if not (options.save / TRACKER).exists() and not options.load.is_dir() and mode != "resume":
         known = found.attempt(unconverted, options.load)
         found.architecture, where, command = known or (None, "", "")
-        found.problems.append(
-            f"PRETRAIN_CHECKPOINT_PATH {options.load} does not exist: make it with scripts/2_convert.sh"
-        )
+        found.problems.append(f"PRETRAIN_CHECKPOINT_PATH {options.load} does not exist: make it with scripts/2_convert.sh")
         found.to_do.append(command)
         found.add("start", f"not there yet{f', sizes from {where}' if where else ''}")
     elif begin := found.attempt(starting_point, mode, options):
@@ -186,6 +186,19 @@ def _resolve_steps(found: Resolution) -> None:
         f"{options.global_batch_size} rows = {micro_batches} micro-batches of {options.micro_batch_size} on each of "
         f"{found.data_parallel} data-parallel copies",
     )
+
+
+def _resolve_disk(found: Resolution) -> None:
+    """A run that cannot write its first checkpoint is not started."""
+    done = found.start.iteration if found.start and found.resume else 0
+    if found.architecture and found.train_iters > done:
+        size = checkpoint_bytes(found.options, found.architecture)
+        found.attempt(check_free_space, found.options.save, size, "a checkpoint of this run")
+
+
+def checkpoint_bytes(options: TrainOptions, architecture: Architecture) -> int:
+    """What one checkpoint takes on disk: the weights, the float32 weights and both moments."""
+    return num_parameters(architecture) * (16 if options.precision == "fp32" else 14)
 
 
 def setting_lines(options: TrainOptions, arguments: Sequence[str], exported: Sequence[str] = ()) -> list[Line]:

@@ -114,9 +114,7 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     return read_architecture(config, str(checkpoint.path / "manifest.json"))
 
 
-def check_data_fits(
-    rows: TokenizedRows, options: TrainOptions, architecture: Architecture, source: dict[str, Any]
-) -> None:
+def check_data_fits(rows: TokenizedRows, options: TrainOptions, architecture: Architecture, source: dict[str, Any]) -> None:
     """Refuse data that is not for this model. `source`: what the checkpoint's manifest says of the Hugging Face folder."""
     length = rows.manifest["length"]
     if options.seq_length and options.seq_length != length:

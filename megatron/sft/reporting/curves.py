@@ -39,9 +39,7 @@ class Curve:
             return self.epochs
         if axis == "tokens":
             steps = [now - before for before, now in zip([0, *self.iterations], self.iterations, strict=False)]
-            return [
-                total / 1e6 for total in accumulate(n * tokens for n, tokens in zip(steps, self.tokens, strict=True))
-            ]
+            return [total / 1e6 for total in accumulate(n * tokens for n, tokens in zip(steps, self.tokens, strict=True))]
         return [float(iteration) for iteration in self.iterations]
 
     def validation_x(self, axis: str) -> list[float]:

@@ -104,10 +104,7 @@ def final_loss(curve: Curve) -> float:
 
 def comparison(curves: Sequence[Curve]) -> str:
     """The runs as a Markdown table, one a line."""
-    lines = [
-        "| run | steps | million tokens | loss at the end | best validation | tokens/s |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| run | steps | million tokens | loss at the end | best validation | tokens/s |", "|---|---|---|---|---|---|"]
     for curve in curves:
         best = f"{min(curve.validation_losses):.4f}" if curve.validation_losses else "-"
         speed = f"{curve.median_speed:,.0f}" if curve.median_speed else "-"

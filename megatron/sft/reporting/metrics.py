@@ -56,6 +56,8 @@ class MetricsLog:
     architecture: Architecture
     trackers: Sequence[Tracker] = ()
     _started: float = field(default_factory=time.monotonic)
+    _unwritten: str = ""
+    _warned: bool = False
 
     def step(self, step: StepMetrics) -> None:
         """Write one step: a line in the log and in metrics.jsonl, and to every tracker."""
@@ -123,10 +125,22 @@ class MetricsLog:
         if ranks.is_rank_0():
             # JSON has no number that is not finite.
             line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            with open(self.folder / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self._append(json.dumps(line) + "\n")
             for tracker in self.trackers:
                 tracker.write(values)
+
+    def _append(self, line: str) -> None:
+        """Lines that cannot be written now, on a full disk or after the file was taken away, are written with a later one."""
+        self._unwritten += line
+        try:
+            with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+                file.write(self._unwritten)
+        except OSError as error:
+            if not self._warned:
+                ranks.print_rank_0(f"warning: {self.folder / METRICS} cannot be written ({error.strerror}): training continues")
+            self._warned = True
+        else:
+            self._unwritten, self._warned = "", False
 
 
 def forget_after(folder: Path, iteration: int) -> None:
@@ -134,23 +148,34 @@ def forget_after(folder: Path, iteration: int) -> None:
     path = folder / METRICS
     if not ranks.is_rank_0() or not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _is_kept(line, iteration)]
-    write_text(path, "".join(kept))
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if _is_kept(line, iteration)))
+    except OSError as error:
+        ranks.print_rank_0(f"warning: {path} cannot be brought back to iteration {iteration} ({error.strerror}): fix it later")
 
 
 def has_validation(folder: Path, iteration: int) -> bool:
     """Whether metrics.jsonl has the validation after `iteration` steps."""
     path = folder / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return any("validation_loss" in line and json.loads(line)["iteration"] == iteration for line in lines)
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except OSError:
+        return False
+    return any("validation_loss" in line and _iteration(line) == iteration for line in lines)
 
 
 def _is_kept(line: str, iteration: int) -> bool:
-    """False for a step after `iteration`, and if the line is truncated (killed process, full disk)."""
+    """False for a step after `iteration`, and if the line is truncated or damaged (killed process, full disk)."""
+    found = _iteration(line)
+    return found is not None and found <= iteration
+
+
+def _iteration(line: str) -> int | None:
     try:
-        return line.endswith("\n") and int(json.loads(line)["iteration"]) <= iteration
+        return int(json.loads(line)["iteration"]) if line.endswith("\n") else None
     except (ValueError, KeyError, TypeError):
-        return False
+        return None
 
 
 def clock(seconds: float) -> str:

@@ -83,16 +83,13 @@ class Agent(LocalElasticAgent):
 
     def _pass_on(self, number: signal.Signals) -> None:
         self._launch.signals.append(number)
+        for process in self._running().values():  # before a line, which a terminal may hold up
+            process.send_signal(PASSED_ON)
         if len(self._launch.signals) == 1:
-            print(
-                f"{number.name}: the run saves at the next step and ends; a second signal ends it immediately",
-                flush=True,
-            )
+            print(f"{number.name}: the run saves at the next step and ends; a second signal ends it immediately", flush=True)
             self._kill_after(60 * self._launch.stop_minutes)
         else:
             self._kill_after(_SECOND_SIGNAL_SECONDS)
-        for process in self._running().values():
-            process.send_signal(PASSED_ON)
 
     def _kill_after(self, seconds: float) -> None:
         timer = threading.Timer(seconds, lambda: self._kill(self._running().values()))

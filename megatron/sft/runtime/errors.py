@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from megatron.sft.runtime import console
 from megatron.sft.runtime.ranks import leave_foreign_run
 
 
@@ -50,19 +51,24 @@ def leave_message(message: str) -> None:
         print(f"error: {message}", file=sys.stderr, flush=True)
         return
     content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
-    Path(error_file).write_text(json.dumps(content))
+    # Whole or not at all: the launcher reads it, and may end this process while it writes.
+    staged = Path(f"{error_file}.{os.getpid()}.tmp")
+    staged.write_text(json.dumps(content))
+    staged.replace(error_file)
 
 
 def run(main: Callable[[], int], under_torchrun: bool = False) -> NoReturn:
     """Call a command's `main` and exit with the status that it returns.
 
     A `UserError` becomes one line and status 2, Ctrl-C status 130; any other error keeps its trace. In a multi-process run
-    every rank usually finds the same error, which is printed once. under_torchrun: torch's own torchrun may start the command.
+    every rank usually finds the same error, which is printed once. A terminal, pipe or log that is gone does not end it.
+    under_torchrun: torch's own torchrun may start the command.
     """
     leave_foreign_run(under_torchrun)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal of another encoding shows ? for what it lacks; stderr has replacements by default.
         sys.stdout.reconfigure(errors="replace")
+    console.protect()
     try:
         status = main()
     except UserError as error:

@@ -59,7 +59,5 @@ def dumps(value: Any, default: Any = None, sort_keys: bool = False) -> bytes:
     except TypeError as error:
         if "64-bit" not in str(error):
             raise
-    text = json.dumps(
-        value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=default, sort_keys=sort_keys
-    )
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=default, sort_keys=sort_keys)
     return text.encode("utf-8")

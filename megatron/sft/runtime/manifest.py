@@ -137,6 +137,11 @@ def read_json(path: Path, what: str, next_step: str) -> Any:
         raise UserError(f"{what} {path} is not valid JSON ({error}): {next_step}") from None
 
 
+def gigabytes(num_bytes: int) -> str:
+    """`3.55 GB`; small sizes in MB."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
 def check_free_space(folder: Path, num_bytes: int, what: str) -> None:
     """`UserError`, with both sizes, if fewer than `num_bytes` are free for `what` on the disk of `folder` or, if that does
     not exist, of its nearest parent.
@@ -146,6 +151,6 @@ def check_free_space(folder: Path, num_bytes: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise UserError(
-            f"{what} needs {num_bytes / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free: "
+            f"{what} needs {gigabytes(num_bytes)}, {folder} has {gigabytes(free)} free: "
             "make room there, or give an output folder on another disk"
         )

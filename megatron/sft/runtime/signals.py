@@ -81,10 +81,7 @@ class StopRequest:
             speaks = not passed_on or os.environ.get("RANK", "0") == "0"
             end_now(RESUME, f"stopped by {name_of(number)} before the first step: nothing to save" if speaks else "")
         if self._counts[passed_on] > 1:
-            end_now(
-                128 + (signal.SIGTERM if passed_on else number),
-                "" if passed_on else f"ended immediately by {number.name}",
-            )
+            end_now(128 + (signal.SIGTERM if passed_on else number), "" if passed_on else f"ended immediately by {number.name}")
         # The signal's own name says more than the launcher's.
         if not self._number or not passed_on:
             self._number = int(number)

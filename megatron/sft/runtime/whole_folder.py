@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.output_lock import held
 
 
 @contextmanager
@@ -18,6 +19,11 @@ def whole_folder(output: Path, replace: bool = False) -> Iterator[Path]:
     if not replace and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty: give another output folder, or move it away")
     output.parent.mkdir(parents=True, exist_ok=True)
+    with held(output):
+        yield from _staged(output)
+
+
+def _staged(output: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     replaced = temporary.with_name(f"{temporary.name}.old")
     try:

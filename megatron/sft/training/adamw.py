@@ -92,9 +92,7 @@ class InPlaceAdamW(torch.optim.Optimizer):
         self.state[parameter][name].copy_(values)
 
 
-def _step(
-    weights: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any], grad_scale: float
-) -> None:
+def _step(weights: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any], grad_scale: float) -> None:
     (beta1, beta2), step = group["betas"], group["step"]
     factors = Factors(
         beta1=beta1,

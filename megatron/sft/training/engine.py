@@ -100,9 +100,7 @@ class Engine:
         self.optimizer.get_grad_norm = self._checked_grad_norm
         config.finalize_model_grads_func = _finalize_gradients
         config.grad_scale_func = self.optimizer.scale_loss
-        config.no_sync_func = (
-            [model.no_sync for model in self.models] if len(self.models) > 1 else self.models[0].no_sync
-        )
+        config.no_sync_func = [model.no_sync for model in self.models] if len(self.models) > 1 else self.models[0].no_sync
 
     @property
     def chunks(self) -> list[SFTModel]:

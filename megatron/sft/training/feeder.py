@@ -73,9 +73,7 @@ class Feeder:
         from megatron.sft.training.batches import make_micro_batch
 
         average_over, num_sources = self.plan.options.loss_average, self.plan.rows.num_sources
-        return make_micro_batch(
-            rows, self.alignment, average_over, self.device, part=self.part, num_sources=num_sources
-        )
+        return make_micro_batch(rows, self.alignment, average_over, self.device, part=self.part, num_sources=num_sources)
 
     def row(self, number: int | None) -> Row:
         """One row, or the blank one for None. A row that cannot be read is a `UserError` that names it."""

@@ -1,7 +1,6 @@
 """The training loop: steps, log lines, validations and saves of one run, until it finishes or is asked to stop."""
 
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -17,7 +16,7 @@ from megatron.sft.reporting.live_plot import LivePlot
 from megatron.sft.reporting.trackers import open_trackers
 from megatron.sft.runtime import device, ranks, watchdog
 from megatron.sft.runtime.errors import UserError
-from megatron.sft.runtime.manifest import write_json
+from megatron.sft.runtime.manifest import write_bytes, write_json
 from megatron.sft.runtime.signals import RESUME, StopRequest, name_of
 from megatron.sft.training import nonfinite, state
 from megatron.sft.training.engine import Engine, StepResult
@@ -33,11 +32,15 @@ _STATE_BYTES, _DISK_BYTES_A_SECOND = 14, 200e6
 def keep_settings(plan: RunPlan) -> None:
     """Copy the recipe and write settings.json, the resolved settings, into the folder of the run; on rank 0 only."""
     folder, recipe = plan.options.save, plan.options.recipe
-    if ranks.is_rank_0():
-        folder.mkdir(parents=True, exist_ok=True)
+    if not ranks.is_rank_0():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
         if recipe:
-            shutil.copyfile(recipe, folder / Path(recipe).name)
+            write_bytes(folder / Path(recipe).name, Path(recipe).read_bytes())
         write_json(folder / "settings.json", options_record(plan.options))
+    except OSError as error:
+        ranks.print_rank_0(f"warning: the settings are not kept in {folder} ({error.strerror}): training continues")
 
 
 class Run:
@@ -62,9 +65,7 @@ class Run:
         plan = self.plan
         pending = self._validation_pending()
         if self.iteration >= plan.train_iters and not pending:
-            ranks.print_rank_0(
-                f"nothing to do: the run has {plan.train_iters} steps and iteration {self.iteration} is saved"
-            )
+            ranks.print_rank_0(f"nothing to do: the run has {plan.train_iters} steps and iteration {self.iteration} is saved")
             return 0
         self.feeder = Feeder(plan)
         save = self.options.save
@@ -215,9 +216,7 @@ class Run:
         assert sums is not None
         loss, trained = type(part)(sums).reduce()
         if not math.isfinite(loss):
-            ranks.print_rank_0(
-                f"warning: the validation loss is {loss}: look at the validation rows, or at the weights"
-            )
+            ranks.print_rank_0(f"warning: the validation loss is {loss}: look at the validation rows, or at the weights")
         self.log.validation(self.iteration, loss, trained)
         return 0
 
@@ -241,7 +240,5 @@ class Run:
             ranks.print_rank_0(f"done: {self.iteration} steps, checkpoints in {save}\nnext: scripts/5_export.sh {save}")
             return 0
         kept = f"after iteration {self.iteration}, which is saved" if self.saver.last_saved else "before the first step"
-        ranks.print_rank_0(
-            f"stopped by {name_of(code)} {kept}: the same command continues from there (status {RESUME})"
-        )
+        ranks.print_rank_0(f"stopped by {name_of(code)} {kept}: the same command continues from there (status {RESUME})")
         return RESUME

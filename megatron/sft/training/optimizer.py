@@ -39,9 +39,7 @@ def wrap_model(
     return model
 
 
-def build_optimizer(
-    options: TrainOptions, dtype: torch.dtype, models: Sequence[DistributedDataParallel]
-) -> MegatronOptimizer:
+def build_optimizer(options: TrainOptions, dtype: torch.dtype, models: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
     """The optimizer of these model chunks. OPTIMIZER_PRECISION=bf16 keeps gradients and moments in 16 bits."""
     fields: dict[str, Any] = {}
     in_place = options.optimizer_precision == "bf16"
@@ -54,11 +52,7 @@ def build_optimizer(
             raise UserError(
                 "OPTIMIZER_OFFLOAD=1 needs a GPU, Transformer Engine's optimizer and OPTIMIZER_PRECISION=fp32: set it to 0"
             )
-        fields |= {
-            "optimizer_cpu_offload": True,
-            "optimizer_offload_fraction": 1.0,
-            "overlap_cpu_optimizer_d2h_h2d": True,
-        }
+        fields |= {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0, "overlap_cpu_optimizer_d2h_h2d": True}
         fields |= {"use_precision_aware_optimizer": True}
     config = OptimizerConfig(
         optimizer="adam",
@@ -99,10 +93,7 @@ def _in_place_adamw(config: OptimizerConfig) -> Iterator[None]:
     config.store_param_remainders = True
     config.main_grads_dtype = config.exp_avg_dtype = config.exp_avg_sq_dtype = torch.bfloat16
     package: Any = megatron.core.optimizer
-    replaced: list[tuple[Any, str, Any]] = [
-        (package, "Adam", InPlaceAdamW),
-        (package.distrib_optimizer, "Adam", InPlaceAdamW),
-    ]
+    replaced: list[tuple[Any, str, Any]] = [(package, "Adam", InPlaceAdamW), (package.distrib_optimizer, "Adam", InPlaceAdamW)]
     replaced += [(package, "USING_PYTORCH_OPTIMIZER", False), (package, "is_te_min_version", lambda version: False)]
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, value in replaced:

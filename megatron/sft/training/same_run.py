@@ -81,9 +81,7 @@ def _changes(checkpoint: Checkpoint, plan: RunPlan, before: dict[str, Any], now:
         if None not in (before[name], now[name]) and before[name] != now[name]
     ]
     changed += [
-        f"{_title(name)} from {old[name]} to {new[name]}"
-        for name in REPORTED_SETTINGS
-        if old.get(name, new[name]) != new[name]
+        f"{_title(name)} from {old[name]} to {new[name]}" for name in REPORTED_SETTINGS if old.get(name, new[name]) != new[name]
     ]
     steps = checkpoint.manifest["training"].get("train_iters", plan.train_iters)
     if steps != plan.train_iters:

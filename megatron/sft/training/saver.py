@@ -155,9 +155,7 @@ class Saver:
         if result.error:
             if ranks.is_rank_0():
                 shutil.rmtree(unfinished_path(self._root, task.iteration), ignore_errors=True)
-            raise UserError(
-                f"the checkpoint of iteration {task.iteration} was not written: {result.error}{self._advice()}"
-            )
+            raise UserError(f"the checkpoint of iteration {task.iteration} was not written: {result.error}{self._advice()}")
         self.last_saved = task.iteration
         saved = f"saved {iteration_path(self._root, task.iteration)} in {result.seconds:.1f} s"
         was_async = task.stalled_seconds < 0.9 * result.seconds

@@ -44,6 +44,7 @@ def run_manifest(engine: Engine, consumed_rows: int) -> dict[str, Any]:
             "options": options_record(plan.options),
             "data": data_record(plan),
             "chat_template": plan.rows.manifest.get("chat_template"),
+            "tool_use_template": plan.rows.manifest.get("tool_use_template"),
         },
     }
 

@@ -35,11 +35,7 @@ EXPECTED = [
     ("SmolLM2", SYSTEM, ["Blue.<|im_end|>"]),
     ("SmolLM2", REASONING, ["<think>\nTwo and two.\n</think>\n\n4<|im_end|>"]),
     ("qwen3", SINGLE, [NO_THOUGHT + "Blue.<|im_end|>"]),
-    (
-        "qwen3",
-        MULTI,
-        ["Blue.<|im_end|>", "Green,\nmostly été 🌱.<|im_end|>", NO_THOUGHT + "You are welcome.<|im_end|>"],
-    ),
+    ("qwen3", MULTI, ["Blue.<|im_end|>", "Green,\nmostly été 🌱.<|im_end|>", NO_THOUGHT + "You are welcome.<|im_end|>"]),
     ("qwen3", SYSTEM, [NO_THOUGHT + "Blue.<|im_end|>"]),
     ("qwen3", REASONING, ["<think>\nTwo and two.\n</think>\n\n4<|im_end|>"]),
     ("llama3_1", SINGLE, ["Blue.<|eot_id|>"]),
@@ -104,18 +100,14 @@ def trained_texts(tokenizer: Any, conversation: Conversation) -> list[str]:
 
 
 @pytest.mark.parametrize("name, messages, expected", EXPECTED)
-def test_answers_and_end_of_turn_are_trained_and_nothing_else(
-    name: str, messages: Messages, expected: list[str]
-) -> None:
+def test_answers_and_end_of_turn_are_trained_and_nothing_else(name: str, messages: Messages, expected: list[str]) -> None:
     tokenizer = tokenizer_of(name)
     conversation = encoded(tokenizer, messages)
     assert trained_texts(tokenizer, conversation) == expected
     check_against_template(ChatTemplate(tokenizer), Example(messages), conversation)
 
 
-@pytest.mark.parametrize(
-    "name, end_of_turn", [("qwen3", 151645), ("llama3_1", 128009), ("llama3", 128009), ("SmolLM2", 2)]
-)
+@pytest.mark.parametrize("name, end_of_turn", [("qwen3", 151645), ("llama3_1", 128009), ("llama3", 128009), ("SmolLM2", 2)])
 def test_the_end_of_turn_token_is_found_even_where_eos_is_another(name: str, end_of_turn: int) -> None:
     template = ChatTemplate(tokenizer_of(name))
     template.render(MULTI)
@@ -244,9 +236,7 @@ def test_whatever_the_texts_say_the_answers_alone_are_trained(answers: list[tupl
     tokenizer = tokenizer_of("SmolLM2")
     messages = turns(*(text for pair in answers for text in pair))
     rendered = ChatTemplate(tokenizer).render(messages)
-    assert [rendered.text[start:end] for start, end in rendered.trained] == [
-        answer + "<|im_end|>" for _, answer in answers
-    ]
+    assert [rendered.text[start:end] for start, end in rendered.trained] == [answer + "<|im_end|>" for _, answer in answers]
     (conversation,) = encode(tokenizer, [rendered])
     # Leading white space may stand in the header's last token.
     found = [text.lstrip() for text in trained_texts(tokenizer, conversation)]

@@ -89,12 +89,7 @@ REASONING = turns("2+2?", THOUGHT)
 HISTORY = turns("2+2?", THOUGHT, "3+3?", "<think>\nThree.\n</think>\n\n6", "Thanks!", "Welcome.")
 ASKED: dict[str, Any] = {"role": "user", "content": "Rain in Paris?"}
 CALLED: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call("get_weather", {"city": "Paris"})]}
-CALLS: Messages = [
-    ASKED,
-    CALLED,
-    {"role": "tool", "content": "Rain"},
-    {"role": "assistant", "content": "It rains."},
-]
+CALLS: Messages = [ASKED, CALLED, {"role": "tool", "content": "Rain"}, {"role": "assistant", "content": "It rains."}]
 TWO_CALLS: Messages = [
     ASKED,
     {
@@ -177,19 +172,9 @@ def test_the_answers_and_their_ends_are_trained_and_nothing_else(name: str, kind
             CALLS,
             ['{"name": "get_weather", "parameters": {"city": "Paris"}}<|eot_id|>', "It rains.<|eot_id|>"],
         ),
-        (
-            "deepseek_v3",
-            None,
-            CALLS,
-            [f"<｜tool▁calls▁begin｜>{V3_CALL}<｜tool▁calls▁end｜>{END_V3}", "It rains." + END_V3],
-        ),
+        ("deepseek_v3", None, CALLS, [f"<｜tool▁calls▁begin｜>{V3_CALL}<｜tool▁calls▁end｜>{END_V3}", "It rains." + END_V3]),
         ("deepseek_v3", None, TWO_CALLS, [V3_CALLS, "Rain, sun." + END_V3, "Welcome." + END_V3]),
-        (
-            "deepseek_v3+deepseek_r1_distill",
-            None,
-            TWO_CALLS,
-            [V3_CALLS, "Rain, sun." + END_V3, "Welcome." + END_V3],
-        ),
+        ("deepseek_v3+deepseek_r1_distill", None, TWO_CALLS, [V3_CALLS, "Rain, sun." + END_V3, "Welcome." + END_V3]),
         ("deepseek_v3+deepseekv3", None, TWO_CALLS, [V3_CALLS, "Rain, sun." + END_V3, "Welcome." + END_V3]),
         ("deepseek_v3=deepseek-r1", None, TWO_CALLS, [V3_CALLS, "Rain, sun." + END_V3, "Welcome." + END_V3]),
     ],
@@ -255,10 +240,7 @@ TRAINING = [
 @pytest.mark.parametrize("tokenizer, name", TRAINING)
 def test_generation_tags_give_the_mask_of_transformers(tokenizer: str, name: str, kind: str) -> None:
     template = template_of(f"{tokenizer}+{name}")
-    if name == "deepseekv3_training" and kind in (
-        "reasoning",
-        "history",
-    ):  # it marks answers, but drops their reasoning
+    if name == "deepseekv3_training" and kind in ("reasoning", "history"):  # it marks answers, but drops their reasoning
         with pytest.raises(CorrectionNeeded, match="remove <think> parts"):
             template.render(KINDS[kind])
         return
@@ -311,9 +293,7 @@ def test_the_hybrid_recipe_needs_no_edit_by_hand() -> None:
     with pytest.raises(CorrectionNeeded) as needed:
         template.render(turns("1+1?", "<think>One and one.</think>2"))
     corrected = ChatTemplate(template.tokenizer, needed.value.template)
-    assert trained(corrected, turns("1+1?", "<think>One and one.</think>2")) == [
-        "<think>One and one.</think>2" + END_V3
-    ]
+    assert trained(corrected, turns("1+1?", "<think>One and one.</think>2")) == ["<think>One and one.</think>2" + END_V3]
     assert trained(corrected, turns("1+1?", "<short>2")) == ["<short>2" + END_V3]
     prompt = template.tokenizer.apply_chat_template(
         turns("1+1?"), chat_template=corrected.text, tokenize=False, add_generation_prompt=True
@@ -426,9 +406,7 @@ def test_an_empty_result_in_a_long_conversation_has_its_place() -> None:
     assert trained(template_of("qwen3"), messages)[-3:-1] == [HERMES + "<|im_end|>", "No answer.<|im_end|>"]
 
 
-def tokenised(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, rows: list[dict[str, Any]], *options: str
-) -> dict[str, Any]:
+def tokenised(monkeypatch: pytest.MonkeyPatch, folder: Path, rows: list[dict[str, Any]], *options: str) -> dict[str, Any]:
     """The manifest of step 3 on these rows, with the R1 distillations' template unless the options say otherwise."""
     model = folder / "model"
     if not model.exists():

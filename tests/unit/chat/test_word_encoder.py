@@ -91,14 +91,7 @@ def test_the_files_are_the_same_with_it_and_without_whatever_the_number_of_worke
     for least_bytes, num_workers in ((1 << 40, 1), (0, 1), (0, 2), (0, 4)):
         monkeypatch.setattr("megatron.sft.data.corpus.BYTES_FOR_WORDS", least_bytes)
         prefix = tmp_path / f"{least_bytes}-{num_workers}"
-        arguments = [
-            "--tokenizer",
-            str(smollm2_folder()),
-            "--input",
-            str(tmp_path / "data.jsonl"),
-            "--seq-length",
-            "512",
-        ]
+        arguments = ["--tokenizer", str(smollm2_folder()), "--input", str(tmp_path / "data.jsonl"), "--seq-length", "512"]
         arguments += ["--num-workers", str(num_workers), "--output-prefix", str(prefix)]
         assert tokenize.main(arguments) == 0
         results.append([Path(f"{prefix}.{ending}").read_bytes() for ending in ("bin", "idx")])

@@ -217,9 +217,7 @@ def test_a_checkpoints_manifest_names_nothing_outside(
     (folder / "link").symlink_to("/etc")
     malicious.forge_manifest(folder, {name: {"bytes": 4, "sha256": "0" * 64}})
     with pytest.raises(UserError, match=r"manifest.json|iter_0000001"):
-        malicious.call_main(
-            monkeypatch, export.main, "--load", root, "--hf-dir", tiny_qwen2, "--output", tmp_path / "out"
-        )
+        malicious.call_main(monkeypatch, export.main, "--load", root, "--hf-dir", tiny_qwen2, "--output", tmp_path / "out")
 
 
 @pytest.mark.parametrize("said", ["../../outside", "1\n2", "-1", "1e3", "99999999999999999999", "٣", "", "\0"])

@@ -30,22 +30,14 @@ MAKERS: dict[str, Callable[[int], Record]] = {
     "query": lambda i: {"query": f"q{i}", "response": f"a{i}"},
     "prompt": lambda i: {"prompt": f"q{i}", "completion": f"a{i}"},
     "text": lambda i: {"text": f"t{i}"},
-    "messages": lambda i: {
-        "messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]
-    },
+    "messages": lambda i: {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]},
     "sharegpt": lambda i: {"conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": f"a{i}"}]},
     "codeact": lambda i: {
         "id": str(i),
         "conversations": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}],
     },
 }
-ANSWER_FIELD = {
-    "instruction": "output",
-    "alpaca": "output",
-    "query": "response",
-    "prompt": "completion",
-    "text": "text",
-}
+ANSWER_FIELD = {"instruction": "output", "alpaca": "output", "query": "response", "prompt": "completion", "text": "text"}
 
 
 def answer_holder(kind: str, row: Record) -> tuple[Record, str]:

@@ -78,10 +78,7 @@ def test_a_rejected_record_keeps_its_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["parquet", "folder", "arrow map"])
 def test_nulls_that_arrow_adds_are_not_in_the_record(form: str, tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [
-        {"call": {"a": 2}, "list": [{"x": 1}, {"y": None}]},
-        {"call": {"city": "Oslo"}, "list": []},
-    ]
+    rows: list[dict[str, Any]] = [{"call": {"a": 2}, "list": [{"x": 1}, {"y": None}]}, {"call": {"city": "Oslo"}, "list": []}]
     table = pyarrow.Table.from_pylist(rows)
     if form == "arrow map":
         kind = pyarrow.map_(pyarrow.string(), pyarrow.int64())
@@ -108,26 +105,11 @@ TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
         ('\n{\n"a": 1\n}\n{"a": 2}\n{\n"a": 3}', "json object", [2, 5, 6], [{"a": 1}, {"a": 2}, {"a": 3}]),
         ('{"data": [{"a": 1},\n{"a": 2}]}', "json object of data", [1, 2], [{"a": 1}, {"a": 2}]),
         ('{"type": "text_only", "instances": [ {"text": "t"} ]}', "json object of instances", [1], [{"text": "t"}]),
-        (
-            '{"rows": [{"a": {"data": [1]}}], "features": [{"b": 1}]}',
-            "json object of rows",
-            [1],
-            [{"a": {"data": [1]}}],
-        ),
-        (
-            f"{json.dumps(MESSAGES)}\n\n{json.dumps(TURNS)}",
-            "json lines",
-            [1, 3],
-            [{"messages": MESSAGES}, {"messages": TURNS}],
-        ),
+        ('{"rows": [{"a": {"data": [1]}}], "features": [{"b": 1}]}', "json object of rows", [1], [{"a": {"data": [1]}}]),
+        (f"{json.dumps(MESSAGES)}\n\n{json.dumps(TURNS)}", "json lines", [1, 3], [{"messages": MESSAGES}, {"messages": TURNS}]),
         (json.dumps([MESSAGES, TURNS]), "json array", [1, 1], [{"messages": MESSAGES}, {"messages": TURNS}]),
         (json.dumps({"data": MESSAGES}), "json lines", [1], [{"data": MESSAGES}]),
-        (
-            '{"data": [{"a": 1}]}\n{"data": [{"a": 2}]}',
-            "json lines",
-            [1, 2],
-            [{"data": [{"a": 1}]}, {"data": [{"a": 2}]}],
-        ),
+        ('{"data": [{"a": 1}]}\n{"data": [{"a": 2}]}', "json lines", [1, 2], [{"data": [{"a": 1}]}, {"data": [{"a": 2}]}]),
     ],
 )
 def test_the_form_of_a_file_is_found(

@@ -34,16 +34,13 @@ def hybrid_pairs(num_pairs: int, sigma: float) -> tuple[np.ndarray, np.ndarray]:
 
 packing_cases = st.integers(1, 40).flatmap(
     lambda row_length: st.tuples(
-        st.just(row_length),
-        st.lists(st.tuples(st.integers(1, row_length), st.integers(0, 12)), min_size=1, max_size=60),
+        st.just(row_length), st.lists(st.tuples(st.integers(1, row_length), st.integers(0, 12)), min_size=1, max_size=60)
     )
 )
 
 
 @given(case=packing_cases, seed=st.integers(0, 1 << 62))
-def test_a_group_that_fits_is_in_one_row_and_any_other_in_one_unit(
-    case: tuple[int, list[tuple[int, int]]], seed: int
-) -> None:
+def test_a_group_that_fits_is_in_one_row_and_any_other_in_one_unit(case: tuple[int, list[tuple[int, int]]], seed: int) -> None:
     row_length, conversations = case
     lengths = np.array([length for length, _ in conversations])
     _, groups = np.unique([group for _, group in conversations], return_inverse=True)
@@ -58,9 +55,9 @@ def test_a_group_that_fits_is_in_one_row_and_any_other_in_one_unit(
         assert (len(set(rows[members])) == 1) == (lengths[members].sum() <= row_length)
     alone = single_rows_of_groups(groups, seed)
     assert np.array_equal(np.cumsum(~alone.continues_group)[-1], groups.max() + 1)
-    assert len(
-        set(zip(groups.tolist(), np.cumsum(~alone.continues_group)[row_of_each(alone)].tolist(), strict=True))
-    ) == (groups.max() + 1)
+    assert len(set(zip(groups.tolist(), np.cumsum(~alone.continues_group)[row_of_each(alone)].tolist(), strict=True))) == (
+        groups.max() + 1
+    )
 
 
 def test_groups_of_one_are_packed_as_tightly_as_no_groups() -> None:
@@ -78,9 +75,7 @@ def test_pairs_of_a_hybrid_corpus_fill_their_rows(sigma: float) -> None:
     assert 0 < packing.continues_group.mean() < 0.05
 
 
-def write_groups(
-    prefix: Path, lengths: np.ndarray, groups: np.ndarray, row_length: int, packing: bool
-) -> TokenizedRows:
+def write_groups(prefix: Path, lengths: np.ndarray, groups: np.ndarray, row_length: int, packing: bool) -> TokenizedRows:
     """The first token of a conversation is its group's number."""
     with ConversationStore(prefix, token_dtype(100_000), grouped=True) as store:
         for length, group in zip(lengths.tolist(), groups.tolist(), strict=True):
@@ -158,9 +153,7 @@ def test_the_files_say_which_rows_belong_together_and_who_is_in_which_group(tmp_
     assert rows.manifest["row_units"] == {"1": 1, "2": 1}
     assert rows.groups is not None
     first_tokens = [
-        int(token)
-        for row in rows
-        for token in row.tokens[np.cumsum(row.conversation_lengths) - row.conversation_lengths]
+        int(token) for row in rows for token in row.tokens[np.cumsum(row.conversation_lengths) - row.conversation_lengths]
     ]
     numbers = dict(zip(first_tokens, rows.groups.tolist(), strict=True))
     assert [numbers[token] for token in first_tokens] == rows.groups.tolist() and len(set(numbers.values())) == 3
@@ -176,6 +169,4 @@ def test_a_group_is_the_value_of_a_field_by_its_old_or_new_name() -> None:
     assert by_old == by_new == group_hash({"x": "1+1?"}, "x", {}) is not None
     assert group_hash(row, "none", {}) is None and group_hash(row, "missing", {}) is None
     assert group_hash({"x": {"a": 1, "b": 2}}, "x", {}) == group_hash({"x": {"b": 2, "a": 1}}, "x", {})
-    assert group_hash({"x": 0}, "x", {}) is not None and group_hash({"x": "1"}, "x", {}) != group_hash(
-        {"x": 1}, "x", {}
-    )
+    assert group_hash({"x": 0}, "x", {}) is not None and group_hash({"x": "1"}, "x", {}) != group_hash({"x": 1}, "x", {})

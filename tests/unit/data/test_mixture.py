@@ -98,9 +98,7 @@ def test_a_share_of_less_than_a_record_is_refused(tmp_path: Path) -> None:
         validated_source(given)
 
 
-def test_the_result_of_a_mixture_is_the_same_for_any_number_of_workers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_result_of_a_mixture_is_the_same_for_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a.jsonl", 900)
     write(tmp_path / "b.jsonl", 700, "other")
     monkeypatch.setattr(signal, "signal", lambda *_: None)

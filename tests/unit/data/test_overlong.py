@@ -30,10 +30,7 @@ class Records(Source):
     """Records in memory."""
 
     def records(self, seed: int, index: int) -> Any:
-        return (
-            SourceRecord(line, fields, line, self.input.path)
-            for line, fields in enumerate(RECORDS[self.sha256], start=1)
-        )
+        return (SourceRecord(line, fields, line, self.input.path) for line, fields in enumerate(RECORDS[self.sha256], start=1))
 
 
 RECORDS: dict[str, list[dict[str, Any]]] = {}
@@ -136,9 +133,7 @@ def test_a_row_without_a_trained_token_is_dropped_and_counted() -> None:
 
 
 def test_an_error_names_the_row_and_the_choices() -> None:
-    with pytest.raises(
-        UserError, match=r"records, line 2: the conversation has \d+ tokens.*OVERLONG=drop, truncate or split"
-    ):
+    with pytest.raises(UserError, match=r"records, line 2: the conversation has \d+ tokens.*OVERLONG=drop, truncate or split"):
         kept([conversation(1), conversation(10)], 60, "error")
 
 
@@ -147,21 +142,9 @@ def test_the_summary_gives_lengths_before_anything_was_cut(
     overlong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data.jsonl"
-    rows = [
-        [{"role": "user", "content": "a" + " a" * size}, {"role": "assistant", "content": "b"}]
-        for size in (1, 5000, 9000)
-    ]
+    rows = [[{"role": "user", "content": "a" + " a" * size}, {"role": "assistant", "content": "b"}] for size in (1, 5000, 9000)]
     data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    arguments = [
-        "--tokenizer",
-        str(smollm2_folder()),
-        "--input",
-        str(data),
-        "--seq-length",
-        "6000",
-        "--overlong",
-        overlong,
-    ]
+    arguments = ["--tokenizer", str(smollm2_folder()), "--input", str(data), "--seq-length", "6000", "--overlong", overlong]
     for _ in range(2):  # the second time it is already there
         assert tokenize.main([*arguments, "--num-workers", "1", "--output-prefix", str(tmp_path / "rows")]) == 0
         output = capsys.readouterr().out

@@ -79,11 +79,7 @@ def test_the_seed_decides_and_nothing_else() -> None:
 
 def test_the_random_numbers_are_those_of_splitmix64() -> None:
     """First outputs of the published generator started at 0, so that no numpy version changes a packing."""
-    assert [int(key) for key in random_keys(3, seed=0)] == [
-        0xE220A8397B1DCDAF,
-        0x6E789E6AA1B965F4,
-        0x06C45D188009454F,
-    ]
+    assert [int(key) for key in random_keys(3, seed=0)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
 
 
 def test_rows_are_not_ordered_by_length() -> None:

@@ -31,13 +31,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for _ in range(30):
             store.add(Conversation(np.array(header + answer), [len(header), len(answer)]))
         packing = store.pack(256, 1, packing=True)
-        source = {
-            "path": "/data/<x>.jsonl",
-            "read": 33,
-            "kept": 30,
-            "truncated": 0,
-            "dropped": {"longer than 256 tokens": 3},
-        }
+        source = {"path": "/data/<x>.jsonl", "read": 33, "kept": 30, "truncated": 0, "dropped": {"longer than 256 tokens": 3}}
         facts = {"format": 1, "seed": 1, "sources": [source], "notes": ["a <note>"], "algorithm": "best-fit-decreasing"}
         tokenizer_facts = {"path": str(smollm2_folder()), "name": "SmolLM2"}
         store.write(packing, facts | {"tokenizer": tokenizer_facts} | store.totals(packing, 256))
@@ -140,14 +134,7 @@ def test_lengths_are_counted_in_four_steps_a_doubling() -> None:
 
     lengths = np.array([1, 1, 2, 100, 128, 129, 16384])
     histogram = length_histogram(lengths)
-    assert [[up_to, count] for up_to, count in histogram if count] == [
-        [1, 2],
-        [2, 1],
-        [108, 1],
-        [128, 1],
-        [152, 1],
-        [16384, 1],
-    ]
+    assert [[up_to, count] for up_to, count in histogram if count] == [[1, 2], [2, 1], [108, 1], [128, 1], [152, 1], [16384, 1]]
     assert sum(count for _, count in histogram) == len(lengths)
     assert length_statistics(lengths) == {
         "mean": pytest.approx(16745 / 7),

@@ -133,11 +133,7 @@ def test_a_bad_row_stops_with_file_line_field_and_fix_and_leaves_nothing(
     ],
 )
 def test_bad_arguments_get_one_line_and_leave_nothing(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    changed: dict[str, str],
-    reason: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changed: dict[str, str], reason: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README").write_text("not a folder")
@@ -174,3 +170,32 @@ def test_a_full_disk_gets_one_line_and_leaves_nothing(
     (line,) = capsys.readouterr().err.splitlines()
     assert "no space left in" in line
     assert files_in(tmp_path) == ["data.jsonl"]
+
+
+def test_unknown_fields_stop_the_run_or_are_ignored_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_lines(tmp_path / "data.jsonl", [GOOD | {"id": 1}, GOOD | {"persona": "A sailor."}])
+    assert here(monkeypatch, command(data)) == 2
+    assert capsys.readouterr().err.startswith(f"error: {data}, line 2: field 'persona' ('A sailor.') is unknown")
+    assert here(monkeypatch, command(data, 512, "--unknown-fields", "ignore")) == 0
+    manifest = TokenizedRows(tmp_path / PREFIX.format(512)).manifest
+    assert (manifest["unknown_fields"], manifest["sources"][0]["ignored_fields"]) == ("ignore", {"id": 1, "persona": 1})
+    assert "field 'persona' of 1 records" in capsys.readouterr().out
+    assert here(monkeypatch, command(data, 512, "--map-column", "persona=-")) == 0
+    assert here(monkeypatch, command(data, 512, "--group-key", "persona")) == 0
+
+
+def test_what_the_names_replaced_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_lines(tmp_path / "data.jsonl", [GOOD, GOOD | {"output": "I am {{name}}, {{ name }}."}] * 2)
+    assert here(monkeypatch, command(data, 512, "--model-name", "Zed", "--model-author", "Acme")) == 0
+    printed = capsys.readouterr().out
+    assert "[[I am Zed, Zed.<|im_end|>]]" in printed
+    assert "note: MODEL_NAME='Zed' stands for {{ name }} of 2 texts, {{name}} of 2 texts" in printed
+    assert "note: MODEL_AUTHOR='Acme' is never used" in printed
+    assert here(monkeypatch, command(data)) == 0
+    printed = capsys.readouterr().out
+    assert "[[I am {{name}}, {{ name }}.<|im_end|>]]" in printed
+    assert "{{name}} of 2 texts stays as it is: set MODEL_NAME" in printed

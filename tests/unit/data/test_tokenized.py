@@ -67,9 +67,7 @@ def test_megatron_cores_indexed_dataset_reads_pure_token_ids(tmp_path: Path) -> 
     prefix = write(tmp_path / "data")
     plain = IndexedDataset(str(prefix))
     assert plain.document_indices.tolist() == [0, 4, 9]
-    documents = [
-        np.concatenate([plain[segment] for segment in range(start, end)]).tolist() for start, end in ((0, 4), (4, 9))
-    ]
+    documents = [np.concatenate([plain[segment] for segment in range(start, end)]).tolist() for start, end in ((0, 4), (4, 9))]
     assert documents == [[49151, 31, 10, 11, 12, 13, 14], [20, 21, 22, 23, 24, 25]]
     with_modes = IndexedDataset(str(prefix), multimodal=True)
     tokens, mode = with_modes[3]
@@ -153,7 +151,7 @@ def test_leftovers_of_a_dead_process_are_written_over(tmp_path: Path) -> None:
 
 def test_a_second_writer_of_the_same_files_is_refused(tmp_path: Path) -> None:
     with ConversationStore(tmp_path / "data", token_dtype(100)) as store:
-        with pytest.raises(UserError, match="another process is writing"):
+        with pytest.raises(UserError, match="is being written by process"):
             ConversationStore(store.prefix, store.dtype).__enter__()
         assert (tmp_path / ".data.tokens.tmp").exists()
 

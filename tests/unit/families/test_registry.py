@@ -97,9 +97,7 @@ def test_fields_of_released_models_are_understood(family: str) -> None:
 
 def test_old_and_new_spellings_of_a_configuration_are_read_alike() -> None:
     old = read_architecture({**CONFIG, "rope_theta": 1e6, "torch_dtype": "bfloat16"}, "")
-    new = read_architecture(
-        {**CONFIG, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "dtype": "bfloat16"}, ""
-    )
+    new = read_architecture({**CONFIG, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "dtype": "bfloat16"}, "")
     assert old == new and old.rope_theta == 1e6 and old.torch_dtype == torch.bfloat16
 
 

@@ -33,9 +33,7 @@ def folder_with(tmp_path: Path, model_type: str, tokenizer_class: str, digits: s
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "Qwen2Tokenizer", "NoSuchClass"]
-)
+@pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "Qwen2Tokenizer", "NoSuchClass"])
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral", "no_such_type"])
 def test_no_class_rebuilds_the_tokenizer(tmp_path: Path, model_type: str, tokenizer_class: str) -> None:
     folder = folder_with(tmp_path, model_type, tokenizer_class, digits=" ")

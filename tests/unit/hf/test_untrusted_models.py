@@ -33,9 +33,7 @@ def model_with_code(source: Path, folder: Path, mark: Path) -> Path:
     return folder
 
 
-def test_a_models_own_code_is_not_run(
-    tiny_qwen2: Path, tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_models_own_code_is_not_run(tiny_qwen2: Path, tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.sft.inference.chat_model import load_chat_model
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -96,9 +94,7 @@ def test_weights_that_are_a_pickle_are_not_loaded(
         load_chat_model(folder)
 
 
-def test_a_data_folder_that_is_a_program_is_not_run(
-    tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_data_folder_that_is_a_program_is_not_run(tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.sft import download
 
     folder = tmp_path / "rows"

@@ -122,9 +122,7 @@ def test_file_that_was_cut_off_continues_where_it_was(tmp_path):
 
     model = load_chat_model(taught_folder())
     backend_generate = type(model.backend).generate.__get__(model.backend)
-    broken = ChatModel(
-        model.tokenizer, SimpleNamespace(longest_prompt=None, generate=cut_off_after_one_batch), model.stop_ids
-    )
+    broken = ChatModel(model.tokenizer, SimpleNamespace(longest_prompt=None, generate=cut_off_after_one_batch), model.stop_ids)
     with pytest.raises(CutOffError):
         answer_file(broken, data, output, Decoding(64, batch_size=2), settings)
     assert not output.exists()
@@ -144,12 +142,7 @@ def test_file_that_was_cut_off_continues_where_it_was(tmp_path):
 
 @pytest.mark.parametrize(
     "row",
-    [
-        {"query": "a"},
-        {"prompt": "a"},
-        {"conversations": [{"from": "human", "value": "a"}]},
-        {"prompt": "a", "completion": ""},
-    ],
+    [{"query": "a"}, {"prompt": "a"}, {"conversations": [{"from": "human", "value": "a"}]}, {"prompt": "a", "completion": ""}],
 )
 def test_question_without_an_answer_is_read_in_every_format(tmp_path, row):
     (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")

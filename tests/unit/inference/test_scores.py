@@ -14,11 +14,7 @@ from megatron.sft.runtime.errors import UserError
 
 def test_table_has_a_line_a_figure_and_what_changed():
     before = [Score("gsm8k", "exact_match", 0.125, 0.01), Score("wiki", "perplexity", 12.5, None, False)]
-    after = [
-        Score("gsm8k", "exact_match", 0.5, 0.02),
-        Score("wiki", "perplexity", 10.0, None, False),
-        Score("x", "acc", 1.0),
-    ]
+    after = [Score("gsm8k", "exact_match", 0.5, 0.02), Score("wiki", "perplexity", 10.0, None, False), Score("x", "acc", 1.0)]
     rows = table_lines([before, after])
     assert markdown(["before", "after"], rows) == (
         "| task | metric | before | after | change |\n"
@@ -33,14 +29,8 @@ def test_table_has_a_line_a_figure_and_what_changed():
 def test_picture_grows_with_the_table(tmp_path: Path):
     rows = table_lines([[Score(f"task{number}", "acc", number / 10)] for number in range(1)])
     draw(["one"], rows, tmp_path / "a" / "one.png")
-    draw(
-        ["one"],
-        table_lines([[Score(f"task{number}", "acc", number / 10) for number in range(9)]]),
-        tmp_path / "nine.png",
-    )
-    heights = [
-        int.from_bytes(path.read_bytes()[20:24], "big") for path in (tmp_path / "a" / "one.png", tmp_path / "nine.png")
-    ]
+    draw(["one"], table_lines([[Score(f"task{number}", "acc", number / 10) for number in range(9)]]), tmp_path / "nine.png")
+    heights = [int.from_bytes(path.read_bytes()[20:24], "big") for path in (tmp_path / "a" / "one.png", tmp_path / "nine.png")]
     assert heights[1] > 3 * heights[0]
 
 

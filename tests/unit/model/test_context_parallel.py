@@ -20,9 +20,7 @@ def test_ranks_hold_the_chunks_that_transformer_engine_expects() -> None:
     assert local_tokens(lengths, ContextPart(1, 2)).tolist() == [2, 3, 4, 5, 9, 10]
 
 
-@given(
-    size=st.integers(2, 5), multiples=st.lists(st.integers(1, 6), min_size=1, max_size=6), rank_seed=st.integers(0, 99)
-)
+@given(size=st.integers(2, 5), multiples=st.lists(st.integers(1, 6), min_size=1, max_size=6), rank_seed=st.integers(0, 99))
 def test_every_query_sees_its_conversation_up_to_itself(size: int, multiples: list[int], rank_seed: int) -> None:
     part = ContextPart(rank_seed % size, size)
     lengths = np.array(multiples) * part.multiple

@@ -53,9 +53,7 @@ def test_the_norm_with_and_without_an_addition_is_the_formula(device: str, dtype
     weight = random(width, dtype=dtype, device=device)
     if dtype == torch.float32:
         agree(
-            lambda r, a, w: add_and_norm(r, a, w, 1e-5),
-            lambda r, a, w: (r + a, rms_norm(r + a, w)),
-            [residual, added, weight],
+            lambda r, a, w: add_and_norm(r, a, w, 1e-5), lambda r, a, w: (r + a, rms_norm(r + a, w)), [residual, added, weight]
         )
     agree(lambda r, w: add_and_norm(r, None, w, 1e-5), lambda r, w: (r.clone(), rms_norm(r, w)), [residual, weight])
 
@@ -66,11 +64,7 @@ def test_the_norm_with_and_without_an_addition_is_the_formula(device: str, dtype
 def test_swiglu_is_the_formula(device: str, dtype: torch.dtype, width: int) -> None:
     torch.manual_seed(0)
     gate_up = random(T, 1, 2 * width, dtype=dtype, device=device)
-    agree(
-        lambda x: (swiglu(x),),
-        lambda x: (F.silu(x.chunk(2, dim=-1)[0]) * x.chunk(2, dim=-1)[1],),
-        [gate_up],
-    )
+    agree(lambda x: (swiglu(x),), lambda x: (F.silu(x.chunk(2, dim=-1)[0]) * x.chunk(2, dim=-1)[1],), [gate_up])
 
 
 def turned(heads: Tensor, angles: Tensor) -> Tensor:
@@ -83,9 +77,7 @@ def turned(heads: Tensor, angles: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dim", [16, 24])
-def test_queries_and_keys_are_turned_by_their_positions_and_values_are_not(
-    device: str, dtype: torch.dtype, dim: int
-) -> None:
+def test_queries_and_keys_are_turned_by_their_positions_and_values_are_not(device: str, dtype: torch.dtype, dim: int) -> None:
     torch.manual_seed(0)
     positions = torch.randint(0, 50, (T,), device=device)
     frequencies = torch.rand(dim // 2, device=device)

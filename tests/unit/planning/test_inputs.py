@@ -156,9 +156,7 @@ def test_a_forged_memory_skips_the_checksum_and_nothing_else(converted: Path, da
     rewritten(data, STRUCTURE["a trained first token"][0])
     facts = TokenizedRows.__new__(TokenizedRows)
     facts.prefix, facts.manifest = data, json.loads(data_file(data, "json").read_text())
-    memory = {
-        checksum_cache.cache_key(path): checksum_cache.file_stamp(path, entry) for path, entry in facts.files.items()
-    }
+    memory = {checksum_cache.cache_key(path): checksum_cache.file_stamp(path, entry) for path, entry in facts.files.items()}
     (data.parent / ".packed.v1.checked.json").write_text(json.dumps({"files": memory}))
     with pytest.raises(UserError, match="marks the first token"):
         plan_of(converted, data, tmp_path / "out")

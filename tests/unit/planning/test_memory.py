@@ -7,6 +7,7 @@ import pytest
 from megatron.sft.hf.published_configs import find_architecture, published_configs
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning import memory
+from megatron.sft.planning.layouts import suggest_layouts
 from megatron.sft.planning.memory import GIB, MemorySettings, cheapest_recompute, estimate, num_parameters
 
 ONE = Layout()
@@ -85,9 +86,7 @@ def test_more_recomputation_takes_less_memory_and_the_cheapest_that_fits_is_take
 
 def test_the_first_stage_of_a_pipeline_keeps_a_micro_batch_for_every_stage() -> None:
     architecture, _ = find_architecture("Qwen/Qwen2.5-7B-Instruct")
-    few, many = (
-        estimate(architecture, Layout(1, 4), 1, replace(ROW, num_micro_batches=count)).activations for count in (1, 8)
-    )
+    few, many = (estimate(architecture, Layout(1, 4), 1, replace(ROW, num_micro_batches=count)).activations for count in (1, 8))
     assert 3.5 < many / few <= 4.0
 
 
@@ -97,3 +96,12 @@ def test_data_parallel_copies_share_the_optimizer_and_offloading_empties_it() ->
     assert one.optimizer == 12 * num_parameters(architecture) and four.optimizer == one.optimizer // 4
     assert (one.weights, one.gradients) == (four.weights, four.gradients)
     assert estimate(architecture, Layout(), 1, replace(ROW, optimizer_offload=True)).optimizer == 0
+
+
+def test_suggested_layouts_fit_divide_the_gpus_and_the_fastest_comes_first() -> None:
+    architecture, _ = find_architecture("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
+    found = suggest_layouts(architecture, 8, 80 * GIB, MemorySettings(16384), 128)
+    assert found and all(suggestion.memory.total <= 80 * GIB for suggestion in found)
+    assert all(suggestion.layout.model_size * suggestion.data_parallel == 8 for suggestion in found)
+    assert all(architecture.num_kv_heads % suggestion.layout.tensor_parallel == 0 for suggestion in found)
+    assert [suggestion.cost for suggestion in found] == sorted(suggestion.cost for suggestion in found)

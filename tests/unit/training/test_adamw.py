@@ -92,7 +92,5 @@ def test_a_group_without_weight_decay_and_a_parameter_without_gradient_are_respe
     optimizer.step()
     state = optimizer.state
     assert torch.allclose(join_master_weights(decayed, state[decayed]["master_param"]), torch.tensor(0.99))
-    assert torch.equal(kept, torch.ones(8, dtype=torch.bfloat16)) and torch.equal(
-        idle, torch.ones(8, dtype=torch.bfloat16)
-    )
+    assert torch.equal(kept, torch.ones(8, dtype=torch.bfloat16)) and torch.equal(idle, torch.ones(8, dtype=torch.bfloat16))
     assert math.isclose(float(state[kept]["exp_avg"].abs().sum()), 0.0) and not state[idle]

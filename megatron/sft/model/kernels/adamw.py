@@ -39,13 +39,5 @@ def adamw_step(
     """Step bfloat16 weights with int16 lower halves; all tensors contiguous, of one size. factors: `training.adamw.Factors`."""
     num_elements = weights.numel()
     _adamw[(triton.cdiv(num_elements, _BLOCK),)](
-        weights.view(torch.int16),
-        lower,
-        gradient,
-        exp_avg,
-        exp_avg_sq,
-        num_elements,
-        *factors,
-        BLOCK=_BLOCK,
-        num_warps=4,
+        weights.view(torch.int16), lower, gradient, exp_avg, exp_avg_sq, num_elements, *factors, BLOCK=_BLOCK, num_warps=4
     )

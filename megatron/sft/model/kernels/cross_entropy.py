@@ -52,9 +52,7 @@ def row_statistics(logits: Tensor, local_ids: Tensor, num_columns: int) -> Tenso
     logits: [rows, columns] of any float dtype, contiguous rows; only the first num_columns count.
     """
     statistics = torch.empty(len(logits), 3, dtype=torch.float32, device=logits.device)
-    _row_statistics[(len(logits),)](
-        logits, local_ids, statistics, num_columns, logits.stride(0), BLOCK=_BLOCK, num_warps=8
-    )
+    _row_statistics[(len(logits),)](logits, local_ids, statistics, num_columns, logits.stride(0), BLOCK=_BLOCK, num_warps=8)
     return statistics
 
 

@@ -175,9 +175,7 @@ def swiglu_backward(gate_up: Tensor, grad_outputs: Tensor) -> Tensor:
     return gradient
 
 
-def rotate_heads(
-    qkv: Tensor, tables: Tensor, queries: Tensor, keys: Tensor, values: Tensor, backward: bool = False
-) -> None:
+def rotate_heads(qkv: Tensor, tables: Tensor, queries: Tensor, keys: Tensor, values: Tensor, backward: bool = False) -> None:
     """Fill queries [t, heads, dim], keys and values [t, groups, dim] from qkv [t, groups * (heads / groups + 2) * dim].
 
     Queries and keys are rotated by tables, float32 [2, t, dim / 2]. backward: fill qkv from the others, rotating back.
