@@ -26,7 +26,15 @@ from megatron.sft.chat.template_arguments import read_arguments, read_date, with
 from megatron.sft.data.corpus import OVERLONG, Corpus
 from megatron.sft.data.mixture import Input, Source, parse_inputs, validated_source
 from megatron.sft.data.packing import ALGORITHM
-from megatron.sft.data.report import RejectedRecords, length_facts, lengths_line, print_corpus, print_sample, source_facts
+from megatron.sft.data.report import (
+    RejectedRecords,
+    length_facts,
+    lengths_line,
+    print_corpus,
+    print_sample,
+    print_totals,
+    source_facts,
+)
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import FORMAT, TokenizedRows, is_finished, token_dtype
 from megatron.sft.hf.tokenizer import auto_tokenizer_note
@@ -232,7 +240,7 @@ def tokenize(options: Options, sources: list[Source], template: ChatTemplate, ow
         packing = store.pack(options.seq_length, options.seed, options.packing)
         totals = store.totals(packing, options.seq_length) | {"read_lengths": length_facts(corpora)}
         store.write(packing, totals | _manifest(options, corpora, own) | {"fingerprint": fingerprint})
-    _print_result(options, totals)
+    print_totals(totals)
     if rejected.num_records:
         print(f"bad records: {rejected.num_records}, with the reasons in {rejected_path}")
     print(f"wrote {options.prefix}.bin, .idx, .json")
@@ -269,16 +277,6 @@ def _placeholder_notes(options: Options, corpora: list[Corpus]) -> list[str]:
         elif written:
             notes.append(f"{written} stays as it is: set MODEL_{name} if it stands for a name")
     return notes
-
-
-def _print_result(options: Options, totals: dict[str, Any]) -> None:
-    if options.group_key:
-        several = sum(count for size, count in totals.get("row_units", {}).items() if size != "1")
-        print(f"{totals['groups']:,} groups; {several:,} of them take several rows, which training keeps together")
-    print(lengths_line(totals["read_lengths"]))
-    fill = f"{100 * totals['fill']:.1f} % full"
-    print(f"packed {totals['conversations']} conversations into {totals['rows']} rows ({fill})")
-    print(f"trained {100 * totals['trained_tokens'] / totals['tokens']:.1f} % of {totals['tokens']:,} tokens")
 
 
 def _manifest(options: Options, corpora: list[Corpus], own: tuple[str, str]) -> dict[str, Any]:

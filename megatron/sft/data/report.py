@@ -92,6 +92,17 @@ def lengths_line(facts: dict[str, Any]) -> str:
     return f"lengths: {sizes}; longer than {', '.join(shares)}"
 
 
+def print_totals(totals: dict[str, Any]) -> None:
+    """What all sources together became, of the manifest's totals."""
+    if "groups" in totals:
+        several = sum(count for size, count in totals.get("row_units", {}).items() if size != "1")
+        print(f"{totals['groups']:,} groups; {several:,} of them take several rows, which training keeps together")
+    print(lengths_line(totals["read_lengths"]))
+    fill = f"{100 * totals['fill']:.1f} % full"
+    print(f"packed {totals['conversations']} conversations into {totals['rows']} rows ({fill})")
+    print(f"trained {100 * totals['trained_tokens'] / totals['tokens']:.1f} % of {totals['tokens']:,} tokens")
+
+
 def print_sample(number: int, tokenizer: Any, conversation: Conversation) -> None:
     trained = np.repeat(np.arange(len(conversation.mask_run_lengths)) % 2 == 1, conversation.mask_run_lengths)
     color = color_wanted()
