@@ -34,11 +34,11 @@ from megatron.sft.data.report import (
     print_sample,
     print_totals,
     source_facts,
+    tokenizer_facts,
 )
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import FORMAT, TokenizedRows, is_finished, token_dtype
 from megatron.sft.hf.tokenizer import auto_tokenizer_note
-from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import sha256_of_file, sha256_of_text
 
@@ -295,15 +295,7 @@ def _manifest(options: Options, corpora: list[Corpus], own: tuple[str, str]) -> 
         "bad_rows": "skip" if options.skip_bad_records else "stop",
         "unknown_fields": "ignore" if options.ignores_unknown else "stop",
         # What training compares with the model's. The folder's own chat template may differ from the one used.
-        "tokenizer": {
-            "path": str(options.tokenizer.resolve()),
-            "name": Path(os.path.abspath(options.tokenizer)).name,
-            "sha256": tokenizer_sha256(options.tokenizer),
-            "chat_template_sha256": chat_template_sha256(options.tokenizer),
-            "eos_token_id": template.tokenizer.eos_token_id,
-            "bos_token_id": template.tokenizer.bos_token_id,
-            "end_of_turn_ids": sorted(template.end_of_turn_ids),
-        },
+        "tokenizer": tokenizer_facts(options.tokenizer, template),
         "chat_template": template.text,
         "chat_template_sha256": sha256_of_text(template.text),
         "tool_use_template": template.tool_text,

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from megatron.sft.chat.encoding import Conversation
+from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus, Counts, Lengths
 from megatron.sft.data.preview import color_wanted, legend, sample_text
 from megatron.sft.data.sources import SourceRecord
+from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
 from megatron.sft.runtime import exact_json
 
 
@@ -66,6 +68,19 @@ def source_facts(corpus: Corpus) -> dict[str, Any]:
         "truncated": counts.num_truncated,
         "split": {"rows": counts.num_split, "parts": counts.num_parts, "parts_dropped": counts.num_parts_dropped},
         "ignored_fields": dict(corpus.reader.ignored_fields),
+    }
+
+
+def tokenizer_facts(folder: Path, template: ChatTemplate) -> dict[str, Any]:
+    """The manifest's entry for the tokenizer, which training compares with the model's."""
+    return {
+        "path": str(folder.resolve()),
+        "name": Path(os.path.abspath(folder)).name,
+        "sha256": tokenizer_sha256(folder),
+        "chat_template_sha256": chat_template_sha256(folder),
+        "eos_token_id": template.tokenizer.eos_token_id,
+        "bos_token_id": template.tokenizer.bos_token_id,
+        "end_of_turn_ids": sorted(template.end_of_turn_ids),
     }
 
 
