@@ -32,12 +32,13 @@ from megatron.sft.data.report import (
     placeholder_notes,
     print_corpus,
     print_sample,
+    print_totals,
     source_facts,
+    tokenizer_facts,
 )
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import FORMAT, TokenizedRows, is_finished, token_dtype
 from megatron.sft.hf.tokenizer import auto_tokenizer_note
-from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import sha256_of_file, sha256_of_text
 
@@ -229,7 +230,7 @@ def tokenize(options: Options, sources: list[Source], template: ChatTemplate, ow
         packing = store.pack(options.seq_length, options.seed, options.packing)
         totals = store.totals(packing, options.seq_length) | {"read_lengths": length_facts(corpora)}
         store.write(packing, totals | _manifest(options, corpora, own) | {"fingerprint": fingerprint})
-    _print_result(options, totals)
+    print_totals(totals)
     if rejected.num_records:
         print(f"bad records: {rejected.num_records}, with the reasons in {rejected_path}")
     print(f"wrote {options.prefix}.bin, .idx, .json")
@@ -252,16 +253,6 @@ def _corpus(options: Options, source: Source, index: int, template: ChatTemplate
     )
 
 
-def _print_result(options: Options, totals: dict[str, Any]) -> None:
-    if options.group_key:
-        several = sum(count for size, count in totals.get("row_units", {}).items() if size != "1")
-        print(f"{totals['groups']:,} groups; {several:,} of them take several rows, which training keeps together")
-    print(lengths_line(totals["read_lengths"]))
-    fill = f"{100 * totals['fill']:.1f} % full"
-    print(f"packed {totals['conversations']} conversations into {totals['rows']} rows ({fill})")
-    print(f"trained {100 * totals['trained_tokens'] / totals['tokens']:.1f} % of {totals['tokens']:,} tokens")
-
-
 def _manifest(options: Options, corpora: list[Corpus], own: tuple[str, str]) -> dict[str, Any]:
     """What the manifest says of options, tokenizer, template and sources."""
     template = corpora[0].template
@@ -278,15 +269,7 @@ def _manifest(options: Options, corpora: list[Corpus], own: tuple[str, str]) -> 
         "bad_rows": "skip" if options.skip_bad_records else "stop",
         "unknown_fields": "ignore" if options.ignores_unknown else "stop",
         # What training compares with the model's. The folder's own chat template may differ from the one used.
-        "tokenizer": {
-            "path": str(options.tokenizer.resolve()),
-            "name": Path(os.path.abspath(options.tokenizer)).name,
-            "sha256": tokenizer_sha256(options.tokenizer),
-            "chat_template_sha256": chat_template_sha256(options.tokenizer),
-            "eos_token_id": template.tokenizer.eos_token_id,
-            "bos_token_id": template.tokenizer.bos_token_id,
-            "end_of_turn_ids": sorted(template.end_of_turn_ids),
-        },
+        "tokenizer": tokenizer_facts(options.tokenizer, template),
         "chat_template": template.text,
         "chat_template_sha256": sha256_of_text(template.text),
         "tool_use_template": template.tool_text,

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from megatron.sft.chat.encoding import Conversation
+from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus, Counts, Lengths
 from megatron.sft.data.preview import color_wanted, legend, sample_text
 from megatron.sft.data.sources import SourceRecord
+from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
 from megatron.sft.runtime import exact_json
 
 
@@ -70,6 +72,19 @@ def source_facts(corpus: Corpus) -> dict[str, Any]:
     }
 
 
+def tokenizer_facts(folder: Path, template: ChatTemplate) -> dict[str, Any]:
+    """The manifest's entry for the tokenizer, which training compares with the model's."""
+    return {
+        "path": str(folder.resolve()),
+        "name": Path(os.path.abspath(folder)).name,
+        "sha256": tokenizer_sha256(folder),
+        "chat_template_sha256": chat_template_sha256(folder),
+        "eos_token_id": template.tokenizer.eos_token_id,
+        "bos_token_id": template.tokenizer.bos_token_id,
+        "end_of_turn_ids": sorted(template.end_of_turn_ids),
+    }
+
+
 def length_facts(corpora: Iterable[Corpus]) -> dict[str, Any]:
     """The manifest's entry for the lengths of all conversations that were read, whatever became of them."""
     lengths = Lengths()
@@ -91,6 +106,17 @@ def lengths_line(facts: dict[str, Any]) -> str:
     )
     sizes = f"min {facts['shortest']:,}, mean {facts['mean']:,.1f}, max {facts['longest']:,} tokens"
     return f"lengths: {sizes}; longer than {', '.join(shares)}"
+
+
+def print_totals(totals: dict[str, Any]) -> None:
+    """What all sources together became, of the manifest's totals."""
+    if "groups" in totals:
+        several = sum(count for size, count in totals.get("row_units", {}).items() if size != "1")
+        print(f"{totals['groups']:,} groups; {several:,} of them take several rows, which training keeps together")
+    print(lengths_line(totals["read_lengths"]))
+    fill = f"{100 * totals['fill']:.1f} % full"
+    print(f"packed {totals['conversations']} conversations into {totals['rows']} rows ({fill})")
+    print(f"trained {100 * totals['trained_tokens'] / totals['tokens']:.1f} % of {totals['tokens']:,} tokens")
 
 
 def print_sample(number: int, tokenizer: Any, conversation: Conversation) -> None:
