@@ -298,7 +298,10 @@ def _fork(request: dict[str, Any], rank: dict[str, str], folder: Path, descripto
     for target, source in enumerate(descriptors):
         os.dup2(source, target)
     os.closerange(3, 256)
-    sys.stdin = open(0)  # noqa: SIM115 - for the life of this process
+    # For the life of this process; the server's own were made for other files.
+    sys.stdin = open(0)  # noqa: SIM115
+    sys.stdout = open(1, "w")  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
     os.environ.clear()
     os.environ.update(request["environment"])
     if request["processes"]:
