@@ -1,4 +1,4 @@
-"""Arguments of a chat template besides messages and functions, such as enable_thinking: of one record, or of all (baked into
+"""Arguments of a chat template in addition to messages and functions, such as enable_thinking: of one record, or of all (baked into
 the template's text, so that inference has them without being given them)."""
 
 import json
