@@ -196,9 +196,10 @@ class ChatTemplate:
         found = self._renderers.get(key)
         if found is None:
             check_arguments(kwargs, "chat_template_kwargs")
-            unused = ", ".join(unused_arguments(text, kwargs))
-            if unused:
-                self.notes.add(f"chat_template_kwargs has {unused}, which the chat template does not use")
+            unused = unused_arguments(text, kwargs)
+            for name in kwargs:
+                uses = "which the chat template does not use" if name in unused else "which inference has to be given, too"
+                self.notes.add(f"records have {name} in their chat_template_kwargs, {uses}")
             if len(self._renderers) >= MAX_RENDERERS:
                 self._renderers.clear()
             found = self._renderers[key] = Renderer(self.tokenizer, text, kwargs, self.day, self.learned)
