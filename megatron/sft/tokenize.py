@@ -10,14 +10,13 @@ import json
 import os
 import signal
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.chat.conversations import NOT_A_COLUMN, RecordReader
+from megatron.sft.chat.conversations import RecordReader, renamed_columns
 from megatron.sft.chat.corrections import EMPTY_THINK, difference
 from megatron.sft.chat.encoding import TOKENIZER_FILES, check_tokenizer_folder, load_tokenizer
 from megatron.sft.chat.named_templates import NAMES, chosen_template
@@ -26,11 +25,20 @@ from megatron.sft.chat.template_arguments import read_arguments, read_date, with
 from megatron.sft.data.corpus import OVERLONG, Corpus
 from megatron.sft.data.mixture import Input, Source, parse_inputs, validated_source
 from megatron.sft.data.packing import ALGORITHM
-from megatron.sft.data.report import RejectedRecords, length_facts, lengths_line, print_corpus, print_sample, source_facts
+from megatron.sft.data.report import (
+    RejectedRecords,
+    length_facts,
+    lengths_line,
+    placeholder_notes,
+    print_corpus,
+    print_sample,
+    print_totals,
+    source_facts,
+    tokenizer_facts,
+)
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import FORMAT, TokenizedRows, is_finished, token_dtype
 from megatron.sft.hf.tokenizer import auto_tokenizer_note
-from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import sha256_of_file, sha256_of_text
 
@@ -157,16 +165,6 @@ def whole_number(name: str, text: str, least: int, most: int, meaning: str) -> i
     return int(text)
 
 
-def renamed_columns(pairs: list[str]) -> dict[str, str]:
-    columns: dict[str, str] = {}
-    for pair in pairs:
-        old, _, new = pair.partition("=")
-        if not old or not new or old in columns or (new in columns.values() and new != NOT_A_COLUMN):
-            raise UserError(f"MAP_COLUMNS has {pair!r}: give OLD=NEW, each name once, such as problem=instruction")
-        columns[old] = new
-    return columns
-
-
 def _fingerprint(options: Options, sources: list[Source], template: str) -> str:
     """A hash of all that decides the result: contents of data, tokenizer and template, and the options."""
     paths = [options.tokenizer / name for name in TOKENIZER_FILES]
@@ -220,7 +218,7 @@ def tokenize(options: Options, sources: list[Source], template: ChatTemplate, ow
                     print_sample(len(store.lengths) + 1, tokenizer, conversation)
                 store.add(replace(conversation, source=corpus.index) if corpus.index else conversation)
             print_corpus(corpus)
-        for note in [*_placeholder_notes(options, corpora), *sorted(template.notes)]:
+        for note in [*placeholder_notes(options.replaced, corpora), *sorted(template.notes)]:
             print(f"note: {note}")
         if options.skip_bad_records:
             rejected.keep()
@@ -232,7 +230,7 @@ def tokenize(options: Options, sources: list[Source], template: ChatTemplate, ow
         packing = store.pack(options.seq_length, options.seed, options.packing)
         totals = store.totals(packing, options.seq_length) | {"read_lengths": length_facts(corpora)}
         store.write(packing, totals | _manifest(options, corpora, own) | {"fingerprint": fingerprint})
-    _print_result(options, totals)
+    print_totals(totals)
     if rejected.num_records:
         print(f"bad records: {rejected.num_records}, with the reasons in {rejected_path}")
     print(f"wrote {options.prefix}.bin, .idx, .json")
@@ -255,32 +253,6 @@ def _corpus(options: Options, source: Source, index: int, template: ChatTemplate
     )
 
 
-def _placeholder_notes(options: Options, corpora: list[Corpus]) -> list[str]:
-    """What MODEL_NAME and MODEL_AUTHOR replaced, or did not, in all sources."""
-    found = sum((corpus.reader.placeholders for corpus in corpora), Counter())
-    notes = []
-    for placeholder, value in options.replaced.items():
-        name = placeholder.strip("{}")
-        counts = {written: count for written, count in found.items() if written.strip("{} \t\n").upper() == name}
-        written = ", ".join(f"{text} of {count:,} texts" for text, count in sorted(counts.items()))
-        if value is not None:
-            replaced = f"stands for {written}" if written else f"is never used: the data has no {placeholder}"
-            notes.append(f"MODEL_{name}={value!r} {replaced}")
-        elif written:
-            notes.append(f"{written} stays as it is: set MODEL_{name} if it stands for a name")
-    return notes
-
-
-def _print_result(options: Options, totals: dict[str, Any]) -> None:
-    if options.group_key:
-        several = sum(count for size, count in totals.get("row_units", {}).items() if size != "1")
-        print(f"{totals['groups']:,} groups; {several:,} of them take several rows, which training keeps together")
-    print(lengths_line(totals["read_lengths"]))
-    fill = f"{100 * totals['fill']:.1f} % full"
-    print(f"packed {totals['conversations']} conversations into {totals['rows']} rows ({fill})")
-    print(f"trained {100 * totals['trained_tokens'] / totals['tokens']:.1f} % of {totals['tokens']:,} tokens")
-
-
 def _manifest(options: Options, corpora: list[Corpus], own: tuple[str, str]) -> dict[str, Any]:
     """What the manifest says of options, tokenizer, template and sources."""
     template = corpora[0].template
@@ -295,15 +267,7 @@ def _manifest(options: Options, corpora: list[Corpus], own: tuple[str, str]) -> 
         "bad_rows": "skip" if options.skip_bad_records else "stop",
         "unknown_fields": "ignore" if options.ignores_unknown else "stop",
         # What training compares with the model's. The folder's own chat template may differ from the one used.
-        "tokenizer": {
-            "path": str(options.tokenizer.resolve()),
-            "name": Path(os.path.abspath(options.tokenizer)).name,
-            "sha256": tokenizer_sha256(options.tokenizer),
-            "chat_template_sha256": chat_template_sha256(options.tokenizer),
-            "eos_token_id": template.tokenizer.eos_token_id,
-            "bos_token_id": template.tokenizer.bos_token_id,
-            "end_of_turn_ids": sorted(template.end_of_turn_ids),
-        },
+        "tokenizer": tokenizer_facts(options.tokenizer, template),
         **template.facts(own),
         "template_kwargs": options.template_kwargs,
         "notes": sorted(template.notes),

@@ -153,6 +153,7 @@ SEAMS: dict[str, list[str]] = {
     "transformer_engine.pytorch.Linear.fuse_wgrad_accumulation": [],
     "transformer_engine.pytorch.optimizers.FusedAdam.master_param": [],
     # transformers and others
+    "transformers.utils.chat_template_utils._compile_jinja_template": ["chat_template"],
     "transformers.utils.chat_template_utils.render_jinja_template": [
         "conversations",
         "tools",

@@ -27,7 +27,7 @@ from megatron.sft.chat.turns import Message, Messages, Turns, read_turns
 from megatron.sft.runtime import exact_json
 from megatron.sft.runtime.errors import UserError
 
-__all__ = ["Example", "Message", "Messages", "RecordReader", "group_hash", "join_rounds"]
+__all__ = ["Example", "Message", "Messages", "RecordReader", "group_hash", "join_rounds", "renamed_columns"]
 
 # Fields that change what a conversation says or what is trained, with every setting.
 REFUSED_FIELDS = ("tools", "functions", "tool_calls", "function_call", "history", *REASONING_FIELDS, *MEDIA_FIELDS)
@@ -40,6 +40,17 @@ RESERVED_KWARGS = {
     *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
+
+
+def renamed_columns(pairs: list[str]) -> dict[str, str]:
+    """Old names to new of MAP_COLUMNS, OLD=NEW each. A `UserError` for a name that is given twice."""
+    columns: dict[str, str] = {}
+    for pair in pairs:
+        old, _, new = pair.partition("=")
+        if not old or not new or old in columns or (new in columns.values() and new != NOT_A_COLUMN):
+            raise UserError(f"MAP_COLUMNS has {pair!r}: give OLD=NEW, each name once, such as problem=instruction")
+        columns[old] = new
+    return columns
 
 
 def group_hash(record: dict[str, Any], key: str, renamed_columns: dict[str, str]) -> int | None:

@@ -252,7 +252,7 @@ class ChatTemplate:
 
 
 def templates_of(tokenizer: Any) -> tuple[str, str]:
-    """The tokenizer's chat template, and the one that transformers uses for conversations with functions if it is another;
+    """The tokenizer's chat template, and that which transformers uses for conversations with functions if it is another;
     empty if there is none."""
     text = template_of(tokenizer)
     several = isinstance(tokenizer.chat_template, dict)

@@ -1,16 +1,19 @@
 """What step 3 reports of its sources: on the screen, in the manifest, and in a file of bad records."""
 
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron.sft.chat.encoding import Conversation
+from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus, Counts, Lengths
 from megatron.sft.data.preview import color_wanted, legend, sample_text
 from megatron.sft.data.sources import SourceRecord
+from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
 from megatron.sft.runtime import exact_json
 
 
@@ -69,6 +72,19 @@ def source_facts(corpus: Corpus) -> dict[str, Any]:
     }
 
 
+def tokenizer_facts(folder: Path, template: ChatTemplate) -> dict[str, Any]:
+    """The manifest's entry for the tokenizer, which training compares with the model's."""
+    return {
+        "path": str(folder.resolve()),
+        "name": Path(os.path.abspath(folder)).name,
+        "sha256": tokenizer_sha256(folder),
+        "chat_template_sha256": chat_template_sha256(folder),
+        "eos_token_id": template.tokenizer.eos_token_id,
+        "bos_token_id": template.tokenizer.bos_token_id,
+        "end_of_turn_ids": sorted(template.end_of_turn_ids),
+    }
+
+
 def length_facts(corpora: Iterable[Corpus]) -> dict[str, Any]:
     """The manifest's entry for the lengths of all conversations that were read, whatever became of them."""
     lengths = Lengths()
@@ -90,6 +106,17 @@ def lengths_line(facts: dict[str, Any]) -> str:
     )
     sizes = f"min {facts['shortest']:,}, mean {facts['mean']:,.1f}, max {facts['longest']:,} tokens"
     return f"lengths: {sizes}; longer than {', '.join(shares)}"
+
+
+def print_totals(totals: dict[str, Any]) -> None:
+    """What all sources together became, of the manifest's totals."""
+    if "groups" in totals:
+        several = sum(count for size, count in totals.get("row_units", {}).items() if size != "1")
+        print(f"{totals['groups']:,} groups; {several:,} of them take several rows, which training keeps together")
+    print(lengths_line(totals["read_lengths"]))
+    fill = f"{100 * totals['fill']:.1f} % full"
+    print(f"packed {totals['conversations']} conversations into {totals['rows']} rows ({fill})")
+    print(f"trained {100 * totals['trained_tokens'] / totals['tokens']:.1f} % of {totals['tokens']:,} tokens")
 
 
 def print_sample(number: int, tokenizer: Any, conversation: Conversation) -> None:
@@ -128,3 +155,19 @@ def print_dropped(counts: Counts, seq_length: int) -> None:
         print(f"dropped {count} conversations: {reason}")
     if counts.num_truncated:
         print(f"cut {counts.num_truncated} conversations at {seq_length} tokens: their last answer has no end")
+
+
+def placeholder_notes(replaced: dict[str, str | None], corpora: Sequence[Corpus]) -> list[str]:
+    """What MODEL_NAME and MODEL_AUTHOR replaced, or did not, in all sources."""
+    found = sum((corpus.reader.placeholders for corpus in corpora), Counter())
+    notes = []
+    for placeholder, value in replaced.items():
+        name = placeholder.strip("{}")
+        counts = {written: count for written, count in found.items() if written.strip("{} \t\n").upper() == name}
+        written = ", ".join(f"{text} of {count:,} texts" for text, count in sorted(counts.items()))
+        if value is not None:
+            use = f"stands for {written}" if written else f"is never used: the data has no {placeholder}"
+            notes.append(f"MODEL_{name}={value!r} {use}")
+        elif written:
+            notes.append(f"{written} stays as it is: set MODEL_{name} if it stands for a name")
+    return notes

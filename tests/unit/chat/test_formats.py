@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from megatron.sft.chat.conversations import Example, RecordReader
+from megatron.sft.chat.conversations import Example, RecordReader, renamed_columns
 from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.chat.named_templates import chosen_template
 from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.runtime.errors import UserError
-from megatron.sft.tokenize import renamed_columns
 from tests.support import tiny
 from tests.support.material import smollm2_folder
 

@@ -1,16 +1,20 @@
 """What becomes of conversations that are longer than a row: OVERLONG=drop, truncate, split, error."""
 
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron.sft import tokenize
 from megatron.sft.chat.conversations import RecordReader
 from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus
 from megatron.sft.data.mixture import Input, Source
 from megatron.sft.data.sources import SourceRecord
+from megatron.sft.data.tokenized import TokenizedRows
 from megatron.sft.runtime.errors import UserError
 from tests.support.material import npm_tokenizer, smollm2_folder
 
@@ -131,3 +135,21 @@ def test_a_row_without_a_trained_token_is_dropped_and_counted() -> None:
 def test_an_error_names_the_row_and_the_choices() -> None:
     with pytest.raises(UserError, match=r"records, line 2: the conversation has \d+ tokens.*OVERLONG=drop, truncate or split"):
         kept([conversation(1), conversation(10)], 60, "error")
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate", "split"])
+def test_the_summary_gives_lengths_before_anything_was_cut(
+    overlong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    rows = [[{"role": "user", "content": "a" + " a" * size}, {"role": "assistant", "content": "b"}] for size in (1, 5000, 9000)]
+    data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    arguments = ["--tokenizer", str(smollm2_folder()), "--input", str(data), "--seq-length", "6000", "--overlong", overlong]
+    for _ in range(2):  # the second time it is already there
+        assert tokenize.main([*arguments, "--num-workers", "1", "--output-prefix", str(tmp_path / "rows")]) == 0
+        output = capsys.readouterr().out
+        assert "longer than 4k: 66.7 %, 8k: 33.3 %, 16k: 0.0 %, 32k: 0.0 %" in output
+    facts = TokenizedRows(tmp_path / "rows").manifest["read_lengths"]
+    assert facts["conversations"] == 3 and facts["longest"] - facts["shortest"] == 8999
+    assert facts["mean"] == pytest.approx(facts["shortest"] + (4999 + 8999) / 3)
+    assert facts["longer_than"] == {"4096": 2, "8192": 1, "16384": 0, "32768": 0}
