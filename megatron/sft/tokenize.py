@@ -256,8 +256,6 @@ def _corpus(options: Options, source: Source, index: int, template: ChatTemplate
 def _manifest(options: Options, corpora: list[Corpus], own: tuple[str, str]) -> dict[str, Any]:
     """What the manifest says of options, tokenizer, template and sources."""
     template = corpora[0].template
-    texts = (template.text, template.tool_text)
-    changes = [difference(before, after) for before, after in zip(own, texts, strict=True) if after and before != after]
     return {
         "format": FORMAT,
         "vocab_size": len(template.tokenizer),
@@ -270,13 +268,7 @@ def _manifest(options: Options, corpora: list[Corpus], own: tuple[str, str]) -> 
         "unknown_fields": "ignore" if options.ignores_unknown else "stop",
         # What training compares with the model's. The folder's own chat template may differ from the one used.
         "tokenizer": tokenizer_facts(options.tokenizer, template),
-        "chat_template": template.text,
-        "chat_template_sha256": sha256_of_text(template.text),
-        "tool_use_template": template.tool_text,
-        "chat_template_changed": bool(changes),
-        "chat_template_diff": "\n".join(changes),
-        "empty_think": options.empty_think,
-        "template_date": str(template.day) if any("strftime_now" in text for text in texts) else None,
+        **template.facts(own),
         "template_kwargs": options.template_kwargs,
         "notes": sorted(template.notes),
         "sources": [source_facts(corpus) for corpus in corpora],

@@ -56,7 +56,7 @@ class CallStyle:
 
 @dataclass
 class Renderer:
-    """A chat template's `text` for a (fast) tokenizer of transformers. `kwargs`: what the template is given besides messages
+    """A chat template's `text` for a (fast) tokenizer of transformers. `kwargs`: its arguments in addition to messages
     and functions; `day`: the date that it prints."""
 
     tokenizer: Any
@@ -175,7 +175,7 @@ class Renderer:
         except Exception:  # whatever a template does with what it is not made for
             return False
         if style.objects == "parts" and str(message["tool_calls"][0]["function"]["arguments"]) in text:
-            return False  # Python's spelling of an object, which does not show its calls
+            return False  # Python's spelling of an object, not a format of calls
         *name_and_arguments, id = marks.texts
         name = name_and_arguments[0]
         return all(mark in text for mark in name_and_arguments[1:]) and (name in text or id in text)

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron.sft.chat.conversations import Messages
-from megatron.sft.chat.corrections import candidates
+from megatron.sft.chat.corrections import candidates, difference
 from megatron.sft.chat.renderer import Learned, Renderer, Spans
 from megatron.sft.chat.skeleton import THINKING, Answer
 from megatron.sft.chat.skeleton_builder import adds_bos
@@ -20,6 +20,7 @@ from megatron.sft.chat.template_arguments import check_arguments, unused_argumen
 from megatron.sft.chat.template_sandbox import check_template
 from megatron.sft.chat.turns import Tools
 from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.manifest import sha256_of_text
 
 TRAIN_ON = ("all_assistant", "last_assistant", "all")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -134,6 +135,20 @@ class ChatTemplate:
         text = (self.tokenizer.bos_token if adds_bos(self.tokenizer) else "") + text + self.tokenizer.eos_token
         return RenderedText(text, ((0, len(text)),), (), everything=True)
 
+    def facts(self, own: tuple[str, str]) -> dict[str, Any]:
+        """What a manifest says of the template; `own` are the tokenizer's templates."""
+        texts = (self.text, self.tool_text)
+        changes = [difference(before, after) for before, after in zip(own, texts, strict=True) if after and before != after]
+        return {
+            "chat_template": self.text,
+            "tool_use_template": self.tool_text,
+            "chat_template_sha256": sha256_of_text(self.text),
+            "chat_template_changed": bool(changes),
+            "chat_template_diff": "\n".join(changes),
+            "empty_think": self.empty_think,
+            "template_date": str(self.day) if any("strftime_now" in text for text in texts) else None,
+        }
+
     def tokens_of(self, messages: Messages, tools: Tools, kwargs: dict[str, Any] | None = None) -> list[int]:
         """The tokens that transformers itself makes of a conversation."""
         renderer = self._renderer(tools, kwargs or {})
@@ -146,7 +161,9 @@ class ChatTemplate:
             raise UserError("a turn is not to be trained (loss, train or weight is 0), but TRAIN_ON=all: change either")
         last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
         if last < 0 and self.train_on != "all":
-            raise UserError("the record has no turn of an assistant, so there is no answer to learn: add one, or remove it")
+            raise UserError(
+                "the record has no turn of an assistant, so there is no answer to learn: add one, or drop the record"
+            )
         first = last if self.train_on == "last_assistant" else 0
         return tuple(
             message["role"] == "assistant" and (index >= first if flag is None else flag)
@@ -179,9 +196,10 @@ class ChatTemplate:
         found = self._renderers.get(key)
         if found is None:
             check_arguments(kwargs, "chat_template_kwargs")
-            unused = ", ".join(unused_arguments(text, kwargs))
-            if unused:
-                self.notes.add(f"chat_template_kwargs has {unused}, which the chat template does not use")
+            unused = unused_arguments(text, kwargs)
+            for name in kwargs:
+                uses = "which the chat template does not use" if name in unused else "which inference has to be given, too"
+                self.notes.add(f"records have {name} in their chat_template_kwargs, {uses}")
             if len(self._renderers) >= MAX_RENDERERS:
                 self._renderers.clear()
             found = self._renderers[key] = Renderer(self.tokenizer, text, kwargs, self.day, self.learned)

@@ -1,5 +1,7 @@
-"""Arguments of a chat template besides messages and functions, such as enable_thinking: of one record, or of all (baked into
-the template's text, so that inference has them without being given them)."""
+"""Arguments of a chat template in addition to messages and functions, such as enable_thinking.
+
+Those of one record are given to its rendering; those of all are set in the template's text, so that inference has them too.
+"""
 
 import json
 from datetime import date
