@@ -4,43 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from megatron.sft.families.architecture import Architecture
 from megatron.sft.reporting import metrics
 from megatron.sft.reporting.curves import read_curve
-from megatron.sft.reporting.metrics import MetricsLog, StepMetrics
+from megatron.sft.reporting.metrics import MetricsLog
 from tests.support import tiny
+from tests.support.step_figures import RECORD, SHAPE
 
-SHAPE = Architecture(
-    family="qwen2",
-    num_layers=2,
-    hidden_size=8,
-    ffn_hidden_size=16,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=4,
-    vocab_size=100,
-    max_positions=64,
-    norm_epsilon=1e-6,
-    rope_theta=1e4,
-    tied_embeddings=False,
-    qkv_bias=True,
-    torch_dtype=torch.float32,
-)
-RECORD = StepMetrics(
-    iteration=5,
-    consumed_rows=40,
-    loss=1.25,
-    lr=1e-5,
-    grad_norm=0.5,
-    seconds=0.001,
-    tokens=1000,
-    trained_tokens=600,
-    sum_squared_lengths=50_000,
-    num_processes=2,
-    memory_bytes=3 << 30,
-)
 # Of 1,000 tokens: 6 * layers * weights; of 600: 6 * hidden * vocabulary; 6 * layers * heads * head size * squared lengths.
 OPERATIONS = 6 * 2 * (2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 16) * 1000 + 6 * 8 * 100 * 600 + 6 * 2 * 2 * 4 * 50_000
 
