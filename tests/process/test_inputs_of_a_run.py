@@ -1,25 +1,18 @@
 """The launcher checks a run's inputs once for all processes of a node."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron.sft.data.tokenized import data_file
 from tests.support import tiny
+from tests.support.copied_material import copy_of_data
 
 
 @pytest.fixture
 def data(packed_rows: Path, tmp_path: Path) -> Path:
     """A copy of the packed rows to damage, old enough to be remembered."""
     return copy_of_data(packed_rows, tmp_path / "data")
-
-
-def copy_of_data(prefix: Path, folder: Path) -> Path:
-    folder.mkdir()
-    for ending in ("bin", "idx", "json"):
-        shutil.copy(data_file(prefix, ending), folder)
-    return folder / prefix.name
 
 
 def test_all_processes_of_a_node_end_with_one_line_and_one_of_them_reads(converted: Path, data: Path, tmp_path: Path) -> None:

@@ -7,22 +7,9 @@ from pathlib import Path
 
 from megatron.sft.reporting.curves import read_curve
 from tests.support.fork_server import SERVER
+from tests.support.metrics_material import png_size, write_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def write_metrics(folder: Path, num_steps: int = 50) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [{"iteration": step, "loss": 5.0 / step, "lr": 1e-3} for step in range(1, num_steps + 1)]
-    lines.insert(20, {"iteration": 20, "validation_loss": 0.3})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
-def png_size(path: Path) -> tuple[int, int]:
-    content = path.read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n"
-    return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
 
 
 def test_tool_writes_next_to_the_metrics(tmp_path):

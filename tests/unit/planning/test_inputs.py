@@ -18,6 +18,7 @@ from megatron.sft.planning.resolution import plan_run
 from megatron.sft.runtime import checksum_cache
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import sealed, sha256_of_file
+from tests.support.copied_material import copy_of_data
 
 Edit = Callable[[dict[str, np.ndarray]], object]
 
@@ -26,13 +27,6 @@ Edit = Callable[[dict[str, np.ndarray]], object]
 def data(packed_rows: Path, tmp_path: Path) -> Path:
     """A copy of the packed rows to damage, old enough to be remembered."""
     return copy_of_data(packed_rows, tmp_path / "data")
-
-
-def copy_of_data(prefix: Path, folder: Path) -> Path:
-    folder.mkdir()
-    for ending in ("bin", "idx", "json"):
-        shutil.copy(data_file(prefix, ending), folder)
-    return folder / prefix.name
 
 
 def plan_of(converted: Path, data: Path, save: Path) -> Any:

@@ -1,6 +1,5 @@
 """The loss curve: what is read from metrics.jsonl, and that a readable PNG comes out."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,20 +7,7 @@ import pytest
 from megatron.sft.reporting.curves import read_curve, run_names
 from megatron.sft.reporting.loss_plot import draw, smoothed, title_of
 from megatron.sft.runtime.errors import UserError
-
-
-def write_metrics(folder: Path, num_steps: int = 50) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [{"iteration": step, "loss": 5.0 / step, "lr": 1e-3} for step in range(1, num_steps + 1)]
-    lines.insert(20, {"iteration": 20, "validation_loss": 0.3})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
-def png_size(path: Path) -> tuple[int, int]:
-    content = path.read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n"
-    return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+from tests.support.metrics_material import png_size, write_metrics
 
 
 def test_training_and_validation_lines_are_distinguished(tmp_path):
