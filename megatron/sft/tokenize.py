@@ -19,9 +19,8 @@ from typing import Any
 from megatron.sft.chat.conversations import RecordReader, renamed_columns
 from megatron.sft.chat.corrections import EMPTY_THINK, difference
 from megatron.sft.chat.encoding import TOKENIZER_FILES, check_tokenizer_folder, load_tokenizer
-from megatron.sft.chat.named_templates import NAMES, chosen_template
 from megatron.sft.chat.template import TRAIN_ON, ChatTemplate, CorrectionNeeded, templates_of
-from megatron.sft.chat.template_arguments import read_arguments, read_date, with_defaults
+from megatron.sft.chat.template_settings import NAMES, chosen_template, read_arguments, read_date, with_defaults
 from megatron.sft.data.corpus import OVERLONG, Corpus
 from megatron.sft.data.mixture import Input, Source, parse_inputs, validated_source
 from megatron.sft.data.packing import ALGORITHM

@@ -9,8 +9,8 @@ import pytest
 
 from megatron.sft.chat.conversations import Example, RecordReader, renamed_columns
 from megatron.sft.chat.encoding import load_tokenizer
-from megatron.sft.chat.named_templates import chosen_template
 from megatron.sft.chat.template import ChatTemplate
+from megatron.sft.chat.template_settings import chosen_template
 from megatron.sft.runtime.errors import UserError
 from tests.support import tiny
 from tests.support.material import smollm2_folder
