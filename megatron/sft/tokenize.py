@@ -36,10 +36,10 @@ from megatron.sft.data.report import (
     tokenizer_facts,
 )
 from megatron.sft.data.store import ConversationStore
-from megatron.sft.data.tokenized import FORMAT, TokenizedRows, is_finished, token_dtype
+from megatron.sft.data.tokenized import FORMAT, PREFERENCE, REBUILD, TokenizedRows, data_file, is_finished, token_dtype
 from megatron.sft.hf.tokenizer import auto_tokenizer_note
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
-from megatron.sft.runtime.manifest import sha256_of_file, sha256_of_text
+from megatron.sft.runtime.manifest import read_json, sha256_of_file, sha256_of_text
 
 NUM_SAMPLES = 2
 MAX_SEQ_LENGTH = 1 << 24
@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             folder = options.prefix.parent
             raise UserError(f"no space left in {folder}: free some, or use --output-prefix; nothing was written") from None
-    print("next: scripts/4_train.sh")
+    kind = read_json(data_file(options.prefix, "json"), "manifest of tokenised data", REBUILD).get("kind")
+    print("next: OBJECTIVE=dpo scripts/4_train.sh" if kind == PREFERENCE else "next: scripts/4_train.sh")
     return 0
 
 
@@ -210,12 +211,13 @@ def tokenize(options: Options, sources: list[Source], template: ChatTemplate, ow
         ConversationStore(options.prefix, token_dtype(vocabulary_size), bool(options.group_key), len(sources)) as store,
         RejectedRecords(rejected_path) as rejected,
     ):
-        corpora = [_corpus(options, source, index, template, rejected) for index, source in enumerate(sources)]
+        kinds: dict[str, str] = {}
+        corpora = [_corpus(options, source, index, template, rejected, kinds) for index, source in enumerate(sources)]
         for corpus in corpora:
-            for conversation in corpus:
-                if len(store.lengths) < NUM_SAMPLES:
-                    print_sample(len(store.lengths) + 1, tokenizer, conversation)
-                store.add(replace(conversation, source=corpus.index) if corpus.index else conversation)
+            for unit in corpus:
+                if store.num_units < NUM_SAMPLES:
+                    print_sample(store.num_units + 1, tokenizer, unit)
+                store.add(*((replace(one, source=corpus.index) for one in unit) if corpus.index else unit))
             print_corpus(corpus)
         for note in [*placeholder_notes(options.replaced, corpora), *sorted(template.notes)]:
             print(f"note: {note}")
@@ -237,7 +239,9 @@ def tokenize(options: Options, sources: list[Source], template: ChatTemplate, ow
     print(f"look at a row: {show_sample} {options.prefix} 0")
 
 
-def _corpus(options: Options, source: Source, index: int, template: ChatTemplate, rejected: RejectedRecords) -> Corpus:
+def _corpus(
+    options: Options, source: Source, index: int, template: ChatTemplate, rejected: RejectedRecords, kinds: dict[str, str]
+) -> Corpus:
     return Corpus(
         source,
         template,
@@ -249,6 +253,7 @@ def _corpus(options: Options, source: Source, index: int, template: ChatTemplate
         index,
         rejected.add if options.skip_bad_records else None,
         options.num_workers,
+        kinds=kinds,
     )
 
 
