@@ -48,6 +48,7 @@ __all__ = ["Example", "Message", "Messages", "Pair", "RecordReader", "group_hash
 # Fields that change what a conversation says or what is trained, with every setting.
 REFUSED_FIELDS = ("tools", "functions", "tool_calls", "function_call", "history", *REASONING_FIELDS, *MEDIA_FIELDS)
 FORMAT_FIELDS = {*LISTS, *PAIRS, *ANSWERS, TEXT}
+JUDGEMENTS = ("label", "kto_tag")
 # Arguments of apply_chat_template that a template has no variable for.
 RESERVED_KWARGS = {
     *("tools", "documents", "messages", "conversation", "chat_template", "add_generation_prompt"),
@@ -259,17 +260,19 @@ def _is_repeated(path: str, value: Any, messages: Messages) -> bool:
         return path in (TEXT, "prompt") and bool(rendered) and all(content.strip() in value for content in rendered)
     if path in (*LISTS, "prompt") and isinstance(value, list):
         try:
-            repeated = read_turns(value, path).messages
+            repeated = read_turns(value, path)
         except UserError:
             return False
-        return all(message in messages for message in repeated)
+        says_more = any(is_filled(item) and not is_metadata(name, item, ()) for _, name, item in repeated.extras)
+        return not says_more and all(message in messages for message in repeated.messages)
     return False
 
 
 def _unknown(path: str, value: Any) -> UserError:
     shown = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:40]}..."
+    what = "judges one answer, as KTO's data does, which is not supported" if path in JUDGEMENTS else "is unknown"
     return UserError(
-        f"field {path!r} ({shown}) is unknown, and could say what is said or trained: rename it or drop it with "
+        f"field {path!r} ({shown}) {what}, and could say what is said or trained: rename it or drop it with "
         f'MAP_COLUMNS="{path}=-", or ignore all unknown fields with UNKNOWN_FIELDS=ignore'
     )
 

@@ -33,10 +33,10 @@ def trained(example: Example, name: str = "qwen") -> list[str]:
     return [rendered.text[start:end] for start, end in rendered.trained]
 
 
-def table_rows(title: str) -> list[list[str]]:
-    """The cells of the table of docs/data.md that has this column."""
+def table_rows(title: str, last: str = "trained") -> list[list[str]]:
+    """The cells of the table of docs/data.md that ends with these columns."""
     rows = [line for line in (tiny.ROOT / "docs/data.md").read_text().splitlines() if line.startswith("|")]
-    start = next(index for index, line in enumerate(rows) if f"| {title} | trained |" in line)
+    start = next(index for index, line in enumerate(rows) if f"| {title} | {last} |" in line)
     found = []
     for line in rows[start + 2 :]:
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
