@@ -3,8 +3,8 @@
 A document of the two files is a packed row, a sequence is a segment (a run of tokens with one role in training), and the mode
 byte of a sequence has the bits MODE_TRAINED, MODE_FIRST and MODE_CONTINUES_GROUP. Needs only numpy, so that training can import
 it. With grouped conversations, a .groups file has the group of each, int64, in the order of the .bin file; with several
-sources, a .sources file has the index of each conversation's source in the manifest's list, int16. In preference data (`kind`
-in the manifest) the conversations of every row are pairs: the chosen one, then the rejected one.
+sources, a .sources file has the index of each conversation's source in the manifest's list, int16. In preference data (the
+manifest has `pairs`) the conversations of every row are pairs: the chosen one, then the rejected one.
 """
 
 import struct
@@ -24,8 +24,7 @@ REBUILD = "run scripts/3_tokenize.sh again"
 MODE_TRAINED = 1  # the loss is taken on predicting the tokens of this segment
 MODE_FIRST = 2  # the first segment of a conversation
 MODE_CONTINUES_GROUP = 4  # the first segment of a row that training keeps together with the row before it
-PREFERENCE = "preference"  # `kind` in the manifest of data that has pairs
-SIDES = ("chosen", "rejected")
+SIDES = ("chosen", "rejected")  # of a preference pair, in the order of the files
 # What a manifest must have, as whole numbers.
 COUNTS = ("rows", "tokens", "length", "conversations", "trained_tokens", "max_token_id")
 # Endings of the files that a manifest names, and their bytes per conversation where those are fixed.
@@ -53,12 +52,6 @@ class Row:
         2i + 1 the rejected conversation of a pair."""
         stops = np.cumsum(self.conversation_lengths)
         return np.stack([stops - self.conversation_lengths, stops], axis=1)
-
-    @property
-    def trained_conversations(self) -> np.ndarray:
-        """[trained tokens] int64: the index in the row of the conversation of each trained token, in the row's order."""
-        indices = np.arange(len(self.conversation_lengths), dtype=np.int64)
-        return np.repeat(indices, self.conversation_lengths)[self.trained]
 
 
 @dataclass(frozen=True)
@@ -114,9 +107,10 @@ class TokenizedRows:
         return map(self.__getitem__, range(len(self)))
 
     @property
-    def is_preference(self) -> bool:
-        """Whether the conversations of every row are pairs: conversation 2i is chosen, 2i + 1 rejected."""
-        return self.manifest.get("kind") == PREFERENCE
+    def num_pairs(self) -> int:
+        """The number of preference pairs, 0 in data of single conversations. With pairs, conversation 2i of every row is a chosen
+        one, and 2i + 1 the rejected one of the same pair."""
+        return int(self.manifest.get("pairs", 0))
 
     @property
     def continues_group(self) -> np.ndarray:
@@ -237,10 +231,8 @@ def check_data_manifest(path: Path, manifest: Any, version: int) -> None:
         value = manifest.get(name)
         if type(value) is not int or value < 0:
             raise UserError(f"{path} has {name} {value!r} instead of a whole number: {REBUILD}")
-    kind, pairs = manifest.get("kind"), manifest.get("pairs")
-    if kind not in (None, PREFERENCE):
-        raise UserError(f"{path} is of kind {kind!r}, which this version does not know: {REBUILD}")
-    if kind == PREFERENCE and (type(pairs) is not int or 2 * pairs != manifest["conversations"]):
+    pairs = manifest.get("pairs", 0)
+    if type(pairs) is not int or pairs < 0 or (pairs and 2 * pairs != manifest["conversations"]):
         raise UserError(
             f"{path} has {manifest['conversations']} conversations and {pairs!r} pairs, not half of that: {REBUILD}"
         )
@@ -278,7 +270,7 @@ def check_structure(path: Path, index: Index, manifest: dict[str, Any]) -> None:
         raise UserError(f"{path} has a row that does not begin with a conversation: {REBUILD}")
     if (trained & first).any():
         raise UserError(f"{path} marks the first token of a conversation as trained: {REBUILD}")
-    if manifest.get("kind") == PREFERENCE:
+    if manifest.get("pairs"):
         if (np.add.reduceat(first, row_starts, dtype=np.int64) % 2).any():
             raise UserError(f"{path} has a row with half of a preference pair: {REBUILD}")
         if not np.logical_or.reduceat(trained, np.flatnonzero(first)).all():
