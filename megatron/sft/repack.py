@@ -119,13 +119,13 @@ def repack(source: TokenizedRows, options: Options, prefix: Path, fingerprint: s
 
 
 def unit_name(source: TokenizedRows) -> str:
-    return "pair" if source.is_preference else "conversation"
+    return "pair" if source.num_pairs else "conversation"
 
 
 def units(source: TokenizedRows) -> Iterator[Unit]:
     """The conversations in the order of the rows, one by one or in pairs."""
     found = _conversations(source)
-    if source.is_preference:
+    if source.num_pairs:
         yield from zip(found, found, strict=True)
     else:
         yield from ((conversation,) for conversation in found)
@@ -139,13 +139,10 @@ def _conversations(source: TokenizedRows) -> Iterator[Conversation]:
 
 
 def _row_conversations(row: Row) -> Iterator[Conversation]:
-    start = 0
-    for length in row.conversation_lengths.tolist():
-        part = slice(start, start + length)
-        trained = row.trained[part]
-        run_ends = np.append(np.flatnonzero(np.diff(trained)) + 1, length)
-        yield Conversation(row.tokens[part], np.diff(run_ends, prepend=0).tolist())
-        start += length
+    for start, stop in row.spans.tolist():
+        trained = row.trained[start:stop]
+        run_ends = np.append(np.flatnonzero(np.diff(trained)) + 1, stop - start)
+        yield Conversation(row.tokens[start:stop], np.diff(run_ends, prepend=0).tolist())
 
 
 def _fitting(all_units: Iterator[Unit], options: Options, counts: Counts) -> Iterator[Unit]:
@@ -170,7 +167,7 @@ def _step(source: TokenizedRows, options: Options, counts: Counts) -> dict[str, 
         "from_sha256": old["files"]["bin"]["sha256"],
         "from_length": old["length"],
         "from_conversations": old["conversations"],
-        **({"from_pairs": old["pairs"]} if source.is_preference else {}),
+        **({"from_pairs": old["pairs"]} if source.num_pairs else {}),
         "length": options.seq_length,
         "overlong": options.overlong,
         "dropped": dict(counts.dropped),

@@ -36,7 +36,7 @@ from megatron.sft.data.report import (
     tokenizer_facts,
 )
 from megatron.sft.data.store import ConversationStore
-from megatron.sft.data.tokenized import FORMAT, PREFERENCE, REBUILD, TokenizedRows, data_file, is_finished, token_dtype
+from megatron.sft.data.tokenized import FORMAT, REBUILD, TokenizedRows, data_file, is_finished, token_dtype
 from megatron.sft.hf.tokenizer import auto_tokenizer_note
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import read_json, sha256_of_file, sha256_of_text
@@ -91,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             folder = options.prefix.parent
             raise UserError(f"no space left in {folder}: free some, or use --output-prefix; nothing was written") from None
-    kind = read_json(data_file(options.prefix, "json"), "manifest of tokenised data", REBUILD).get("kind")
-    print("next: OBJECTIVE=dpo scripts/4_train.sh" if kind == PREFERENCE else "next: scripts/4_train.sh")
+    has_pairs = read_json(data_file(options.prefix, "json"), "manifest of tokenised data", REBUILD).get("pairs")
+    print(f"next: {'OBJECTIVE=dpo ' if has_pairs else ''}scripts/4_train.sh")
     return 0
 
 

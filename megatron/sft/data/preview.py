@@ -108,7 +108,7 @@ def page(tokenizer: Any, rows: TokenizedRows, indices: Iterable[int]) -> str:
         histogram=manifest.get("conversation_lengths", {}).get("histogram", []),
         num_rows=len(rows),
         rows=[(index, rows[index]) for index in indices],
-        units_of=partial(units_of, in_pairs=rows.is_preference),
+        units_of=partial(units_of, in_pairs=rows.num_pairs > 0),
         pieces=partial(_page_pieces, tokenizer),
     )
 
@@ -124,9 +124,9 @@ def _totals(manifest: dict[str, Any]) -> dict[str, str]:
         "packing": f"{manifest.get('algorithm', '')}, seed {manifest.get('seed', '')}",
         "tokenizer": manifest.get("tokenizer", {}).get("name", ""),
     }
-    if rows_of_pairs := manifest.get("sides"):
+    if manifest.get("pairs"):
         totals["pairs"] = f"{manifest['pairs']:,}"
-        for side, facts in rows_of_pairs.items():
+        for side, facts in manifest.get("sides", {}).items():
             totals[side] = f"{facts['tokens']:,} tokens, {facts['trained_tokens']:,} trained"
     if "groups" in manifest:
         totals["groups"] = f"{manifest['groups']:,} by {manifest.get('group_key')}"

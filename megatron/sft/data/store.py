@@ -13,15 +13,7 @@ import numpy as np
 
 from megatron.sft.chat.encoding import Conversation
 from megatron.sft.data.packing import Packing, of_conversations, pack_groups, pack_rows, single_rows, single_rows_of_groups
-from megatron.sft.data.tokenized import (
-    MODE_CONTINUES_GROUP,
-    MODE_FIRST,
-    MODE_TRAINED,
-    PREFERENCE,
-    SIDES,
-    data_file,
-    write_index,
-)
+from megatron.sft.data.tokenized import MODE_CONTINUES_GROUP, MODE_FIRST, MODE_TRAINED, SIDES, data_file, write_index
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import sealed, sha256_of_file, write_json
 from megatron.sft.runtime.output_lock import held
@@ -143,7 +135,7 @@ class ConversationStore:
         if self.unit_size > 1:
             sides = zip(SIDES, self.tokens_of_sides, self.trained_of_sides, strict=True)
             facts = {side: {"tokens": tokens, "trained_tokens": trained} for side, tokens, trained in sides}
-            totals |= {"kind": PREFERENCE, "pairs": self.num_units, "sides": facts}
+            totals |= {"pairs": self.num_units, "sides": facts}
             totals["pair_lengths"] = length_statistics(self._unit_lengths())
         return totals | ({"groups": int(self.groups.max()) + 1} if self.grouped else {})
 
