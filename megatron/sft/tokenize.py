@@ -34,6 +34,7 @@ from megatron.sft.data.report import (
     print_totals,
     source_facts,
     tokenizer_facts,
+    units_name,
 )
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import FORMAT, REBUILD, TokenizedRows, data_file, is_finished, token_dtype
@@ -225,7 +226,8 @@ def tokenize(options: Options, sources: list[Source], template: ChatTemplate, ow
             rejected.keep()
         if not any(corpus.counts.num_kept for corpus in corpora):
             names = ", ".join(input.name for input in options.inputs)
-            raise UserError(f"no conversation of {names} is left, see the reasons above: nothing was written")
+            what = units_name(corpora[0]).removesuffix("s")
+            raise UserError(f"no {what} of {names} is left, see the reasons above: nothing was written")
         if options.group_key and all(corpus.counts.num_without_group == corpus.counts.num_read for corpus in corpora):
             raise UserError(f"GROUP_KEY is {options.group_key!r}: no record of the data has that field, correct it")
         packing = store.pack(options.seq_length, options.seed, options.packing)

@@ -193,8 +193,8 @@ def _prompt_field(record: dict[str, Any], names: tuple[str, str]) -> str:
         return ""
     if DIALOGUE.match(side):
         raise UserError(
-            f"field {names[0]!r} is a whole conversation in one text (Human: ... Assistant: ...), where turns cannot be told "
-            "from quotations: write it as a list of turns with 'role' and 'content'"
+            f"field {names[0]!r} is a whole conversation in one text (Human: ... Assistant: ...), where turns and quotations "
+            "look alike: write it as a list of turns with 'role' and 'content'"
         )
     other = named(filled, OTHER_QUESTIONS) or next((name for name, value in filled.items() if given_turns(value)), "OLD")
     raise UserError(

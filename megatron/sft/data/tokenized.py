@@ -108,8 +108,8 @@ class TokenizedRows:
 
     @property
     def num_pairs(self) -> int:
-        """The number of preference pairs, 0 in other data. With pairs, conversation 2i of every row is the chosen and 2i + 1 the
-        rejected one of one pair."""
+        """The number of preference pairs, 0 in other data. Of every row of pairs, conversation 2i is the chosen and 2i + 1 the
+        rejected one of the same pair."""
         return int(self.manifest.get("pairs", 0))
 
     @property
