@@ -13,12 +13,11 @@ from typing import Any
 from megatron.sft.chat.example import Example, join_rounds
 from megatron.sft.chat.field_names import (
     MEDIA_FIELDS,
-    PREFERENCE_WORDS,
     REASONING_FIELDS,
     RECORD_LOSS_FIELDS,
     is_metadata,
+    is_of_preferences,
     role_of,
-    words_of,
 )
 from megatron.sft.chat.fields import (
     NOT_A_COLUMN,
@@ -46,7 +45,7 @@ from megatron.sft.runtime.errors import UserError
 __all__ = ["Example", "Message", "Messages", "Pair", "RecordReader", "group_hash", "join_rounds", "renamed_columns"]
 
 # Fields that change what a conversation says or what is trained, with every setting.
-REFUSED_FIELDS = ("tools", "functions", "tool_calls", "function_call", "history", *REASONING_FIELDS, *MEDIA_FIELDS)
+REFUSED_FIELDS = {"tools", "functions", "tool_calls", "function_call", "history", *REASONING_FIELDS, *MEDIA_FIELDS}
 FORMAT_FIELDS = {*LISTS, *PAIRS, *ANSWERS, TEXT}
 JUDGEMENTS = ("label", "kto_tag")
 # Arguments of apply_chat_template that a template has no variable for.
@@ -116,7 +115,7 @@ class RecordReader:
     def _example(self, record: dict[str, Any]) -> Example:
         fields = format_fields(record)
         used = used_fields(record, fields)
-        refuse_fields(record, [name for name in REFUSED_FIELDS if name not in used])
+        refuse_fields(record, [name for name in record if name in REFUSED_FIELDS and name not in used])
         _check_record_loss(record)
         turns, text = Turns(), ""
         if fields == (TEXT,):
@@ -136,7 +135,7 @@ class RecordReader:
     def _pair(self, record: dict[str, Any], names: tuple[str, str]) -> Pair:
         sides = read_sides(record, names)
         both = (sides.chosen, sides.rejected)
-        refuse_fields(record, [name for name in REFUSED_FIELDS if name not in sides.used])
+        refuse_fields(record, [name for name in record if name in REFUSED_FIELDS and name not in sides.used])
         _check_record_loss(record)
         for turns in both:
             self._fill(turns.messages)
@@ -200,7 +199,7 @@ class RecordReader:
 
 def _refuse_preferences(record: dict[str, Any], why: str) -> None:
     """Refuse fields of preference data, with the MAP_COLUMNS that makes a record of them that is read."""
-    found = [name for name in record if PREFERENCE_WORDS & set(words_of(name)) and is_filled(record[name])]
+    found = [name for name in record if is_of_preferences(name) and is_filled(record[name])]
     found = [name for name in found if not is_metadata(name, record[name], record)]
     if not found:
         return
@@ -220,8 +219,8 @@ def _refuse_preferences(record: dict[str, Any], why: str) -> None:
 
 
 def _check_record_loss(record: dict[str, Any]) -> None:
-    for name in RECORD_LOSS_FIELDS:
-        if record.get(name) not in (None, 1):
+    for name in record:
+        if name in RECORD_LOSS_FIELDS and record[name] not in (None, 1):
             raise UserError(
                 f"field {name!r} is {record[name]!r}, which says how much of the record is trained: only 1 is supported; "
                 f'remove the record, or drop the field with MAP_COLUMNS="{name}=-"'

@@ -96,6 +96,12 @@ def words_of(name: str) -> tuple[str, ...]:
     return tuple(word.lower() for word in _WORD.findall(name) if not word.isdigit())
 
 
+@lru_cache(maxsize=4096)
+def is_of_preferences(name: str) -> bool:
+    """Whether a field's name says that it has one side of a preference pair."""
+    return not PREFERENCE_WORDS.isdisjoint(words_of(name))
+
+
 def is_metadata(name: str, value: Any, names: Iterable[str]) -> bool:
     """Whether a field can say neither what is said nor what is trained. names: all fields of the record."""
     words = words_of(name)

@@ -1,6 +1,7 @@
 """One text of a chat template with its arguments: renders messages, and finds the answers in what it renders."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
@@ -15,6 +16,7 @@ from megatron.sft.chat.skeleton_builder import EMPTY_THINK, FIX, SkeletonBuilder
 from megatron.sft.chat.turns import Message, Messages, Tools
 from megatron.sft.runtime.errors import UserError
 
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, KeyError, ValueError)
 
 Spans = tuple[tuple[int, int], ...]  # of characters, each [start, end)
@@ -68,6 +70,7 @@ class Renderer:
     def __post_init__(self) -> None:
         learned = self.learned
         self._prints_date = "strftime_now" in self.text
+        self.has_generation_blocks = GENERATION_TAG.search(self.text) is not None
         self._strftime_now = _clock(self.day)
         self._builder = SkeletonBuilder(
             self.tokenizer, self.render, learned.notes, learned.end_of_turn_ids, learned.control_tokens

@@ -45,8 +45,7 @@ class CallPattern(NamedTuple):
     shape: Shape | None = None
 
 
-@dataclass(frozen=True)
-class TurnPattern:
+class TurnPattern(NamedTuple):
     """A message without its texts. These are, in order: one for each PLACEHOLDER of its `content`, the name and those of the
     arguments of each call, the ids of calls, and the `fields`."""
 
@@ -180,6 +179,8 @@ def split_message(message: Message, exact: bool, whole: bool = True) -> tuple[Tu
     thinking = THINKING.match(content) if content and message["role"] == "assistant" else None
     found = _split_thinking(thinking, exact) if thinking else _split_content(content or "", exact)
     texts: list[Text] = [*found[1]]
+    if len(message) == 2:  # role and content, as most have
+        return TurnPattern(message["role"], None if content is None else found[0]), texts
     calls = []
     for call in message.get("tool_calls", ()):
         arguments = call["function"]["arguments"]
@@ -196,7 +197,9 @@ def split_message(message: Message, exact: bool, whole: bool = True) -> tuple[Tu
 
 
 def _split_content(content: str, exact: bool) -> tuple[str, list[str]]:
-    text = content.strip() if exact else content
+    if not exact:
+        return (PLACEHOLDER, [content]) if content else ("", [])
+    text = content.strip()
     before, _, after = content.partition(text) if text else (content, "", "")
     return before + PLACEHOLDER * bool(text) + after, [text] if text else []
 

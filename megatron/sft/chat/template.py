@@ -4,7 +4,6 @@ A template that does not print all of the data, where a known correction of it d
 """
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -23,7 +22,6 @@ from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import sha256_of_text
 
 TRAIN_ON = ("all_assistant", "last_assistant", "all")
-GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MAX_RENDERERS = 64  # of different template_kwargs, each with its skeletons
 
 
@@ -212,7 +210,7 @@ class ChatTemplate:
         renderer = self._renderer(tools, kwargs)
         chosen = _of_answers(messages, self.trained_messages(messages, loss_flags))
         messages = renderer.styled(messages)
-        if GENERATION_TAG.search(renderer.text):
+        if renderer.has_generation_blocks:
             text, spans = renderer.render_with_blocks(messages, tools)
             answers = renderer.answers(text, messages, tools)
             self._check_blocks(spans, answers)
@@ -230,11 +228,11 @@ class ChatTemplate:
 
     def _has_other_beginnings(self, messages: Messages, answers: tuple[Answer, ...]) -> bool:
         """Whether an answer without reasoning lacks an empty <think> block ("every"), or has one of the template's ("none")."""
-        own = (THINKING.match(message["content"] or "") for message in messages if message["role"] == "assistant")
+        texts = (message["content"] or "" for message in messages if message["role"] == "assistant")
+        pairs = zip(texts, answers, strict=True)
         if self.empty_think == "every":
-            pairs = zip(own, answers, strict=True)
-            return any(not answer.has_empty_think and not (block and block[2]) for block, answer in pairs)
-        return any(answer.has_empty_think and not block for block, answer in zip(own, answers, strict=True))
+            return any(not answer.has_empty_think and not _has_reasoning(text) for text, answer in pairs)
+        return any(answer.has_empty_think and not THINKING.match(text) for text, answer in pairs)
 
     def _check_blocks(self, blocks: Spans, answers: tuple[Answer, ...]) -> None:
         """Each {% generation %} block must hold one answer with its end-of-turn token."""
@@ -269,3 +267,8 @@ def template_of(tokenizer: Any) -> str:
 
 def _of_answers(messages: Messages, values: Sequence[Any]) -> list[Any]:
     return [value for value, message in zip(values, messages, strict=True) if message["role"] == "assistant"]
+
+
+def _has_reasoning(text: str) -> bool:
+    block = THINKING.match(text)
+    return block is not None and bool(block[2])

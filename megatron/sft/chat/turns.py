@@ -111,8 +111,8 @@ def _turn_names(turn: Any) -> tuple[str, str]:
 
 
 def _add_turn(turns: Turns, turn: dict[str, Any], names: tuple[str, str], where: str, list_name: str) -> None:
-    role, message = _message(turn, names, f"{where}.")
-    has_more = _has_more(turn, names)
+    has_more = len(turn) != len(names) or names[1] not in turn  # than a role and a text, which few turns have
+    role, message = _message(turn, names, f"{where}.", has_more)
     loss_flag = _loss_flag(turn, message["role"], where) if has_more else None
     if role == "call":
         turns.add_call(message, loss_flag, where)
@@ -145,7 +145,7 @@ def _add_turns_of_keys(turns: Turns, turn: dict[str, Any], where: str, list_name
         _add_turn(turns, fields, ("role", "content"), where, list_name)
 
 
-def _message(turn: dict[str, Any], names: tuple[str, str], where: str) -> tuple[str, Message]:
+def _message(turn: dict[str, Any], names: tuple[str, str], where: str, has_more: bool) -> tuple[str, Message]:
     """A role of ROLES, and the message. Its content may be empty only for the system, a function's result, and an assistant
     that calls functions."""
     role_name, text_name = names
@@ -154,9 +154,9 @@ def _message(turn: dict[str, Any], names: tuple[str, str], where: str) -> tuple[
         known = ", ".join(name for group in ROLES.values() for name in group)
         raise UserError(f"{where}{role_name} is {turn[role_name]!r}, an unknown role: use one of {known}")
     if role != "call" and isinstance(turn.get(text_name), list):
-        turn = with_joined_parts(turn, text_name, where)
+        turn, has_more = with_joined_parts(turn, text_name, where), True
     calls, reasoning = [], ""
-    if has_more := _has_more(turn, names):
+    if has_more:
         refuse_fields(turn, REFUSED_FIELDS, where)
         reasoning = reasoning_of(turn, where)
     if has_more or role == "call":
@@ -178,11 +178,6 @@ def _message(turn: dict[str, Any], names: tuple[str, str], where: str) -> tuple[
     if role == "tool":
         message |= {name: checked_text(turn[name], where + name) for name in ("tool_call_id", "name") if turn.get(name)}
     return role, message
-
-
-def _has_more(turn: dict[str, Any], names: tuple[str, str]) -> bool:
-    """Whether a turn has more than a role and a text, which few turns have."""
-    return len(turn) != len(names) or names[1] not in turn
 
 
 def _calls(turn: dict[str, Any], role: str, text_name: str, where: str) -> list[dict[str, Any]]:

@@ -25,7 +25,14 @@ class Lengths:
     longer: Counter[int] = field(default_factory=lambda: Counter(dict.fromkeys(LENGTH_LIMITS, 0)))
 
     def add(self, length: int) -> None:
-        self.update(Lengths(1, length, length, length, Counter({limit: int(length > limit) for limit in LENGTH_LIMITS})))
+        self.shortest = min(self.shortest, length) if self.num_units else length
+        self.num_units += 1
+        self.total += length
+        self.longest = max(self.longest, length)
+        for limit in LENGTH_LIMITS:
+            if length <= limit:
+                break
+            self.longer[limit] += 1
 
     def update(self, others: "Lengths") -> None:
         if others.num_units:
