@@ -107,7 +107,7 @@ def check_against_template(template: ChatTemplate, example: Example, encoded: Co
 
 def _conversation(encoding: Any, rendered: RenderedText) -> Conversation:
     """The trained characters as runs of tokens. A token is trained if all of its characters are."""
-    tokens = np.array(encoding.ids, dtype=np.int64)
+    tokens = np.asarray(encoding.ids, dtype=np.int64)
     if rendered.everything:
         for answer in rendered.answers:
             _check_end(encoding, answer, answer.end)
@@ -145,7 +145,8 @@ def _first_token(encoding: Any, text: str, start: int, end: int) -> tuple[int, b
 def _check_end(encoding: Any, answer: Answer, end: int) -> int:
     """The last token of a span that ends at `end`: the answer's end-of-turn token, or one after it where the template
     marks more."""
-    token, last = encoding.char_to_token(answer.end - 1), encoding.char_to_token(end - 1)
+    token = encoding.char_to_token(answer.end - 1)
+    last = token if end == answer.end else encoding.char_to_token(end - 1)
     if token is None or encoding.ids[token] != answer.end_of_turn_id or last is None or last < token:
         raise UserError("the end-of-turn token of an answer is not a separate token: check the tokenizer's added tokens")
     if encoding.token_to_chars(last)[1] > end:
