@@ -41,11 +41,12 @@ class Case:
         steps = [[c for i in range(ROWS) for c in rows[order.row_at(ROWS * step + i)]] for step in range(STEPS)]
         self.losses, self.gradients, self.weights = peft_oracle.train(self.model, self.adapter, steps, LR)
 
-    def train(self, layout: tuple[int, list[str]], *options: str, name: str = "run") -> Path:
+    def train(self, layout: tuple[int, list[str]], *options: str, name: str = "run", on_gpu: bool = False) -> Path:
         processes, more = layout
         out = self.folder / name
         given = ["--load", self.folder / "mcore", "--data-path", self.data, "--save", out, "--lora-init-from", self.adapter]
-        tiny.launch_test_worker(processes, WORKER, "train", *given, *OPTIONS, *more, *options)
+        launch = tiny.run_on_gpu if on_gpu else tiny.run
+        launch(processes, str(WORKER), "train", *given, *OPTIONS, *more, *options)
         return out
 
     def assert_as_peft(self, run: Path) -> None:
@@ -80,3 +81,16 @@ def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
 def test_adapters_train_as_in_peft(case_of: Callable[..., Case], family: str, layout: str) -> None:
     case = case_of(family, target_modules=TARGETS)
     case.assert_as_peft(case.train(LAYOUTS[layout], name=f"run {layout}"))
+
+
+GPU_LAYOUTS = {**LAYOUTS, "CP2": (2, ["--context-parallel-size", "2"])}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", GPU_LAYOUTS)
+def test_adapters_train_as_in_peft_on_gpus(case_of: Callable[..., Case], layout: str) -> None:
+    processes = GPU_LAYOUTS[layout][0]
+    if torch.cuda.device_count() < processes:
+        pytest.skip(f"{processes} GPUs are needed")
+    case = case_of("qwen2", target_modules=TARGETS)
+    case.assert_as_peft(case.train(GPU_LAYOUTS[layout], name=f"gpu {layout}", on_gpu=True))
