@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron.sft.data.row_order import RowOrder, split_rows
 from tests.support import peft_oracle, tiny

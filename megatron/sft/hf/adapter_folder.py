@@ -67,7 +67,7 @@ class AdapterFolder:
         unknown = sorted(modules - known.keys())
         if unknown:
             raise UserError(
-                f"{self.path / WEIGHTS} adapts {unknown[0] or min(self._file.entries)!r}, which is not a module of its own in "
+                f"{self.path / WEIGHTS} adapts {unknown[0] or min(self._file.entries)!r}, which is not a module in "
                 f"{architecture.family}: give an adapter of this model"
             )
         words = sorted({module.rpartition(".")[2] for module in modules if known[module].expert is None})

@@ -17,14 +17,8 @@ def serve_hint(folder: Path) -> str:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     command = ["vllm", "serve", str(folder)]
     if adapter:
-        command += [
-            "--enable-lora",
-            "--max-lora-rank",
-            str(max(8, adapter_rank(adapter))),
-            "--lora-modules",
-            f"{name}={adapter}",
-        ]
-        command += ["--tokenizer", str(found.tokenizer)]
+        command += ["--enable-lora", "--max-lora-rank", str(max(8, adapter_rank(adapter)))]
+        command += ["--lora-modules", f"{name}={adapter}", "--tokenizer", str(found.tokenizer)]
     else:
         command += ["--served-model-name", name]
     if config.get("dtype", config.get("torch_dtype")) == "float32":

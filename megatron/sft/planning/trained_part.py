@@ -29,7 +29,7 @@ def trained_part(options: TrainOptions, architecture: Architecture) -> Trained:
     if options.freeze:
         raise UserError(f"FREEZE={options.freeze!r} with LORA_RANK: adapters freeze the whole model: leave FREEZE out")
     if options.train_router == "1":
-        raise UserError("TRAIN_ROUTER=1 with LORA_RANK: beside adapters the router stays frozen: leave it out, or LORA_RANK=0")
+        raise UserError("TRAIN_ROUTER=1 with LORA_RANK: with adapters the router stays frozen: leave it out, or LORA_RANK=0")
     if options.optimizer_offload:
         raise UserError("OPTIMIZER_OFFLOAD=1 with LORA_RANK: the state of adapters is small, set it to 0")
     return Trained(lora)
