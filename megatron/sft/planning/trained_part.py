@@ -2,17 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import fields
-from math import prod
 from pathlib import Path
 
 from megatron.sft.families.architecture import Architecture
-from megatron.sft.families.lora import LoRA, chosen_targets, factor_shapes
-from megatron.sft.families.sizes import weight_shape
+from megatron.sft.families.lora import LoRA, chosen_targets
 from megatron.sft.families.trained import Trained, frozen_weights
-from megatron.sft.families.weight_names import weight_entries
 from megatron.sft.hf.adapter_folder import AdapterFolder
 from megatron.sft.planning.memory import num_parameters
 from megatron.sft.planning.options import TrainOptions, variable_of
+from megatron.sft.planning.trained_sizes import num_trained
 from megatron.sft.runtime.errors import UserError
 
 # Above this a learning rate is one for adapters, at or below it one for all weights.
@@ -73,14 +71,6 @@ def _idle_settings(options: TrainOptions) -> Iterator[str]:
     for setting in fields(TrainOptions):
         if setting.name.startswith("lora_") and getattr(options, setting.name) != setting.default:
             yield variable_of(setting)
-
-
-def num_trained(architecture: Architecture, trained: Trained) -> int:
-    """Parameters of the whole model that are trained."""
-    if trained.lora is not None:
-        return sum(trained.lora.rank * (outputs + inputs) for _, outputs, inputs in factor_shapes(architecture, trained.lora))
-    frozen = (entry for entry in weight_entries(architecture) if entry.megatron in trained.frozen)
-    return num_parameters(architecture) - sum(prod(weight_shape(architecture, entry.rule)) for entry in frozen)
 
 
 def describe(architecture: Architecture, trained: Trained) -> str:
