@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.adapter_case import LAYOUTS, TARGETS, Case
 
@@ -57,6 +58,15 @@ def test_adapters_train_as_in_peft_in_every_layout(case_of: Callable[[str], Case
     case = case_of(family)
     for layout in FAMILIES[family][2]:
         case.assert_as_peft(case.train(layout, name=f"{layout} of all"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", EVERYWHERE)
+def test_adapters_train_as_in_peft_on_gpus(case_of: Callable[[str], Case], layout: str) -> None:
+    if torch.cuda.device_count() < LAYOUTS[layout][0]:
+        pytest.skip(f"{LAYOUTS[layout][0]} GPUs are needed")
+    case = case_of("qwen2")
+    case.assert_as_peft(case.train(layout, name=f"{layout} on GPUs", on_gpu=True))
 
 
 def test_every_layout_is_taken_by_some_family() -> None:

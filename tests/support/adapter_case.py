@@ -62,13 +62,16 @@ class Case:
             )
         return self._expected[key]
 
-    def train(self, layout: str, *options: str, name: str = "", mode: str = "train", adapter: bool = True, status: int = 0) -> Path:
+    def train(
+        self, layout: str, *options: str, name: str = "", mode: str = "train", adapter: bool = True, on_gpu: bool = False
+    ) -> Path:
         """Our run from the adapter; its folder."""
         processes, more = LAYOUTS[layout]
         out = self.folder / (name or f"{layout} {' '.join(options).replace('/', '_')}")
         given = ["--load", self.folder / "mcore", "--data-path", self.data, "--save", out, *OPTIONS, *more]
         given += ["--lora-init-from", self.adapter] if adapter else []
-        tiny.launch_test_worker(processes, WORKER, mode, *given, *options, status=status)
+        launch = tiny.run_on_gpu if on_gpu else tiny.run
+        launch(processes, str(WORKER), mode, *given, *options)
         return out
 
     def assert_as_peft(self, run: Path, plus: float = 1.0) -> None:

@@ -95,7 +95,7 @@ class MetricsLog:
 
     def _tflops(self, step: StepMetrics) -> float:
         """TFLOP/s of one process, as a mean over the step."""
-        operations = training_flops(self.architecture, step.tokens, step.trained_tokens, step.sum_squared_lengths)
+        operations = training_flops(self.architecture, step.tokens, step.trained_tokens, step.sum_squared_lengths, self.frozen)
         return operations / step.seconds / step.num_processes / 1e12
 
     def _line(self, step: StepMetrics, tflops: float, mfu: float | None) -> str:
