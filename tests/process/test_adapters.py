@@ -4,7 +4,6 @@ Every layout of every family: pytest -m campaign tests/process/test_adapters.py
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest

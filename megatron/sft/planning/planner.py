@@ -86,7 +86,10 @@ def _add_time(found: Resolution) -> None:
         return
     options = found.options
     load = measured_rows(found.rows) if found.rows is not None else full_rows(found.seq_length)
-    speed, where = tokens_per_second(options.tokens_per_second, options.save, found.architecture, load, found.num_processes)
+    frozen = found.trained.lora is not None
+    speed, where = tokens_per_second(
+        options.tokens_per_second, options.save, found.architecture, load, found.num_processes, frozen
+    )
     tokens = found.train_iters * options.global_batch_size * load.tokens
     found.add("time", f"{clock(tokens / speed)} for {tokens / 1e9:,.3f} G tokens at {speed:,.0f} tokens/s ({where})")
 

@@ -47,6 +47,7 @@ class MetricsLog:
     """Writes the metrics of one run: to the log, metrics.jsonl and the trackers. Only rank 0 prints and writes.
 
     start_iteration: after which this process began, for the ETA. architecture: of the model, for TFLOP/s.
+    frozen: its weights are, under adapters.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class MetricsLog:
     start_iteration: int
     architecture: Architecture
     trackers: Sequence[Tracker] = ()
+    frozen: bool = False
     _started: float = field(default_factory=time.monotonic)
     _unwritten: str = ""
     _warned: bool = False
