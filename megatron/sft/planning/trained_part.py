@@ -78,7 +78,7 @@ def _idle_settings(options: TrainOptions) -> Iterator[str]:
 def num_trained(architecture: Architecture, trained: Trained) -> int:
     """Parameters of the whole model that are trained."""
     if trained.lora is not None:
-        return sum(trained.lora.rank * (outputs + inputs) for _, outputs, inputs in factor_shapes(architecture, trained.lora))
+        return sum(trained.lora.rank * sum(shape) for _, shape in factor_shapes(architecture, trained.lora))
     frozen = (entry for entry in weight_entries(architecture) if entry.megatron in trained.frozen)
     return num_parameters(architecture) - sum(prod(weight_shape(architecture, entry.rule)) for entry in frozen)
 
