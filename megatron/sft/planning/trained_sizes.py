@@ -15,7 +15,7 @@ from megatron.sft.model.layout import Layout
 def num_trained(architecture: Architecture, trained: Trained) -> int:
     """Parameters of the whole model that are trained."""
     if trained.lora is not None:
-        return sum(trained.lora.rank * (outputs + inputs) for _, outputs, inputs in factor_shapes(architecture, trained.lora))
+        return sum(trained.lora.rank * sum(sizes) for _, _, sizes in factor_shapes(architecture, trained.lora))
     entries = weight_entries(architecture)
     return sum(prod(weight_shape(architecture, entry.rule)) for entry in entries if trained.trains(entry.megatron))
 
@@ -27,7 +27,8 @@ def stage_trained(architecture: Architecture, layout: Layout, trained: Trained, 
     here = _layers(architecture, layout, stage)
     if trained.lora is not None:
         rank = trained.lora.rank
-        for entry, outputs, inputs in factor_shapes(architecture, trained.lora):
+        for weight, _, (outputs, inputs) in factor_shapes(architecture, trained.lora):
+            entry = weight.entry
             if entry.layer in here:
                 # B is split where the layer's outputs are, A where its inputs are.
                 split, whole = (outputs, inputs) if entry.rule.tp_dim == 0 else (inputs, outputs)

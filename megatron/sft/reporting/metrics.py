@@ -46,8 +46,8 @@ class StepMetrics:
 class MetricsLog:
     """Writes the metrics of one run: to the log, metrics.jsonl and the trackers. Only rank 0 prints and writes.
 
-    start_iteration: after which this process began, for the ETA. architecture: of the model, for TFLOP/s; frozen: its
-    weights are, under adapters.
+    start_iteration: after which this process began, for the ETA. architecture: of the model, for TFLOP/s.
+    frozen: its weights are, under adapters.
     """
 
     folder: Path
