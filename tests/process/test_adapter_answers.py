@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,10 @@ def script(name: str, *arguments: object, **variables: str) -> subprocess.Comple
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield peft_oracle.save_adapter(taught_folder(), tmp_path_factory.mktemp("adapter"), target_modules="all-linear")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random, and so strong that the answers change."""
+    folder = tmp_path_factory.mktemp("adapter")
+    return peft_oracle.save_adapter(taught_folder(), folder, target_modules="all-linear", lora_alpha=128)
 
 
 def peft_answer(adapter: Path, question: str) -> str:
