@@ -63,7 +63,7 @@ class AdapterFolder:
         for name, least in (("lora_alpha", 0.0), ("lora_dropout", -1.0)):
             value = self.config.get(name, 0.0)
             if not isinstance(value, int | float) or not math.isfinite(value) or value <= least:
-                raise UserError(f"{config} has {name} {value!r}, which is no such number: take another copy of the adapter")
+                raise UserError(f"{config} has {name} {value!r}, which is not usable: take another copy of the adapter")
 
     def lora(self, architecture: Architecture) -> LoRA:
         """Rank, scale and targets, which must be the same in every layer. An adapter of another model is a `UserError`."""
