@@ -77,11 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_options(lora: LoRA | None, arguments: argparse.Namespace) -> None:
     """A `UserError` for an option that means nothing for this checkpoint."""
     if lora is None and (arguments.merge or arguments.base):
-        raise UserError(f"{arguments.load} holds a whole model, no adapters: leave MERGE and BASE out")
+        raise UserError(f"{arguments.load} holds a whole model, no adapters: unset MERGE and BASE")
     if lora and not arguments.merge and arguments.dtype:
-        raise UserError(f"DTYPE={arguments.dtype}: adapters are written in float32: leave it out, or set MERGE=1")
+        raise UserError(f"DTYPE={arguments.dtype}: adapters are written in float32: unset it, or set MERGE=1")
     if lora and not arguments.merge and arguments.base:
-        raise UserError("BASE is the model that adapters are merged into: set MERGE=1, or leave it out")
+        raise UserError("BASE is the model that adapters are merged into: set MERGE=1, or unset it")
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def test_an_adapter_answers_as_in_peft_and_otherwise_than_its_base(adapter: Path
     assert answer == peft_answer(adapter, question) != TAUGHT[2][1]
 
 
-def test_an_adapter_is_evaluated_and_told_apart_from_its_base(adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_evaluated_and_differs_from_its_base(adapter: Path, tmp_path: Path) -> None:
     data = tmp_path / "questions.jsonl"
     data.write_text("".join(json.dumps({"instruction": q, "output": s.removeprefix("<short> ")}) + "\n" for q, s, _ in TAUGHT))
     results = {"OUTPUT": str(tmp_path / "result.json"), "CONTROL": "<short>", "MAX_NEW_TOKENS": "12"}

@@ -71,8 +71,15 @@ class Case:
         given = ["--load", self.folder / "mcore", "--data-path", self.data, "--save", out, *OPTIONS, *more]
         given += ["--lora-init-from", self.adapter] if adapter else []
         launch = tiny.run_on_gpu if on_gpu else tiny.run
-        launch(processes, str(WORKER), mode, *given, *options)
+        launch(processes, str(WORKER) if adapter else "megatron.sft.train", mode, *given, *options)
         return out
+
+    def expected_of(self, frozen: str, clip: float = 0.0) -> peft_oracle.Trained:
+        """What transformers makes of the model itself, without gradients for the names that `frozen` finds."""
+        key = f"{frozen} {clip}"
+        if key not in self._expected:
+            self._expected[key] = peft_oracle.train(self.model, None, self.steps, LR, frozen=frozen, clip=clip)
+        return self._expected[key]
 
     def assert_as_peft(self, run: Path, plus: float = 1.0) -> None:
         """Losses, norms and first gradients of both factors to 1e-5 of their size, weights after all steps to 1e-5."""

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,11 @@ def save_adapter(model_folder: Path, folder: Path, rank: int = 4, seed: int = 0,
     return folder
 
 
-def train(model_folder: Path, adapter: Path | None, steps: Steps, lr: float, plus: float = 1.0, frozen: str = "") -> Trained:
+def train(
+    model_folder: Path, adapter: Path | None, steps: Steps, lr: float, plus: float = 1.0, frozen: str = "", clip: float = 0.0
+) -> Trained:
     """`steps`: the conversations of each step. Without an adapter the model itself, without gradients for the names of its
-    parameters that the regular expression `frozen` finds. plus: factor of the learning rate of B."""
+    parameters that the regular expression `frozen` finds. plus: factor of the learning rate of B; clip: largest norm."""
     from peft import PeftModel, get_peft_model_state_dict
     from transformers import AutoModelForCausalLM
 
@@ -85,14 +88,23 @@ def train(model_folder: Path, adapter: Path | None, steps: Steps, lr: float, plu
         gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
         norms.append(float(torch.stack([gradient.norm() for gradient in gradients.values()]).norm()))
         first = first or {name.replace(".default", ""): gradient.clone() for name, gradient in gradients.items()}
+        if clip:
+            torch.nn.utils.clip_grad_norm_(trained.values(), clip)
         optimizer.step()
-    state = get_peft_model_state_dict(model) if adapter is not None else model.state_dict()
+    if adapter is not None:
+        state = get_peft_model_state_dict(model)
+    else:
+        with tempfile.TemporaryDirectory() as folder:  # under the names of files: experts are one tensor in memory
+            model.save_pretrained(folder)
+            state = {name: tensor.clone() for name, tensor in tiny.tensors(Path(folder)).items()}
     return Trained(losses, norms, first, {name: tensor.detach().clone() for name, tensor in state.items()})
 
 
 def make(folder: Path, family: str, **config: Any) -> None:
-    """A model of tiny.py under hf/ and an adapter of it under adapter/."""
-    save_adapter(tiny.save_family(folder / "hf", family), folder / "adapter", **config)
+    """A model of tiny.py under hf/ and, where it is described, an adapter of it under adapter/."""
+    model = tiny.save_family(folder / "hf", family)
+    if config:
+        save_adapter(model, folder / "adapter", **config)
 
 
 def make_elsewhere(folder: Path, family: str, **config: Any) -> None:

@@ -20,10 +20,11 @@ CHECKED_BYTES = 2 << 30
 
 def add_needs(found: Resolution) -> None:
     """Add checksums of small inputs, memory of a GPU, disk and time to the lines, and what does not fit to the problems."""
-    start, architecture = found.start, found.architecture
-    if start and architecture and start.manifest.get("files"):
-        files = {start.path / name: facts for name, facts in start.manifest["files"].items()}
-        _check_sums(found, files, input_checks.check_checkpoint, start, architecture)
+    architecture = found.architecture
+    for checkpoint in filter(None, {id(each): each for each in (found.start, found.base)}.values()):
+        if architecture and checkpoint.manifest.get("files"):
+            files = {checkpoint.path / name: facts for name, facts in checkpoint.manifest["files"].items()}
+            _check_sums(found, files, input_checks.check_checkpoint, checkpoint, architecture)
     if found.rows is not None:
         _check_sums(found, found.rows.files, input_checks.check_rows, found.rows, found.options.save)
     _add_memory(found)

@@ -53,12 +53,16 @@ def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> N
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
 
 
+def read_all(folder: Path, architecture: Architecture) -> None:
+    adapter = AdapterFolder(folder)
+    adapter.lora(architecture)
+    for name in load_file(folder / WEIGHTS):
+        adapter.tensor(name)
+
+
 def refusal(folder: Path, architecture: Architecture) -> str:
     with pytest.raises(UserError) as error:
-        lora = AdapterFolder(folder).lora(architecture)
-        for name in load_file(folder / WEIGHTS):
-            AdapterFolder(folder).tensor(name)
-        raise AssertionError(lora)
+        read_all(folder, architecture)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
     return str(error.value)
 
