@@ -63,7 +63,7 @@ class AdapterFolder:
         for name, least in (("lora_alpha", 0.0), ("lora_dropout", -1.0)):
             value = self.config.get(name, 0.0)
             if not isinstance(value, int | float) or not math.isfinite(value) or value <= least:
-                raise UserError(f"{config} has {name} {value!r}, which is no such number: take another copy of the adapter")
+                raise UserError(f"{config} has {name} {value!r}, which is not usable: take another copy of the adapter")
 
     def lora(self, architecture: Architecture) -> LoRA:
         """Rank, scale and targets, which must be the same in every layer. An adapter of another model is a `UserError`."""
@@ -72,7 +72,7 @@ class AdapterFolder:
         for module in sorted(modules):
             if module not in known:
                 raise UserError(
-                    f"{self.path / WEIGHTS} adapts {module or min(self._file.entries)!r}, which is not a module of its own in "
+                    f"{self.path / WEIGHTS} adapts {module or min(self._file.entries)!r}, which is not a module in "
                     f"this {architecture.family}: give an adapter of this model"
                 )
             if not kind_of(known[module].rule):
@@ -92,7 +92,8 @@ class AdapterFolder:
 
     def _check_tensors(self, modules: set[str], lora: LoRA, architecture: Architecture) -> None:
         """Names, shapes and dtypes against the model's."""
-        file, expected = self.path / WEIGHTS, dict(factor_shapes(architecture, lora))
+        file = self.path / WEIGHTS
+        expected = {weight.module(place): sizes for weight, place, sizes in factor_shapes(architecture, lora)}
         if missing := sorted(expected.keys() - modules):
             raise UserError(
                 f"{file} adapts {len(modules)} modules but not {missing[0]}: only the same modules in every layer can be "

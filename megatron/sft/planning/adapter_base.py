@@ -9,7 +9,7 @@ from megatron.sft.runtime.errors import UserError
 def base_of(start: Checkpoint, options: TrainOptions, resume: bool) -> Checkpoint:
     """The checkpoint of the weights under the adapters: the start of a new run, PRETRAIN_CHECKPOINT_PATH of a resumed one.
 
-    A base other than the one that the adapters were trained on is a `UserError`.
+    Another base than that of the adapters is a `UserError`.
     """
     if not resume:
         refuse_adapters(start)

@@ -45,7 +45,7 @@ def _add_memory(found: Resolution) -> None:
     architecture, layout, options = found.architecture, found.layout, found.options
     if architecture is None or not found.data_parallel or not found.seq_length or options.micro_batch_size < 1:
         return
-    settings = memory_settings(options, found.seq_length, found.data_parallel)
+    settings = memory_settings(options, found.seq_length, found.data_parallel, found.trained)
     gpu_bytes, where = gpu_memory(options)
     recompute, chosen = options.recompute, ""
     if recompute == "auto":

@@ -31,7 +31,8 @@ from megatron.sft.planning.run_plan import (
     starting_point,
     steps,
 )
-from megatron.sft.planning.trained_part import check_same_training, describe, lr_hint, num_trained, trained_part
+from megatron.sft.planning.trained_part import check_same_training, describe, lr_hint, trained_part
+from megatron.sft.planning.trained_sizes import num_trained
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import check_free_space

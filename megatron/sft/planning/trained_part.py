@@ -2,19 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import fields
-from math import prod
 from pathlib import Path
 
 from megatron.sft.checkpoint.adapter_record import read_lora_record
 from megatron.sft.checkpoint.folder import Checkpoint
 from megatron.sft.families.architecture import Architecture
-from megatron.sft.families.lora import LoRA, chosen_targets, factor_shapes
-from megatron.sft.families.sizes import weight_shape
+from megatron.sft.families.lora import LoRA, chosen_targets
 from megatron.sft.families.trained import EMBEDDING, Trained, frozen_weights
-from megatron.sft.families.weight_names import weight_entries
 from megatron.sft.hf.adapter_folder import AdapterFolder
 from megatron.sft.planning.memory import num_parameters
 from megatron.sft.planning.options import TrainOptions, variable_of
+from megatron.sft.planning.trained_sizes import num_trained
 from megatron.sft.runtime.errors import UserError
 
 # Above this a learning rate is one for adapters, at or below it one for all weights.
@@ -28,16 +26,16 @@ def trained_part(options: TrainOptions, architecture: Architecture, saved: LoRA 
     """
     lora = _lora(options, architecture, saved)
     if options.train_router != "auto" and architecture.moe is None:
-        raise UserError(f"TRAIN_ROUTER={options.train_router}: {architecture.family} has no router: leave it out")
+        raise UserError(f"TRAIN_ROUTER={options.train_router}: {architecture.family} has no router: unset it")
     if lora is None:
         frozen = frozen_weights(architecture, options.freeze, options.train_router != "0")
         if options.train_router == "1" and any(".mlp.router." in name for name in frozen):
-            raise UserError(f"TRAIN_ROUTER=1 and FREEZE={options.freeze!r}, which freezes a router: leave out one of them")
+            raise UserError(f"TRAIN_ROUTER=1 and FREEZE={options.freeze!r}, which freezes a router: unset one of them")
         return Trained(None, frozen)
     if options.freeze:
-        raise UserError(f"FREEZE={options.freeze!r} with LORA_RANK: adapters freeze the whole model: leave FREEZE out")
+        raise UserError(f"FREEZE={options.freeze!r} with LORA_RANK: adapters freeze the whole model: unset FREEZE")
     if options.train_router == "1":
-        raise UserError("TRAIN_ROUTER=1 with LORA_RANK: beside adapters the router stays frozen: leave it out, or LORA_RANK=0")
+        raise UserError("TRAIN_ROUTER=1 with LORA_RANK: with adapters the router stays frozen: unset it, or LORA_RANK=0")
     if options.optimizer_offload:
         raise UserError("OPTIMIZER_OFFLOAD=1 with LORA_RANK: the state of adapters is small, set it to 0")
     return Trained(lora)
@@ -46,7 +44,7 @@ def trained_part(options: TrainOptions, architecture: Architecture, saved: LoRA 
 def _lora(options: TrainOptions, architecture: Architecture, saved: LoRA | None) -> LoRA | None:
     if not options.lora_rank and not options.lora_init_from:
         if idle := list(_idle_settings(options)):
-            raise UserError(f"{', '.join(idle)} without LORA_RANK: set LORA_RANK (16, say) for adapters, or leave it out")
+            raise UserError(f"{', '.join(idle)} without LORA_RANK: set LORA_RANK (16, say) for adapters, or unset it")
         return None
     if options.lora_rank < 0:
         raise UserError(f"LORA_RANK={options.lora_rank}: take a rank such as 16, or 0 for full tuning")
@@ -72,7 +70,7 @@ def _continued(options: TrainOptions, architecture: Architecture, found: LoRA) -
         stated["LORA_SCALING"] = ("rslora", "rslora" if found.rslora else "alpha/r")  # type: ignore[assignment]
     for name, (asked, there) in stated.items():
         if asked and asked != there:
-            raise UserError(f"{name} is {asked}, {options.lora_init_from} has {there}: leave {name} out to take the adapter's")
+            raise UserError(f"{name} is {asked}, {options.lora_init_from} has {there}: unset {name} to take the adapter's")
     return LoRA(found.rank, found.alpha, found.targets, found.experts, options.lora_dropout, found.rslora)
 
 
@@ -122,14 +120,6 @@ def _differences(before: Trained, now: Trained) -> Iterator[tuple[str, object, o
     if (old.targets, old.experts) != (new.targets, new.experts):
         targets = [",".join([*each.targets, *["experts"] * each.experts]) for each in (old, new)]
         yield "LORA_TARGETS", targets[0], targets[1]
-
-
-def num_trained(architecture: Architecture, trained: Trained) -> int:
-    """Parameters of the whole model that are trained."""
-    if trained.lora is not None:
-        return sum(trained.lora.rank * sum(shape) for _, shape in factor_shapes(architecture, trained.lora))
-    frozen = (entry for entry in weight_entries(architecture) if entry.megatron in trained.frozen)
-    return num_parameters(architecture) - sum(prod(weight_shape(architecture, entry.rule)) for entry in frozen)
 
 
 def describe(architecture: Architecture, trained: Trained) -> str:
