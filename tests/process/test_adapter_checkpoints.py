@@ -64,9 +64,8 @@ def test_a_checkpoint_holds_adapters_alone_and_is_as_large_as_the_plan_says(made
     options = TrainOptions(made / "base", made / "data", made / "run", precision="fp32", lora_rank=4)
     expected = checkpoint_bytes(options, shape, trained_part(options, shape))
     assert sum(tensor.nbytes for tensor in stored.values()) == expected
-    random_state = 8192
-    for file in checkpoint.path.iterdir():
-        assert file.stat().st_size < 0.6 * expected + random_state, file
+    on_disk = sum(file.stat().st_size for file in checkpoint.path.iterdir())
+    assert on_disk < expected + 4096 * (len(stored) + 2)  # each tensor is a small archive of its own
 
 
 def test_a_base_that_moved_or_was_converted_otherwise_is_the_same_base(made: Path, half: Path, tmp_path: Path) -> None:
