@@ -100,17 +100,23 @@ class Adapter(nn.Module):
         """What `linear(inputs, *rest)` gives, with the adapters' products added to it."""
         if self.grouped:
             return self._forward_grouped(linear, inputs, *rest)
-        down, up = torch.cat(self.factors("A")), self._blocks(self.factors("B")) * self.lora.scale
-        split, group = self.split, self.split.group
-        if split.expert and split.size > 1:
-            # megatron-core sums what the ranks give for the same tokens after the experts; gradients of whole factors here.
-            down = tensor_parallel.copy_to_tensor_model_parallel_region(down, group=group) if split.column else down
-            up = up if split.column else tensor_parallel.copy_to_tensor_model_parallel_region(up, group=group)
+        split = self.split
+        down = torch.cat(self._summed(self.factors("A"), split.column))
+        up = self._blocks(self._summed(self.factors("B"), not split.column)) * self.lora.scale
         inputs, low = project(inputs, down, self._dropout())
         if split.size > 1 and not split.expert:
             low = self._exchange(low)
         outputs, bias = linear(inputs, *rest)
         return add_product(outputs, low, up), bias
+
+    def _summed(self, factors: list[Tensor], replicated: bool) -> list[Tensor]:
+        """An expert's factors, so that the gradients of those that several ranks hold are summed over these.
+
+        What the ranks give for the same tokens megatron-core sums after the experts.
+        """
+        if not replicated or not self.split.expert or self.split.size == 1:
+            return factors
+        return [tensor_parallel.copy_to_tensor_model_parallel_region(each, group=self.split.group) for each in factors]
 
     def _exchange(self, low: Tensor) -> Tensor:
         """Between the two products: all tokens where A has seen a part of them, the sum where it has seen a part of each."""
@@ -135,7 +141,7 @@ class Adapter(nn.Module):
         """Several experts in one layer; `splits` has the number of tokens of each, which lie one after another."""
         dropout = self._dropout()
         counts = splits if isinstance(splits, list) else splits.tolist()
-        downs, ups = self.factors("A"), self.factors("B")
+        downs, ups = self._summed(self.factors("A"), self.split.column), self._summed(self.factors("B"), not self.split.column)
         added = []
         for expert, tokens in enumerate(inputs.split(counts)):
             seeds = None if dropout is None else Dropout(dropout.probability, tuple(s + expert for s in dropout.seeds))
@@ -147,13 +153,14 @@ class Adapter(nn.Module):
     def _dropout(self) -> Dropout | None:
         if not self.training or not self.lora.dropout:
             return None
-        # From the CPU's generator, which is alike on all tensor-parallel ranks, and which recomputation puts back.
-        draw = int(torch.randint(2**40, ()))
-        apart = self.split.rank if self.split.sequence_parallel or not self.split.column else 0
-        return Dropout(
-            self.lora.dropout,
-            tuple(draw + zlib.crc32(f"{self.weights[0].module(p)} {apart}".encode()) for p in self.weights[0].projections),
-        )
+        # From the CPU's generator, which is alike on all ranks, and which recomputation puts back.
+        draw, split = int(torch.randint(2**40, ())), self.split
+        # Ranks that hold other tokens, or other columns of them, have masks of their own; experts are given all tokens.
+        parts_of_tokens = split.sequence_parallel and not split.expert
+        apart = split.rank if parts_of_tokens or not split.column else 0
+        data = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        names = (self.weights[0].module(place) for place in self.weights[0].projections)
+        return Dropout(self.lora.dropout, tuple(draw + zlib.crc32(f"{name} {apart} {data}".encode()) for name in names))
 
     def parts(self) -> Iterator[Factor]:
         """Every factor's part in this process."""
