@@ -67,12 +67,8 @@ def test_six_steps_lower_the_loss_and_it_still_knows_paris(model: Path, checkpoi
     assert "Paris" in answer
 
 
-WORDS = (
-    "river stone apple cloud green winter paper music table horse silver bread summer garden window yellow market forest"
-)
-WORDS += (
-    " candle island mirror pocket rocket tiger basket castle dragon engine finger hammer jacket kitten ladder monkey"
-)
+WORDS = "river stone apple cloud green winter paper music table horse silver bread summer garden window yellow market forest"
+WORDS += " candle island mirror pocket rocket tiger basket castle dragon engine finger hammer jacket kitten ladder monkey"
 
 
 def write_last_words(path: Path, seed: int, num_rows: int) -> Path:

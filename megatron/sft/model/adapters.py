@@ -78,8 +78,9 @@ class Adapter(nn.Module):
             )
         order = torch.cat(list(rows))
         in_order = torch.equal(order, torch.arange(outputs))
-        # Where not all outputs have an adapter, the others get a row of zeros.
-        self._order = None if in_order else _inverse(order, outputs)
+        # Where not all outputs have an adapter, the others get a row of zeros. A buffer: it goes to the device once.
+        self._order: Tensor | None
+        self.register_buffer("_order", None if in_order else _inverse(order, outputs), persistent=False)
 
     def _parameter(self, base: Tensor, shape: tuple[int, ...], split_here: bool) -> nn.Parameter:
         parameter: Any = nn.Parameter(torch.zeros(shape, dtype=base.dtype, device=base.device))
@@ -135,7 +136,7 @@ class Adapter(nn.Module):
         if self._order is None:
             return blocks
         padded = torch.cat([blocks, blocks.new_zeros(1, blocks.shape[1])])
-        return padded.index_select(0, self._order.to(blocks.device))
+        return padded.index_select(0, self._order)
 
     def _forward_grouped(self, linear: Callable[..., Any], inputs: Tensor, splits: Any) -> tuple[Any, Any]:
         """Several experts in one layer; `splits` has the number of tokens of each, which lie one after another."""
@@ -155,7 +156,7 @@ class Adapter(nn.Module):
             return None
         # From the CPU's generator, which is alike on all ranks, and which recomputation puts back.
         draw, split = int(torch.randint(2**40, ())), self.split
-        # Ranks that hold other tokens, or other columns of them, have masks of their own; experts are given all tokens.
+        # Ranks that hold other tokens, or other columns of them, have masks each its own; experts are given all tokens.
         parts_of_tokens = split.sequence_parallel and not split.expert
         apart = split.rank if parts_of_tokens or not split.column else 0
         data = parallel_state.get_data_parallel_rank(with_context_parallel=True)
