@@ -96,6 +96,7 @@ def test_16_bits_stay_near_float32_and_their_masters_are_float32(
 ) -> None:
     run = case.train("TP2", "--precision", precision, "--optimizer-precision", optimizer, "--initial-loss-scale", "1024")
     assert tiny.losses(run) == pytest.approx(case.expected().losses, rel=tolerance)
+    assert [line["grad_norm"] for line in tiny.metrics(run)] == pytest.approx(case.expected().norms, rel=5 * tolerance)
     last, half = stored_tensors(run / f"iter_{STEPS:07d}"), getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[precision])
     for name, weight in case.expected().weights.items():
         master = last[f"optimizer.state.param.{name}"]
