@@ -138,6 +138,10 @@ def test_a_run_of_all_weights_can_be_the_base_of_adapters(made: Path, tmp_path: 
     again = tiny.as_of(1, run, tmp_path / "again")
     train(made, "resume", again, full, *LORA, "--train-iters", "3")
     assert tiny.losses(again)[-2:] == started[-2:]
+    # Resharded it still says what it was converted from once, whose weights it no longer has.
+    tiny.run_module("convert", "--source", full, "--output", tmp_path / "resharded")
+    line = error_of(train(made, "resume", tiny.as_of(2, made / "run", tmp_path / "x"), tmp_path / "resharded", *LORA, status=2))
+    assert "does not hold the weights" in line
     # It goes on and its newest checkpoint is another: the one below the adapters must be named.
     train(made, "resume", full, made / "base", "--train-iters", "3", "--lr", "1e-3")
     again = tiny.as_of(1, run, tmp_path / "once more")

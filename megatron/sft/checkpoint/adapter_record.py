@@ -36,7 +36,7 @@ def refuse_adapters(checkpoint: Checkpoint) -> None:
 def base_checksum(base: Checkpoint) -> str:
     """SHA-256 that names the weights of a checkpoint: of the model that was converted, whatever the layout, or of its files."""
     source = base.manifest.get("source", {})
-    if "training" not in base.manifest and "weights_fingerprint" in source:
+    if not {"training", "trained"} & base.manifest.keys() and "weights_fingerprint" in source:
         # Conversions of one model differ in files, not in weights, except for the dtype.
         what: Any = [source["weights_fingerprint"], base.manifest.get("hf_dtype"), source.get("config", {}).get("vocab_size")]
     else:
