@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron.sft.checkpoint import folder as checkpoint_folder
-from megatron.sft.checkpoint.adapter_record import read_lora_record
+from megatron.sft.checkpoint.adapter_record import read_lora_record, trained_base
 from megatron.sft.checkpoint.adapter_shards import StoredAdapters
 from megatron.sft.checkpoint.folder import Checkpoint
 from megatron.sft.checkpoint.reading import stored_parameters
@@ -67,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with verified_meanwhile(checkpoint), verified_meanwhile(weights) if merger else nullcontext():
             export_weights(weights, architecture, original, dtypes, staged, merger)
         write_companions(checkpoint, architecture, arguments.hf_dir, arguments.dtype, arguments.load, staged)
-        if lora and wants_comparison(arguments.verify, staged):
+        if lora and trained_base(checkpoint):
+            print(f"not compared with the adapter: it belongs to a trained checkpoint, not to {arguments.hf_dir}")
+        elif lora and wants_comparison(arguments.verify, staged):
             print(compare_merged(checkpoint, architecture, lora, arguments.hf_dir, staged))
     print(f"exported {checkpoint.path} to {output}\nnext: scripts/6_generate.sh {output} 'a question'")
     print(f"or serve it with vLLM: {serve_hint(output)}")

@@ -161,6 +161,23 @@ def test_adapters_of_experts_continue_in_other_layouts(tmp_path: Path) -> None:
         assert tiny.losses(again) == pytest.approx(tiny.losses(whole), rel=1e-5)
 
 
+def test_adapters_over_a_run_of_all_weights_are_exported_for_its_export(made: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    full, run, model = tmp_path / "full", tmp_path / "run", made / "hf"
+    train(made, "train", full, made / "base", "--train-iters", "2", "--lr", "1e-2")
+    train(made, "train", run, full, "--lora-rank", "4", "--train-iters", "3", "--lr", "1e-2")
+    line = error_of(tiny.run_module("export", "--load", run, "--hf-dir", model, "--output", tmp_path / "wrong", status=2))
+    assert f"were trained on {full / 'iter_0000002'}" in line and "MERGE=1" in line and not (tmp_path / "wrong").exists()
+    tiny.run_module("export", "--load", full, "--hf-dir", model, "--output", tmp_path / "full_hf")
+    tiny.run_module("export", "--load", run, "--hf-dir", tmp_path / "full_hf", "--output", tmp_path / "adapter")
+    tiny.run_module("export", "--load", run, "--hf-dir", model, "--output", tmp_path / "merged", "--merge", "--verify", "auto")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "full_hf")
+    PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "theirs")
+    tiny.assert_same_weights(tmp_path / "merged", tmp_path / "theirs")
+
+
 def test_an_adapter_that_is_continued_is_needed_for_the_start_alone(made: Path, tmp_path: Path) -> None:
     from tests.support import peft_oracle
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megatron.sft.checkpoint.adapter_record import trained_base
 from megatron.sft.checkpoint.adapter_shards import StoredAdapters
 from megatron.sft.checkpoint.folder import Checkpoint
 from megatron.sft.conversion.exported_files import write_companions
@@ -18,8 +19,17 @@ def export_adapter(
 ) -> None:
     """Write the float32 master weights of the adapters under PEFT's names.
 
-    A base that has rows of the vocabulary which `hf_dir` lacks is a `UserError`: the adapter would not fit what it names.
+    A base that has rows of the vocabulary which `hf_dir` lacks, or was trained since it was converted from `hf_dir`, is a
+    `UserError`: the adapter would not fit what it names.
     """
+    if base := trained_base(checkpoint):
+        converted_from = checkpoint.manifest.get("source", {}).get("path")
+        if converted_from is None or Path(converted_from).resolve() == hf_dir.resolve():
+            raise UserError(
+                f"the adapters in {checkpoint.path} were trained on {base}, a trained checkpoint, not on {hf_dir}: set "
+                "MERGE=1, or export that checkpoint and give its export as HF_DIR"
+            )
+        print(f"the adapters belong to the weights in {base}, whose export {hf_dir} must be")
     rows = HFFolder(hf_dir).rows_on_disk
     if rows < architecture.vocab_size:
         raise UserError(
