@@ -43,6 +43,7 @@ class Row:
     trained: np.ndarray  # [n] bool; True: the loss is taken on predicting this token
     conversation_lengths: np.ndarray  # [c] int64, sums to n
     sources: np.ndarray | None = None  # [c] int16, see `TokenizedRows.sources`
+    reference: np.ndarray | None = None  # [trained tokens] float32, a reference's log-probability of each
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,12 @@ class TokenizedRows:
     def num_sources(self) -> int:
         """The number of sources if each conversation's is known, else 0."""
         return len(self.manifest["sources"]) if "sources" in self.manifest["files"] else 0
+
+    @cached_property
+    def trained_per_row(self) -> np.ndarray:
+        """[rows] int64, the number of trained tokens of each row."""
+        trained = np.where((self._index.modes & MODE_TRAINED) != 0, self._index.lengths, 0)
+        return np.add.reduceat(trained, self._index.documents[:-1], dtype=np.int64)
 
     @cached_property
     def _first_conversations(self) -> np.ndarray:

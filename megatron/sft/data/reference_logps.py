@@ -1,0 +1,96 @@
+"""A reference model's log-probabilities next to tokenised data: `prefix`.bin, float32 for every trained token in the order of the
+rows, and `prefix`.json, a sealed manifest that says of which data they are, of which checkpoint, and in which precision.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.sft.data.tokenized import TokenizedRows, data_file
+from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.manifest import Files, check_sizes, listed_files, read_json, seal_holds
+
+FORMAT = 1
+MAKE_AGAIN = "make them again with `bash scripts/4_train.sh reference`"
+DTYPE = np.dtype("<f4")
+
+
+def data_seal(rows: TokenizedRows) -> dict[str, Any]:
+    """What identifies tokenised data, its packing included, for the log-probabilities of it."""
+    sums = {f"{ending}_sha256": rows.manifest["files"][ending]["sha256"] for ending in ("bin", "idx")}
+    return {"prefix": str(rows.prefix), "length": rows.manifest["length"], **sums}
+
+
+def checkpoint_seal(path: Path, sha256: str) -> dict[str, Any]:
+    """What identifies the reference: a checksum of its files' checksums."""
+    return {"path": str(path), "sha256": sha256}
+
+
+def check_reference_manifest(path: Path, manifest: Any) -> None:
+    """Refuse a manifest that is damaged or of something else."""
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "reference_of" not in manifest:
+        raise UserError(f"{path} is not a manifest of reference log-probabilities, format {FORMAT}: {MAKE_AGAIN}")
+    if not seal_holds(manifest):
+        raise UserError(f"{path} is damaged (its checksum of itself differs): {MAKE_AGAIN}")
+
+
+class ReferenceLogps:
+    """The log-probabilities under `prefix` of the trained tokens of `rows`. Unfinished or damaged ones are a `UserError`."""
+
+    def __init__(self, prefix: Path, rows: TokenizedRows) -> None:
+        self.prefix = prefix
+        path = data_file(prefix, "json")
+        self.manifest: dict[str, Any] = read_json(path, "manifest of reference log-probabilities", MAKE_AGAIN)
+        check_reference_manifest(path, self.manifest)
+        check_sizes(self.files, MAKE_AGAIN)
+        self._rows = rows
+
+    @property
+    def files(self) -> Files:
+        """The .bin file with its size and checksum."""
+        return listed_files(self.prefix.parent, data_file(self.prefix, "json"), self.manifest.get("files"))
+
+    def check_made_for(self, wanted: Mapping[str, Any]) -> None:
+        """Refuse log-probabilities of another model, of other data, or of another precision than `wanted`, a `reference_of`."""
+        made = self.manifest["reference_of"]
+        data, of_data = made["data"], wanted["data"]
+        here, ways = f"the reference log-probabilities {data_file(self.prefix, 'json')}", "set REFERENCE_LOGPS to another place"
+        if any(data[name] != of_data[name] for name in ("bin_sha256", "idx_sha256")):
+            raise UserError(
+                f"{here} are of other data than {of_data['prefix']} holds: rows of up to {data['length']} tokens, checksums "
+                f"{data['bin_sha256'][:12]}… and {data['idx_sha256'][:12]}…; {MAKE_AGAIN}, or {ways}"
+            )
+        model, of_model = made["checkpoint"], wanted["checkpoint"]
+        if model["sha256"] != of_model["sha256"]:
+            raise UserError(
+                f"{here} are of the model {model['path']} (checksum {model['sha256'][:12]}…), this run's reference is "
+                f"{of_model['path']} ({of_model['sha256'][:12]}…): set REFERENCE={model['path']} to be held to that one, {MAKE_AGAIN} for "
+                f"this one, or {ways}"
+            )
+        if made["precision"] != wanted["precision"]:
+            raise UserError(
+                f"{here} were made in {made['precision']}, this run computes in {wanted['precision']}: set PRECISION="
+                f"{made['precision'].partition(' ')[0]}, {MAKE_AGAIN}, or {ways}"
+            )
+        trained = self._rows.manifest["trained_tokens"]
+        num_bytes = trained * DTYPE.itemsize
+        if [facts["bytes"] for facts in self.files.values()] != [num_bytes]:
+            raise UserError(f"{here} are not of {trained} trained tokens ({num_bytes} bytes): {MAKE_AGAIN}")
+
+    @cached_property
+    def _values(self) -> np.ndarray:
+        return np.memmap(data_file(self.prefix, "bin"), dtype=DTYPE, mode="r")
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self._rows.trained_per_row)])
+
+    def of_row(self, index: int) -> np.ndarray:
+        """[trained tokens of the row] float32."""
+        values = np.array(self._values[self._starts[index] : self._starts[index + 1]])
+        if not np.isfinite(values).all():
+            raise ValueError(f"a number in {data_file(self.prefix, 'bin')} is not finite")
+        return values
