@@ -1,6 +1,7 @@
 """Tokenised pairs for the tests of objectives: random ones, and TRL's trainers on the same token ids."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,3 +81,78 @@ def collate(trainer: Any, pairs: Sequence[Pair]) -> dict[str, Any]:
     ids = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs]
     batch: dict[str, Any] = trainer.data_collator(ids)
     return batch
+
+
+def save_changed(source: Path, output: Path, by: float) -> None:
+    """A model of transformers with noise added to every weight, with the same configuration."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += by * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(output)
+
+
+def leave_run() -> None:
+    """Forget that a launcher started this process: TRL would join its group."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
+def first_step(plan: Any) -> tuple[dict[str, float], dict[str, Any], list[int]]:
+    """Loss and metrics of the first step through the engine, gradients by our names, the numbers of its rows; in one process."""
+    from megatron.sft.runtime.signals import StopRequest
+    from megatron.sft.training import state
+    from megatron.sft.training.engine import Engine
+    from megatron.sft.training.feeder import Feeder
+    from megatron.sft.training.reference import with_logps
+
+    logps = with_logps(plan, StopRequest()).logps if plan.reference else None
+    engine = Engine(plan)
+    state.load_start(engine)
+    feeder = Feeder(plan, logps)
+    numbers = [n for part in feeder.training_numbers(0) for n in part if n is not None]
+    means = engine.train_step(feeder.training(0)).loss.reduced()
+    return {"loss": means.loss, **means.pairs}, hf_gradients(engine, plan.architecture), numbers
+
+
+def hf_gradients(engine: Any, architecture: Any) -> dict[str, Any]:
+    """The gradients of the only process, under transformers' names."""
+    from megatron.sft.checkpoint.model_shards import checkpoint_name
+    from megatron.sft.families.weight_names import weight_entries
+
+    entries = {entry.megatron: entry for entry in weight_entries(architecture)}
+    found = {}
+    for live_name, parameter in engine.chunks[0].named_parameters():
+        entry = entries[checkpoint_name(live_name, 0, 0, architecture.moe is not None)]
+        gradient = parameter.main_grad
+        if entry.megatron in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            gradient = gradient[: architecture.vocab_size]
+        found |= dict(zip(entry.hf, entry.rule.to_hf(architecture, gradient), strict=True))
+    return found
+
+
+def trl_first_step(
+    models: Mapping[str, Any], output: Path, settings: Mapping[str, Any], pairs: Sequence[Pair]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Loss and metrics of one batch by TRL's DPOTrainer, and its gradients. models: of "model" and "reference"."""
+    import copy
+
+    model = copy.deepcopy(models["model"]).train()
+    trainer = trl_dpo_trainer(model, copy.deepcopy(models["reference"]), output, settings)
+    loss = trainer.compute_loss(model, collate(trainer, pairs))
+    loss.backward()
+    metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
+    return {"loss": float(loss), **metrics}, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def largest_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
+    """The largest difference of two gradients of one parameter, relative to the norm of all gradients."""
+    import torch
+
+    assert ours.keys() == theirs.keys()
+    whole = float(torch.stack([gradient.norm() for gradient in theirs.values()]).norm())
+    return max(float((ours[name] - theirs[name]).norm()) for name in theirs) / whole
