@@ -21,7 +21,6 @@ from megatron.sft.runtime.manifest import (
     seal_holds,
     sealed,
     sha256_of_file,
-    sha256_of_text,
     write_json,
     write_text,
 )
@@ -94,14 +93,6 @@ def _open(path: Path, iteration: int) -> Checkpoint:
     if any(path.glob("mp_rank_*/model_optim_rng.pt")):
         return Checkpoint(path, iteration, TORCH, manifest)
     raise UserError(f"{path} holds no checkpoint (neither .metadata nor mp_rank_*): take another iteration or convert again")
-
-
-def content_checksum(checkpoint: Checkpoint) -> str:
-    """SHA-256 over the names and checksums of a checkpoint's files: the same for copies, another for anything else."""
-    files = checkpoint.manifest.get("files")
-    if not files:
-        raise UserError(f"{checkpoint.path / MANIFEST} is missing or lists no files: convert the model again (scripts/2_convert.sh)")
-    return sha256_of_text("".join(f"{name} {facts['sha256']}\n" for name, facts in sorted(files.items())))
 
 
 def verify_files(checkpoint: Checkpoint) -> None:

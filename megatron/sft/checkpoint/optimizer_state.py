@@ -42,13 +42,22 @@ class Share:
     @torch.no_grad()
     def fill(self, tensors: dict[str, Tensor], step: int) -> None:
         """Replace all KINDS by float32 tensors of the same length, and the number of steps taken."""
-        held, state = self._held()
+        _, state = self._held()
         if "step" in state:
             # torch's AdamW counts its steps next to the moments.
             state["step"].fill_(float(step))
         for kind in ("exp_avg", "exp_avg_sq"):
             state[kind].copy_(tensors[kind].view_as(state[kind]))
-        master = tensors["param"].to(held.device).view_as(held)
+        self.fill_master(tensors["param"])
+
+    @torch.no_grad()
+    def fill_master(self, values: Tensor) -> None:
+        """Replace the float32 master weights, [stop - start]."""
+        held, state = self._held()
+        if not state and hasattr(self.optimizer.optimizer, "allocate"):  # training.adamw.InPlaceAdamW: lower halves are state
+            self.optimizer.optimizer.initialize_state(held)
+            held, state = self._held()
+        master = values.to(held.device).view_as(held)
         if "master_param" not in state:
             held.copy_(master)
         elif state["master_param"].dtype == torch.int16:
@@ -141,6 +150,16 @@ def load_optimizer(
         # One share at a time, so that only its state is in memory twice.
         read([s for kind in KINDS for s in _slices(share, parts[share.parameter], kind, partial(loaded.__getitem__, kind))])
         share.fill(loaded, int(record["step"]))
+
+
+def fill_master_weights(optimizer: Any, tensors: list[ShardedTensor], read: Callable[[list[ShardSlice]], None]) -> None:
+    """Set the master weights alone; `read` fills slices of them in CPU memory."""
+    all_shares = list(shares(optimizer))
+    parts = tensors_by_parameter(tensors, {share.parameter: None for share in all_shares})
+    for share in all_shares:
+        values = {"param": torch.zeros(share.stop - share.start)}
+        read(list(_slices(share, parts[share.parameter], "param", partial(values.__getitem__, "param"))))
+        share.fill_master(values["param"])
 
 
 def optimizer_record(optimizer: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def data_seal(rows: TokenizedRows) -> dict[str, Any]:
 
 
 def checkpoint_seal(path: Path, sha256: str) -> dict[str, Any]:
-    """What identifies the reference: a checksum of its files' checksums."""
+    """What identifies the reference: a checksum that names its weights."""
     return {"path": str(path), "sha256": sha256}
 
 

@@ -7,8 +7,13 @@ for recomputation, norms and activations. Attention counts the pairs that a caus
 from megatron.sft.families.architecture import Architecture
 
 
-def training_flops(architecture: Architecture, tokens: int, trained_tokens: int, sum_squared_lengths: int) -> float:
+def training_flops(
+    architecture: Architecture, tokens: int, trained_tokens: int, sum_squared_lengths: int, frozen: bool = False
+) -> float:
     """Operations of one forward and backward pass of the whole model over these tokens.
+
+    frozen: the weights are, so that they get no gradients: two times the forward pass. Adapters' own operations, below 1 % of
+    the model's at usual ranks, are not counted.
 
     tokens: all tokens without padding. trained_tokens: those that the output head computes logits for.
     sum_squared_lengths: the sum over conversations of their length squared.
@@ -19,8 +24,9 @@ def training_flops(architecture: Architecture, tokens: int, trained_tokens: int,
         moe = architecture.moe
         expert = 3 * architecture.hidden_size * moe.ffn_hidden_size
         mlp = moe.experts_per_token * expert + moe.num_experts * architecture.hidden_size
-    linear = 6.0 * architecture.num_layers * (projections + mlp) * tokens
-    head = 6.0 * architecture.hidden_size * architecture.vocab_size * trained_tokens
+    of_weight = 4.0 if frozen else 6.0
+    linear = of_weight * architecture.num_layers * (projections + mlp) * tokens
+    head = of_weight * architecture.hidden_size * architecture.vocab_size * trained_tokens
     seen = sum_squared_lengths
     if architecture.sliding_window:
         # A window of w lets at most w tokens be seen: L^2 / 2 becomes w * (L - w / 2) at most.

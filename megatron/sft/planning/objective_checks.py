@@ -65,6 +65,11 @@ def objective_problems(options: TrainOptions) -> Iterator[str]:
         value = getattr(options, setting.name)
         if setting.name in _OF_OBJECTIVES and setting.name not in read and value != setting.default:
             yield _unread(options, setting.name, value)
+    if options.objective == "dpo" and options.lora_init_from and not options.reference:
+        yield (
+            "LORA_INIT_FROM with OBJECTIVE=dpo does not say what the reference is: set REFERENCE to PRETRAIN_CHECKPOINT_PATH for the model "
+            "without the adapter, or to a checkpoint converted from an export with MERGE=1 for the model with it"
+        )
     if options.dpo_beta <= 0:
         yield f"DPO_BETA={options.dpo_beta} must be above 0: TRL's default is 0.1"
     if not 0 <= options.dpo_ld_alpha <= 1:

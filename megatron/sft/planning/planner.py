@@ -71,7 +71,7 @@ def _add_disk(found: Resolution) -> None:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    size = checkpoint_bytes(found.options, found.architecture)
+    size = checkpoint_bytes(found.options, found.architecture, found.trained)
     kept = checkpoints_kept(found.options, found.train_iters)
     found.add("disk", f"{gigabytes(size)} a checkpoint, {kept} kept: {gigabytes(kept * size)} of {gigabytes(free)} free")
     if size <= free < kept * size:  # no room for even one is found with the settings

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.checkpoint.folder import Checkpoint, content_checksum, open_checkpoint
+from megatron.sft.checkpoint.adapter_record import base_checksum, refuse_adapters
+from megatron.sft.checkpoint.folder import Checkpoint, open_checkpoint
 from megatron.sft.data.reference_logps import ReferenceLogps, checkpoint_seal, data_seal
 from megatron.sft.data.tokenized import TokenizedRows, data_file, data_prefix
 from megatron.sft.planning.options import TrainOptions
@@ -41,6 +42,7 @@ def plan_reference(
     saved = start.manifest.get("training", {}).get("reference") if resume else None
     try:
         checkpoint = open_checkpoint(Path(options.reference) if options.reference else options.load)
+        refuse_adapters(checkpoint)
     except UserError as error:
         if options.reference and not saved:
             raise UserError(f"REFERENCE: {error}") from None
@@ -53,9 +55,9 @@ def plan_reference(
         assert saved is not None
         wanted = {"data": data_seal(rows), **saved}
     else:
-        own = checkpoint_seal(checkpoint.path, content_checksum(checkpoint))
+        own = checkpoint_seal(checkpoint.path, base_checksum(checkpoint))
         wanted = {"data": data_seal(rows), "checkpoint": own, "precision": precision}
-    is_start = not resume and wanted["checkpoint"]["sha256"] == content_checksum(start)
+    is_start = not resume and wanted["checkpoint"]["sha256"] == base_checksum(start)
     places = reference_places(options, rows)
     logps = None if replace else _found(places, rows, wanted)
     return ReferencePlan(wanted, places, logps, checkpoint, is_start)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
@@ -62,7 +62,7 @@ class Engine:
         # One chunk on each pipeline stage, or several that are interleaved.
         self.models = []
         for chunk in range(plan.layout.virtual_pipeline):
-            module: torch.nn.Module = build_model(plan.architecture, plan.layout, config, chunk)
+            module: torch.nn.Module = build_model(plan.architecture, plan.layout, config, chunk, plan.trained)
             if dtype != torch.float32:
                 module = Float16Module(config, module)
             # Other chunks compute while the gradients of a later one are summed, so that it needs no buckets.
@@ -110,7 +110,7 @@ class Engine:
         scaled = [replace(batch, gradient_scale=scale) for batch in batches]
         loss = self._run(scaled, forward_only=False, sft_scale=count.double() / chosen_tokens)
         watchdog.enter("optimizer")
-        lr = float(self.optimizer.param_groups[0]["lr"])
+        lr = float(get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0)
         try:
             applied, grad_norm, _ = self.optimizer.step()
         except _NotFiniteError as error:

@@ -19,8 +19,9 @@ class Guard:
 
     def __init__(self, plan: RunPlan, objective: PairObjective | None) -> None:
         self._plan, self._objective = plan, objective
-        has_dropout = getattr(plan.options, "lora_dropout", 0.0) > 0
+        has_dropout = plan.options.lora_dropout > 0
         self.is_due = plan.reference is not None and plan.reference.is_start and not plan.resume and not has_dropout
+        self.is_due = self.is_due and not plan.options.lora_init_from
 
     def look(self, window: Window) -> str | None:
         """What is wrong with the first step, None if nothing. Every rank must call it; waits for the device."""

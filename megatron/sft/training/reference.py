@@ -21,7 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron.sft.checkpoint.folder import content_checksum
+from megatron.sft.checkpoint.adapter_record import base_checksum
 from megatron.sft.checkpoint.model_shards import load_weights
 from megatron.sft.data.reference_logps import DTYPE, FORMAT
 from megatron.sft.data.tokenized import TokenizedRows, data_file
@@ -109,7 +109,7 @@ def with_logps(plan: RunPlan, stop: StopRequest) -> ReferencePlan:
         return reference
     checkpoint = reference.checkpoint
     wanted = reference.wanted["checkpoint"]
-    if checkpoint is None or content_checksum(checkpoint) != wanted["sha256"]:
+    if checkpoint is None or base_checksum(checkpoint) != wanted["sha256"]:
         raise UserError(
             f"the reference log-probabilities of {wanted['path']} (checksum {wanted['sha256'][:12]}…) are gone, and so is that checkpoint: "
             "put one of them back, or set REFERENCE to where the checkpoint is now"

@@ -1,0 +1,125 @@
+"""PEFT's adapter folders: adapter_config.json and adapter_model.safetensors with A and B of every adapted module in float32.
+
+Adapters are read only where they mean what ours mean: plain LoRA of one rank and scale on linear layers.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.lora import LoRA, adapted_weights, chosen_targets, peft_names
+from megatron.sft.families.weight_names import weight_entries
+from megatron.sft.hf.safetensors_file import SafetensorsFile, write_file
+from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.manifest import read_json, write_json
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Fields of adapter_config.json that are used, that say nothing about the result, or that may have one value only.
+_USED = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path", "peft_type"}
+_WITHOUT_MEANING = {
+    "auto_mapping", "revision", "inference_mode", "task_type", "peft_version", "ephemeral_gpu_offload", "megatron_config",
+    "megatron_core", "runtime_config", "qalora_group_size", "loftq_config", "corda_config", "eva_config", "arrow_config",
+    "layers_pattern",
+}  # fmt: skip
+_ALLOWED: dict[str, tuple[Any, ...]] = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal")}
+
+
+class AdapterFolder:
+    """An adapter in PEFT's format. One that is not plain LoRA, or lacks a file, is a `UserError`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / CONFIG).is_file():
+            raise UserError(f"{path} has no {CONFIG}: give a folder that PEFT or scripts/5_export.sh wrote")
+        self.config: dict[str, Any] = read_json(path / CONFIG, "adapter configuration", "take another copy of the adapter")
+        if not isinstance(self.config, dict) or self.config.get("peft_type") != "LORA":
+            kind = self.config.get("peft_type") if isinstance(self.config, dict) else None
+            raise UserError(f"{path / CONFIG} has peft_type {kind!r}: only LORA adapters are read")
+        self._check_config()
+        if not (path / WEIGHTS).is_file():
+            old = " (adapter_model.bin, a pickle, is not read: save it again with safetensors)"
+            there = old if (path / "adapter_model.bin").exists() else ""
+            raise UserError(f"{path} has no {WEIGHTS}{there}: take a whole copy of the adapter")
+        self._file = SafetensorsFile(path / WEIGHTS)
+
+    def _check_config(self) -> None:
+        for name, value in self.config.items():
+            if name in _USED or name in _WITHOUT_MEANING or not value or value in _ALLOWED.get(name, ()):
+                continue
+            advice = (
+                "merge it with PEFT's merge_and_unload and convert the result" if name != "use_dora" else "DoRA is not built"
+            )
+            raise UserError(
+                f"{self.path / CONFIG} has {name} {value!r}, which is not plain LoRA of one rank and scale: {advice}"
+            )
+        rank, alpha = self.config.get("r"), self.config.get("lora_alpha")
+        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+            raise UserError(f"{self.path / CONFIG} has r {rank!r} and lora_alpha {alpha!r}: both must be numbers above 0")
+
+    def lora(self, architecture: Architecture) -> LoRA:
+        """Rank, scale and targets, which must be the same in every layer. An adapter of another model is a `UserError`."""
+        modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in self._file.entries}
+        known = {name.removesuffix(".weight"): entry for entry in weight_entries(architecture) for name in entry.hf}
+        unknown = sorted(modules - known.keys())
+        if unknown:
+            raise UserError(
+                f"{self.path / WEIGHTS} adapts {unknown[0] or min(self._file.entries)!r}, which is not a module of its own in "
+                f"{architecture.family}: give an adapter of this model"
+            )
+        words = sorted({module.rpartition(".")[2] for module in modules if known[module].expert is None})
+        experts = any(known[module].expert is not None for module in modules)
+        targets, with_experts = chosen_targets(architecture, ",".join([*words, *["experts"] * experts]))
+        rslora = bool(self.config.get("use_rslora"))
+        dropout = float(self.config.get("lora_dropout") or 0.0)
+        lora = LoRA(self.config["r"], float(self.config["lora_alpha"]), targets, with_experts, dropout, rslora)
+        expected = {w.module(place) for w in adapted_weights(architecture, lora) for place in w.projections}
+        if missing := sorted(expected - modules):
+            raise UserError(
+                f"{self.path / WEIGHTS} adapts {len(modules)} modules but not {missing[0]}: only the same modules in every "
+                "layer can be continued"
+            )
+        self._check_tensors(modules)
+        return lora
+
+    def _check_tensors(self, modules: set[str]) -> None:
+        names = {name for module in modules for name in peft_names(module)}
+        odd = sorted(names ^ self._file.entries.keys())
+        if odd:
+            raise UserError(f"{self.path / WEIGHTS}: {odd[0]} is missing or unknown: take a whole copy of the adapter")
+
+    def tensor(self, name: str) -> Tensor:
+        """A factor in float32."""
+        tensor = self._file.tensor(name).float()
+        if not tensor.isfinite().all():
+            raise UserError(f"{self.path / WEIGHTS}: {name} holds NaN or infinity: take another copy of the adapter")
+        return tensor
+
+
+def write_adapter_folder(folder: Path, lora: LoRA, base: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter as PEFT does. base: name or folder of the model under it; tensors: by PEFT's names, in float32."""
+
+    def each() -> Iterator[tuple[str, Tensor]]:
+        yield from tensors.items()
+
+    write_file(folder / WEIGHTS, {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}, each())
+    rank_or_scale = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": rank_or_scale,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.rslora,
+        "target_modules": list(lora.targets),
+        "bias": "none",
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+    write_json(folder / CONFIG, config)

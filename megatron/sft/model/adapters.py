@@ -1,0 +1,233 @@
+"""LoRA adapters beside megatron-core's linear layers, equal to PEFT's at every layout.
+
+An adapter's parallel state is that of its layer. Column-parallel: A is whole on every tensor-parallel rank, B split like the
+layer's rows. Row-parallel: A is split like the layer's columns, its partial sums are added up over the ranks, B is whole.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.lora import AdaptedWeight, LoRA, adapted_weight, peft_names
+from megatron.sft.families.rules import tensor_parallel_part
+from megatron.sft.families.trained import Trained
+from megatron.sft.families.weight_names import WeightEntry
+from megatron.sft.model.layout import Layout
+from megatron.sft.model.live_weights import live_weights
+from megatron.sft.model.low_rank import Dropout, add_product, project
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Which part of a factor of the whole model a tensor in this process is.
+
+    name: PEFT's. values: the tensor, a view of `parameter`. whole: shape of the whole factor. offsets: where the part begins.
+    replicated: every rank of the (expert) tensor-parallel group holds the same part.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    values: Tensor
+    whole: tuple[int, int]
+    offsets: tuple[int, int]
+    replicated: bool
+    expert: bool
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a linear layer is spread over the ranks of `group`: its outputs (`column`) or its inputs."""
+
+    column: bool
+    rank: int
+    size: int
+    group: Any
+    sequence_parallel: bool
+    expert: bool
+
+
+class Adapter(nn.Module):
+    """The adapters of one linear layer, in whose place it is called.
+
+    Parameters, in the model's precision: `{projection}_A` [rank, inputs] and `{projection}_B` [outputs, rank], with a leading
+    dimension of experts where one layer holds several. `rows`: for each projection its outputs' places in the layer's output.
+    """
+
+    def __init__(
+        self, weights: Sequence[AdaptedWeight], base: Tensor, rows: Sequence[Tensor], lora: LoRA, split: Split
+    ) -> None:
+        super().__init__()
+        self.lora, self.split, self.weights = lora, split, tuple(weights)
+        outputs, inputs = base.shape
+        self.names = [weights[0].module(place).rpartition(".")[2] for place in weights[0].projections]
+        self.grouped = len(weights) > 1
+        lead = (len(weights),) if self.grouped else ()
+        for name, places in zip(self.names, rows, strict=True):
+            self.register_parameter(f"{name}_A", self._parameter(base, (*lead, lora.rank, inputs), split_here=not split.column))
+            self.register_parameter(
+                f"{name}_B", self._parameter(base, (*lead, len(places), lora.rank), split_here=split.column)
+            )
+        order = torch.cat(list(rows))
+        in_order = torch.equal(order, torch.arange(outputs))
+        # Where not all outputs have an adapter, the others get a row of zeros.
+        self._order = None if in_order else _inverse(order, outputs)
+
+    def _parameter(self, base: Tensor, shape: tuple[int, ...], split_here: bool) -> nn.Parameter:
+        parameter: Any = nn.Parameter(torch.zeros(shape, dtype=base.dtype, device=base.device))
+        split = self.split
+        # Experts that are not split over tensor parallelism differ from rank to rank: each counts in the gradient's norm.
+        if (split_here and split.size > 1) or (split.expert and split.size == 1):
+            set_tensor_model_parallel_attributes(parameter, True, 0 if split.column else 1, 1)
+        parameter.allreduce = getattr(base, "allreduce", True)
+        # A part of the tokens each: megatron-core sums the gradients of parameters marked this way over TP.
+        parameter.sequence_parallel = split.sequence_parallel and not split.expert and not split_here
+        return parameter
+
+    def factors(self, letter: str) -> list[Tensor]:
+        """The A's or the B's, in the order of the projections."""
+        return [self.get_parameter(f"{name}_{letter}") for name in self.names]
+
+    def forward(self, linear: Callable[..., tuple[Tensor, Tensor | None]], inputs: Tensor, *rest: Any) -> tuple[Any, Any]:
+        """What `linear(inputs, *rest)` gives, with the adapters' products added to it."""
+        if self.grouped:
+            return self._forward_grouped(linear, inputs, *rest)
+        down, up = torch.cat(self.factors("A")), self._blocks(self.factors("B")) * self.lora.scale
+        split, group = self.split, self.split.group
+        if split.expert and split.size > 1:
+            # megatron-core sums what the ranks give for the same tokens after the experts; gradients of whole factors here.
+            down = tensor_parallel.copy_to_tensor_model_parallel_region(down, group=group) if split.column else down
+            up = up if split.column else tensor_parallel.copy_to_tensor_model_parallel_region(up, group=group)
+        inputs, low = project(inputs, down, self._dropout())
+        if split.size > 1 and not split.expert:
+            low = self._exchange(low)
+        outputs, bias = linear(inputs, *rest)
+        return add_product(outputs, low, up), bias
+
+    def _exchange(self, low: Tensor) -> Tensor:
+        """Between the two products: all tokens where A has seen a part of them, the sum where it has seen a part of each."""
+        group = self.split.group
+        if self.split.column:
+            if self.split.sequence_parallel:
+                return tensor_parallel.gather_from_sequence_parallel_region(low, group=group)
+            return tensor_parallel.copy_to_tensor_model_parallel_region(low, group=group)
+        if self.split.sequence_parallel:
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(low, group=group)
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(low, group=group)
+
+    def _blocks(self, factors: list[Tensor]) -> Tensor:
+        """[outputs, projections * rank]: each output's row has its projection's B in that projection's columns."""
+        blocks = torch.block_diag(*factors) if len(factors) > 1 else factors[0]
+        if self._order is None:
+            return blocks
+        padded = torch.cat([blocks, blocks.new_zeros(1, blocks.shape[1])])
+        return padded.index_select(0, self._order.to(blocks.device))
+
+    def _forward_grouped(self, linear: Callable[..., Any], inputs: Tensor, splits: Any) -> tuple[Any, Any]:
+        """Several experts in one layer; `splits` has the number of tokens of each, which lie one after another."""
+        dropout = self._dropout()
+        counts = splits if isinstance(splits, list) else splits.tolist()
+        downs, ups = self.factors("A"), self.factors("B")
+        added = []
+        for expert, tokens in enumerate(inputs.split(counts)):
+            seeds = None if dropout is None else Dropout(dropout.probability, tuple(s + expert for s in dropout.seeds))
+            _, low = project(tokens, torch.cat([down[expert] for down in downs]), seeds)
+            added.append(low @ (self._blocks([up[expert] for up in ups]) * self.lora.scale).t())
+        outputs, bias = linear(inputs, splits)
+        return outputs + torch.cat(added), bias
+
+    def _dropout(self) -> Dropout | None:
+        if not self.training or not self.lora.dropout:
+            return None
+        # From the CPU's generator, which is alike on all tensor-parallel ranks, and which recomputation puts back.
+        draw = int(torch.randint(2**40, ()))
+        apart = self.split.rank if self.split.sequence_parallel or not self.split.column else 0
+        return Dropout(
+            self.lora.dropout,
+            tuple(draw + zlib.crc32(f"{self.weights[0].module(p)} {apart}".encode()) for p in self.weights[0].projections),
+        )
+
+    def parts(self) -> Iterator[Factor]:
+        """Every factor's part in this process."""
+        split = self.split
+        for weight_index, weight in enumerate(self.weights):
+            for place, name in zip(weight.projections, self.names, strict=True):
+                for peft_name, letter in zip(peft_names(weight.module(place)), "AB", strict=True):
+                    parameter = self.get_parameter(f"{name}_{letter}")
+                    values = parameter.data[weight_index] if self.grouped else parameter.data
+                    dimension = (0 if letter == "B" else None) if split.column else (1 if letter == "A" else None)
+                    whole, offsets = list(values.shape), [0, 0]
+                    if dimension is not None:
+                        whole[dimension] *= split.size
+                        offsets[dimension] = values.shape[dimension] * split.rank
+                    yield Factor(
+                        peft_name,
+                        parameter,
+                        values,
+                        (whole[0], whole[1]),
+                        (offsets[0], offsets[1]),
+                        dimension is None,
+                        split.expert,
+                    )
+
+
+def _inverse(order: Tensor, outputs: int) -> Tensor:
+    """[outputs]: the row of the stacked B's for each output, the row after the last (of zeros) for one without an adapter."""
+    inverse = torch.full((outputs,), len(order))
+    inverse[order] = torch.arange(len(order))
+    return inverse
+
+
+def add_adapters(model: Any, architecture: Architecture, layout: Layout, lora: LoRA) -> None:
+    """Put adapters beside the linear layers that `lora` names, and freeze everything else. Their values are zeros until set."""
+    model.requires_grad_(False)
+    found: dict[str, list[AdaptedWeight]] = {}
+    for name, _, entry in live_weights(model, architecture, layout):
+        if weight := adapted_weight(entry, lora):
+            found.setdefault(name.rpartition(".")[0], []).append(weight)  # several experts may lie in one module
+    for name, weights in found.items():
+        _add_adapter(model.get_submodule(name), weights, architecture, layout, lora, model.config)
+
+
+def freeze(model: Any, architecture: Architecture, layout: Layout, trained: Trained) -> None:
+    """Take the gradients from the weights that `trained` freezes."""
+    for _, parameter, entry in live_weights(model, architecture, layout):
+        parameter.requires_grad_(trained.trains(entry.megatron))
+
+
+def _add_adapter(
+    module: Any, weights: list[AdaptedWeight], architecture: Architecture, layout: Layout, lora: LoRA, config: TransformerConfig
+) -> None:
+    entry, base = weights[0].entry, next(module.parameters())
+    expert = entry.expert is not None
+    size = layout.expert_tensor_parallel if expert else layout.tensor_parallel
+    if expert:
+        rank, group = parallel_state.get_expert_tensor_parallel_rank(), parallel_state.get_expert_tensor_parallel_group()
+    else:
+        rank, group = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_group()
+    split = Split(entry.rule.tp_dim == 0, rank, size, group, config.sequence_parallel and size > 1, expert)
+    rows = [_rows(entry, place, architecture, base.shape[0], split) for place in weights[0].projections]
+    adapter = Adapter(weights, base, rows, lora, split)
+    module.adapter = adapter
+    module.forward = partial(adapter, module.forward)
+
+
+def _rows(entry: WeightEntry, place: int, architecture: Architecture, outputs: int, split: Split) -> Tensor:
+    """Where this rank's outputs of a projection lie in its layer's output: by the rule that puts the weight together."""
+    every = torch.arange(outputs * split.size if split.column else outputs)
+    here = tensor_parallel_part(entry.rule, every, split.rank, split.size) if split.column else every
+    at = torch.full((len(every),), -1)
+    at[here] = torch.arange(len(here))
+    found = at[entry.rule.to_hf(architecture, every)[place]]
+    held = torch.nonzero(found >= 0)[:, 0]
+    first = split.rank * len(held) if split.column else 0
+    assert torch.equal(held, torch.arange(first, first + len(held))), "a rank's rows of a projection do not lie together"
+    return found[held]
