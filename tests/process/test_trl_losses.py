@@ -11,7 +11,7 @@ import torch
 from tests.support import pair_material as material
 from tests.support import tiny
 
-NUM_ROWS, LENGTH, STEPS = 20, 128, 5
+NUM_ROWS, LENGTH, STEPS = 20, 3 * 56, 5
 COMMON = ["--precision", "fp32", "--global-batch-size", "4", "--micro-batch-size", "2", "--train-iters", str(STEPS)]
 COMMON += ["--lr", "1e-3", "--min-lr", "1e-3", "--lr-decay-style", "constant", "--lr-warmup-iters", "0"]
 # Our words and TRL's for each case.
@@ -41,6 +41,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "long answers weigh less": ("--dpo-ld-alpha 0.3", {"loss_type": ["sigmoid"], "ld_alpha": 0.3}),
     "long answers, means": ("--dpo-ld-alpha 0 --dpo-loss sigmoid_norm", {"loss_type": ["sigmoid_norm"], "ld_alpha": 0.0}),
 }
+# As above, with TRL's trainers of CPO (and of SimPO, which is an option of it) and of ORPO. Prompts are one token long: TRL's ORPO trains
+# prompts too, of which such a one has nothing to train.
+FREE: dict[str, tuple[str, dict[str, Any]]] = {
+    "simpo": ("--objective simpo --dpo-beta 2 --simpo-gamma 1", {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0}),
+    "simpo, smoothed, with an SFT part": (
+        "--objective simpo --dpo-label-smoothing 0.2 --sft-weight 1",
+        {"loss_type": "simpo", "cpo_alpha": 1.0, "label_smoothing": 0.2},
+    ),
+    "cpo": ("--objective cpo", {"loss_type": "sigmoid"}),
+    "cpo, smoothed": ("--objective cpo --dpo-label-smoothing 0.1 --sft-weight 0.5", {"cpo_alpha": 0.5, "label_smoothing": 0.1}),
+    "orpo": ("--objective orpo", {}),
+    "orpo, a larger beta": ("--objective orpo --dpo-beta 0.8", {"beta": 0.8}),
+}
 METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 
 
@@ -52,14 +65,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     material.save_changed(folder / "model", folder / "reference", by=0.02)
     for name in ("model", "reference"):
         tiny.run_module("convert", "--hf-dir", folder / name, "--output", folder / f"{name}.ckpt")
-    material.write_pair_rows(folder / "pairs", material.random_pair_rows(NUM_ROWS, LENGTH), LENGTH)
+    material.write_pair_rows(folder / "pairs", material.random_pair_rows(NUM_ROWS, LENGTH, most=3), LENGTH)
+    material.write_pair_rows(folder / "short", material.random_pair_rows(NUM_ROWS, LENGTH, prompt=1), LENGTH)
     return folder
 
 
 @pytest.mark.timeout(600)
 def test_loss_metrics_and_gradients_of_every_dpo_loss_are_trls(folder: Path) -> None:
     found = json.loads(tiny.launch_test_worker(1, Path(__file__), folder).strip().splitlines()[-1])
-    assert found.keys() == CASES.keys()
+    assert found.keys() == CASES.keys() | FREE.keys()
     for name, (ours, theirs, difference) in found.items():
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5), name
         assert difference <= 1e-5, (name, difference)
@@ -76,25 +90,63 @@ def compare() -> None:
 
     device.prepare()
     folder, found = Path(sys.argv[1]), {}
-    paths = ["--load", folder / "model.ckpt", "--data-path", folder / "pairs", "--reference", folder / "reference.ckpt"]
-    rows = material.random_pair_rows(NUM_ROWS, LENGTH)
+    rows = {"pairs": material.random_pair_rows(NUM_ROWS, LENGTH, most=3), "short": material.random_pair_rows(NUM_ROWS, LENGTH, prompt=1)}
     models = {name: AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32) for name in ("model", "reference")}
+    with_reference = f"--objective dpo --reference {folder}/reference.ckpt"
+    words = {name: ("pairs", f"{with_reference} {more}") for name, (more, _) in CASES.items()}
+    words |= {name: ("short", more) for name, (more, _) in FREE.items()}
     ours = {}
     with device.process_group():
-        for name, (words, _) in CASES.items():
-            arguments = [*map(str, paths), "--save", str(folder / "run"), "--objective", "dpo", *COMMON, "--clip-grad", "0"]
-            mode, options = parse(["train", *arguments, *words.split()])
+        for name, (data, more) in words.items():
+            paths = f"--load {folder}/model.ckpt --data-path {folder}/{data} --save {folder}/run --clip-grad 0"
+            mode, options = parse(["train", *paths.split(), *COMMON, *more.split()])
             plan = plan_run(mode, options, 1)
             with process_groups.model_parallel(plan.layout, options.seed):
                 ours[name] = material.first_step(plan)
     material.leave_run()
-    for name, (_, settings) in CASES.items():
+    for name, (data, _) in words.items():
         metrics, gradients, numbers = ours[name]
-        theirs = material.trl_first_step(models, folder / "trl", settings, [pair for n in numbers for pair in rows[n]])
-        found[name] = ([metrics[key] for key in ("loss", *METRICS)], [theirs[0][key] for key in ("loss", *METRICS)])
-        found[name] += (material.largest_difference(gradients, theirs[1]),)
+        pairs = [pair for n in numbers for pair in rows[data][n]]
+        if name in CASES:
+            theirs = material.trl_first_step(models, folder / "trl", CASES[name][1], pairs)
+        else:
+            kind, settings = name.partition(",")[0], FREE[name][1]
+            theirs = material.trl_reference_free(kind, models["model"], folder / "trl", settings, pairs)
+        found[name] = [[each[key] for key in ("loss", *METRICS)] for each in (metrics, theirs)]
+        found[name].append(material.largest_difference(gradients, theirs["gradients"]))
     print(json.dumps(found), flush=True)
 
 
+@pytest.mark.timeout(600)
+def test_five_steps_give_the_weights_of_trl(folder: Path, tmp_path: Path) -> None:
+    """The whole run by its commands, the reference's log-probabilities included, against TRL's training loop."""
+    words = f"--load {folder}/model.ckpt --data-path {folder}/pairs --reference {folder}/reference.ckpt --sft-weight 0.2"
+    tiny.launch(1, "train", "train", *words.split(), "--objective", "dpo", "--save", tmp_path / "run", *COMMON)
+    tiny.run_module("export", "--load", tmp_path / "run", "--hf-dir", folder / "model", "--output", tmp_path / "ours")
+    tiny.run_script(Path(__file__), "train", folder, tmp_path / "trl")
+    before, ours, theirs = (tiny.tensors(path) for path in (folder / "model", tmp_path / "ours", tmp_path / "trl"))
+    assert ours.keys() == theirs.keys() == before.keys()
+    for name, tensor in ours.items():
+        assert (tensor - before[name]).norm() > 1e-3, name  # type: ignore[operator,attr-defined]
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=2e-5, msg=name)
+
+
+def train_with_trl(folder: Path, output: Path) -> None:
+    """In a process of its own: the same five steps by TRL."""
+    import numpy as np
+    from transformers import AutoModelForCausalLM
+
+    from megatron.sft.data.row_order import RowOrder
+
+    rows, order = material.random_pair_rows(NUM_ROWS, LENGTH, most=3), RowOrder(np.arange(NUM_ROWS), seed=1234)
+    steps = [[pair for i in range(4) for pair in rows[order.row_at(4 * step + i)]] for step in range(STEPS)]
+    models = {name: AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32) for name in ("model", "reference")}
+    settings = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}
+    material.trl_five_steps(models, output / "trainer", settings, steps).save_pretrained(output)
+
+
 if __name__ == "__main__":
-    compare()
+    if sys.argv[1] == "train":
+        train_with_trl(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        compare()

@@ -21,14 +21,14 @@ class Pair:
     rejected: list[int]
 
 
-def random_pair_rows(num_rows: int, length: int, seed: int = 0, longest: int = 14, prompt: int = 0) -> list[list[Pair]]:
-    """Rows of as many random pairs as fit. prompt: tokens of every prompt, 0 for lengths at random."""
+def random_pair_rows(num_rows: int, length: int, seed: int = 0, longest: int = 14, prompt: int = 0, most: int = 99) -> list[list[Pair]]:
+    """Rows of as many random pairs as fit, `most` at most. prompt: tokens of every prompt, 0 for lengths at random."""
     generator = np.random.default_rng(seed)
     rows = []
     for _ in range(num_rows):
         row: list[Pair] = []
         room = length
-        while room >= 4 * longest:
+        while room >= 4 * longest and len(row) < most:
             sizes = generator.integers(1, longest + 1, 3)
             sizes[0] = prompt or sizes[0]
             row.append(Pair(*(generator.integers(1, tiny.VOCAB_SIZE, size).tolist() for size in sizes)))
@@ -121,8 +121,7 @@ def first_step(plan: Any) -> tuple[dict[str, float], dict[str, Any], list[int]]:
 
 def hf_gradients(engine: Any, architecture: Any) -> dict[str, Any]:
     """The gradients of the only process, under transformers' names."""
-    from megatron.sft.checkpoint.model_shards import checkpoint_name
-    from megatron.sft.families.weight_names import weight_entries
+    from megatron.sft.families.weight_names import checkpoint_name, weight_entries
 
     entries = {entry.megatron: entry for entry in weight_entries(architecture)}
     found = {}
@@ -137,8 +136,8 @@ def hf_gradients(engine: Any, architecture: Any) -> dict[str, Any]:
 
 def trl_first_step(
     models: Mapping[str, Any], output: Path, settings: Mapping[str, Any], pairs: Sequence[Pair]
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Loss and metrics of one batch by TRL's DPOTrainer, and its gradients. models: of "model" and "reference"."""
+) -> dict[str, Any]:
+    """Loss and metrics of one batch by TRL's DPOTrainer, and "gradients". models: of "model" and "reference"."""
     import copy
 
     model = copy.deepcopy(models["model"]).train()
@@ -146,7 +145,8 @@ def trl_first_step(
     loss = trainer.compute_loss(model, collate(trainer, pairs))
     loss.backward()
     metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
-    return {"loss": float(loss), **metrics}, {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"loss": float(loss), **metrics, "gradients": gradients}
 
 
 def largest_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
@@ -156,3 +156,53 @@ def largest_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> fl
     assert ours.keys() == theirs.keys()
     whole = float(torch.stack([gradient.norm() for gradient in theirs.values()]).norm())
     return max(float((ours[name] - theirs[name]).norm()) for name in theirs) / whole
+
+
+def trl_five_steps(models: Mapping[str, Any], output: Path, settings: Mapping[str, Any], steps: Sequence[Sequence[Pair]]) -> Any:
+    """The model after TRL's DPOTrainer has trained on these pairs, as many in every step."""
+    import copy
+
+    from datasets import Dataset
+
+    model = copy.deepcopy(models["model"])
+    common = {"per_device_train_batch_size": len(steps[0]), "max_steps": len(steps), "train_sampling_strategy": "sequential"}
+    common |= {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "weight_decay": 0.1, "adam_beta2": 0.95, "optim": "adamw_torch"}
+    trainer = trl_dpo_trainer(model, copy.deepcopy(models["reference"]), output, {**common, **settings, "save_strategy": "no"})
+    assert len({len(pairs) for pairs in steps}) == 1
+    ids = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for pairs in steps for p in pairs]
+    trainer.train_dataset = Dataset.from_list(ids)
+    trainer.train()
+    return model
+
+
+def trl_reference_free(kind: str, model: Any, output: Path, settings: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Loss and metrics of one batch by TRL's trainer of CPO (and SimPO) or of ORPO, and "gradients"."""
+    import copy
+
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    from tests.support.taught import untrained_folder
+
+    make_config, make_trainer = (ORPOConfig, ORPOTrainer) if kind == "orpo" else (CPOConfig, CPOTrainer)
+    common = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [], "remove_unused_columns": False}
+    config = make_config(output_dir=str(output), max_length=512, **common, **settings)
+    tokenizer = AutoTokenizer.from_pretrained(untrained_folder())
+    tokenizer.pad_token_id = 0
+    texts = Dataset.from_list([{"prompt": "Ada", "chosen": " Tom", "rejected": " Leo"}])
+    model = copy.deepcopy(model).train()
+    trainer = make_trainer(model, args=config, train_dataset=texts, processing_class=tokenizer)
+    features = []
+    for pair in pairs:
+        feature = {}
+        for side, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            ids = pair.prompt + answer
+            feature |= {f"{side}_input_ids": ids, f"{side}_attention_mask": [1] * len(ids)}
+            feature[f"{side}_labels"] = [-100] * len(pair.prompt) + answer
+        features.append({**feature, "prompt_input_ids": pair.prompt, "prompt_attention_mask": [1] * len(pair.prompt)})
+    loss, metrics = trainer.get_batch_loss_metrics(model, trainer.data_collator(features), train_eval="train")
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"loss": float(loss), **metrics, "gradients": gradients}
