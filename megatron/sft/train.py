@@ -81,7 +81,8 @@ def _train(mode: str, options: TrainOptions, arguments: Sequence[str], stop: Sto
             try:
                 plan = replace(plan, reference=with_logps(plan, stop))
             except StoppedError as error:
-                ranks.print_rank_0(f"stopped by {name_of(error.args[0])}: the same command continues from there (status {RESUME})")
+                why = name_of(error.args[0])
+                ranks.print_rank_0(f"stopped by {why}: the same command continues from there (status {RESUME})")
                 return RESUME
         if mode == "reference":
             return 0

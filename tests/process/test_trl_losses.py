@@ -1,4 +1,5 @@
-"""Every loss of pairs against TRL's own trainers in float32 on the same token ids: loss, metrics, gradients, and five steps' weights."""
+"""Every loss of pairs against TRL's own trainers in float32 on the same token ids: loss, metrics, gradients, and five steps'
+weights."""
 
 import json
 import sys
@@ -41,10 +42,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "long answers weigh less": ("--dpo-ld-alpha 0.3", {"loss_type": ["sigmoid"], "ld_alpha": 0.3}),
     "long answers, means": ("--dpo-ld-alpha 0 --dpo-loss sigmoid_norm", {"loss_type": ["sigmoid_norm"], "ld_alpha": 0.0}),
 }
-# As above, with TRL's trainers of CPO (and of SimPO, which is an option of it) and of ORPO. Prompts are one token long: TRL's ORPO trains
-# prompts too, of which such a one has nothing to train.
+# As above, with TRL's trainers of CPO (and of SimPO, which is an option of it) and of ORPO. Prompts are one token long: TRL's
+# ORPO trains prompts too, of which such a one has nothing to train.
 FREE: dict[str, tuple[str, dict[str, Any]]] = {
-    "simpo": ("--objective simpo --dpo-beta 2 --simpo-gamma 1", {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0}),
+    "simpo": (
+        "--objective simpo --dpo-beta 2 --simpo-gamma 1",
+        {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0},
+    ),
     "simpo, smoothed, with an SFT part": (
         "--objective simpo --dpo-label-smoothing 0.2 --sft-weight 1",
         {"loss_type": "simpo", "cpo_alpha": 1.0, "label_smoothing": 0.2},
@@ -90,7 +94,10 @@ def compare() -> None:
 
     device.prepare()
     folder, found = Path(sys.argv[1]), {}
-    rows = {"pairs": material.random_pair_rows(NUM_ROWS, LENGTH, most=3), "short": material.random_pair_rows(NUM_ROWS, LENGTH, prompt=1)}
+    rows = {
+        "pairs": material.random_pair_rows(NUM_ROWS, LENGTH, most=3),
+        "short": material.random_pair_rows(NUM_ROWS, LENGTH, prompt=1),
+    }
     models = {name: AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32) for name in ("model", "reference")}
     with_reference = f"--objective dpo --reference {folder}/reference.ckpt"
     words = {name: ("pairs", f"{with_reference} {more}") for name, (more, _) in CASES.items()}

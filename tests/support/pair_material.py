@@ -21,7 +21,9 @@ class Pair:
     rejected: list[int]
 
 
-def random_pair_rows(num_rows: int, length: int, seed: int = 0, longest: int = 14, prompt: int = 0, most: int = 99) -> list[list[Pair]]:
+def random_pair_rows(
+    num_rows: int, length: int, seed: int = 0, longest: int = 14, prompt: int = 0, most: int = 99
+) -> list[list[Pair]]:
     """Rows of as many random pairs as fit, `most` at most. prompt: tokens of every prompt, 0 for lengths at random."""
     generator = np.random.default_rng(seed)
     rows = []
@@ -42,9 +44,7 @@ def write_pair_rows(prefix: Path, rows: Sequence[Sequence[Pair]], length: int) -
     from megatron.sft.data.tokenized import data_file
     from megatron.sft.runtime.manifest import sealed, write_json
 
-    conversations = [
-        [(np.array(p.prompt), np.array(answer)) for p in row for answer in (p.chosen, p.rejected)] for row in rows
-    ]
+    conversations = [[(np.array(p.prompt), np.array(answer)) for p in row for answer in (p.chosen, p.rejected)] for row in rows]
     tiny.write_rows(prefix, conversations, length)
     path = data_file(prefix, "json")
     manifest: dict[str, Any] = json.loads(path.read_text())
@@ -53,7 +53,8 @@ def write_pair_rows(prefix: Path, rows: Sequence[Sequence[Pair]], length: int) -
 
 
 def trl_dpo_trainer(model: Any, reference: Any, output: Path, settings: Mapping[str, Any]) -> Any:
-    """TRL's own DPOTrainer in float32 on the CPU, with one pair of text that its constructor needs; batches come from `collate`."""
+    """TRL's own DPOTrainer in float32 on the CPU, with one pair of text that its constructor needs; batches come from
+    `collate`."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
@@ -103,7 +104,8 @@ def leave_run() -> None:
 
 
 def first_step(plan: Any) -> tuple[dict[str, float], dict[str, Any], list[int]]:
-    """Loss and metrics of the first step through the engine, gradients by our names, the numbers of its rows; in one process."""
+    """Loss and metrics of the first step through the engine, gradients by our names, the numbers of its rows; in one
+    process."""
     from megatron.sft.runtime.signals import StopRequest
     from megatron.sft.training import state
     from megatron.sft.training.engine import Engine
@@ -158,7 +160,9 @@ def largest_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> fl
     return max(float((ours[name] - theirs[name]).norm()) for name in theirs) / whole
 
 
-def trl_five_steps(models: Mapping[str, Any], output: Path, settings: Mapping[str, Any], steps: Sequence[Sequence[Pair]]) -> Any:
+def trl_five_steps(
+    models: Mapping[str, Any], output: Path, settings: Mapping[str, Any], steps: Sequence[Sequence[Pair]]
+) -> Any:
     """The model after TRL's DPOTrainer has trained on these pairs, as many in every step."""
     import copy
 
@@ -166,7 +170,13 @@ def trl_five_steps(models: Mapping[str, Any], output: Path, settings: Mapping[st
 
     model = copy.deepcopy(models["model"])
     common = {"per_device_train_batch_size": len(steps[0]), "max_steps": len(steps), "train_sampling_strategy": "sequential"}
-    common |= {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "weight_decay": 0.1, "adam_beta2": 0.95, "optim": "adamw_torch"}
+    common |= {
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "optim": "adamw_torch",
+    }
     trainer = trl_dpo_trainer(model, copy.deepcopy(models["reference"]), output, {**common, **settings, "save_strategy": "no"})
     assert len({len(pairs) for pairs in steps}) == 1
     ids = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for pairs in steps for p in pairs]
@@ -175,7 +185,9 @@ def trl_five_steps(models: Mapping[str, Any], output: Path, settings: Mapping[st
     return model
 
 
-def trl_reference_free(kind: str, model: Any, output: Path, settings: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
+def trl_reference_free(
+    kind: str, model: Any, output: Path, settings: Mapping[str, Any], pairs: Sequence[Pair]
+) -> dict[str, Any]:
     """Loss and metrics of one batch by TRL's trainer of CPO (and SimPO) or of ORPO, and "gradients"."""
     import copy
 

@@ -1,5 +1,7 @@
-"""A reference model's log-probabilities next to tokenised data: `prefix`.bin, float32 for every trained token in the order of the
-rows, and `prefix`.json, a sealed manifest that says of which data they are, of which checkpoint, and in which precision.
+"""A reference model's log-probabilities next to tokenised data.
+
+`prefix`.bin has a float32 for every trained token in the order of the rows, `prefix`.json is a sealed manifest that says of
+which data they are, of which checkpoint, and in which precision.
 """
 
 from collections.abc import Mapping
@@ -67,8 +69,8 @@ class ReferenceLogps:
         if model["sha256"] != of_model["sha256"]:
             raise UserError(
                 f"{here} are of the model {model['path']} (checksum {model['sha256'][:12]}…), this run's reference is "
-                f"{of_model['path']} ({of_model['sha256'][:12]}…): set REFERENCE={model['path']} to be held to that one, {MAKE_AGAIN} for "
-                f"this one, or {ways}"
+                f"{of_model['path']} ({of_model['sha256'][:12]}…): set REFERENCE={model['path']} to be held to that one, "
+                f"{MAKE_AGAIN} for this one, or {ways}"
             )
         if made["precision"] != wanted["precision"]:
             raise UserError(

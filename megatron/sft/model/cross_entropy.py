@@ -21,8 +21,8 @@ class Targets:
 
     hidden_indices: [n] int64, index in the micro-batch of the hidden state that predicts each token.
     ids: [n] int64, the tokens to predict.
-    weights: [n] float32, each token's weight in the loss; 1 for an average over tokens, negative where a token is to become less
-    probable.
+    weights: [n] float32, each token's weight in the loss; 1 for an average over tokens, negative where a token is to become
+    less probable.
     factor: of some tokens' -log p, [m], what their weights are multiplied by, [m], without gradient; None is 1.
     """
 

@@ -32,7 +32,6 @@ from megatron.sft.model.norm import ResidualNorm, RMSNorm
 from megatron.sft.model.rotary import rotary_tables
 from megatron.sft.runtime import device
 
-
 # The summed loss whose gradient is taken, every trained token's -log p, and the report of `MicroBatch.weigh` if there is one.
 HeadResult = tuple[Tensor, Tensor, Tensor | None]
 
@@ -43,9 +42,7 @@ class OutputHead(tensor_parallel.ColumnParallelLinear):
     It stays a separate module because megatron-core waits for a module's gathered parameters when the module is called.
     """
 
-    def forward(
-        self, hidden: Tensor, weight: Tensor, batch: MicroBatch, vocab_size: int, logits: bool
-    ) -> Tensor | HeadResult:
+    def forward(self, hidden: Tensor, weight: Tensor, batch: MicroBatch, vocab_size: int, logits: bool) -> Tensor | HeadResult:
         """hidden: [t / TP with sequence parallelism, 1, hidden size]. Returns what `SFTModel.forward` does."""
         if self.sequence_parallel:
             # Each rank's head gives a part of the gradient; the gather's backward sums the parts and scatters.

@@ -55,7 +55,8 @@ class MicroBatch:
     tokens, position_ids: [1, t] int64; position_ids restart at 0 in each conversation.
     packed: the conversations' cu_seqlens; padding after a conversation belongs to it, padding after the row is a run itself.
     targets: the trained tokens whose predicting hidden state is on this rank.
-    loss_count: int64 scalar, what the summed loss is to be divided by (trained tokens, conversations, or pairs), this rank's part.
+    loss_count: int64 scalar, what the summed loss is to be divided by (trained tokens, conversations, or pairs), this rank's
+    part.
     num_tokens, sum_squared_lengths: of the conversations of all ranks without padding.
     gradient_scale: float32 scalar, what the gradient of the summed loss is to be multiplied by; None is 1.
     sources: [n] int64, which of the data's `num_sources` sources each target is from; None where there is one only.

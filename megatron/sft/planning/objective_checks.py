@@ -67,8 +67,8 @@ def objective_problems(options: TrainOptions) -> Iterator[str]:
             yield _unread(options, setting.name, value)
     if options.objective == "dpo" and options.lora_init_from and not options.reference:
         yield (
-            "LORA_INIT_FROM with OBJECTIVE=dpo does not say what the reference is: set REFERENCE to PRETRAIN_CHECKPOINT_PATH for the model "
-            "without the adapter, or to a checkpoint converted from an export with MERGE=1 for the model with it"
+            "LORA_INIT_FROM with OBJECTIVE=dpo does not say what the reference is: set REFERENCE to PRETRAIN_CHECKPOINT_PATH "
+            "for the model without the adapter, or to a checkpoint converted from an export with MERGE=1 for the model with it"
         )
     if options.dpo_beta <= 0:
         yield f"DPO_BETA={options.dpo_beta} must be above 0: TRL's default is 0.1"
@@ -82,8 +82,8 @@ def objective_problems(options: TrainOptions) -> Iterator[str]:
         yield f"DPO_DISCOPOP_TAU={options.dpo_discopop_tau} must be above 0: its paper recommends 0.05"
     if options.dpo_f_divergence != "reverse_kl" and options.dpo_loss not in F_DIVERGENCE_LOSSES:
         yield (
-            f"DPO_F_DIVERGENCE={options.dpo_f_divergence} does not go with DPO_LOSS={options.dpo_loss}, which is not a loss of the "
-            f"difference of the rewards: take reverse_kl, or one of {', '.join(F_DIVERGENCE_LOSSES)}"
+            f"DPO_F_DIVERGENCE={options.dpo_f_divergence} does not go with DPO_LOSS={options.dpo_loss}, which is not a loss of "
+            f"the difference of the rewards: take reverse_kl, or one of {', '.join(F_DIVERGENCE_LOSSES)}"
         )
 
 
@@ -99,8 +99,8 @@ def _unread(options: TrainOptions, name: str, value: object) -> str:
     what = f"{variable_named(name)}={value} has no effect with OBJECTIVE={options.objective}"
     if options.objective == "dpo" and name == "dpo_label_smoothing":
         return (
-            f"{what} and DPO_LOSS={options.dpo_loss}: leave it at 0, or take DPO_LOSS=cdpo, which is sigmoid with label smoothing, robust "
-            "or exo"
+            f"{what} and DPO_LOSS={options.dpo_loss}: leave it at 0, or take DPO_LOSS=cdpo, which is sigmoid with label "
+            "smoothing, robust or exo"
         )
     if options.objective == "dpo" and name == "dpo_discopop_tau":
         return f"{what} and DPO_LOSS={options.dpo_loss}: unset it, or set DPO_LOSS=discopop"
@@ -119,11 +119,12 @@ def check_objective_fits(rows: TokenizedRows, options: TrainOptions) -> None:
     num_pairs = rows.manifest.get("pairs", 0)
     if needs_pairs(options.objective) and not num_pairs:
         raise UserError(
-            f"OBJECTIVE={options.objective} needs pairs, and {rows.prefix} has none: run scripts/3_tokenize.sh on records with a chosen and "
-            "a rejected answer, or take OBJECTIVE=sft"
+            f"OBJECTIVE={options.objective} needs pairs, and {rows.prefix} has none: run scripts/3_tokenize.sh on records with "
+            "a chosen and a rejected answer, or take OBJECTIVE=sft"
         )
     if num_pairs and not needs_pairs(options.objective):
         raise UserError(
-            f"{rows.prefix} holds {num_pairs} pairs, of which OBJECTIVE={options.objective} would train the rejected answers too: take "
-            "OBJECTIVE=dpo, or run scripts/3_tokenize.sh on the chosen answers alone"
+            f"{rows.prefix} holds {num_pairs} pairs, of which OBJECTIVE={options.objective} would train the rejected answers "
+            'too: take OBJECTIVE=dpo, or run scripts/3_tokenize.sh with MAP_COLUMNS="chosen=messages rejected=-" (texts: '
+            '"chosen=completion rejected=-") for the chosen answers alone'
         )

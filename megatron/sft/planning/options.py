@@ -17,8 +17,8 @@ DPO_LOSSES = (
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 # Asked for often enough to get advice instead of a list of what there is.
 _OTHER_OBJECTIVES = {
-    "kto": "KTO is not built: with a better and a worse answer to a question take OBJECTIVE=dpo with DPO_LOSS=bco_pair or apo_zero, which "
-    "look at each answer by itself; with good answers alone, OBJECTIVE=sft",
+    "kto": "KTO is not built: with a better and a worse answer to a question take OBJECTIVE=dpo with DPO_LOSS=bco_pair or "
+    "apo_zero, which look at each answer by itself; with good answers alone, OBJECTIVE=sft",
     "rm": "reward models are not built: OBJECTIVE=dpo trains on the same pairs without one",
     "ppo": "reinforcement learning is not built: OBJECTIVE=dpo trains on pairs of answers",
 }
@@ -73,7 +73,8 @@ class TrainOptions:
     dpo_beta: float = _setting(
         "DPO_BETA", "how strongly pairs hold the model to the reference: rewards are this times the log-ratios", 0.1)
     dpo_label_smoothing: float = _setting(
-        "DPO_LABEL_SMOOTHING", "share of the pairs taken as wrongly ordered: for DPO_LOSS=robust, cdpo, exo, and for simpo, cpo", 0.0)
+        "DPO_LABEL_SMOOTHING", "share of the pairs taken as wrongly ordered: for DPO_LOSS=robust, cdpo, exo, for simpo and cpo",
+        0.0)
     dpo_f_divergence: str = _setting(
         "DPO_F_DIVERGENCE", "what holds the model to the reference", "reverse_kl", DIVERGENCES)
     dpo_f_alpha: float = _setting("DPO_F_ALPHA", "alpha of DPO_F_DIVERGENCE=alpha_divergence", 0.5)
@@ -87,8 +88,8 @@ class TrainOptions:
     reference: str = _setting(
         "REFERENCE", "OBJECTIVE=dpo: the checkpoint that the model is held to, if not the one it starts from", "")
     reference_logps: str = _setting(
-        "REFERENCE_LOGPS", "prefix of the .bin and .json with the reference's log-probabilities; they are made if missing, next to "
-        "the data if this is not set", "")
+        "REFERENCE_LOGPS", "prefix of the .bin and .json with the reference's log-probabilities, which are made if missing; "
+        "not set: next to the data", "")
 
     precision: str = _setting(
         "PRECISION", "of forward and backward; fp8 needs Transformer Engine", "bf16", ("bf16", "fp16", "fp8", "fp32"))

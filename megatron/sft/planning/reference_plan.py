@@ -14,9 +14,9 @@ from megatron.sft.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class ReferencePlan:
-    """wanted: the `reference_of` of the log-probabilities: model, data, precision. places: prefixes where they may be, the first is
-    where they are made if it can be written to. logps: None where they are to be made. checkpoint: None for a resumed run whose
-    reference is not there any more. is_start: whether the reference is the model that the run starts from.
+    """wanted: the `reference_of` of the log-probabilities: model, data, precision. places: prefixes where they may be; they are
+    made in the first one that can be written to. logps: None where they are to be made. checkpoint: None for a resumed run
+    whose reference is not there any more. is_start: whether the reference is the model that the run starts from.
     """
 
     wanted: dict[str, Any]

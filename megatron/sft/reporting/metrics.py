@@ -20,11 +20,11 @@ from megatron.sft.runtime.manifest import write_text
 class StepMetrics:
     """One training step, or the mean of the steps since the last line: `seconds` and all counts of tokens are of one step.
 
-    loss: per trained token, or per pair. tokens: without padding. trained_tokens: those with a loss. sum_squared_lengths: over the step's
-    conversations, for the operations of attention. num_processes: those that share the work, one a GPU. skipped_steps: in the
-    whole run so far. source_losses: name of a data source to its mean loss per trained token and its trained tokens, of all
-    steps since the last line. loss_scale: of fp16. memory_bytes: the largest peak of a process. pairs: means over the pairs, by
-    TRL's names, with the two parts of the loss where it has an SFT part.
+    loss: per trained token, or per pair. tokens: without padding. trained_tokens: those with a loss. sum_squared_lengths: over
+    the step's conversations, for the operations of attention. num_processes: those that share the work, one a GPU.
+    skipped_steps: in the whole run so far. source_losses: name of a data source to its mean loss per trained token and its
+    trained tokens, of all steps since the last line. loss_scale: of fp16. memory_bytes: the largest peak of a process. pairs:
+    means over the pairs, by TRL's names, with the two parts of the loss where it has an SFT part.
     """
 
     iteration: int

@@ -1,8 +1,8 @@
 """What gives every trained token its weight in the loss: a pair's loss as a formula, its derivatives, and its source.
 
-A sequence's s is the sum of its trained tokens' log p; a = s - s of the reference for the chosen answer, b for the rejected one, n and
-m their numbers of trained tokens. The weight of a token is minus the derivative of the loss by its log p. Losses and names are
-those of TRL 1.16 (trl/trainer/dpo_trainer.py, trl/experimental/cpo, trl/experimental/orpo), which names the papers.
+An answer's s is the sum of its trained tokens' log p; a is s - s of the reference for the chosen answer, b for the rejected
+one, n and m are their numbers of trained tokens. The weight of a token is minus the derivative of the loss by its log p. Losses
+and names are those of TRL 1.16 (trl/trainer/dpo_trainer.py, trl/experimental/cpo, trl/experimental/orpo).
 """
 
 import math
@@ -19,7 +19,8 @@ from megatron.sft.planning.options import TrainOptions
 
 
 class PairLoss(NamedTuple):
-    """Of each pair, float64 [pairs]: the loss and its derivatives by the chosen and by the rejected answer's x (see `Answers`)."""
+    """Of each pair, float64 [pairs]: the loss, and its derivatives by the chosen and by the rejected answer's x in
+    `Answers`."""
 
     value: Tensor
     by_chosen: Tensor
@@ -76,7 +77,7 @@ def hinge(answers: Answers, k: Settings) -> PairLoss:
 
 
 def ipo(answers: Answers, k: Settings) -> PairLoss:
-    """(y - 1 / (2 beta))², y = c/n - j/m; by y: 2 (y - …). Azar 2023, arXiv 2310.12036, eq. 17, with means as its authors have them."""
+    """(y - 1 / (2 beta))², y = c/n - j/m; by y: 2 (y - …). Azar 2023, arXiv 2310.12036, eq. 17; the means are its authors'."""
     error = _means(answers) - 1 / (2 * k.beta)
     return _of_mean_difference(answers, error**2, 2 * error)
 
@@ -88,7 +89,8 @@ def sigmoid_norm(answers: Answers, k: Settings) -> PairLoss:
 
 
 def robust(answers: Answers, k: Settings) -> PairLoss:
-    """(-(1 - ε) log σ(z) + ε log σ(-z)) / (1 - 2ε); by z: -((1 - ε) σ(-z) + ε σ(z)) / (1 - 2ε). Chowdhury 2024, arXiv 2403.00409."""
+    """(-(1 - ε) log σ(z) + ε log σ(-z)) / (1 - 2ε); by z: -((1 - ε) σ(-z) + ε σ(z)) / (1 - 2ε). Chowdhury 2024, arXiv
+    2403.00409."""
     z, e = k.beta * (answers.c - answers.j), k.epsilon
     value = ((1 - e) * softplus(-z) - e * softplus(z)) / (1 - 2 * e)
     return _of_difference(answers, value, -k.beta * ((1 - e) * torch.sigmoid(-z) + e * torch.sigmoid(z)) / (1 - 2 * e))
@@ -128,8 +130,8 @@ def nca(answers: Answers, k: Settings) -> PairLoss:
 
 
 def bco_pair(answers: Answers, k: Settings) -> PairLoss:
-    """-log σ(u) - log σ(-v), u = beta c, v = beta j; by u: -σ(-u), by v: σ(v). Jung 2024, arXiv 2404.04656, without its shift of
-    the rewards by their running mean, as in TRL 1.16."""
+    """-log σ(u) - log σ(-v), u = beta c, v = beta j; by u: -σ(-u), by v: σ(v). Jung 2024, arXiv 2404.04656, without its shift
+    of the rewards by their running mean, as in TRL 1.16."""
     u, v = k.beta * answers.c, k.beta * answers.j
     return PairLoss(softplus(-u) + softplus(v), -k.beta * torch.sigmoid(-u), k.beta * torch.sigmoid(v))
 
@@ -161,8 +163,8 @@ def simpo(answers: Answers, k: Settings) -> PairLoss:
 
 
 def orpo(answers: Answers, k: Settings) -> PairLoss:
-    """-beta log σ(o), o = log-odds of c/n minus those of j/m, where log p has the log-odds log p - log(1 - p), of the derivative
-    1 / (1 - p). Hong 2024, arXiv 2403.07691, eq. 6 and 7; beta is its lambda."""
+    """-beta log σ(o), o = log-odds of c/n minus those of j/m, where log p has the log-odds log p - log(1 - p), whose derivative
+    is 1 / (1 - p). Hong 2024, arXiv 2403.07691, eq. 6 and 7; beta is its lambda."""
     c, j = answers.c / answers.n, answers.j / answers.m
     # A probability of exactly 1 has no odds; 1 - p then counts as the smallest number.
     not_c, not_j = (-torch.expm1(x).clamp(max=-torch.finfo(x.dtype).tiny) for x in (c, j))

@@ -20,8 +20,8 @@ class Guard:
     def __init__(self, plan: RunPlan, objective: PairObjective | None) -> None:
         self._plan, self._objective = plan, objective
         has_dropout = plan.options.lora_dropout > 0
-        self.is_due = plan.reference is not None and plan.reference.is_start and not plan.resume and not has_dropout
-        self.is_due = self.is_due and not plan.options.lora_init_from
+        is_start = plan.reference is not None and plan.reference.is_start and not plan.options.lora_init_from
+        self.is_due = is_start and not plan.resume and not has_dropout
 
     def look(self, window: Window) -> str | None:
         """What is wrong with the first step, None if nothing. Every rank must call it; waits for the device."""
@@ -39,10 +39,10 @@ class Guard:
             return None
         made = reference.logps.manifest
         return (
-            f"the first step has the loss {loss:.6f} and the rewards {rewards[0]:.6f} and {rewards[1]:.6f}, with its start as the reference "
-            f"they must be {expected:.6f} and 0 to {tolerance:g}: {data_file(reference.logps.prefix, 'json')}, made of "
-            f"{made['reference_of']['checkpoint']['path']} with {made['made_with']}, is not what this run computes; make it again with "
-            "`bash scripts/4_train.sh reference` in this layout"
+            f"the first step has the loss {loss:.6f} and the rewards {rewards[0]:.6f} and {rewards[1]:.6f}; with its start as "
+            f"the reference they must be {expected:.6f} and 0 to {tolerance:g}: {data_file(reference.logps.prefix, 'json')}, "
+            f"made of {made['reference_of']['checkpoint']['path']} with {made['made_with']}, is not what this run computes; "
+            "make it again with `bash scripts/4_train.sh reference` in this layout"
         )
 
 
@@ -61,6 +61,6 @@ class AccuracyWatch:
             return ""
         self._warned = True
         return (
-            f"the rejected answer had the larger reward in most pairs of the last {self._below} logged steps: are chosen and rejected swapped "
-            "in the data, is LR too large, or DPO_BETA too small?"
+            f"the rejected answer had the larger reward in most pairs of the last {self._below} logged steps: are chosen and "
+            "rejected swapped in the data, is LR too large, or DPO_BETA too small?"
         )

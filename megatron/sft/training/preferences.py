@@ -21,16 +21,10 @@ from megatron.sft.training.objectives import (
     settings_of,
 )
 
-# What `weigh` reports after the summed loss of the pairs: sums over the chosen answers' tokens, and over pairs, whose names are TRL's.
+# What `weigh` reports after the summed loss of the pairs: sums over the chosen answers' tokens, then over pairs. Names are
+# TRL's.
 TOKEN_SUMS = ("sft_loss", "chosen_tokens")
-PAIR_SUMS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-)
+PAIR_SUMS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 
 
 class PairObjective:
@@ -52,7 +46,8 @@ class PairObjective:
         return float(self._pair_loss(Answers(zero, zero, one, one)).value)
 
     def weigh(self, pairs: Pairs, sft_scale: Tensor | None, token_losses: Tensor) -> tuple[Tensor, Tensor]:
-        """`MicroBatch.weigh`: the weights, [n] float32, and this rank's part of the summed loss, TOKEN_SUMS and PAIR_SUMS, float64.
+        """`MicroBatch.weigh`: the weights, [n] float32; and this rank's part of the summed loss, TOKEN_SUMS, PAIR_SUMS,
+        float64.
 
         sft_scale: scalar, pairs of the global batch for each trained token of its chosen answers, since everything is divided
         by the number of pairs later. None where no gradient is wanted.

@@ -1,7 +1,7 @@
 """Making a reference's log-probabilities: forward passes over all rows in the run's own layout, before anything is trained.
 
-Rank 0 appends those of a global batch at a time to a hidden file, with a record of how far it is and the checksum so far, from which an
-interrupted pass continues.
+Rank 0 appends those of a global batch at a time to a hidden file, with a record of how far it is and the checksum so far, from
+which an interrupted pass continues.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -45,7 +45,8 @@ class StoppedError(Exception):
 
 
 class LogpsFile:
-    """The file that is being written, on rank 0. `rows` and `tokens` are what it has: whole global batches from the first row on."""
+    """The file that is being written, on rank 0. `rows` and `tokens` are what it has: whole global batches, from the first
+    row."""
 
     def __init__(self, prefix: Path, reference_of: dict[str, Any]) -> None:
         self.prefix, self.reference_of = prefix, reference_of
@@ -53,7 +54,7 @@ class LogpsFile:
         self._bin, self._record = (prefix.with_name(f".{prefix.name}.partial.{ending}") for ending in ("bin", "json"))
         self._digest = hashlib.sha256()
         self._continue()
-        self._file = open(self._bin, "r+b" if self.rows else "w+b")
+        self._file: IO[bytes] = open(self._bin, "r+b" if self.rows else "w+b")  # noqa: SIM115
         self._file.truncate(self.tokens * DTYPE.itemsize)
         self._file.seek(0, os.SEEK_END)
 
@@ -111,8 +112,8 @@ def with_logps(plan: RunPlan, stop: StopRequest) -> ReferencePlan:
     wanted = reference.wanted["checkpoint"]
     if checkpoint is None or base_checksum(checkpoint) != wanted["sha256"]:
         raise UserError(
-            f"the reference log-probabilities of {wanted['path']} (checksum {wanted['sha256'][:12]}…) are gone, and so is that checkpoint: "
-            "put one of them back, or set REFERENCE to where the checkpoint is now"
+            f"the reference log-probabilities of {wanted['path']} (checksum {wanted['sha256'][:12]}…) are gone, and so is that "
+            "checkpoint: put one of them back, or set REFERENCE to where the checkpoint is now"
         )
     prefix = Path(_from_rank_0(lambda: str(_writable_place(reference, plan.rows))))
     lock = output_lock.held(prefix) if ranks.is_rank_0() else contextlib.nullcontext()

@@ -101,7 +101,12 @@ def _changes(checkpoint: Checkpoint, plan: RunPlan, before: dict[str, Any], now:
 
 
 def _title(name: str) -> str:
-    titles = {"data": "DATA_PATH's content", "reference": "the reference's content", "tokenizer": "the data's tokenizer", "seq_length": "the data's row length"}
+    titles = {
+        "data": "DATA_PATH's content",
+        "reference": "the reference's content",
+        "tokenizer": "the data's tokenizer",
+        "seq_length": "the data's row length",
+    }
     return titles.get(name) or variable_named(name)
 
 
