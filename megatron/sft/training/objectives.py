@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 from megatron.sft.planning.options import TrainOptions
 
@@ -48,6 +48,11 @@ class Settings:
     epsilon: float = 0.0
     tau: float = 0.05
     gamma: float = 0.5
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), which torch's own softplus rounds to x above 20."""
+    return -logsigmoid(-x)
 
 
 def _of_difference(answers: Answers, value: Tensor, slope: Tensor) -> PairLoss:
