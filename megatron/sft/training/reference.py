@@ -219,7 +219,14 @@ def _logps_of_rows(plan: RunPlan, models: list[torch.nn.Module], feeder: Feeder,
             found[where[_index_in_micro_batch(batch)]] = output["logps"]
     # Each token's is on one process; the others add zero.
     torch.distributed.all_reduce(found)
-    return found.cpu().numpy()
+    values = found.cpu().numpy()
+    if len(bad := np.flatnonzero(~np.isfinite(values))):
+        row = numbers[int(np.searchsorted(np.cumsum(counts), bad[0], side="right"))]
+        raise UserError(
+            f"the reference gives row {row} of {plan.rows.prefix} a log-probability of {values[bad[0]]}: its weights are "
+            f"damaged, or PRECISION={plan.options.precision} is too narrow for them"
+        )
+    return values
 
 
 def _index_in_micro_batch(batch: MicroBatch) -> Tensor:

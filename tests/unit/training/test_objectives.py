@@ -111,14 +111,16 @@ WRONG = {
     "--objective dpo --dpo-beta 0": "DPO_BETA=0.0 must be above 0",
     "--objective dpo --dpo-ld-alpha 1.5": "DPO_LD_ALPHA=1.5 must lie between 0 and 1",
     "--objective dpo --sft-weight -2": "SFT_WEIGHT=-2.0 must be at least 0, or -1",
-    "--objective dpo --loss-average conversation": "LOSS_AVERAGE=conversation has no effect with OBJECTIVE=dpo: unset it, or set "
-    "OBJECTIVE to one of sft, dft",
-    "--objective dpo --simpo-gamma 1": "SIMPO_GAMMA=1.0 has no effect with OBJECTIVE=dpo: unset it, or set OBJECTIVE to one of simpo",
+    "--objective dpo --loss-average conversation": "LOSS_AVERAGE=conversation has no effect with OBJECTIVE=dpo: unset it, or "
+    "set OBJECTIVE to one of sft, dft",
+    "--objective dpo --simpo-gamma 1": "SIMPO_GAMMA=1.0 has no effect with OBJECTIVE=dpo: unset it, or set OBJECTIVE to one "
+    "of simpo",
     "--objective simpo --reference model": "REFERENCE=model has no effect with OBJECTIVE=simpo",
     "--objective orpo --dpo-loss hinge": "DPO_LOSS=hinge has no effect with OBJECTIVE=orpo",
     "--objective sft --dpo-beta 0.2": "DPO_BETA=0.2 has no effect with OBJECTIVE=sft: unset it, or set OBJECTIVE to one of dpo",
     "--objective dft --sft-weight 1": "SFT_WEIGHT=1.0 has no effect with OBJECTIVE=dft",
-    "--objective dpo --lora-rank 4 --lora-init-from folder": "LORA_INIT_FROM with OBJECTIVE=dpo does not say what the reference is",
+    "--objective dpo --lora-rank 4 --lora-init-from folder": "LORA_INIT_FROM with OBJECTIVE=dpo does not say what the "
+    "reference is",
 }
 
 
