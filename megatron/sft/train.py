@@ -78,6 +78,8 @@ def _train(mode: str, options: TrainOptions, arguments: Sequence[str], stop: Sto
         if plan.resume:
             same_run.check_same_run(plan.start, plan)
         if plan.reference:
+            if mode == "reference" and plan.reference.logps:
+                ranks.print_rank_0(f"nothing to do: {plan.reference.words}")
             try:
                 plan = replace(plan, reference=with_logps(plan, stop))
             except StoppedError as error:

@@ -80,7 +80,9 @@ def check_rows() -> None:
             """Means over the pairs; of each answer the -log p and the weights of this rank's tokens, on the last stage."""
             seen.clear()
             row = packed(pairs, engine.objective.has_reference)  # type: ignore[union-attr]
-            means = engine.evaluate([make_micro_batch([row], 1, "token", device.current(), part=part, has_pairs=True)]).reduced()
+            means = engine.evaluate(
+                [make_micro_batch([row], 1, "token", device.current(), part=part, has_pairs=True)]
+            ).reduced()
             return {"loss": means.loss, **means.pairs}, list(seen[0]) if seen else []
 
         for seed in range(NUM_ROWS):

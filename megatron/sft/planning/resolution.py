@@ -185,10 +185,11 @@ def _resolve_data(found: Resolution) -> None:
     if found.rows is None:
         return
     manifest = found.rows.manifest
+    pairs = f" = {manifest['pairs']:,} pairs" if manifest.get("pairs") else ""
     found.add(
         "data",
         f"{prefix}: {len(found.rows):,} rows of up to {manifest['length']:,} tokens, {manifest['conversations']:,} "
-        f"conversations, {100 * manifest['trained_tokens'] / max(manifest['tokens'], 1):.1f} % of the tokens trained",
+        f"conversations{pairs}, {100 * manifest['trained_tokens'] / max(manifest['tokens'], 1):.1f} % of the tokens trained",
     )
     if found.architecture:
         source = found.start.manifest.get("source", {}) if found.start else {}

@@ -84,11 +84,11 @@ class MetricsLog:
         hidden = ("sum_squared_lengths", "num_processes", "source_losses", "pairs")
         self._write({name: value for name, value in values.items() if name not in hidden and value not in (None, {})})
 
-    def validation(self, iteration: int, loss: float, trained_tokens: int, pairs: dict[str, float]) -> None:
+    def validation(self, iteration: int, loss: float, trained_tokens: int, pairs: dict[str, float] | None = None) -> None:
         """Write the mean loss on the validation rows after `iteration` steps, and the means over their pairs."""
-        parts = [f"validation after iteration {iteration}", f"loss {loss:.4f}", *_pair_parts(pairs)]
+        parts = [f"validation after iteration {iteration}", f"loss {loss:.4f}", *_pair_parts(pairs or {})]
         ranks.print_rank_0(" | ".join([*parts, f"{trained_tokens:,} trained tokens"]))
-        self._write({"iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens, **pairs})
+        self._write({"iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens, **(pairs or {})})
 
     def close(self) -> None:
         """Flush and close the trackers."""
