@@ -58,7 +58,7 @@ class OutputHead(tensor_parallel.ColumnParallelLinear):
         shared_here = self.weight is None  # tied, and the embedding lies on this stage
         # What the backward pass will start with: the weight's gradient is made before.
         scale = batch.gradient_scale
-        if self.config.fp16:
+        if self.config.fp16 and torch.is_grad_enabled():
             scale = self.config.grad_scale_func(torch.ones((), device=hidden.device) if scale is None else scale)
         targets, report = batch.targets, None
         if batch.weigh is not None:
