@@ -69,6 +69,30 @@ def test_five_and_five_resumed_steps_are_ten(train: Callable[..., Path], run: Pa
         assert manifests[0]["training"]["reference"] == manifests[1]["training"]["reference"]
 
 
+KINDS = {
+    "fp32": [],
+    "fp32, recomputed in part": ["--recompute", "selective"],
+    "fp32, recomputed": ["--recompute", "full"],
+    "bf16": ["--precision", "bf16"],
+    "fp16": ["--precision", "fp16"],
+    "adapters": ["--lora-rank", "4"],
+    "adapters with dropout": ["--lora-rank", "4", "--lora-dropout", "0.2"],
+    "16-bit moments": ["--precision", "bf16", "--optimizer-precision", "bf16"],
+}
+
+
+def test_every_precision_begins_at_ln_2_and_recomputing_changes_nothing(train: Callable[..., Path], pairs: Path) -> None:
+    found = {}
+    for kind, words in KINDS.items():
+        run = train(1, *DPO, *words, "--train-iters", 4, "--reference-logps", pairs.with_name(kind.partition(",")[0]), data=pairs)
+        found[kind] = tiny.losses(run)
+        assert found[kind][0] == math.log(2), kind
+        assert found[kind][-1] < math.log(2), kind
+    assert found["fp32, recomputed in part"] == found["fp32"] == found["fp32, recomputed"]
+    for kind in ("bf16", "fp16"):
+        assert found[kind] == pytest.approx(found["fp32"], rel=2e-2)
+
+
 def expected_logps(model_folder: Path) -> np.ndarray:
     """By transformers, every answer alone."""
     from transformers import AutoModelForCausalLM

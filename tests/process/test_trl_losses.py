@@ -71,13 +71,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny.run_module("convert", "--hf-dir", folder / name, "--output", folder / f"{name}.ckpt")
     material.write_pair_rows(folder / "pairs", material.random_pair_rows(NUM_ROWS, LENGTH, most=3), LENGTH)
     material.write_pair_rows(folder / "short", material.random_pair_rows(NUM_ROWS, LENGTH, prompt=1), LENGTH)
+    tiny.write_rows(folder / "conversations", tiny.random_rows(NUM_ROWS, LENGTH), LENGTH)
     return folder
 
 
 @pytest.mark.timeout(600)
 def test_loss_metrics_and_gradients_of_every_dpo_loss_are_trls(folder: Path) -> None:
     found = json.loads(tiny.launch_test_worker(1, Path(__file__), folder).strip().splitlines()[-1])
-    assert found.keys() == CASES.keys() | FREE.keys()
+    assert found.keys() == CASES.keys() | FREE.keys() | {"dft"}
     for name, (ours, theirs, difference) in found.items():
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5), name
         assert difference <= 1e-5, (name, difference)
@@ -102,6 +103,7 @@ def compare() -> None:
     with_reference = f"--objective dpo --reference {folder}/reference.ckpt"
     words = {name: ("pairs", f"{with_reference} {more}") for name, (more, _) in CASES.items()}
     words |= {name: ("short", more) for name, (more, _) in FREE.items()}
+    words["dft"] = ("conversations", "--objective dft")
     ours = {}
     with device.process_group():
         for name, (data, more) in words.items():
@@ -113,6 +115,12 @@ def compare() -> None:
     material.leave_run()
     for name, (data, _) in words.items():
         metrics, gradients, numbers = ours[name]
+        if name == "dft":
+            conversations = [one for n in numbers for one in tiny.random_rows(NUM_ROWS, LENGTH)[n]]
+            theirs = material.trl_dft(models["model"], folder / "trl", conversations)
+            difference = material.largest_difference(gradients, theirs["gradients"])
+            found[name] = [[metrics["loss"]], [theirs["loss"]], difference]
+            continue
         pairs = [pair for n in numbers for pair in rows[data][n]]
         if name in CASES:
             theirs = material.trl_first_step(models, folder / "trl", CASES[name][1], pairs)

@@ -218,3 +218,29 @@ def trl_reference_free(
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {"loss": float(loss), **metrics, "gradients": gradients}
+
+
+def trl_dft(model: Any, output: Path, conversations: Sequence[tiny.Conversation]) -> dict[str, Any]:
+    """Loss of one batch by TRL's SFTTrainer with DFT, and "gradients"."""
+    import copy
+
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from tests.support.taught import untrained_folder
+
+    common = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [], "max_length": None}
+    config = SFTConfig(output_dir=str(output), loss_type="dft", **common)
+    tokenizer = AutoTokenizer.from_pretrained(untrained_folder())
+    tokenizer.pad_token_id = 0
+    model = copy.deepcopy(model).train()
+    texts = Dataset.from_list([{"text": "Ada Tom"}])
+    trainer = SFTTrainer(model, args=config, train_dataset=texts, processing_class=tokenizer)
+    features = []
+    for prompt, answer in conversations:
+        ids = [*prompt.tolist(), *answer.tolist()]
+        features.append({"input_ids": ids, "labels": [-100] * len(prompt) + answer.tolist()})
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(features))
+    loss.backward()
+    return {"loss": float(loss), "gradients": {name: parameter.grad for name, parameter in model.named_parameters()}}
