@@ -116,7 +116,7 @@ def _readers(name: str) -> list[str]:
 
 def check_objective_fits(rows: TokenizedRows, options: TrainOptions) -> None:
     """Refuse an objective of pairs on data without them, and the other way round."""
-    num_pairs = rows.manifest.get("pairs", 0)
+    num_pairs = rows.num_pairs
     if needs_pairs(options.objective) and not num_pairs:
         raise UserError(
             f"OBJECTIVE={options.objective} needs pairs, and {rows.prefix} has none: run scripts/3_tokenize.sh on records with "

@@ -185,7 +185,7 @@ def _resolve_data(found: Resolution) -> None:
     if found.rows is None:
         return
     manifest = found.rows.manifest
-    pairs = f" = {manifest['pairs']:,} pairs" if manifest.get("pairs") else ""
+    pairs = f" = {found.rows.num_pairs:,} pairs" if found.rows.num_pairs else ""
     found.add(
         "data",
         f"{prefix}: {len(found.rows):,} rows of up to {manifest['length']:,} tokens, {manifest['conversations']:,} "
@@ -203,7 +203,7 @@ def _resolve_objective(found: Resolution, mode: str) -> None:
     if rows is None or start is None:
         return
     found.attempt(check_objective_fits, rows, options)
-    if not needs_reference(options.objective) or not rows.manifest.get("pairs"):
+    if not needs_reference(options.objective) or not rows.num_pairs:
         return
     try:
         found.reference = plan_reference(options, rows, start, found.resume)
