@@ -62,9 +62,10 @@ def objective_problems(options: TrainOptions) -> Iterator[str]:
     """What is wrong with the settings of the objective by themselves."""
     read = settings_read(options)
     for setting in fields(TrainOptions):
-        value = getattr(options, setting.name)
-        if setting.name in _OF_OBJECTIVES and setting.name not in read and value != setting.default:
-            yield _unread(options, setting.name, value)
+        if setting.name in _OF_OBJECTIVES and setting.name not in read:
+            value = getattr(options, setting.name)
+            if value != setting.default:
+                yield _unread(options, setting.name, value)
     if options.objective == "dpo" and options.lora_init_from and not options.reference:
         yield (
             "LORA_INIT_FROM with OBJECTIVE=dpo does not say what the reference is: set REFERENCE to PRETRAIN_CHECKPOINT_PATH "

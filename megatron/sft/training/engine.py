@@ -22,7 +22,7 @@ from megatron.sft.planning.memory import GIB, cheapest_recompute
 from megatron.sft.planning.memory_fit import gpu_memory, memory_settings
 from megatron.sft.planning.run_plan import RunPlan
 from megatron.sft.runtime import ranks, watchdog
-from megatron.sft.training.loss_sums import LossSum, global_counts, loss_report, summed_reports
+from megatron.sft.training.loss_sums import NUM_PAIR_SUMS, LossSum
 from megatron.sft.training.optimizer import build_optimizer, clip_in_place, wrap_model
 from megatron.sft.training.preferences import bound, objective_of
 
@@ -103,7 +103,7 @@ class Engine:
         # The schedule counts steps from 1, so that the last one runs at MIN_LR.
         self.schedule.step(1)
         # Gradients are divided where backward starts, which saves a pass over all of them at the end.
-        counts = torch.stack([global_counts(batch) for batch in batches]).sum(dim=0)
+        counts = torch.stack([_counts(batch) for batch in batches]).sum(dim=0)
         torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         count, chosen_tokens = counts.clamp(min=1)
         scale = 1.0 / count.float()
@@ -175,10 +175,15 @@ class Engine:
 
     def _run(self, batches: Sequence[MicroBatch], forward_only: bool, sft_scale: Tensor | None = None) -> LossSum:
         """sft_scale: as in `PairObjective.weigh`."""
-        with_objective = [bound(batch, self.plan.options, self.objective, sft_scale) for batch in batches]
-        outputs = run_schedule(self.models, with_objective, _forward_step, forward_only)
+        objective = self.objective
+        if self.plan.options.objective != "sft":
+            batches = [bound(batch, self.plan.options, objective, sft_scale) for batch in batches]
+        outputs = run_schedule(self.models, batches, _forward_step, forward_only)
         reports = [output["loss"] for output in outputs] if parallel_state.get_tensor_model_parallel_rank() == 0 else []
-        return summed_reports(reports, with_objective[0], self.objective)
+        size = 3 + 2 * batches[0].num_sources + (NUM_PAIR_SUMS if objective else 0)
+        zero = torch.zeros(size, dtype=torch.float64, device=batches[0].tokens.device)
+        sums = torch.stack([zero, *reports]).sum(dim=0)
+        return LossSum(sums, objective is not None, objective.sft_weight if objective else 0.0)
 
 
 def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -190,7 +195,29 @@ def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tupl
 def _report_loss(batch: MicroBatch, result: HeadResult) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     summed_loss = result[0]
     for_gradient = summed_loss if batch.gradient_scale is None else summed_loss * batch.gradient_scale
-    return for_gradient, batch.loss_count.to(torch.int), {"loss": loss_report(batch, *result)}
+    return for_gradient, batch.loss_count.to(torch.int), {"loss": _report(batch, *result)}
+
+
+def _counts(batch: MicroBatch) -> Tensor:
+    """[2] int64, this rank's part of what a step's losses are divided by: the loss's count, and tokens of chosen answers."""
+    chosen = torch.zeros_like(batch.loss_count) if batch.pairs is None else batch.pairs.num_targets[0::2].sum()
+    return torch.stack([batch.loss_count, chosen])
+
+
+def _report(batch: MicroBatch, summed_loss: Tensor, token_losses: Tensor, report: Tensor | None) -> Tensor:
+    """The `LossSum.values` of one micro-batch; report: what `weigh` of its objective gave."""
+    total = summed_loss.detach().double() if report is None else report[0]
+    counts = torch.stack([batch.loss_count, torch.full_like(batch.loss_count, len(batch.targets.ids))]).double()
+    of_pairs = [] if report is None else [report[1:]]
+    return torch.cat([total[None], counts, _by_source(batch, token_losses), *of_pairs])
+
+
+def _by_source(batch: MicroBatch, token_losses: Tensor) -> Tensor:
+    """[2 * sources] float64: summed loss and number of trained tokens, source after source."""
+    sums = torch.zeros(batch.num_sources, 2, dtype=torch.float64, device=token_losses.device)
+    if batch.sources is not None:
+        sums.index_add_(0, batch.sources, torch.stack([token_losses, torch.ones_like(token_losses)], dim=1).double())
+    return sums.flatten()
 
 
 def _finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:

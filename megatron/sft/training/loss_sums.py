@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.sft.model.inputs import MicroBatch
-from megatron.sft.training.preferences import PAIR_SUMS, TOKEN_SUMS, PairObjective
+from megatron.sft.training.preferences import PAIR_SUMS, TOKEN_SUMS
+
+
+NUM_PAIR_SUMS = len(TOKEN_SUMS) + len(PAIR_SUMS)
 
 
 @dataclass(frozen=True)
@@ -50,39 +52,9 @@ class LossSum:
         loss = total / max(count, 1.0)
         if not self.has_pairs:
             return LossMeans(loss, int(tokens), rest, {})
-        num_sums = len(TOKEN_SUMS) + len(PAIR_SUMS)
-        (sft_sum, chosen_tokens, *of_pairs), rest = rest[-num_sums:], rest[:-num_sums]
+        (sft_sum, chosen_tokens, *of_pairs), rest = rest[-NUM_PAIR_SUMS:], rest[:-NUM_PAIR_SUMS]
         metrics = {name: value / max(count, 1.0) for name, value in zip(PAIR_SUMS, of_pairs, strict=True)}
         if self.sft_weight:
             metrics |= {"preference_loss": loss, "sft_loss": sft_sum / max(chosen_tokens, 1.0)}
             loss += self.sft_weight * metrics["sft_loss"]
         return LossMeans(loss, int(tokens), rest, metrics)
-
-
-def global_counts(batch: MicroBatch) -> Tensor:
-    """[2] int64, this rank's part of what a step's losses are divided by: the loss's count, and tokens of chosen answers."""
-    chosen = torch.zeros_like(batch.loss_count) if batch.pairs is None else batch.pairs.num_targets[0::2].sum()
-    return torch.stack([batch.loss_count, chosen])
-
-
-def loss_report(batch: MicroBatch, summed_loss: Tensor, token_losses: Tensor, report: Tensor | None) -> Tensor:
-    """The `LossSum.values` of one micro-batch; report: what `weigh` of its objective gave."""
-    total = summed_loss.detach().double() if report is None else report[0]
-    counts = torch.stack([batch.loss_count, torch.full_like(batch.loss_count, len(batch.targets.ids))]).double()
-    of_pairs = [] if report is None else [report[1:]]
-    return torch.cat([total[None], counts, _by_source(batch, token_losses), *of_pairs])
-
-
-def summed_reports(reports: Sequence[Tensor], batch: MicroBatch, objective: PairObjective | None) -> LossSum:
-    """The sum of a step's reports, of which this process may have none. batch: any of the step's."""
-    num_sums = len(TOKEN_SUMS) + len(PAIR_SUMS) if objective else 0
-    zero = torch.zeros(3 + 2 * batch.num_sources + num_sums, dtype=torch.float64, device=batch.tokens.device)
-    return LossSum(torch.stack([zero, *reports]).sum(dim=0), bool(objective), objective.sft_weight if objective else 0.0)
-
-
-def _by_source(batch: MicroBatch, token_losses: Tensor) -> Tensor:
-    """[2 * sources] float64: summed loss and number of trained tokens, source after source."""
-    sums = torch.zeros(batch.num_sources, 2, dtype=torch.float64, device=token_losses.device)
-    if batch.sources is not None:
-        sums.index_add_(0, batch.sources, torch.stack([token_losses, torch.ones_like(token_losses)], dim=1).double())
-    return sums.flatten()
