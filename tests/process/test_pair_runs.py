@@ -84,7 +84,9 @@ KINDS = {
 def test_every_precision_begins_at_ln_2_and_recomputing_changes_nothing(train: Callable[..., Path], pairs: Path) -> None:
     found = {}
     for kind, words in KINDS.items():
-        run = train(1, *DPO, *words, "--train-iters", 4, "--reference-logps", pairs.with_name(kind.partition(",")[0]), data=pairs)
+        run = train(
+            1, *DPO, *words, "--train-iters", 4, "--reference-logps", pairs.with_name(kind.partition(",")[0]), data=pairs
+        )
         found[kind] = tiny.losses(run)
         assert found[kind][0] == math.log(2), kind
         assert found[kind][-1] < math.log(2), kind

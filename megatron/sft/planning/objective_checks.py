@@ -52,7 +52,7 @@ def settings_read(options: TrainOptions) -> tuple[str, ...]:
 
 
 def objective_words(options: TrainOptions) -> str:
-    """The objective with all settings that it reads: `dpo, DPO_LOSS=sigmoid, DPO_BETA=0.1, …`; places of files left out."""
+    """The objective with all settings that it reads: `dpo, DPO_LOSS=sigmoid, DPO_BETA=0.1, …`; without places of files."""
     own = [name for name in settings_read(options) if not name.startswith(("reference", "loss_average"))]
     values = {name: sft_weight(options) if name == "sft_weight" else getattr(options, name) for name in own}
     return ", ".join([options.objective, *(f"{variable_named(name)}={value}" for name, value in values.items())])

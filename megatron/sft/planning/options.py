@@ -257,7 +257,8 @@ def as_markdown() -> str:
     lines = [
         "# Settings of a training run",
         "",
-        "Set them as shell variables in a recipe (`scripts/sft/*.sh`, `scripts/dpo/*.sh`), in the environment, or with `sbatch --export`.",
+        "Set them as shell variables in a recipe (`scripts/sft/*.sh`, `scripts/dpo/*.sh`), in the environment, or with "
+        "`sbatch --export`.",
         "This page is made by `python -m megatron.sft.options --markdown`.",
         "",
         "| variable | option | default | meaning |",

@@ -21,7 +21,7 @@ class Curve:
 
     tokens: of one step, there the mean since the last logged one. speeds: tokens a second, where logged. sources: (iteration,
     loss) by the name of the data source. validation_losses: without those that were not finite. margins, validation_margins: of
-    the rewards of pairs, beside the losses; empty where there are none.
+    the rewards of pairs, next to the losses; empty where there are none.
     """
 
     name: str

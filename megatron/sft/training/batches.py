@@ -75,7 +75,7 @@ def make_micro_batch(
 def _pairs(rows: Sequence[Row], conversations: np.ndarray, is_local: np.ndarray, device: torch.device) -> Pairs:
     """conversations: [n of all ranks], the conversation in the micro-batch of each target. is_local: [n] bool."""
     held = np.concatenate([np.full(len(row.conversation_lengths), row.trained.any()) for row in rows])
-    answers = (np.cumsum(held) - 1)[conversations]  # a blank row's conversation is no answer
+    answers = (np.cumsum(held) - 1)[conversations]  # a blank row's conversation does not count
     counts = np.bincount(answers, minlength=int(held.sum()))
     assert len(counts) % 2 == 0, "half a pair"
     places = np.arange(len(answers)) - (np.cumsum(counts) - counts)[answers]
