@@ -8,7 +8,6 @@ from torch import Tensor
 
 from megatron.sft.training.preferences import PAIR_SUMS, TOKEN_SUMS
 
-
 NUM_PAIR_SUMS = len(TOKEN_SUMS) + len(PAIR_SUMS)
 
 
