@@ -1,96 +1,72 @@
-"""LoRA at every layout equals PEFT's: losses, gradients of both factors, weights after five steps of AdamW."""
+"""LoRA at every layout equals PEFT's: losses, gradients of both factors, weights after five steps of AdamW.
+
+Every layout of every family: pytest -m campaign tests/process/test_adapters.py
+"""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from megatron.sft.data.row_order import RowOrder, split_rows
-from tests.support import peft_oracle, tiny
-from tests.support.layout_worker import stored_tensors
+from tests.support.adapter_case import LAYOUTS, TARGETS, Case
 
-WORKER = Path(__file__).parents[1] / "support" / "lora_worker.py"
-LR, STEPS, ROWS = 1e-4, 5, 4
-OPTIONS = ["--precision", "fp32", "--lr", str(LR), "--min-lr", str(LR), "--lr-decay-style", "constant", "--adam-eps", "1e-6"]
-OPTIONS += ["--lr-warmup-iters", "0", "--clip-grad", "0", "--train-iters", str(STEPS), "--save-interval", "1"]
-OPTIONS += ["--global-batch-size", str(ROWS), "--micro-batch-size", "1"]
-TP, PP, SP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--sequence-parallel"
-LAYOUTS: dict[str, tuple[int, list[str]]] = {
-    "1x1": (1, []),
-    "TP2": (2, [TP, "2"]),
-    "TP2 + sequence parallel": (2, [TP, "2", SP, "1"]),
-    "PP2": (2, [PP, "2"]),
-    "TP2 x PP2": (4, [TP, "2", PP, "2"]),
-    "DP2": (2, []),
+EVERYWHERE = ["1x1", "TP2", "TP2 + SP", "PP2", "CP2", "DP2", "TP2 x PP2", "TP2 + SP x CP2"]
+# With experts megatron-core needs sequence parallelism under TP, which it then has by itself.
+WITH_EXPERTS = ["1x1", "TP2", "PP2", "CP2", "DP2", "TP2 x PP2", "EP2", "EP2 x TP2", "EP2 x TP2 x DP2", "EP2 x PP2"]
+MIXTRAL = ["q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"]
+# The configuration of the adapter; the layouts that CI takes, one or two that no other family has; all that there are.
+FAMILIES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
+    "qwen2": ({}, ["1x1", "TP2 x PP2", "CP2"], EVERYWHERE),
+    "qwen2_tied_bf16": ({}, ["TP2"], EVERYWHERE),
+    "qwen2_4_layers": ({}, ["PP2 x VPP2"], ["PP2 x VPP2", "PP2"]),
+    "llama2_bf16": ({}, ["DP2"], EVERYWHERE),
+    "llama3": ({}, [], EVERYWHERE),
+    "llama32_tied": ({}, ["PP2"], EVERYWHERE),
+    "qwen3_tied": ({}, ["TP2 + SP"], EVERYWHERE),
+    "qwen3_bf16": ({}, [], EVERYWHERE),
+    "mistral_window": ({}, ["TP2 + SP x CP2"], EVERYWHERE),
+    "qwen3_moe": ({"elsewhere": True}, ["TP2", "EP2 x TP2"], WITH_EXPERTS),
+    "mixtral": ({"elsewhere": True, "target_modules": MIXTRAL}, ["EP2"], WITH_EXPERTS),
 }
 
 
-class Case:
-    """A family with an adapter, and PEFT's training of it."""
-
-    def __init__(self, folder: Path, family: str, **config: Any) -> None:
-        self.folder = folder
-        self.model = tiny.save_family(folder / "hf", family)
-        self.adapter = peft_oracle.save_adapter(self.model, folder / "adapter", **config)
-        tiny.run_module("convert", "--source", self.model, "--output", folder / "mcore")
-        rows = tiny.random_rows(16, 96)
-        self.data = tiny.write_rows(folder / "data", rows, 96)
-        training, _ = split_rows(16, 1.0, 0.0, seed=1234)
-        order = RowOrder(training, seed=1234)
-        steps = [[c for i in range(ROWS) for c in rows[order.row_at(ROWS * step + i)]] for step in range(STEPS)]
-        self.losses, self.gradients, self.weights = peft_oracle.train(self.model, self.adapter, steps, LR)
-
-    def train(self, layout: tuple[int, list[str]], *options: str, name: str = "run", on_gpu: bool = False) -> Path:
-        processes, more = layout
-        out = self.folder / name
-        given = ["--load", self.folder / "mcore", "--data-path", self.data, "--save", out, "--lora-init-from", self.adapter]
-        launch = tiny.run_on_gpu if on_gpu else tiny.run
-        launch(processes, str(WORKER), "train", *given, *OPTIONS, *more, *options)
-        return out
-
-    def assert_as_peft(self, run: Path) -> None:
-        assert tiny.losses(run) == pytest.approx(self.losses, rel=1e-5)
-        first, last = (stored_tensors(run / f"iter_{step:07d}") for step in (1, STEPS))
-        for name, gradient in self.gradients.items():
-            ours = first[f"optimizer.state.exp_avg.{name}"] / 0.1
-            assert (ours - gradient).norm() <= 1e-5 * gradient.norm(), name
-        for name, weight in self.weights.items():
-            difference = (last[f"optimizer.state.param.{name}"] - weight).abs().max()
-            assert difference <= 1e-5, (name, difference)
-
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
 @pytest.fixture(scope="module")
-def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
+def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     made: dict[str, Case] = {}
 
-    def make(family: str, **config: Any) -> Case:
-        key = f"{family}{config}"
-        if key not in made:
-            made[key] = Case(tmp_path_factory.mktemp(family), family, **config)
-        return made[key]
+    def make(family: str) -> Case:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            made[family] = Case(folder, family, **{"target_modules": TARGETS, **FAMILIES[family][0]})
+        return made[family]
 
     return make
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["qwen2"])
-def test_adapters_train_as_in_peft(case_of: Callable[..., Case], family: str, layout: str) -> None:
-    case = case_of(family, target_modules=TARGETS)
-    case.assert_as_peft(case.train(LAYOUTS[layout], name=f"run {layout}"))
+@pytest.mark.parametrize(("family", "layout"), [(family, each) for family, (_, ours, _) in FAMILIES.items() for each in ours])
+def test_adapters_train_as_in_peft(case_of: Callable[[str], Case], family: str, layout: str) -> None:
+    case = case_of(family)
+    case.assert_as_peft(case.train(layout))
 
 
-GPU_LAYOUTS = {**LAYOUTS, "CP2": (2, ["--context-parallel-size", "2"])}
+@pytest.mark.campaign
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_train_as_in_peft_in_every_layout(case_of: Callable[[str], Case], family: str) -> None:
+    case = case_of(family)
+    for layout in FAMILIES[family][2]:
+        case.assert_as_peft(case.train(layout, name=f"{layout} of all"))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("layout", GPU_LAYOUTS)
-def test_adapters_train_as_in_peft_on_gpus(case_of: Callable[..., Case], layout: str) -> None:
-    processes = GPU_LAYOUTS[layout][0]
-    if torch.cuda.device_count() < processes:
-        pytest.skip(f"{processes} GPUs are needed")
-    case = case_of("qwen2", target_modules=TARGETS)
-    case.assert_as_peft(case.train(GPU_LAYOUTS[layout], name=f"gpu {layout}", on_gpu=True))
+@pytest.mark.parametrize("layout", EVERYWHERE)
+def test_adapters_train_as_in_peft_on_gpus(case_of: Callable[[str], Case], layout: str) -> None:
+    if torch.cuda.device_count() < LAYOUTS[layout][0]:
+        pytest.skip(f"{LAYOUTS[layout][0]} GPUs are needed")
+    case = case_of("qwen2")
+    case.assert_as_peft(case.train(layout, name=f"{layout} on GPUs", on_gpu=True))
+
+
+def test_every_layout_is_taken_by_some_family() -> None:
+    assert {layout for _, ours, _ in FAMILIES.values() for layout in ours} >= LAYOUTS.keys() - {"EP2 x PP2", "EP2 x TP2 x DP2"}

@@ -19,7 +19,7 @@ QWEN_SIZES = ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
 # (recipe, MODEL_SIZE, recipe whose head says what that size fits)
 CASES = [(HYBRID.format(size), size, HYBRID.format("1.5B")) for size in HYBRID_SIZES]
 # The recipes of any size, and the size that their heads' commands are about.
-OF_ANY_SIZE = {"SFT_Qwen2.5": "1.5B", "DPO_Qwen2.5": "3B"}
+OF_ANY_SIZE = {"SFT_Qwen2.5": "1.5B", "SFT_LoRA": "7B", "DPO_Qwen2.5": "3B"}
 CASES += [(name, size, name) for name in OF_ANY_SIZE for size in QWEN_SIZES]
 CASES += [(name, "", name) for name in RECIPES if name not in {"SFT_Quickstart", *(case[0] for case in CASES)}]
 

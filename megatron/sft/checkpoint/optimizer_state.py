@@ -4,9 +4,11 @@ To save it for any layout, megatron-core first gathers all of it on every data-p
 that its share consists of, so nothing is gathered, and experts that are spread over processes need no special case.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from torch import Tensor, nn
 
 from megatron.sft.checkpoint.model_shards import is_saved_copy, slices_of_range, tensors_by_parameter
 from megatron.sft.checkpoint.shard_slice import ShardSlice
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.sizes import weight_shape
+from megatron.sft.families.weight_names import weight_entries
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 PREFIX = "optimizer.state"
@@ -124,6 +129,20 @@ def optimizer_slices(optimizer: Any, tensors: list[ShardedTensor]) -> list[Shard
         for kind in KINDS:
             slices += _slices(share, saved, kind, partial(share.tensor, kind))
     return slices
+
+
+def values_without_state(architecture: Architecture, frozen: frozenset[str]) -> dict[str, int]:
+    """How many values of each stored tensor of the optimizer's state are of frozen weights, which have no state.
+
+    A stored tensor has a weight of all layers. frozen: names in the family's table.
+    """
+    counts: Counter[str] = Counter()
+    for entry in weight_entries(architecture) if frozen else ():
+        if entry.megatron in frozen:
+            counts.update(
+                {f"{PREFIX}.{kind}.{entry.stored_key}": prod(weight_shape(architecture, entry.rule)) for kind in KINDS}
+            )
+    return counts
 
 
 def _slices(share: Share, parts: list[ShardedTensor], kind: str, flat: Callable[[], Tensor]) -> Iterator[ShardSlice]:

@@ -113,11 +113,11 @@ def peft_names(module: str) -> tuple[str, str]:
     return f"{_PEFT_PREFIX}{module}.lora_A.weight", f"{_PEFT_PREFIX}{module}.lora_B.weight"
 
 
-def factor_shapes(architecture: Architecture, lora: LoRA) -> Iterator[tuple[WeightEntry, int, int]]:
-    """(weight, outputs, inputs) of every adapted projection of the whole model: A is [rank, inputs], B [outputs, rank]."""
+def factor_shapes(architecture: Architecture, lora: LoRA) -> Iterator[tuple[AdaptedWeight, int, tuple[int, int]]]:
+    """(weight, place of a projection in it, its outputs and inputs): A is [rank, inputs], B [outputs, rank]."""
     for weight in adapted_weights(architecture, lora):
         whole = torch.empty(weight_shape(architecture, weight.entry.rule), device="meta")
         parts = weight.entry.rule.to_hf(architecture, whole)
         for place in weight.projections:
             outputs, inputs = parts[place].shape
-            yield weight.entry, outputs, inputs
+            yield weight, place, (outputs, inputs)

@@ -10,6 +10,7 @@ from megatron.sft.families.lora import LoRA
 from megatron.sft.families.weight_names import WeightEntry, weight_entries
 from megatron.sft.runtime.errors import UserError
 
+EMBEDDING = "embedding.word_embeddings.weight"
 _LAYERS = re.compile(r"layers[ :=]*(\d+)(?:-(\d+))?")
 # Words of FREEZE, and what they say of a weight's name in Megatron's form.
 _WORDS = {
@@ -44,11 +45,17 @@ def frozen_weights(architecture: Architecture, text: str, train_router: bool) ->
     """Megatron's names of the weights that FREEZE (`text`) and TRAIN_ROUTER=0 freeze.
 
     Parts of FREEZE are separated by commas: a word, `layers 0-11`, or a pattern of Hugging Face's names with * and ?. A part
-    that matches nothing, a pattern that matches a part of a fused weight, and a choice that leaves nothing are a `UserError`.
+    that matches nothing, a pattern that matches a part of a fused weight or some experts of a layer only, and a choice that
+    leaves nothing are a `UserError`.
     """
     entries = list(weight_entries(architecture))
     frozen: set[str] = set()
+    if text and not text.strip(" ,"):
+        raise UserError(f"FREEZE={text!r} names nothing: leave it out, or take some of {', '.join(_WORDS)}")
     for part in filter(None, (part.strip() for part in text.split(","))):
+        layers = _LAYERS.fullmatch(part)
+        if layers and int(layers[2] or layers[1]) >= architecture.num_layers:
+            raise UserError(f"FREEZE={text!r}: {part!r}, and the model has layers 0 to {architecture.num_layers - 1}")
         found = set(_matching(entries, part))
         if not found:
             tied = " (its head is the embedding)" if part == "head" and architecture.tied_embeddings else ""
@@ -64,9 +71,20 @@ def frozen_weights(architecture: Architecture, text: str, train_router: bool) ->
         bias = name.removesuffix(".weight") + ".bias"
         if bias in known - frozen:
             raise UserError(f"FREEZE={text!r} freezes {name} and trains its bias, which is not built: freeze both, or neither")
+    _check_experts(entries, frozen, text)
     if len(frozen) == len(entries):
         raise UserError(f"FREEZE={text!r} freezes every weight: leave some to train, or train adapters with LORA_RANK")
     return frozenset(frozen)
+
+
+def _check_experts(entries: Iterable[WeightEntry], frozen: set[str], text: str) -> None:
+    """The experts of a layer are one product, which has gradients of all their weights or of none."""
+    states: dict[tuple[str, int | None], bool] = {}
+    for entry in entries:
+        if entry.expert is not None:
+            state = entry.megatron in frozen
+            if states.setdefault((entry.rule.megatron, entry.layer), state) != state:
+                raise UserError(f"FREEZE={text!r} freezes some experts of layer {entry.layer}: freeze all of them, or none")
 
 
 def _matching(entries: Iterable[WeightEntry], part: str) -> Iterable[str]:

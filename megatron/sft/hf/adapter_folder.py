@@ -3,6 +3,7 @@
 Adapters are read only where they mean what ours mean: plain LoRA of one rank and scale on linear layers.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.sft.families.architecture import Architecture
-from megatron.sft.families.lora import LoRA, adapted_weights, chosen_targets, peft_names
+from megatron.sft.families.lora import LoRA, chosen_targets, factor_shapes, kind_of, peft_names
 from megatron.sft.families.weight_names import weight_entries
 from megatron.sft.hf.safetensors_file import SafetensorsFile, write_file
 from megatron.sft.runtime.errors import UserError
@@ -56,40 +57,62 @@ class AdapterFolder:
             raise UserError(
                 f"{self.path / CONFIG} has {name} {value!r}, which is not plain LoRA of one rank and scale: {advice}"
             )
-        rank, alpha = self.config.get("r"), self.config.get("lora_alpha")
-        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-            raise UserError(f"{self.path / CONFIG} has r {rank!r} and lora_alpha {alpha!r}: both must be numbers above 0")
+        config, rank = self.path / CONFIG, self.config.get("r")
+        if type(rank) is not int or rank < 1:
+            raise UserError(f"{config} has r {rank!r}: a rank is a whole number above 0, take another copy of the adapter")
+        for name, least in (("lora_alpha", 0.0), ("lora_dropout", -1.0)):
+            value = self.config.get(name, 0.0)
+            if not isinstance(value, int | float) or not math.isfinite(value) or value <= least:
+                raise UserError(f"{config} has {name} {value!r}, which is not usable: take another copy of the adapter")
 
     def lora(self, architecture: Architecture) -> LoRA:
         """Rank, scale and targets, which must be the same in every layer. An adapter of another model is a `UserError`."""
         modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in self._file.entries}
         known = {name.removesuffix(".weight"): entry for entry in weight_entries(architecture) for name in entry.hf}
-        unknown = sorted(modules - known.keys())
-        if unknown:
-            raise UserError(
-                f"{self.path / WEIGHTS} adapts {unknown[0] or min(self._file.entries)!r}, which is not a module of its own in "
-                f"{architecture.family}: give an adapter of this model"
-            )
+        for module in sorted(modules):
+            if module not in known:
+                raise UserError(
+                    f"{self.path / WEIGHTS} adapts {module or min(self._file.entries)!r}, which is not a module in "
+                    f"this {architecture.family}: give an adapter of this model"
+                )
+            if not kind_of(known[module].rule):
+                raise UserError(
+                    f"{self.path / WEIGHTS} adapts {module}, and adapters are built for attention, MLP and experts: merge it "
+                    "with PEFT's merge_and_unload and convert the result"
+                )
+        if not modules:
+            raise UserError(f"{self.path / WEIGHTS} holds no tensors: take a whole copy of the adapter")
         words = sorted({module.rpartition(".")[2] for module in modules if known[module].expert is None})
         experts = any(known[module].expert is not None for module in modules)
         targets, with_experts = chosen_targets(architecture, ",".join([*words, *["experts"] * experts]))
-        rslora = bool(self.config.get("use_rslora"))
-        dropout = float(self.config.get("lora_dropout") or 0.0)
+        rslora, dropout = bool(self.config.get("use_rslora")), float(self.config.get("lora_dropout", 0.0))
         lora = LoRA(self.config["r"], float(self.config["lora_alpha"]), targets, with_experts, dropout, rslora)
-        expected = {w.module(place) for w in adapted_weights(architecture, lora) for place in w.projections}
-        if missing := sorted(expected - modules):
-            raise UserError(
-                f"{self.path / WEIGHTS} adapts {len(modules)} modules but not {missing[0]}: only the same modules in every "
-                "layer can be continued"
-            )
-        self._check_tensors(modules)
+        self._check_tensors(modules, lora, architecture)
         return lora
 
-    def _check_tensors(self, modules: set[str]) -> None:
-        names = {name for module in modules for name in peft_names(module)}
-        odd = sorted(names ^ self._file.entries.keys())
-        if odd:
-            raise UserError(f"{self.path / WEIGHTS}: {odd[0]} is missing or unknown: take a whole copy of the adapter")
+    def _check_tensors(self, modules: set[str], lora: LoRA, architecture: Architecture) -> None:
+        """Names, shapes and dtypes against the model's."""
+        file = self.path / WEIGHTS
+        expected = {weight.module(place): sizes for weight, place, sizes in factor_shapes(architecture, lora)}
+        if missing := sorted(expected.keys() - modules):
+            raise UserError(
+                f"{file} adapts {len(modules)} modules but not {missing[0]}: only the same modules in every layer can be "
+                "continued"
+            )
+        shapes: dict[str, tuple[int, int]] = {}
+        for module, (outputs, inputs) in expected.items():
+            names = peft_names(module)
+            shapes |= {names[0]: (lora.rank, inputs), names[1]: (outputs, lora.rank)}
+        if odd := sorted(shapes.keys() ^ self._file.entries.keys()):
+            raise UserError(f"{file}: {odd[0]} is missing or unknown: take a whole copy of the adapter")
+        for name, (dtype, shape) in self._file.entries.items():
+            if shape != shapes[name]:
+                raise UserError(
+                    f"{file}: {name} has the shape {list(shape)}, r {lora.rank} and this {architecture.family} need "
+                    f"{list(shapes[name])}: give an adapter of this model"
+                )
+            if not dtype.is_floating_point:
+                raise UserError(f"{file}: {name} is of {dtype}, not floating point: take another copy of the adapter")
 
     def tensor(self, name: str) -> Tensor:
         """A factor in float32."""

@@ -1,4 +1,4 @@
-"""LoRA adapters beside megatron-core's linear layers, equal to PEFT's at every layout.
+"""LoRA adapters next to megatron-core's linear layers, equal to PEFT's at every layout.
 
 An adapter's parallel state is that of its layer. Column-parallel: A is whole on every tensor-parallel rank, B split like the
 layer's rows. Row-parallel: A is split like the layer's columns, its partial sums are added up over the ranks, B is whole.
@@ -187,7 +187,7 @@ def _inverse(order: Tensor, outputs: int) -> Tensor:
 
 
 def add_adapters(model: Any, architecture: Architecture, layout: Layout, lora: LoRA) -> None:
-    """Put adapters beside the linear layers that `lora` names, and freeze everything else. Their values are zeros until set."""
+    """Put adapters next to the linear layers that `lora` names, and freeze all else. Their values are zeros until set."""
     model.requires_grad_(False)
     found: dict[str, list[AdaptedWeight]] = {}
     for name, _, entry in live_weights(model, architecture, layout):

@@ -6,7 +6,9 @@ docs/performance.md compares the estimates with measured peaks.
 from dataclasses import dataclass, replace
 
 from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.trained import Trained
 from megatron.sft.model.layout import HEAD_CHUNK_TOKENS, Layout
+from megatron.sft.planning.trained_sizes import stage_trained, unkept_inputs
 
 GIB = 2**30
 # In the order of their cost in time.
@@ -32,6 +34,7 @@ class MemorySettings:
     recompute: str = "none"
     optimizer_precision: str = "fp32"
     optimizer_offload: bool = False
+    trained: Trained = Trained()
 
 
 @dataclass(frozen=True)
@@ -124,12 +127,18 @@ def _stage_estimate(
     copies = data_parallel * layout.context_parallel
     expert_copies = max(1, copies * layout.tensor_parallel // (layout.expert_parallel * layout.expert_tensor_parallel))
     for_weight, for_gradient, for_optimizer = _bytes_per_parameter(settings)
+    trained_dense, trained_expert = dense, expert
+    if not settings.trained.everything:
+        trained_dense, trained_expert = stage_trained(architecture, layout, settings.trained, stage)
     tokens = settings.seq_length * settings.micro_batch_size // layout.context_parallel
     in_flight = _micro_batches_in_flight(layout, settings.num_micro_batches, stage)
     layers = layout.stage_layers(architecture)[stage]
     layer = layer_tensors(architecture, layout, settings)
-    one_micro_batch = layers * tokens * sum(kept_tensors(layer, settings.recompute).values())
+    kept = kept_tensors(layer, settings.recompute, unkept_inputs(architecture, settings.trained))
+    one_micro_batch = layers * tokens * sum(kept.values())
     weights = for_weight * (dense + expert)
+    if settings.trained.lora is not None:
+        weights += for_weight * (trained_dense + trained_expert)
     if settings.precision == "fp8":
         # Two copies of the linear layers' weights in 8 bits, as rows and as columns.
         split, _, _ = _layer_parameters(architecture)
@@ -146,8 +155,8 @@ def _stage_estimate(
     return MemoryEstimate(
         stage=stage,
         weights=int(weights),
-        gradients=int(for_gradient * (dense + expert)),
-        optimizer=int(for_optimizer * (dense / copies + expert / expert_copies)),
+        gradients=int(for_gradient * (trained_dense + trained_expert)),
+        optimizer=int(for_optimizer * (trained_dense / copies + trained_expert / expert_copies)),
         activations=int(activations * (1 + _FRAGMENTS)),
         working=int(working),
         reserve=_CONTEXT_BYTES + _NCCL_BYTES * sum(size > 1 for size in dimensions),
@@ -189,7 +198,8 @@ def layer_tensors(architecture: Architecture, layout: Layout, settings: MemorySe
     """
     tensor_parallel = layout.tensor_parallel
     unit = _element_bytes(settings)
-    linear = 1 if settings.precision == "fp8" else unit  # inputs of linear layers are kept in 8 bits
+    # Inputs of linear layers are kept in 8 bits, but for adapters.
+    linear = 1 if settings.precision == "fp8" and settings.trained.lora is None else unit
     hidden = architecture.hidden_size / (tensor_parallel if layout.sequence_parallel else 1)
     query = architecture.num_heads * architecture.head_dim / tensor_parallel
     key_value = architecture.num_kv_heads * architecture.head_dim / tensor_parallel
@@ -213,10 +223,11 @@ def layer_tensors(architecture: Architecture, layout: Layout, settings: MemorySe
     return {**tensors, **routed, "gate and up": 2 * unit * width, "activation": linear * width}
 
 
-def kept_tensors(layer: dict[str, float], recompute: str) -> dict[str, float]:
-    """Those of `layer_tensors` that a layer keeps with this word for RECOMPUTE."""
+def kept_tensors(layer: dict[str, float], recompute: str, unneeded: frozenset[str] = frozenset()) -> dict[str, float]:
+    """Those of `layer_tensors` that a layer keeps with this word for RECOMPUTE, without those that no gradient needs."""
     if recompute == "full":
         return {"layer input": layer["layer input"]}
+    layer = {name: size for name, size in layer.items() if name not in unneeded}
     again = {"attention norm", "MLP norm", "activation"} if recompute == "selective" else set()
     if "rows of experts" in layer:
         again -= {"MLP norm", "activation"}  # experts are left as they are

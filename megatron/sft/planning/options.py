@@ -135,7 +135,7 @@ class TrainOptions:
         "FREEZE", "what is not trained: embedding, head, norms, attention, mlp, experts, router, layers 0-11, or a pattern of "
         "Hugging Face's names; separate several with commas", "")
     train_router: str = _setting(
-        "TRAIN_ROUTER", "whether a mixture's router is trained; auto: with all weights, not beside adapters",
+        "TRAIN_ROUTER", "whether a mixture's router is trained; auto: with all weights, not with adapters",
         "auto", ("auto", "1", "0"))
 
     gpu_memory_gib: float = _setting(

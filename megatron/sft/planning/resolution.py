@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from megatron.sft.checkpoint.adapter_record import refuse_adapters
+from megatron.sft.checkpoint.adapter_record import read_lora_record, refuse_adapters
 from megatron.sft.checkpoint.folder import TRACKER, Checkpoint
 from megatron.sft.data.tokenized import TokenizedRows, data_file, data_prefix
 from megatron.sft.families.architecture import Architecture
@@ -33,7 +33,8 @@ from megatron.sft.planning.run_plan import (
     starting_point,
     steps,
 )
-from megatron.sft.planning.trained_part import describe, lr_hint, num_trained, trained_part
+from megatron.sft.planning.trained_part import check_same_training, describe, lr_hint, trained_part
+from megatron.sft.planning.trained_sizes import num_trained
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import check_free_space
@@ -141,7 +142,8 @@ def _resolve_model(found: Resolution, mode: str) -> None:
 
 
 def _resolve_trained(found: Resolution, architecture: Architecture) -> None:
-    trained = found.attempt(trained_part, found.options, architecture)
+    saved = read_lora_record(found.start) if found.start and found.resume else None
+    trained = found.attempt(trained_part, found.options, architecture, saved)
     if trained is None:
         return
     found.trained = trained
@@ -150,9 +152,12 @@ def _resolve_trained(found: Resolution, architecture: Architecture) -> None:
         found.add("hint", hint)
     if found.start is None:
         return
-    if trained.lora is None:
-        if not found.resume:
-            found.attempt(refuse_adapters, found.start)
+    num_problems = len(found.problems)
+    if found.resume:
+        found.attempt(check_same_training, found.start, trained, architecture)
+    elif trained.lora is None:
+        found.attempt(refuse_adapters, found.start)
+    if trained.lora is None or len(found.problems) > num_problems:
         return
     found.base = found.attempt(base_of, found.start, found.options, found.resume)
     if found.base and found.resume:

@@ -47,7 +47,13 @@ def conversation_lengths(index: Index) -> np.ndarray:
 
 
 def tokens_per_second(
-    given: float, run_folder: Path, architecture: Architecture, load: RowLoad, num_processes: int, two_heads: bool = False
+    given: float,
+    run_folder: Path,
+    architecture: Architecture,
+    load: RowLoad,
+    num_processes: int,
+    frozen: bool = False,
+    two_heads: bool = False,
 ) -> tuple[float, str]:
     """Tokens a second of all processes together, and the source of that figure in words. two_heads: the output head computes
     every trained token twice in the forward pass."""
@@ -57,7 +63,7 @@ def tokens_per_second(
         return measured, f"the median of {run_folder / METRICS}"
     peak = device.peak_tflops()
     tokens, trained, squares = map(round, (load.tokens, load.trained_tokens, load.sum_squared_lengths))
-    operations = training_flops(architecture, tokens, trained, squares)
+    operations = training_flops(architecture, tokens, trained, squares, frozen)
     operations += head_forward_flops(architecture, trained) if two_heads else 0.0
     operations /= max(tokens, 1)
     speed = ASSUMED_MFU * (peak or H100_TFLOPS) * 1e12 / operations * num_processes

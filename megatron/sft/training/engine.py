@@ -231,7 +231,7 @@ def _recompute_word(plan: RunPlan) -> str:
     gpu_bytes, _ = gpu_memory(options)
     if options.recompute != "auto" or not gpu_bytes:
         return "none" if options.recompute == "auto" else options.recompute
-    settings = memory_settings(options, plan.seq_length, plan.data_parallel)
+    settings = memory_settings(options, plan.seq_length, plan.data_parallel, plan.trained)
     word = cheapest_recompute(plan.architecture, plan.layout, plan.data_parallel, settings, gpu_bytes)
     ranks.print_rank_0(f"RECOMPUTE=auto: {word}, the cheapest that is estimated to fit {gpu_bytes / GIB:.0f} GiB")
     return word
