@@ -92,6 +92,7 @@ ON_CPU = [
     Variant("pairs", 1e-6, objective=DPO),
     Variant("pairs, window", 1e-6, model="window", objective="--objective orpo"),
     Variant("pairs, experts", 1e-6, model="experts", objective=DPO),
+    Variant("pairs, adapters", 1e-6, objective=f"{DPO} --lora-rank 4"),
 ]
 ON_GPU = [
     Variant("bf16", 1e-2, precision="bf16"),
@@ -282,7 +283,7 @@ def compare(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_models(folder, {variant.model for variant in variants})
-        for name in {variant.model for variant in variants if variant.objective == DPO}:
+        for name in {variant.model for variant in variants if variant.objective.startswith(DPO)}:
             save_reference(folder, name)
         write_data(folder, on_cpu)
         runs = [Run(variant, layout) for layout in [ONE, *layouts] for variant in variants if _fits(variant, layout)]

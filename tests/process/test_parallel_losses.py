@@ -24,11 +24,11 @@ def test_shared_rows_and_interleaved_stages_give_the_losses_of_one_process() -> 
 def test_pairs_give_the_losses_of_one_process_in_every_layout() -> None:
     """On CPU: a layout of every kind with pairs, whose reference's log-probabilities are made in that layout too."""
     names = ["TP2", "PP2", "DP2", "TP2 + SP", "CP2", "PP2 x VPP2", "TP2 x PP2", "CP2 x TP2 + SP"]
-    only = {"pairs": names, "pairs, experts": ["EP2"], "pairs, window": ["CP2"]}
+    only = {"pairs": names, "pairs, experts": ["EP2"], "pairs, window": ["CP2"], "pairs, adapters": ["TP2 + SP", "CP2 x PP2"]}
     variants = [one for one in parallel_losses.ON_CPU if one.name in only]
     layouts = [*parallel_losses.TWO, *parallel_losses.FOUR]
     pairs = parallel_losses.compare(variants, layouts, steps=4, on_cpu=True, only=only)
-    assert len(pairs) == len(names) + 2
+    assert len(pairs) == len(names) + 4
     for run, one in pairs:
         _check(run, one)
 
