@@ -67,19 +67,19 @@ def check_rows() -> None:
         engine = Engine(plan)
         state.load_start(engine)
         assert engine.objective is not None
-        weigh, seen = engine.objective.weigh, []  # type: ignore[var-annotated]
+        weigh, seen = engine.objective.weigh, []
 
         def record(pairs: Any, sft_scale: Any, token_losses: torch.Tensor) -> Any:
             weights, report = weigh(pairs, sft_scale, token_losses)
             seen.append(torch.stack([token_losses, weights]).split(pairs.num_targets.tolist(), dim=1))
             return weights, report
 
-        engine.objective.weigh = record  # type: ignore[method-assign]
+        engine.objective.weigh = record
 
         def evaluated(pairs: list[material.Pair]) -> tuple[dict[str, float], list[torch.Tensor]]:
             """Means over the pairs; of each answer the -log p and the weights of this rank's tokens, on the last stage."""
             seen.clear()
-            row = packed(pairs, engine.objective.has_reference)  # type: ignore[union-attr]
+            row = packed(pairs, engine.objective.has_reference)
             means = engine.evaluate(
                 [make_micro_batch([row], 1, "token", device.current(), part=part, has_pairs=True)]
             ).reduced()

@@ -142,7 +142,7 @@ def test_five_steps_give_the_weights_of_trl(folder: Path, tmp_path: Path) -> Non
     before, ours, theirs = (tiny.tensors(path) for path in (folder / "model", tmp_path / "ours", tmp_path / "trl"))
     assert ours.keys() == theirs.keys() == before.keys()
     for name, tensor in ours.items():
-        assert (tensor - before[name]).norm() > 1e-3, name  # type: ignore[operator,attr-defined]
+        assert (tensor - before[name]).norm() > 1e-3, name
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=2e-5, msg=name)
 
 
