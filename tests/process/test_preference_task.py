@@ -77,3 +77,6 @@ def test_a_model_learns_from_pairs_to_prefer_the_short_answer(tmp_path: Path) ->
     steps = [line for line in tiny.metrics(tmp_path / "dpo run") if "lr" in line]
     assert shares["before"] <= 0.05 and shares["after"] >= 0.95, shares
     assert steps[-1]["rewards/accuracies"] >= 0.95
+    card = (after / "README.md").read_text()
+    assert "Direct preference optimization of" in card and "- objective: dpo, DPO_LOSS=sigmoid, DPO_BETA=0.1" in card
+    assert f"- pairs: {NUM_PAIRS}" in card and "- reference: `dpo ckpt`" in card

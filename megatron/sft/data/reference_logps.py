@@ -4,16 +4,20 @@
 which data they are, of which checkpoint, and in which precision.
 """
 
+import contextlib
+import hashlib
+import json
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from megatron.sft.data.tokenized import TokenizedRows, data_file
 from megatron.sft.runtime.errors import UserError
-from megatron.sft.runtime.manifest import Files, check_sizes, listed_files, read_json, seal_holds
+from megatron.sft.runtime.manifest import Files, check_sizes, listed_files, read_json, seal_holds, sealed, write_json
 
 FORMAT = 1
 MAKE_AGAIN = "make them again with `bash scripts/4_train.sh reference`"
@@ -93,3 +97,61 @@ class ReferenceLogps:
     def of_row(self, index: int) -> np.ndarray:
         """[trained tokens of the row] float32."""
         return np.array(self._values[self._starts[index] : self._starts[index + 1]])
+
+
+class LogpsFile:
+    """Log-probabilities that are being written: appended to a hidden file, with a record of how far it is and the checksum so
+    far.
+
+    rows, tokens: what it has, from the first row on; an interrupted pass of the same reference continues there.
+    """
+
+    def __init__(self, prefix: Path, reference_of: dict[str, Any]) -> None:
+        self.prefix, self.reference_of = prefix, reference_of
+        self.rows, self.tokens = 0, 0
+        self._bin, self._record = (prefix.with_name(f".{prefix.name}.partial.{ending}") for ending in ("bin", "json"))
+        self._digest = hashlib.sha256()
+        self._continue()
+        self._file: IO[bytes] = open(self._bin, "r+b" if self.rows else "w+b")  # noqa: SIM115
+        self._file.truncate(self.tokens * DTYPE.itemsize)
+        self._file.seek(0, os.SEEK_END)
+
+    def _continue(self) -> None:
+        """Take over what an interrupted pass of the same reference has left, if it is what the record says."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            record = json.loads(self._record.read_text(encoding="utf-8"))
+            if record["reference_of"] != json.loads(json.dumps(self.reference_of)):
+                return
+            digest, left = hashlib.sha256(), int(record["tokens"]) * DTYPE.itemsize
+            with open(self._bin, "rb") as file:
+                while left and (piece := file.read(min(left, 8 << 20))):
+                    digest.update(piece)
+                    left -= len(piece)
+            if not left and digest.hexdigest() == record["sha256"]:
+                self.rows, self.tokens, self._digest = int(record["rows"]), int(record["tokens"]), digest
+
+    def append(self, values: np.ndarray, num_rows: int) -> None:
+        """values: [trained tokens of the next `num_rows` rows]."""
+        content = values.astype(DTYPE).tobytes()
+        self._file.write(content)
+        self._digest.update(content)
+        self.rows, self.tokens = self.rows + num_rows, self.tokens + len(values)
+
+    def keep(self) -> None:
+        """Make what there is the point that a later pass continues from."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        record = {"reference_of": self.reference_of, "rows": self.rows, "tokens": self.tokens}
+        write_json(self._record, {**record, "sha256": self._digest.hexdigest()})
+
+    def finish(self, made_with: dict[str, Any]) -> None:
+        """Put the finished files in place, the manifest last."""
+        self.keep()
+        self._file.close()
+        manifest_path, path = data_file(self.prefix, "json"), data_file(self.prefix, "bin")
+        manifest_path.unlink(missing_ok=True)
+        os.replace(self._bin, path)
+        facts = {"bytes": self.tokens * DTYPE.itemsize, "sha256": self._digest.hexdigest()}
+        content = {"format": FORMAT, "reference_of": self.reference_of, "trained_tokens": self.tokens, "made_with": made_with}
+        write_json(manifest_path, sealed(content | {"files": {path.name: facts}}))
+        self._record.unlink()

@@ -1,19 +1,16 @@
 """Making a reference's log-probabilities: forward passes over all rows in the run's own layout, before anything is trained.
 
-Rank 0 appends those of a global batch at a time to a hidden file, with a record of how far it is and the checksum so far, from
-which an interrupted pass continues.
+Rank 0 writes those of a global batch at a time (`LogpsFile`), so that an interrupted pass continues.
 """
 
 import contextlib
 import gc
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +20,7 @@ from torch import Tensor
 
 from megatron.sft.checkpoint.adapter_record import base_checksum
 from megatron.sft.checkpoint.model_shards import load_weights
-from megatron.sft.data.reference_logps import DTYPE, FORMAT
+from megatron.sft.data.reference_logps import DTYPE, LogpsFile
 from megatron.sft.data.tokenized import TokenizedRows, data_file
 from megatron.sft.model.config import DTYPES, transformer_config
 from megatron.sft.model.gpt import HeadResult, build_model
@@ -33,70 +30,16 @@ from megatron.sft.planning.reference_plan import ReferencePlan, made_logps
 from megatron.sft.planning.run_plan import RunPlan, architecture_of, check_data_fits
 from megatron.sft.runtime import device, output_lock, ranks, watchdog
 from megatron.sft.runtime.errors import UserError
-from megatron.sft.runtime.manifest import check_free_space, sealed, write_json
+from megatron.sft.runtime.manifest import check_free_space
 from megatron.sft.runtime.signals import StopRequest
 from megatron.sft.training.feeder import Feeder
 
 _REPORT_SECONDS = 15.0
+_APPEARS_SECONDS = 90.0
 
 
 class StoppedError(Exception):
     """A signal or the time limit ended the pass; `args[0]` is the code of `StopRequest`."""
-
-
-class LogpsFile:
-    """The file that is being written, on rank 0. `rows` and `tokens` are what it has: whole global batches, from the first
-    row."""
-
-    def __init__(self, prefix: Path, reference_of: dict[str, Any]) -> None:
-        self.prefix, self.reference_of = prefix, reference_of
-        self.rows, self.tokens = 0, 0
-        self._bin, self._record = (prefix.with_name(f".{prefix.name}.partial.{ending}") for ending in ("bin", "json"))
-        self._digest = hashlib.sha256()
-        self._continue()
-        self._file: IO[bytes] = open(self._bin, "r+b" if self.rows else "w+b")  # noqa: SIM115
-        self._file.truncate(self.tokens * DTYPE.itemsize)
-        self._file.seek(0, os.SEEK_END)
-
-    def _continue(self) -> None:
-        """Take over what an interrupted pass of the same reference has left, if it is what the record says."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            record = json.loads(self._record.read_text(encoding="utf-8"))
-            if record["reference_of"] != json.loads(json.dumps(self.reference_of)):
-                return
-            digest, left = hashlib.sha256(), int(record["tokens"]) * DTYPE.itemsize
-            with open(self._bin, "rb") as file:
-                while left and (piece := file.read(min(left, 8 << 20))):
-                    digest.update(piece)
-                    left -= len(piece)
-            if not left and digest.hexdigest() == record["sha256"]:
-                self.rows, self.tokens, self._digest = int(record["rows"]), int(record["tokens"]), digest
-
-    def append(self, values: np.ndarray, num_rows: int) -> None:
-        """values: [trained tokens of the next `num_rows` rows]."""
-        content = values.astype(DTYPE).tobytes()
-        self._file.write(content)
-        self._digest.update(content)
-        self.rows, self.tokens = self.rows + num_rows, self.tokens + len(values)
-
-    def keep(self) -> None:
-        """Make what there is the point that a later pass continues from."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        record = {"reference_of": self.reference_of, "rows": self.rows, "tokens": self.tokens}
-        write_json(self._record, {**record, "sha256": self._digest.hexdigest()})
-
-    def finish(self, made_with: dict[str, Any]) -> None:
-        """Put the finished files in place, the manifest last."""
-        self.keep()
-        self._file.close()
-        manifest_path, path = data_file(self.prefix, "json"), data_file(self.prefix, "bin")
-        manifest_path.unlink(missing_ok=True)
-        os.replace(self._bin, path)
-        facts = {"bytes": self.tokens * DTYPE.itemsize, "sha256": self._digest.hexdigest()}
-        content = {"format": FORMAT, "reference_of": self.reference_of, "trained_tokens": self.tokens, "made_with": made_with}
-        write_json(manifest_path, sealed(content | {"files": {path.name: facts}}))
-        self._record.unlink()
 
 
 def with_logps(plan: RunPlan, stop: StopRequest) -> ReferencePlan:
@@ -106,8 +49,15 @@ def with_logps(plan: RunPlan, stop: StopRequest) -> ReferencePlan:
     """
     reference = plan.reference
     assert reference is not None
-    if reference.logps is not None:
+    found = _gathered(reference.logps is not None)
+    if all(found):
         return reference
+    if any(found):
+        place = reference.places[0]
+        raise UserError(
+            f"some processes see the reference log-probabilities under {place} and others do not: set REFERENCE_LOGPS to a "
+            "folder that all nodes share"
+        )
     checkpoint = reference.checkpoint
     wanted = reference.wanted["checkpoint"]
     if checkpoint is None or base_checksum(checkpoint) != wanted["sha256"]:
@@ -119,7 +69,27 @@ def with_logps(plan: RunPlan, stop: StopRequest) -> ReferencePlan:
     lock = output_lock.held(prefix) if ranks.is_rank_0() else contextlib.nullcontext()
     with lock:
         _make(plan, reference, prefix, stop)
+    path = data_file(prefix, "json")
+    if not all(_gathered(_appears(path))):
+        raise UserError(f"some nodes do not see {path}: set REFERENCE_LOGPS to a folder that all nodes share")
     return replace(reference, logps=made_logps(prefix, plan.rows, reference.wanted))
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file is there that rank 0 has just written. Network file systems show it to others after a while."""
+    until = time.monotonic() + _APPEARS_SECONDS
+    while not path.exists() and time.monotonic() < until:
+        watchdog.touch()
+        time.sleep(1.0)
+        os.listdir(path.parent)  # so that NFS asks again
+    return path.exists()
+
+
+def _gathered(value: bool) -> list[bool]:
+    """The value of every rank."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _writable_place(reference: ReferencePlan, rows: TokenizedRows) -> Path:
@@ -164,13 +134,16 @@ def _make(plan: RunPlan, reference: ReferencePlan, prefix: Path, stop: StopReque
     ranks.print_rank_0(f"reference log-probabilities of {reference.wanted['checkpoint']['path']}, {num_rows:,} rows{begun}")
     stop.begin(plan.options.exit_after_minutes)
     started = reported = time.monotonic()
+    longest = 0.0
     for start in range(first, num_rows, size):
+        begun_at = time.monotonic()
         values = _logps_of_rows(plan, models, feeder, list(range(start, min(start + size, num_rows))))
         watchdog.touch()
         if file:
             file.append(values, min(size, num_rows - start))
-        code = _agreed_code(stop.code(1.0))
         now = time.monotonic()
+        longest = max(longest, now - begun_at)
+        code = _agreed_code(stop.code(longest + 1.0))
         if file and (code or now - reported >= _REPORT_SECONDS):
             file.keep()
             rate, reported = (file.rows - first) / (now - started), now

@@ -25,7 +25,7 @@ def data_record(plan: RunPlan) -> dict[str, Any]:
     """What the manifest of a checkpoint says of the data, for resuming and for an exported model's card."""
     data = plan.rows.manifest
     counts: dict[str, Any] = {
-        name: data[name] for name in ("rows", "conversations", "tokens", "trained_tokens") if name in data
+        name: data[name] for name in ("rows", "pairs", "conversations", "tokens", "trained_tokens") if name in data
     }
     tokenizer = data.get("tokenizer", {})
     return {
