@@ -90,7 +90,7 @@ def _config(arguments: argparse.Namespace, folder: str, accumulated: int, on_gpu
 def _clock(warm_up: int, on_gpu: bool) -> Any:
     from transformers import TrainerCallback
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         """Seconds and losses of the steps after the warm-up."""
 
         def __init__(self) -> None:
