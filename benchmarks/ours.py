@@ -70,6 +70,7 @@ def benchmark_plan(arguments: argparse.Namespace, rows: BenchmarkRows) -> RunPla
         optimizer_precision=arguments.optimizer_precision,
         optimizer_offload=arguments.optimizer_offload,
         lora_rank=arguments.lora_rank,
+        objective="sft" if arguments.stack == "sft" else arguments.objective,
     )
     steps = arguments.warm_up + arguments.steps
     return RunPlan(

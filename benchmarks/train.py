@@ -4,6 +4,9 @@
 ours: this project. padded: this project on rows of one padded conversation each. peer, the strongest stack without it:
 transformers with Liger's kernels and FlashAttention-2 (torch's varlen_attn), padding-free packing, pure bf16; with --lora-rank
 PEFT's adapters on all linear layers, in float32 as PEFT makes them, or in bf16 (peer-bf16).
+
+With --objective dpo the rows are packed pairs with stored log-probabilities of a reference; peer is TRL's DPOTrainer on the
+same pairs, padded, with its fused head, Liger's layer kernels and precomputed references; sft is our SFT on the same rows.
 """
 
 import argparse
@@ -13,10 +16,11 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from benchmarks.gpu import gemm_tflops
-from benchmarks.rows import make_rows
+from benchmarks.pair_rows import PairRows, make_pair_rows
+from benchmarks.rows import BenchmarkRows, make_rows
 from megatron.sft.families.flops import training_flops
 from megatron.sft.hf.published_configs import find_architecture
 from megatron.sft.model.layout import Layout
@@ -26,7 +30,7 @@ from megatron.sft.runtime.errors import OneLineParser, UserError, run
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 # Six conversations that fill 16,384 tokens; weighted by tokens their mean length is 3,620.
 CONVERSATIONS = (5200, 4100, 3000, 2100, 1200, 784)
-STACKS = ("ours", "peer", "peer-bf16", "padded")
+STACKS = ("ours", "peer", "peer-bf16", "padded", "sft")
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Measurement:
     """One stack's result. seconds: the median of the timed steps. tokens, trained_tokens, flops: the means of a step, all GPUs.
 
     memory: the peak in GiB of the GPU with the most, of tensors and of what torch's allocator held for them. gemm_tflops: of a
-    large bf16 product on this card, which says how fast the card is. losses: of the timed steps.
+    large bf16 product on this card, which says how fast the card is. losses: of the timed steps. pairs: the mean of a step.
+    padding: the share of padding in what is computed.
     """
 
     stack: str
@@ -47,6 +52,8 @@ class Measurement:
     gemm_tflops: float
     losses: list[float]
     gpus: int = 1
+    pairs: float = 0
+    padding: float = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -77,6 +84,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--row-length", type=int, default=16384)
     parser.add_argument("--conversations", default="", help="lengths in every row, or lognormal:MEAN; default: 6 that fill it")
     parser.add_argument("--trained", type=float, default=1.0, help="share of each conversation's tokens, at its end")
+    parser.add_argument("--objective", default="sft", choices=("sft", "dpo"))
+    parser.add_argument("--pair-means", default="256,320", help="--objective dpo: mean tokens of a prompt and of an answer")
+    parser.add_argument("--peer-pairs", type=int, default=4, help="--objective dpo: pairs in a micro-batch of the peer")
     parser.add_argument("--gpus", type=int, default=0, help="for our stack; default: those of one copy. The peer runs on one")
     for name in ("tensor-parallel", "pipeline-parallel", "context-parallel", "virtual-pipeline"):
         parser.add_argument(f"--{name}", type=int, default=1, help="size of this dimension for our stack")
@@ -125,8 +135,9 @@ def line(measured: Measurement, ours: Measurement) -> str:
     rate, peak = measured.flops / measured.seconds / 1e12 / measured.gpus, device.peak_tflops()
     share = f"{100 * rate / peak:.1f} % MFU | " if peak else ""
     ratio = ours.trained_tokens / ours.seconds / (measured.trained_tokens / measured.seconds)
+    pairs = f"{measured.pairs / measured.seconds:.2f} pairs/s | padding {100 * measured.padding:.1f} % | " if ours.pairs else ""
     return (
-        f"{measured.stack:<9}| {measured.seconds:.3f} s a step | {measured.tokens_per_second:,.0f} tokens/s | "
+        f"{measured.stack:<9}| {measured.seconds:.3f} s a step | {pairs}{measured.tokens_per_second:,.0f} tokens/s | "
         f"{measured.trained_tokens / measured.seconds:,.0f} trained tokens/s | {rate:.0f} TFLOP/s a GPU | {share}"
         f"peak {measured.memory_allocated:.1f} GiB (held {measured.memory_reserved:.1f}) | GEMM {measured.gemm_tflops:.0f} "
         f"TFLOP/s | loss {measured.losses[0]:.3f} -> {measured.losses[-1]:.3f} | ours / it {ratio:.2f}"
@@ -145,22 +156,11 @@ def measure(arguments: argparse.Namespace) -> Measurement:
         torch.cuda.set_per_process_memory_fraction(arguments.memory_gib * 2**30 / torch.cuda.mem_get_info()[1])
     gemm = gemm_tflops()
     architecture, _ = find_architecture(arguments.model)
-    rows = make_rows(
-        arguments.row_length,
-        arguments.conversations or [size * arguments.row_length // 16384 for size in CONVERSATIONS],
-        arguments.trained,
-        architecture.vocab_size,
-        num_rows=8 * rows_a_step,
-        padded=arguments.stack == "padded",
-    )
+    rows = _rows(arguments, architecture.vocab_size, 8 * rows_a_step)
     torch.cuda.reset_peak_memory_stats()
-    if is_peer:
-        from benchmarks.peer import measure_steps
-    else:
-        from benchmarks.ours import measure_steps
-    seconds, losses, peaks = measure_steps(arguments, rows)
+    seconds, losses, peaks = _steps(arguments, rows)
     timed = [rows.counts[index] for index in rows.used(arguments.warm_up, arguments.steps, rows_a_step)]
-    return Measurement(
+    measured = Measurement(
         stack=arguments.stack,
         seconds=statistics.median(seconds),
         tokens=sum(row.tokens for row in timed) // arguments.steps,
@@ -174,6 +174,49 @@ def measure(arguments: argparse.Namespace) -> Measurement:
         gemm_tflops=gemm,
         losses=losses,
         gpus=1 if is_peer else arguments.gpus,
+        pairs=sum(row.pairs for row in timed) / arguments.steps,
+    )
+    return _of_peers_pairs(measured, arguments, rows) if is_peer and isinstance(rows, PairRows) else measured
+
+
+def _rows(arguments: argparse.Namespace, vocabulary: int, num_rows: int) -> BenchmarkRows:
+    if arguments.objective == "dpo":
+        prompt, answer = map(int, arguments.pair_means.split(","))
+        return make_pair_rows(arguments.row_length, (prompt, answer), vocabulary, num_rows)
+    conversations = arguments.conversations or [size * arguments.row_length // 16384 for size in CONVERSATIONS]
+    padded = arguments.stack == "padded"
+    return make_rows(arguments.row_length, conversations, arguments.trained, vocabulary, num_rows, padded)
+
+
+def _steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[list[float], list[float], list[float]]:
+    if not arguments.stack.startswith("peer"):
+        from benchmarks import ours
+
+        return ours.measure_steps(arguments, rows)
+    if isinstance(rows, PairRows):
+        from benchmarks import peer_dpo
+
+        return peer_dpo.measure_steps(arguments, rows)
+    from benchmarks import peer
+
+    return peer.measure_steps(arguments, rows)
+
+
+def _of_peers_pairs(measured: Measurement, arguments: argparse.Namespace, rows: PairRows) -> Measurement:
+    """The peer has other pairs in a step than our rows, the same ones in sum: its tokens and operations in proportion."""
+    from benchmarks.peer_dpo import pairs_of_steps, peer_padding
+
+    pairs, _ = pairs_of_steps(arguments, rows)
+    timed = pairs[len(pairs) * arguments.warm_up // (arguments.warm_up + arguments.steps) :]
+    tokens = sum(sum(pair.lengths) for pair in timed) / arguments.steps
+    share = tokens / measured.tokens
+    return replace(
+        measured,
+        tokens=int(tokens),
+        trained_tokens=sum(len(pair.chosen) + len(pair.rejected) for pair in timed) // arguments.steps,
+        flops=measured.flops * share,
+        pairs=len(timed) / arguments.steps,
+        padding=peer_padding(arguments, rows),
     )
 
 

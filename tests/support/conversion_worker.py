@@ -84,8 +84,8 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
     row = packed_row(source)
     batch = make_micro_batch([row], layout.tensor_parallel, "token", device.current())
 
-    def loss(output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        summed, _ = output
+    def loss(output: tuple[torch.Tensor, torch.Tensor, None]) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        summed, *_ = output
         return summed, batch.loss_count.to(torch.int), {"loss": summed.detach()}
 
     def step(batches: Iterator[Any], stage: Any) -> tuple[torch.Tensor, Any]:
