@@ -55,8 +55,7 @@ def test_megatron_cores_own_loader_reads_a_converted_checkpoint(family: str, tmp
         state = {name: part for name, part in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
         loaded = dist_checkpointing.load(state, str(tmp_path / "checkpoint" / "iter_0000001"))
         model.load_state_dict(loaded, strict=False)
-        for name in (name for name in state if ".experts." in name):  # parts of one parameter
-            state[name].data.copy_(loaded[name])
+        # Experts are parts of one parameter, whose memory has been filled.
         whole = whole_weights(model, architecture)
     original = HFParameters(source, None)
     for entry in weight_entries(architecture):
