@@ -52,8 +52,8 @@ def test_a_mixture_is_its_definition_with_autograds_gradients(device: str, dtype
     chosen = torch.stack([torch.cat([torch.zeros(1).long(), others[torch.randperm(5)[:2]]]) for _ in range(TOKENS)])
     results = []
     for function, kind, place in ((mixture, torch.float32, "cpu"), (ours, dtype, device)):
-        parts = [part.to(dtype).to(place, kind).requires_grad_() for part in inputs]
-        parts[1] = inputs[1].to(place).requires_grad_()
+        parts = [part.detach().to(dtype).to(place, kind).clone().requires_grad_() for part in inputs]
+        parts[1] = inputs[1].detach().to(place).clone().requires_grad_()
         output = function(parts[0], parts[1], chosen.to(place), parts[2], parts[3])
         output.backward(torch.sin(torch.arange(output.numel(), device=place)).view_as(output).to(output.dtype))
         results.append([output.detach().cpu().float(), *(part.grad.cpu().float() for part in parts)])  # type: ignore[union-attr]
