@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.sft.checkpoint import folder as checkpoint_folder
+from megatron.sft.checkpoint.adapter_record import refuse_adapters
 from megatron.sft.conversion.logits import (
     TOLERANCE,
     difference_of,
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     conversations = random_conversations(source)
     with process_groups.parallel(layout):
         checkpoint = checkpoint_folder.open_checkpoint(arguments.load, arguments.iteration)
+        refuse_adapters(checkpoint)
         ours = megatron_logits(checkpoint, source, layout, conversations)
         if ours is None:
             return 0

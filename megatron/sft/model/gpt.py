@@ -81,7 +81,7 @@ class SFTModel(GPTModel):
         self.true_vocab_size = architecture.vocab_size
         # No buffer: Float16Module would round it.
         self.inverse_frequencies = inverse_frequencies(architecture, device.current())
-        # Set where the embedding is frozen: recomputation and the stage before ask for a gradient of what has none yet.
+        # Set where recomputation, or a stage that trains nothing, needs a gradient of what a frozen embedding gives.
         self.starts_gradient = False
         if self.post_process:
             # GPTModel makes its output layer itself; only what it computes is changed.
@@ -140,7 +140,8 @@ def build_model(
     elif trained is not None:
         freeze(model, architecture, layout, trained)
     if pre_process and not model.embedding.word_embeddings.weight.requires_grad:
-        model.starts_gradient = config.recompute_granularity == "full" or layout.pipeline_parallel > 1
+        trains_nothing = not any(parameter.requires_grad for parameter in model.parameters())
+        model.starts_gradient = config.recompute_granularity == "full" or trains_nothing
     for module in model.modules():
         # Transformer Engine's layers add their weight gradients to main_grad inside the GEMM. megatron-core's switch for it
         # would ask for Apex, which only its own layers need.
