@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from benchmarks.gpu import gemm_tflops
+from benchmarks.models import cut_architecture
 from benchmarks.pair_rows import PairRows, make_pair_rows
 from benchmarks.rows import BenchmarkRows, make_rows
 from megatron.sft.families.flops import training_flops
-from megatron.sft.hf.published_configs import find_architecture
 from megatron.sft.model.layout import Layout
 from megatron.sft.runtime import device, ranks
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(prog="benchmark_train", description=__doc__)
     parser.add_argument("--model", default=MODEL, help="a model folder, its config.json, or a name in assets/models.json")
+    parser.add_argument("--layers", type=int, default=0, help="cut the model to its first layers, so that it fits")
     parser.add_argument("--row-length", type=int, default=16384)
     parser.add_argument("--conversations", default="", help="lengths in every row, or lognormal:MEAN; default: 6 that fill it")
     parser.add_argument("--trained", type=float, default=1.0, help="share of each conversation's tokens, at its end")
@@ -98,6 +99,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recompute", default="none")
     parser.add_argument("--optimizer-precision", default="fp32")
     parser.add_argument("--optimizer-offload", action="store_true")
+    parser.add_argument("--expert-parallel", type=int, default=1, help="processes over which experts are spread")
     parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     parser.add_argument("--peer-recompute", action="store_true", help="gradient checkpointing for the peer")
     parser.add_argument("--memory-gib", type=float, default=0, help="the most that torch may allocate")
@@ -111,8 +113,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parsed.context_parallel,
         sequence_parallel=parsed.tensor_parallel > 1,
         virtual_pipeline=parsed.virtual_pipeline,
+        expert_parallel=parsed.expert_parallel,
     )
-    parsed.gpus = parsed.gpus or parsed.layout.model_size
+    parsed.gpus = parsed.gpus or max(parsed.layout.model_size, parsed.expert_parallel)
     return parsed
 
 
@@ -155,7 +158,7 @@ def measure(arguments: argparse.Namespace) -> Measurement:
     if arguments.memory_gib:
         torch.cuda.set_per_process_memory_fraction(arguments.memory_gib * 2**30 / torch.cuda.mem_get_info()[1])
     gemm = gemm_tflops()
-    architecture, _ = find_architecture(arguments.model)
+    architecture = cut_architecture(arguments)
     rows = _rows(arguments, architecture.vocab_size, 8 * rows_a_step)
     torch.cuda.reset_peak_memory_stats()
     seconds, losses, peaks = _steps(arguments, rows)

@@ -1,5 +1,6 @@
 """A tiny model with an adapter, PEFT's training of it, and ours in any layout."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,12 @@ class Case:
         self.steps = [[c for i in range(ROWS) for c in rows[order.row_at(ROWS * step + i)]] for step in range(STEPS)]
         self._expected: dict[str, peft_oracle.Trained] = {}
 
+    def with_adapter(self, name: str, **config: Any) -> "Case":
+        """The same model and data with another adapter."""
+        other = copy.copy(self)
+        other.adapter, other._expected = peft_oracle.save_adapter(self.model, self.folder / name, **config), {}
+        return other
+
     def expected(self, plus: float = 1.0) -> peft_oracle.Trained:
         """What PEFT makes of the adapter."""
         key = f"adapter {plus}"
@@ -65,13 +72,14 @@ class Case:
     def train(
         self, layout: str, *options: str, name: str = "", mode: str = "train", adapter: bool = True, on_gpu: bool = False
     ) -> Path:
-        """Our run from the adapter; its folder."""
+        """Our run from the adapter, or with the adapter that `options` describe; its folder."""
         processes, more = LAYOUTS[layout]
         out = self.folder / (name or f"{layout} {' '.join(options).replace('/', '_')}")
         given = ["--load", self.folder / "mcore", "--data-path", self.data, "--save", out, *OPTIONS, *more]
         given += ["--lora-init-from", self.adapter] if adapter else []
         launch = tiny.run_on_gpu if on_gpu else tiny.run
-        launch(processes, str(WORKER) if adapter else "megatron.sft.train", mode, *given, *options)
+        checked = adapter or "--lora-rank" in options
+        launch(processes, str(WORKER) if checked else "megatron.sft.train", mode, *given, *options)
         return out
 
     def expected_of(self, frozen: str, clip: float = 0.0) -> peft_oracle.Trained:

@@ -7,7 +7,6 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -26,6 +25,7 @@ from megatron.sft.model.attention import PackedAttention
 from megatron.sft.model.config import has_transformer_engine
 from megatron.sft.model.cross_entropy import weighted_cross_entropy
 from megatron.sft.model.decoder_layer import DecoderLayer
+from megatron.sft.model.experts.sparse_mlp import SparseMLP
 from megatron.sft.model.inputs import MicroBatch
 from megatron.sft.model.layout import Layout
 from megatron.sft.model.norm import ResidualNorm, RMSNorm
@@ -189,8 +189,5 @@ def _layers(config: TransformerConfig, vp_stage: int | None) -> TransformerBlock
     if config.num_moe_experts:
         # The name that Transformer Engine's layer gives it: before experts the norm is not part of a linear layer.
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-        if has_transformer_engine():
-            layer.submodules.mlp = get_moe_module_spec(
-                use_te=True, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
-            )
+        layer.submodules.mlp = SparseMLP
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)

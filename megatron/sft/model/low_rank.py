@@ -15,10 +15,14 @@ class Dropout:
     seeds: tuple[int, ...]
 
     def mask(self, place: int, inputs: Tensor) -> Tensor:
-        """0 or 1 / (1 - probability) for each of `inputs`, in their shape and dtype."""
+        """0 or 1 for each of `inputs`, in their shape and dtype."""
         generator = torch.Generator(inputs.device).manual_seed(self.seeds[place])
-        kept = torch.empty_like(inputs).bernoulli_(1.0 - self.probability, generator=generator)
-        return kept.div_(1.0 - self.probability)
+        return torch.empty_like(inputs).bernoulli_(1.0 - self.probability, generator=generator)
+
+    @property
+    def scale(self) -> float:
+        """Of what is kept. It is applied to products: in 16 bits 1 / 0.9 in a mask would be 0.2 % too small everywhere."""
+        return 1.0 / (1.0 - self.probability)
 
 
 def project(inputs: Tensor, factors: Tensor, dropout: Dropout | None) -> tuple[Tensor, Tensor]:
@@ -51,7 +55,11 @@ class _Project(torch.autograd.Function):
         else:
             blocks = factors.chunk(len(dropout.seeds))
             low = torch.cat([(inputs * dropout.mask(i, inputs)) @ block.t() for i, block in enumerate(blocks)], dim=-1)
-        return inputs.detach(), low
+            low *= dropout.scale
+        passed = inputs.detach()
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(passed)  # or the linear layer would make a gradient that no one needs
+        return passed, low
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -65,7 +73,7 @@ class _Project(torch.autograd.Function):
             if wanted:
                 grad_inputs = _added(grad_inputs, flat_low, factors, inputs)
             return grad_inputs, flat_low.t() @ flat, None
-        parts = []
+        parts, flat_low = [], flat_low * ctx.dropout.scale
         blocks = factors.chunk(len(ctx.dropout.seeds))
         for place, (low, block) in enumerate(zip(flat_low.chunk(len(blocks), dim=-1), blocks, strict=True)):
             mask = ctx.dropout.mask(place, inputs)

@@ -1,5 +1,6 @@
 """What a run trains, from its settings: all weights, all but the frozen ones, or adapters."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -48,11 +49,11 @@ def _lora(options: TrainOptions, architecture: Architecture, saved: LoRA | None)
         return None
     if options.lora_rank < 0:
         raise UserError(f"LORA_RANK={options.lora_rank}: take a rank such as 16, or 0 for full tuning")
-    if options.lora_alpha < 0:
+    if not 0 <= options.lora_alpha < math.inf:
         raise UserError(f"LORA_ALPHA={options.lora_alpha}: take a number above 0, or 0 for twice LORA_RANK")
     if not 0.0 <= options.lora_dropout < 1.0:
         raise UserError(f"LORA_DROPOUT={options.lora_dropout}: take a probability from 0 up to, not including, 1")
-    if options.lora_plus <= 0.0:
+    if not 0.0 < options.lora_plus < math.inf:
         raise UserError(f"LORA_PLUS={options.lora_plus}: take a factor above 0; 1 is plain LoRA")
     if options.lora_init_from:
         return _continued(options, architecture, saved or AdapterFolder(Path(options.lora_init_from)).lora(architecture))
