@@ -107,7 +107,7 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
     first = (model.decoder.layers[0].layer_number - 1, experts * parallel_state.get_expert_model_parallel_rank())
     worst, worst_name = 0.0, "-"
     for live_name, parameter in model.named_parameters():
-        name = checkpoint_name(live_name, *first, architecture.moe is not None)
+        name = checkpoint_name(live_name, architecture, *first)
         if name == "output_layer.weight" and architecture.tied_embeddings:
             name = "embedding.word_embeddings.weight"
         entry = entries[name]

@@ -127,7 +127,7 @@ def _fill_from_whole(model: Any, source: StoredParameters, layout: Layout) -> No
     first_layer = model.decoder.layers[0].layer_number - 1
     first_expert = experts * parallel_state.get_expert_model_parallel_rank()
     for live_name, parameter in model.named_parameters():
-        name = checkpoint_name(live_name, first_layer, first_expert, architecture.moe is not None)
+        name = checkpoint_name(live_name, architecture, first_layer, first_expert)
         # The last stage's copy of a tied embedding.
         name = EMBEDDING if name == OUTPUT and architecture.tied_embeddings else name
         whole = source.read(entries[name])

@@ -1,5 +1,6 @@
 """Hugging Face model folders: config.json, and safetensors read tensor by tensor and written in shards with an index."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -190,4 +191,7 @@ def architecture_record(architecture: Architecture) -> dict[str, Any]:
     """An `Architecture` as JSON values, under the names that manifests have had since format 1."""
     record: dict[str, Any] = json.loads(json.dumps(asdict(architecture), default=lambda value: dtype_name(value)))
     record["mixture"] = record.pop("moe")
+    # Layers in groups of equal ones that follow one another: how many, and what they are.
+    groups = itertools.groupby(record.pop("layers"))
+    record["layers"] = [[len(list(equal)), layer] for layer, equal in groups]
     return record

@@ -3,9 +3,11 @@
 docs/performance.md compares the estimates with measured peaks.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
 from megatron.sft.model.layout import HEAD_CHUNK_TOKENS, Layout
 
 GIB = 2**30
@@ -84,37 +86,74 @@ def cheapest_recompute(
 
 def num_parameters(architecture: Architecture) -> int:
     """Number of weights of the whole model, tied embeddings counted once."""
-    split, whole, expert = _layer_parameters(architecture)
     embeddings = architecture.vocab_size * architecture.hidden_size * (1 if architecture.tied_embeddings else 2)
-    return architecture.num_layers * (split + whole + expert) + embeddings + architecture.hidden_size
+    return sum(_parameters(architecture, architecture.layers)) + embeddings + architecture.hidden_size
 
 
 def stage_parameters(architecture: Architecture, layout: Layout, stage: int) -> tuple[int, int]:
     """Weights on one process of a pipeline stage: those that every data-parallel copy holds, and those of its experts."""
-    split, whole, expert = _layer_parameters(architecture)
-    layers = layout.stage_layers(architecture)[stage]
+    split, whole, expert = _parameters(architecture, _stage_layers(architecture, layout, stage))
     last = layout.pipeline_parallel - 1
     embedding = layout.padded_vocab_size(architecture) // layout.tensor_parallel * architecture.hidden_size
-    dense = layers * (split // layout.tensor_parallel + whole)
+    dense = split // layout.tensor_parallel + whole
     if stage == 0:
         dense += embedding
     if stage == last:
         dense += architecture.hidden_size  # the last norm
         if not architecture.tied_embeddings or last > 0:  # tied stages hold a copy each
             dense += embedding
-    return dense, layers * expert // (layout.expert_parallel * layout.expert_tensor_parallel)
+    return dense, expert // (layout.expert_parallel * layout.expert_tensor_parallel)
 
 
-def _layer_parameters(architecture: Architecture) -> tuple[int, int, int]:
-    """Of one layer: weights that TP splits, weights that every process holds, weights of all experts together."""
+def _stage_layers(architecture: Architecture, layout: Layout, stage: int) -> tuple[Layer, ...]:
+    counts = layout.stage_layers(architecture)
+    return architecture.layers[sum(counts[:stage]) : sum(counts[: stage + 1])]
+
+
+def _parameters(architecture: Architecture, layers: Sequence[Layer]) -> tuple[int, int, int]:
+    """Of these layers: weights that TP splits, weights that every process holds, weights of all experts together."""
+    of_each = [[size * count for size in _layer_parameters(architecture, kind)] for kind, count in Counter(layers).items()]
+    split, whole, expert = (sum(sizes) for sizes in zip(*of_each, strict=True))
+    return split, whole, expert
+
+
+def _layer_parameters(architecture: Architecture, layer: Layer) -> tuple[int, int, int]:
+    """The three of one layer."""
+    hidden = architecture.hidden_size
+    split, whole = (
+        _delta_net_parameters(architecture) if layer.mixer == GATED_DELTA_NET else _attention_parameters(architecture)
+    )
+    whole += hidden * (4 if architecture.norms == "both" else 2)
+    if not layer.experts:
+        split += 3 * hidden * architecture.ffn_hidden_size
+        if architecture.mlp_bias:
+            split, whole = split + 2 * architecture.ffn_hidden_size, whole + hidden
+        return split, whole, 0
+    moe = architecture.moe
+    assert moe is not None
+    return split, whole + moe.num_experts * hidden, moe.num_experts * 3 * hidden * moe.ffn_hidden_size
+
+
+def _attention_parameters(architecture: Architecture) -> tuple[int, int]:
+    """Weights of a layer's attention that TP splits, and that every process holds."""
     hidden, head_dim = architecture.hidden_size, architecture.head_dim
-    split = hidden * head_dim * 2 * (architecture.num_heads + architecture.num_kv_heads)
-    split += head_dim * (architecture.num_heads + 2 * architecture.num_kv_heads) if architecture.qkv_bias else 0
-    whole = 2 * hidden + (2 * head_dim if architecture.qk_norm else 0)
-    if architecture.moe is None:
-        return split + 3 * hidden * architecture.ffn_hidden_size, whole, 0
-    experts = architecture.moe.num_experts * 3 * hidden * architecture.moe.ffn_hidden_size
-    return split, whole + architecture.moe.num_experts * hidden, experts
+    inputs = architecture.num_heads * (2 if architecture.attention_gate else 1) + 2 * architecture.num_kv_heads
+    split = hidden * head_dim * (inputs + architecture.num_heads)
+    split += head_dim * inputs if architecture.qkv_bias else 0
+    split += architecture.num_heads if architecture.attention_sinks else 0
+    whole = hidden if architecture.output_bias else 0
+    if architecture.query_key_norm == "projection":
+        split += head_dim * (architecture.num_heads + architecture.num_kv_heads)
+    elif architecture.query_key_norm:
+        whole += 2 * head_dim
+    return split, whole
+
+
+def _delta_net_parameters(architecture: Architecture) -> tuple[int, int]:
+    sizes = architecture.delta_net
+    assert sizes is not None
+    matrices = architecture.hidden_size * (sizes.input_rows + sizes.num_value_heads * sizes.value_dim)
+    return matrices + sizes.kernel * sizes.convolved_rows + 2 * sizes.num_value_heads, sizes.value_dim
 
 
 def _stage_estimate(
@@ -126,16 +165,17 @@ def _stage_estimate(
     for_weight, for_gradient, for_optimizer = _bytes_per_parameter(settings)
     tokens = settings.seq_length * settings.micro_batch_size // layout.context_parallel
     in_flight = _micro_batches_in_flight(layout, settings.num_micro_batches, stage)
-    layers = layout.stage_layers(architecture)[stage]
-    layer = layer_tensors(architecture, layout, settings)
-    one_micro_batch = layers * tokens * sum(kept_tensors(layer, settings.recompute).values())
+    kinds = Counter(_stage_layers(architecture, layout, stage))
+    tensors = {kind: layer_tensors(architecture, layout, settings, kind) for kind in kinds}
+    kept = {kind: sum(kept_tensors(tensors[kind], settings.recompute).values()) for kind in kinds}
+    one_micro_batch = tokens * sum(count * kept[kind] for kind, count in kinds.items())
     weights = for_weight * (dense + expert)
     if settings.precision == "fp8":
         # Two copies of the linear layers' weights in 8 bits, as rows and as columns.
-        split, _, _ = _layer_parameters(architecture)
-        weights += 2 * (layers * split // layout.tensor_parallel + expert)
+        split, _, _ = _parameters(architecture, _stage_layers(architecture, layout, stage))
+        weights += 2 * (split // layout.tensor_parallel + expert)
     activations = in_flight * one_micro_batch
-    working = _largest_layer_tensors(layer, settings.recompute) * tokens
+    working = max(_largest_layer_tensors(layer, settings.recompute) for layer in tensors.values()) * tokens
     unit = _element_bytes(settings)
     if stage == layout.pipeline_parallel - 1:
         # The last layer's output, its norm, its trained tokens and their gradient, on all TP ranks alike.
@@ -181,8 +221,8 @@ def _element_bytes(settings: MemorySettings) -> int:
     return 4 if settings.precision == "fp32" else 2
 
 
-def layer_tensors(architecture: Architecture, layout: Layout, settings: MemorySettings) -> dict[str, float]:
-    """Bytes a token of what one layer's forward pass keeps for its backward pass, on one process.
+def layer_tensors(architecture: Architecture, layout: Layout, settings: MemorySettings, layer: Layer) -> dict[str, float]:
+    """Bytes a token of what such a layer's forward pass keeps for its backward pass, on one process.
 
     The norms keep their input, the linear layers theirs, the attention its query, key, value, result and logarithms of sums,
     SwiGLU its input. Under sequence parallelism what lies between the parallel parts is split over TP too.
@@ -191,26 +231,62 @@ def layer_tensors(architecture: Architecture, layout: Layout, settings: MemorySe
     unit = _element_bytes(settings)
     linear = 1 if settings.precision == "fp8" else unit  # inputs of linear layers are kept in 8 bits
     hidden = architecture.hidden_size / (tensor_parallel if layout.sequence_parallel else 1)
-    query = architecture.num_heads * architecture.head_dim / tensor_parallel
-    key_value = architecture.num_kv_heads * architecture.head_dim / tensor_parallel
+    mixer = _delta_net_tensors if layer.mixer == GATED_DELTA_NET else _attention_tensors
     tensors = {
         "layer input": unit * hidden + 4,
         "attention norm": linear * hidden,
+        **mixer(architecture, tensor_parallel, unit, linear),
+        "residual": unit * hidden + 4,
+        "MLP norm": linear * hidden,
+    }
+    if architecture.norms == "after":
+        # The layers' inputs are those of the linear layers as well.
+        tensors |= {"attention norm": 0, "MLP norm": 0}
+    if architecture.norms != "before":
+        tensors |= {"attention output": unit * hidden + 4, "MLP output": unit * hidden + 4}
+    if not layer.experts:
+        width = architecture.ffn_hidden_size / tensor_parallel
+        return {**tensors, "gate and up": 2 * unit * width, "activation": linear * width}
+    # Each token goes to several experts, wherever they are: its row, and what they make of it, as often.
+    moe = architecture.moe
+    assert moe is not None
+    chosen = moe.experts_per_token
+    width = chosen * moe.ffn_hidden_size / layout.expert_tensor_parallel
+    routed = {"rows of experts": chosen * 2 * unit * hidden, "router": 12.0 * moe.num_experts}
+    return {**tensors, **routed, "gate and up": 2 * unit * width, "activation": linear * width}
+
+
+def _attention_tensors(architecture: Architecture, tensor_parallel: int, unit: int, linear: int) -> dict[str, float]:
+    query = architecture.num_heads * architecture.head_dim / tensor_parallel
+    key_value = architecture.num_kv_heads * architecture.head_dim / tensor_parallel
+    tensors = {
         "query": unit * query,
         "key and value": 2 * unit * key_value,
         "attention result": unit * query + 4 * architecture.num_heads / tensor_parallel,
         "attention result in 8 bits": linear * query if linear != unit else 0,
-        "residual": unit * hidden + 4,
-        "MLP norm": linear * hidden,
     }
-    if architecture.moe is None:
-        width = architecture.ffn_hidden_size / tensor_parallel
-        return {**tensors, "gate and up": 2 * unit * width, "activation": linear * width}
-    # Each token goes to several experts, wherever they are: its row, and what they make of it, as often.
-    chosen = architecture.moe.experts_per_token
-    width = chosen * architecture.moe.ffn_hidden_size / layout.expert_tensor_parallel
-    routed = {"rows of experts": chosen * 2 * unit * hidden, "router": 12.0 * architecture.moe.num_experts}
-    return {**tensors, **routed, "gate and up": 2 * unit * width, "activation": linear * width}
+    if architecture.attention_gate:
+        tensors |= {"gate": unit * query, "gated result": linear * query}
+    return tensors
+
+
+def _delta_net_tensors(architecture: Architecture, tensor_parallel: int, unit: int, linear: int) -> dict[str, float]:
+    """The convolution keeps its input, the delta rule query, key, value and step sizes, the gated norm its input and gate."""
+    sizes = architecture.delta_net
+    assert sizes is not None
+    values = sizes.num_value_heads * sizes.value_dim / tensor_parallel
+    convolved = sizes.convolved_rows / tensor_parallel
+    # The delta rule keeps normed queries and keys, and a 64 x 64 matrix of each value head and chunk of 64 tokens.
+    queries_keys = 2 * sizes.num_key_heads * sizes.key_dim / tensor_parallel
+    return {
+        "projected": unit * sizes.input_rows / tensor_parallel,
+        "convolved": unit * convolved,
+        "normed queries and keys": unit * queries_keys,
+        "chunks": unit * 64 * sizes.num_value_heads / tensor_parallel,
+        "step sizes": 12.0 * sizes.num_value_heads / tensor_parallel,
+        "delta result": unit * values,
+        "gated result": linear * values,
+    }
 
 
 def kept_tensors(layer: dict[str, float], recompute: str) -> dict[str, float]:

@@ -55,13 +55,16 @@ REFUSED = {
     "model_type None is not supported": {"model_type": None},
     "hidden_act='gelu' is not supported for qwen2 (only 'silu')": {"hidden_act": "gelu"},
     "use_sliding_window=True is not supported": {"use_sliding_window": True},
-    "RoPE scaling of type 'yarn' is not supported": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-    "RoPE scaling of type 'linear' is not supported": {"rope_scaling": {"type": "linear", "factor": 4.0}},
-    "RoPE scaling of type 'llama3' is not supported": {"rope_scaling": _LLAMA3},
+    "RoPE scaling of type 'stretch' is not supported: choose one of default": {"rope_scaling": {"rope_type": "stretch"}},
+    "RoPE scaling of type 'linear' lacks factor": {"rope_scaling": {"type": "linear"}},
+    "RoPE scaling with factor 0.5": {"rope_scaling": {"rope_type": "yarn", "factor": 0.5}},
+    "longrope has 1 short and 3 long factors, a head has 3 rotated pairs": {
+        "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0, 3.0]}
+    },
     "lacks original_max_position_embeddings": {"model_type": "llama", "rope_scaling": _LLAMA3},
-    "the RoPE parameter mscale=1 is not supported": {"rope_scaling": {"rope_type": "default", "mscale": 1}},
+    "the RoPE parameter stretch=1 is not supported": {"rope_scaling": {"rope_type": "default", "stretch": 1}},
     "partial_rotary_factor=0.5 is not supported": {"partial_rotary_factor": 0.5},
-    "attention_bias=True is not supported for llama": {"model_type": "llama", "attention_bias": True},
+    "attention_bias=True is not supported for qwen3": {"model_type": "qwen3", "attention_bias": True},
     "attention_dropout=0.1 is not supported": {"attention_dropout": 0.1},
     "layer_types with other than 'full_attention'": {"layer_types": ["full_attention", "sliding_attention"]},
     "logit_scale=16.0 is not supported: it is not known for qwen2": {"logit_scale": 16.0},
@@ -92,13 +95,13 @@ RELEASED = {
 @pytest.mark.parametrize("family", RELEASED)
 def test_fields_of_released_models_are_understood(family: str) -> None:
     architecture = read_architecture({**CONFIG, "model_type": family, **RELEASED[family]}, "")
-    assert architecture.sliding_window == (8 if family == "mistral" else None)
+    assert {layer.window for layer in architecture.layers} == {8 if family == "mistral" else None}
 
 
 def test_old_and_new_spellings_of_a_configuration_are_read_alike() -> None:
     old = read_architecture({**CONFIG, "rope_theta": 1e6, "torch_dtype": "bfloat16"}, "")
     new = read_architecture({**CONFIG, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "dtype": "bfloat16"}, "")
-    assert old == new and old.rope_theta == 1e6 and old.torch_dtype == torch.bfloat16
+    assert old == new and old.ropes[0].theta == 1e6 and old.torch_dtype == torch.bfloat16
 
 
 def test_uneven_pipelines_hold_every_layer() -> None:
