@@ -17,9 +17,29 @@ from megatron.sft.families.config_fields import check_fields, flat_config
 from megatron.sft.families.layers import read_layers
 from megatron.sft.families.rules import Rule
 from megatron.sft.runtime.errors import UserError
-from megatron.sft.tables import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from megatron.sft.tables import (
+    ernie4_5,
+    gemma3,
+    glm4,
+    granite,
+    hunyuan_v1_dense,
+    llama,
+    mistral,
+    mixtral,
+    olmo,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_5,
+    qwen3_moe,
+    seed_oss,
+    smollm3,
+)
 
-TABLES: tuple[ModuleType, ...] = (llama, mistral, mixtral, qwen2, qwen3, qwen3_moe)
+TABLES: tuple[ModuleType, ...] = (
+    llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, qwen3_5, gemma3, phi3, glm4, olmo, seed_oss, smollm3, granite,
+    ernie4_5, hunyuan_v1_dense,
+)  # fmt: skip
 FAMILIES: dict[str, ModuleType] = {model_type: table for table in TABLES for model_type in table.MODEL_TYPES}
 # model_type of a model that has other parts besides the text model -> the text model's, unless its own text_config says it.
 WRAPPERS: dict[str, str] = {name: table.MODEL_TYPES[0] for table in TABLES for name in getattr(table, "WRAPPERS", ())}
@@ -47,12 +67,14 @@ _OPTIONAL: dict[str, Any] = {
     "experts": None,  # function: config -> whether each layer has experts; else all do where `moe` is there
     "moe": None,  # function: config -> fields of `MoEConfig`
     "delta_net": None,  # function: config -> fields of `DeltaNetConfig`
+    "OF_TYPE": {},  # model_type -> what of the above is otherwise for it, where a file has several
 }
 
 
 def read_table(family: str) -> dict[str, Any]:
     """What the family's file defines, with the defaults of `_OPTIONAL`."""
-    return {name: getattr(FAMILIES[family], name, default) for name, default in _OPTIONAL.items()}
+    table = {name: getattr(FAMILIES[family], name, default) for name, default in _OPTIONAL.items()}
+    return {**table, **table["OF_TYPE"].get(family, {})}
 
 
 def read_architecture(config: dict[str, Any], where: str) -> Architecture:
