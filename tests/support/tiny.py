@@ -66,7 +66,7 @@ def save_random(model: "object", folder: Path, dtype: "object" = None) -> Path:
         for name, parameter in model.named_parameters():  # type: ignore[attr-defined]
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
-                parameter.copy_(1 + 0.2 * noise)
+                parameter.copy_(parameter.mean().round() + 0.2 * noise)  # around 0 where a norm adds 1 to its weight
             elif "conv1d" in name:
                 parameter.copy_(0.5 * noise)
             else:
