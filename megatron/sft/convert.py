@@ -15,6 +15,7 @@ import torch
 from megatron.sft.checkpoint import folder as checkpoint_folder
 from megatron.sft.conversion.checkpoint_writer import layout_record, requested_layout, write_parameters
 from megatron.sft.conversion.source_record import converted_config, dtype_record
+from megatron.sft.families.long_context import KINDS, RopeExtension
 from megatron.sft.families.parameters import DTYPE_OPTIONS
 from megatron.sft.families.weight_names import check_hf_names, weight_entries
 from megatron.sft.hf.download_record import check_weights
@@ -39,12 +40,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if source.is_dir() and not (source / "config.json").exists() and _is_checkpoint(source):
         from megatron.sft.conversion.reshard import reshard
 
+        if arguments.rope_scaling:
+            raise UserError(f"ROPE_SCALING={arguments.rope_scaling} extends a Hugging Face model, {source} is a checkpoint")
         with whole_folder(arguments.output) as staged:
             reshard(source, staged, arguments)
         print(f"converted {source} to {arguments.output} ({_form(arguments)})")
         return 0
-    _from_hugging_face(HFFolder(source), arguments)
+    _from_hugging_face(HFFolder(source, _extension(arguments)), arguments)
     return 0
+
+
+def _extension(arguments: argparse.Namespace) -> RopeExtension | None:
+    if arguments.rope_scaling is None:
+        if arguments.rope_factor or arguments.rope_original:
+            raise UserError(f"ROPE_FACTOR and ROPE_ORIGINAL need ROPE_SCALING: one of {', '.join(KINDS)}")
+        return None
+    if arguments.rope_factor is None:
+        raise UserError(f"ROPE_SCALING={arguments.rope_scaling} needs ROPE_FACTOR, for example ROPE_FACTOR=4")
+    return RopeExtension(arguments.rope_scaling, arguments.rope_factor, arguments.rope_original)
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -169,6 +182,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ckpt-format", choices=formats, default=checkpoint_folder.TORCH_DIST)
     parser.add_argument("--dtype", choices=list(DTYPE_OPTIONS), help="the source's unless given")
     parser.add_argument("--verify", choices=["auto", "0", "1"], default="0", help="compare logits with transformers")
+    parser.add_argument("--rope-scaling", choices=KINDS, help="extend the positions of a Hugging Face model")
+    parser.add_argument("--rope-factor", type=float, help="by how much")
+    parser.add_argument(
+        "--rope-original", type=int, help="positions it was trained on; its max_position_embeddings unless given"
+    )
     parser.add_argument("--with-optimizer", action="store_true", help="keep a training checkpoint's optimizer state")
     return parser.parse_args(argv)
 

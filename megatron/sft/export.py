@@ -18,9 +18,10 @@ from megatron.sft.checkpoint import folder as checkpoint_folder
 from megatron.sft.checkpoint.folder import Checkpoint
 from megatron.sft.checkpoint.reading import stored_parameters
 from megatron.sft.conversion.exported_files import write_companions
-from megatron.sft.conversion.source_record import read_dtype_record, source_model
+from megatron.sft.conversion.source_record import read_dtype_record, rope_extension, source_model
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.fused_experts import fused, fused_experts
+from megatron.sft.families.long_context import extended_config
 from megatron.sft.families.parameters import DTYPE_OPTIONS, Caster, Parameters, progress_bar
 from megatron.sft.families.registry import DTYPES, read_architecture
 from megatron.sft.families.weight_names import weight_entries
@@ -116,6 +117,7 @@ def _dtypes(
 def _check_same_model(checkpoint: Checkpoint, architecture: Architecture, hf_dir: Path) -> None:
     """A `UserError` unless the checkpoint was converted from a model of the architecture that is in `hf_dir`."""
     config = read_json(hf_dir / "config.json", "model configuration", "give the Hugging Face folder that was converted")
+    config = extended_config(config, rope_extension(checkpoint.manifest), str(hf_dir / "config.json"))
     original = read_architecture(config, str(hf_dir / "config.json"))
     for field, value in architecture.__dict__.items():
         if field == "vocab_size" and value == max(original.vocab_size, num_tokens(hf_dir)):

@@ -106,7 +106,9 @@ def test_gated_delta_nets_and_norms_over_projections_train_and_resume_in_another
         options += ["--lr", "1e-3", "--min-lr", "1e-3", "--lr-decay-style", "constant", "--global-batch-size", "8"]
         tiny.launch(1, "train", "train", *options, "--save", tmp_path / f"{family}-one", "--train-iters", "4")
         split = [*options, "--save", tmp_path / family]
-        tiny.launch(4, "train", "train", *split, "--train-iters", "2", "--tensor-model-parallel-size", "2", "--recompute", "full")
+        tiny.launch(
+            4, "train", "train", *split, "--train-iters", "2", "--tensor-model-parallel-size", "2", "--recompute", "full"
+        )
         pipeline = ["--pipeline-model-parallel-size", "2", "--recompute", "selective"]
         tiny.launch(2, "train", "resume", *split, "--train-iters", "4", *pipeline)
         assert tiny.losses(tmp_path / family) == pytest.approx(tiny.losses(tmp_path / f"{family}-one"), rel=1e-5)

@@ -55,7 +55,7 @@ def logits_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> flo
     ours = megatron_logits(open_checkpoint(checkpoint), source, layout, conversations(source))
     difference = 0.0
     if ours is not None:
-        difference = float((ours - transformers_logits(source.path, conversations(source))).abs().max())
+        difference = float((ours - transformers_logits(source, conversations(source))).abs().max())
     return largest(difference)
 
 

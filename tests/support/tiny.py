@@ -312,10 +312,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "ministral3": (
         "Ministral3",
-        {
-            "head_dim": 16,
-            "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 1.0},
-        },
+        {"head_dim": 16, "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 1.0}},
     ),
     "olmo2": ("Olmo2", {"head_dim": 16}),
     "olmo3": (

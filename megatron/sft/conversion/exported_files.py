@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron.sft.checkpoint.folder import Checkpoint
-from megatron.sft.conversion.source_record import dtype_fields
+from megatron.sft.conversion.source_record import dtype_fields, rope_extension
 from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.long_context import extended_config
 from megatron.sft.families.parameters import DTYPE_OPTIONS
 from megatron.sft.hf.folder import copy_companions, dtype_name
 from megatron.sft.hf.tokenizer_files import read_chat_template
@@ -89,7 +90,12 @@ def _listed(config: dict[str, Any] | None) -> dict[str, str]:
 
 
 def _edit_config(checkpoint: Checkpoint, architecture: Architecture, dtype: str | None, path: Path) -> None:
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    original: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config = extended_config(original, rope_extension(checkpoint.manifest), str(path))
+    if config != original:
+        extension = rope_extension(checkpoint.manifest)
+        assert extension is not None
+        print(f"config.json: positions are extended as in the conversion, {extension.kind} by {extension.factor:g}")
     changes: dict[str, Any] = {}
     if config["vocab_size"] != architecture.vocab_size:
         changes["vocab_size"] = architecture.vocab_size
@@ -101,8 +107,9 @@ def _edit_config(checkpoint: Checkpoint, architecture: Architecture, dtype: str 
     wanted = dtype_name(DTYPE_OPTIONS[dtype]) if dtype else wanted
     if wanted:
         changes |= {field: wanted for field in fields if config.get(field) != wanted}
-    if changes:
+    if changes or config != original:
         write_json(path, {**config, **changes})
+    if changes:
         print(f"config.json: {', '.join(f'{name} is now {value}' for name, value in changes.items())}")
 
 

@@ -8,6 +8,7 @@ import torch
 
 from megatron.sft.checkpoint.folder import MANIFEST, Checkpoint
 from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.long_context import RopeExtension
 from megatron.sft.families.parameters import DTYPE_OPTIONS
 from megatron.sft.families.registry import read_architecture
 from megatron.sft.families.weight_names import check_hf_names
@@ -42,6 +43,12 @@ def converted_config(config: dict[str, Any], architecture: Architecture, dtype: 
     if dtype is not None:
         result |= dict.fromkeys(dtype_fields(result), dtype_name(DTYPE_OPTIONS[dtype]))
     return result
+
+
+def rope_extension(manifest: Mapping[str, Any]) -> RopeExtension | None:
+    """How the conversion extended the original model's positions."""
+    record = manifest.get("source", {}).get("rope_extension")
+    return RopeExtension(**record) if record else None
 
 
 def dtype_fields(config: Mapping[str, Any]) -> list[str]:

@@ -67,6 +67,12 @@ def check_fields(
         raise UserError(f"{where}: {field}={_short(value)} is not supported: {reason}")
 
 
+def text_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that has the text model's sizes: text_config, or all of it."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
 def flat_config(config: dict[str, Any], model_type: str, where: str) -> dict[str, Any]:
     """The text model's config.json out of that of a model with other parts; what they share at the top counts most.
 

@@ -113,6 +113,10 @@ def layer_rules(architecture: Architecture, layer: Layer) -> tuple[Rule, ...]:
 
 def _read(config: dict[str, Any], where: str, family: str, table: dict[str, Any]) -> Architecture:
     num_heads, hidden_size = int(config["num_attention_heads"]), int(config["hidden_size"])
+    layers = read_layers(config, table, where)
+    # Beyond its own positions `dynamic` scaling goes on.
+    stretches = [layer.rope.scaling.factor for layer in layers if layer.rope and layer.rope.scaling]
+    dynamic = any(layer.rope.scaling.kind == "dynamic" for layer in layers if layer.rope and layer.rope.scaling)
     architecture = Architecture(
         family=family,
         num_layers=int(config["num_hidden_layers"]),
@@ -122,11 +126,11 @@ def _read(config: dict[str, Any], where: str, family: str, table: dict[str, Any]
         num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
         head_dim=int(config.get("head_dim") or hidden_size // num_heads),
         vocab_size=int(config["vocab_size"]),
-        max_positions=int(config["max_position_embeddings"]),
+        max_positions=int(int(config["max_position_embeddings"]) * (max(stretches) if dynamic else 1)),
         norm_epsilon=float(config["rms_norm_eps"]),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         torch_dtype=_dtype(config, where),
-        layers=read_layers(config, table, where),
+        layers=layers,
         moe=MoEConfig(**table["moe"](config)) if table["moe"] else None,
         delta_net=DeltaNetConfig(**table["delta_net"](config)) if table["delta_net"] else None,
         **{**table["PIECES"], **(table["pieces"](config) if table["pieces"] else {})},

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.fused_experts import FusedExperts, fused_block, fused_experts
+from megatron.sft.families.long_context import RopeExtension, extended_config
 from megatron.sft.families.registry import read_architecture
 from megatron.sft.hf.safetensors_file import SafetensorsFile, write_file
 from megatron.sft.hf.tokenizer_files import chat_template_sha256, num_tokens, tokenizer_sha256
@@ -31,7 +32,8 @@ class HFFolder:
     fused in one tensor have the names of single ones here; `fused_block` is their module then. `notes`: for the user.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, extension: RopeExtension | None = None) -> None:
+        """extension: of the positions, which `config` then has."""
         if not path.is_dir():
             raise UserError(f"model folder {path} does not exist: run scripts/1_download.sh model ID, or correct the path")
         self.path = path
@@ -40,6 +42,8 @@ class HFFolder:
         )
         if not isinstance(self.config, dict):
             raise UserError(f"{path / 'config.json'} is not a model configuration: take the model's own file")
+        self.extension = extension
+        self.config = extended_config(self.config, extension, str(path / "config.json"))
         on_disk = read_architecture(self.config, str(path / "config.json"))
         self.rows_on_disk = on_disk.vocab_size
         self.architecture: Architecture = replace(on_disk, vocab_size=max(on_disk.vocab_size, num_tokens(path)))
@@ -142,6 +146,7 @@ class HFFolder:
             "tokenizer_sha256": tokenizer_sha256(self.path),
             "chat_template_sha256": chat_template_sha256(self.path),
             **({"fused_experts": self.fused_block} if self.fused_block else {}),
+            **({"rope_extension": asdict(self.extension)} if self.extension else {}),
         }
 
 

@@ -8,11 +8,7 @@ from typing import Any
 MODEL_TYPES = ("gemma3_text",)
 WRAPPERS = ("gemma3",)
 CARRIED = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-FIXED = {
-    "hidden_activation": "gelu_pytorch_tanh",
-    "attn_logit_softcapping": None,
-    "use_bidirectional_attention": False,
-}
+FIXED = {"hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": None, "use_bidirectional_attention": False}
 USED = {
     "attention_bias", "query_pre_attn_scalar", "final_logit_softcapping", "sliding_window_pattern",
     "_sliding_window_pattern", "rope_local_base_freq",

@@ -37,5 +37,5 @@ OF_TYPE = {
         "ROPE_THETA": 5e5,
         "layer_types": _layer_types,
         "ropes": _ropes,
-    },
+    }
 }
