@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron.sft.checkpoint import folder as checkpoint_folder
+from megatron.sft.conversion.carried import write_carried
 from megatron.sft.conversion.checkpoint_writer import layout_record, requested_layout, write_parameters
 from megatron.sft.conversion.source_record import converted_config, dtype_record
 from megatron.sft.families.long_context import KINDS, RopeExtension
@@ -112,14 +113,15 @@ def _check_tied(source: HFFolder, skipped: list[str]) -> None:
 def _convert(source: HFFolder, layout: Layout, arguments: argparse.Namespace, output: Path) -> None:
     parameters = HFParameters(source, DTYPE_OPTIONS.get(arguments.dtype))
 
-    def finish() -> dict[str, Any]:
+    def finish(folder: Path) -> dict[str, Any]:
         report = parameters.caster.report()
         if report:
             print(report)
         names = [name for entry in weight_entries(source.architecture) for name in entry.hf]
         config = converted_config(source.config, source.architecture, arguments.dtype)
+        origin = {**source.manifest_entry(), "config": config, "weights_fingerprint": parameters.fingerprint()}
         return {
-            "source": {**source.manifest_entry(), "config": config, "weights_fingerprint": parameters.fingerprint()},
+            "source": {**origin, **write_carried(source, folder)},
             **dtype_record({name: parameters.hf_meta(name).dtype for name in names}),
             "tensor_crc32": parameters.crc32,
         }
@@ -132,10 +134,13 @@ def _convert(source: HFFolder, layout: Layout, arguments: argparse.Namespace, ou
 
 
 def _wants_verification(verify: str, source: HFFolder) -> bool:
-    if verify in ("0", "1"):
+    if verify in ("0", "1") and not (verify == "1" and source.dequantised):
         return verify == "1"
     if source.num_bytes >= VERIFY_BYTES:
         print(f"not compared with transformers: {source.num_bytes / 1e9:.1f} GB of weights (VERIFY=1 compares them)")
+        return False
+    if source.dequantised:
+        print("not compared with transformers, which computes with the 8-bit weights")
         return False
     import psutil  # type: ignore[import-untyped]
 

@@ -4,9 +4,10 @@ python -m megatron.sft.export --load CKPT --hf-dir HF_DIR --output OUT
 """
 
 import argparse
+import itertools
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from megatron.sft.checkpoint import folder as checkpoint_folder
 from megatron.sft.checkpoint.folder import Checkpoint
 from megatron.sft.checkpoint.reading import stored_parameters
+from megatron.sft.conversion.carried import CarriedTensors
 from megatron.sft.conversion.exported_files import write_companions
 from megatron.sft.conversion.source_record import read_dtype_record, rope_extension, source_model
 from megatron.sft.families.architecture import Architecture
@@ -25,6 +27,7 @@ from megatron.sft.families.long_context import extended_config
 from megatron.sft.families.parameters import DTYPE_OPTIONS, Caster, Parameters, progress_bar
 from megatron.sft.families.registry import DTYPES, read_architecture
 from megatron.sft.families.weight_names import weight_entries
+from megatron.sft.hf.block_scales import unquantised_config
 from megatron.sft.hf.folder import HFFolder, write_weights
 from megatron.sft.hf.parameters import HFParameters
 from megatron.sft.hf.safetensors_file import tensor_bytes
@@ -46,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with whole_folder(output) as staged:
         dtypes = _dtypes(checkpoint, architecture, original, arguments.dtype)
         with verified_meanwhile(checkpoint):
-            export_weights(checkpoint, architecture, original, dtypes, staged)
+            carried = CarriedTensors(checkpoint, arguments.hf_dir)
+            export_weights(checkpoint, architecture, original, dtypes, staged, carried)
         write_companions(checkpoint, architecture, arguments.hf_dir, arguments.dtype, arguments.load, staged)
     print(f"exported {checkpoint.path} to {output}\nnext: scripts/6_generate.sh {output} 'a question'")
     print(f"or serve it with vLLM: {serve_hint(output)}")
@@ -65,7 +69,12 @@ def verified_meanwhile(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def export_weights(
-    checkpoint: Checkpoint, architecture: Architecture, original: HFFolder | None, dtypes: dict[str, torch.dtype], folder: Path
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    original: HFFolder | None,
+    dtypes: dict[str, torch.dtype],
+    folder: Path,
+    carried: CarriedTensors,
 ) -> None:
     """Write the model's Hugging Face tensors, with one parameter in memory at a time. `dtypes`: name -> dtype to write."""
     stored = stored_parameters(checkpoint, architecture, HFParameters(original, None) if original else None)
@@ -75,13 +84,22 @@ def export_weights(
             plan[name] = tensor.to(dtypes[name])
     block = original.fused_block if original else checkpoint.manifest.get("source", {}).get("fused_experts")
     form = fused_experts(architecture, str(block)) if block else None
-    plan = dict(fused(form, plan.items())) if form else plan
+    prefixes = original.prefixes if original else checkpoint.manifest.get("source", {}).get("prefixes", {})
+    plan = dict(_on_disk(fused(form, plan.items()) if form else plan.items(), prefixes)) | carried.plan()
     check_free_space(folder, int(1.01 * sum(tensor.nbytes for tensor in plan.values())), f"the export of {checkpoint.path}")
     caster = Caster()
     tensors = _tensors(checkpoint, architecture, stored, dtypes, caster)
-    write_weights(folder, plan, fused(form, tensors) if form else tensors)
+    text = _on_disk(fused(form, tensors) if form else tensors, prefixes)
+    write_weights(folder, plan, itertools.chain(text, carried.tensors()))
     for line in (*getattr(stored, "notes", ()), *filter(None, [caster.report()])):
         print(line)
+
+
+def _on_disk(tensors: Iterable[tuple[str, Tensor]], prefixes: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by their names in the family's table, by those that the original's files have. `prefixes`: see `HFFolder`."""
+    for name, tensor in tensors:
+        there = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        yield (name if there is None else prefixes[there] + name.removeprefix(there)), tensor
 
 
 def _tensors(
@@ -117,6 +135,7 @@ def _dtypes(
 def _check_same_model(checkpoint: Checkpoint, architecture: Architecture, hf_dir: Path) -> None:
     """A `UserError` unless the checkpoint was converted from a model of the architecture that is in `hf_dir`."""
     config = read_json(hf_dir / "config.json", "model configuration", "give the Hugging Face folder that was converted")
+    config = unquantised_config(config, str(hf_dir / "config.json"))
     config = extended_config(config, rope_extension(checkpoint.manifest), str(hf_dir / "config.json"))
     original = read_architecture(config, str(hf_dir / "config.json"))
     for field, value in architecture.__dict__.items():

@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,14 +124,16 @@ def transformers_logits(
     source: HFFolder, conversations: list[np.ndarray], hidden: list[torch.Tensor] | None = None
 ) -> torch.Tensor:
     """Logits of transformers in float32, each conversation by itself: [tokens of all conversations, vocabulary]."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
+
+    from megatron.sft.hf.auto_model import auto_class
 
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
     if source.extension:
         options["config"] = CONFIG_MAPPING[source.config["model_type"]].from_dict(source.config)
-    model = AutoModelForCausalLM.from_pretrained(source.path, **options).eval()
+    model = auto_class(source.config).from_pretrained(source.path, **options).eval()
     if hidden is not None:
-        for layer in model.model.layers:
+        for layer in getattr(model.model, "language_model", model.model).layers:
             layer.register_forward_hook(_keep_output(hidden))
     with torch.no_grad():
         parts = [model(torch.from_numpy(ids)[None], use_cache=False).logits[0] for ids in conversations]

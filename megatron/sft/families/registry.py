@@ -6,6 +6,7 @@ To add a family:
 A field of config.json that the family does not list is refused by name, so read the model's own config.json.
 """
 
+from collections.abc import Collection, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 
 from megatron.sft.families import decoder
 from megatron.sft.families.architecture import ATTENTION, Architecture, DeltaNetConfig, Layer, MoEConfig
-from megatron.sft.families.config_fields import check_fields, flat_config
+from megatron.sft.families.config_fields import check_fields, flat_config, text_fields
 from megatron.sft.families.layers import read_layers
+from megatron.sft.families.missing import what_is_missing
+from megatron.sft.families.rope import rope_parameters
 from megatron.sft.families.rules import Rule
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.tables import (
@@ -87,7 +90,9 @@ def read_architecture(config: dict[str, Any], where: str) -> Architecture:
     model_type = str(text.get("model_type"))
     if model_type not in FAMILIES:
         names = ", ".join(sorted({*FAMILIES, *WRAPPERS}))
-        raise UserError(f"{where}: model_type {text.get('model_type')!r} is not supported: choose one of {names}")
+        raise UserError(
+            f"{where}: model_type {text.get('model_type')!r} is not supported: {what_is_missing(config)}; choose one of {names}"
+        )
     table = read_table(model_type)
     windowed = {"sliding_window"} if table["SLIDING_WINDOW"] else set()
     partial = {"partial_rotary_factor"} if table["PARTIAL_ROTARY"] is not None else set()
@@ -98,6 +103,46 @@ def read_architecture(config: dict[str, Any], where: str) -> Architecture:
         raise UserError(f"{where}: the field {error.args[0]!r} is missing: is it the model's own config.json?") from None
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where}: a field has a value of the wrong kind ({error}): take the model's own file") from None
+
+
+def carried_names(config: dict[str, Any], names: Iterable[str]) -> set[str]:
+    """Those of a folder's tensors that are not trained, but carried from source to export: other parts of the model."""
+    prefixes = read_table(_text_type(config))["CARRIED"]
+    return {name for name in names if name.startswith(prefixes)}
+
+
+def text_prefixes(config: dict[str, Any], names: Collection[str]) -> dict[str, str]:
+    """Where the text model is one part of several: prefix in a family's table -> prefix on disk; {} where they are the same.
+
+    transformers 5 writes the first of these forms, older versions the second.
+    """
+    forms = ({"model.": "model.language_model."}, {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."})
+    if str(config.get("model_type")) in WRAPPERS:
+        for form in forms:
+            if f"{form['model.']}embed_tokens.weight" in names:
+                return form
+    return {}
+
+
+def config_notes(config: dict[str, Any]) -> list[str]:
+    """What of a config.json is not used here, for the user: a dropout, and RoPE parameters that transformers does not read."""
+    text = text_fields(config)
+    found = [name for name in ("attention_dropout", "residual_dropout") if text.get(name)]
+    notes = [f"config.json: {name}={text[name]} is not used: fine-tuning here has no dropout" for name in found]
+    parameters = rope_parameters(text)
+    factors = [name for name in ("attn_factor",) if parameters.get(name) is not None]
+    notes += [f"config.json: the RoPE parameter {name}={parameters[name]} is not used, as in transformers" for name in factors]
+    if config.get("auto_map"):
+        notes.append(
+            "config.json: auto_map names Python code in the folder, which is not run: transformers' own model is meant"
+        )
+    return notes
+
+
+def _text_type(config: dict[str, Any]) -> str:
+    """The text model's model_type."""
+    wrapper = WRAPPERS.get(str(config.get("model_type")))
+    return str(text_fields(config).get("model_type", wrapper) if wrapper else config.get("model_type"))
 
 
 def family_rules(architecture: Architecture) -> tuple[Rule, ...]:
@@ -114,7 +159,7 @@ def layer_rules(architecture: Architecture, layer: Layer) -> tuple[Rule, ...]:
 def _read(config: dict[str, Any], where: str, family: str, table: dict[str, Any]) -> Architecture:
     num_heads, hidden_size = int(config["num_attention_heads"]), int(config["hidden_size"])
     layers = read_layers(config, table, where)
-    # Beyond its own positions `dynamic` scaling goes on.
+    # `dynamic` scaling continues beyond the positions that config.json names.
     stretches = [layer.rope.scaling.factor for layer in layers if layer.rope and layer.rope.scaling]
     dynamic = any(layer.rope.scaling.kind == "dynamic" for layer in layers if layer.rope and layer.rope.scaling)
     architecture = Architecture(

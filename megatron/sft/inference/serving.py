@@ -11,6 +11,7 @@ GPU_BYTES = 60e9  # of weights on one GPU of 80 GB; the rest is for keys and val
 def serve_hint(folder: Path) -> str:
     """`vllm serve FOLDER ...` with what vLLM does not find out itself: a name, float32, a length that fits, several GPUs."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = {**config.get("text_config", {}), **config}
     command = ["vllm", "serve", str(folder), "--served-model-name", folder.resolve().name]
     if config.get("dtype", config.get("torch_dtype")) == "float32":
         command += ["--dtype", "float32"]  # vLLM would round to 16 bits

@@ -1,4 +1,4 @@
-"""ERNIE 4.5, dense: Llama's architecture with neighbouring dimensions as rotated pairs."""
+"""ERNIE 4.5, dense: Llama's architecture with neighboring dimensions as rotated pairs."""
 
 from typing import Any
 

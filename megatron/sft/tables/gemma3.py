@@ -1,6 +1,6 @@
 """Gemma 3: norms before and after, of weight 1 + w, GeGLU, scaled embeddings, and windows in five of six layers.
 
-Layers with a window have another base of rotation. From 4B on there is a vision tower beside the text model (`gemma3`).
+Layers with a window have another base of rotation. From 4B on a vision tower stands next to the text model (`gemma3`).
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""GLM-4-0414, dense: norms before and after, a fused gate and up projection, half of each head rotated in neighbouring pairs."""
+"""GLM-4-0414, dense: norms before and after, a fused gate and up projection, half of a head rotated in neighboring pairs."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """Mistral 7B v0.1 to v0.3, Nemo and Small, and Ministral 3: Llama's architecture, in some with a window in all layers.
 
-Ministral 3 and the Mistral Small of 2025 have a vision tower beside the text model (`mistral3`).
+Ministral 3 and the Mistral Small of 2025 have a vision tower next to the text model (`mistral3`).
 """
 
 MODEL_TYPES = ("mistral", "ministral3")

@@ -1,4 +1,4 @@
-"""Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: Llama's architecture with fused tensors, LongRoPE, and in Phi-4-mini partial rotation."""
+"""Phi-3 to Phi-4-mini: Llama's architecture with fused tensors, LongRoPE, and in Phi-4-mini partial rotation."""
 
 MODEL_TYPES = ("phi3",)
 FIXED = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_bias": False, "lm_head_bias": False, "mlp_bias": False}

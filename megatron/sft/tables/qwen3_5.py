@@ -1,6 +1,6 @@
 """Qwen3.5, 3.6 and 3.8, dense: three of four layers are gated delta nets, the others have gated attention, a quarter rotated.
 
-The text model stands beside a vision tower (`qwen3_5`). Qwen3-Next has the same layers; its experts are not built here.
+The text model stands next to a vision tower (`qwen3_5`). Qwen3-Next has the same layers; its experts are not built here.
 """
 
 from typing import Any

@@ -5,7 +5,7 @@ from typing import Any
 MODEL_TYPES = ("seed_oss",)
 FIXED = {"pretraining_tp": 1}
 USED = {"attention_bias", "attention_out_bias", "mlp_bias"}
-# Dropout of the first training, which fine-tuning here leaves out.
+# Dropout of the first training, which is not used here.
 IMMATERIAL = {"attention_dropout", "residual_dropout"}
 DEFAULTS = {"head_dim": 128, "num_key_value_heads": 8, "attention_bias": True}
 

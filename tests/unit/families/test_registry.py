@@ -27,6 +27,9 @@ def _config(family: str) -> dict[str, object]:
         "qwen3_moe": {name: MIXTURE[name] for name in MIXTURE if name != "num_local_experts"},
         "mixtral": {name: MIXTURE[name] for name in ("num_local_experts", "num_experts_per_tok")},
     }
+    if "qwen3_5" in family or "qwen3_next" in family:
+        delta_net = {f"linear_{name}": 2 for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")}
+        return {**CONFIG, "model_type": family, "head_dim": 8, "full_attention_interval": 2, **delta_net}
     return {**CONFIG, "model_type": family, **of_mixtures.get(family, {})}
 
 
@@ -42,16 +45,50 @@ def test_every_family_reads_its_table_both_ways(family: str) -> None:
 def _hf_shape(name: str, architecture: Architecture) -> tuple[int, ...]:
     query, key = architecture.num_heads * architecture.head_dim, architecture.num_kv_heads * architecture.head_dim
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
-    rows = {"q_proj": query, "k_proj": key, "v_proj": key, "gate_proj": ffn, "up_proj": ffn, ".w1.": ffn, ".w3.": ffn}
+    if "linear_attn" in name:
+        return _delta_net_shape(name, architecture)
+    query *= 2 if architecture.attention_gate else 1
+    rows = {"qkv_proj": query + 2 * key, "gate_up_proj": 2 * ffn}
+    rows |= {"q_proj": query, "k_proj": key, "v_proj": key, "gate_proj": ffn, "up_proj": ffn, ".w1.": ffn, ".w3.": ffn}
     for part, size in rows.items():
         if part in name:
             return (size,) if name.endswith("bias") else (size, hidden)
     return (hidden,) if "norm" in name else (hidden, hidden)
 
 
+def _delta_net_shape(name: str, architecture: Architecture) -> tuple[int, ...]:
+    sizes, hidden = architecture.delta_net, architecture.hidden_size
+    assert sizes is not None
+    keys, values = sizes.num_key_heads * sizes.key_dim, sizes.num_value_heads * sizes.value_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "in_proj_qkvz": (2 * keys + 2 * values, hidden),
+        "in_proj_qkv": (2 * keys + values, hidden),
+        "in_proj_z": (values, hidden),
+        "in_proj_ba": (2 * sizes.num_value_heads, hidden),
+        "in_proj_b": (sizes.num_value_heads, hidden),
+        "in_proj_a": (sizes.num_value_heads, hidden),
+        "conv1d": (2 * keys + values, 1, sizes.kernel),
+        "out_proj": (hidden, values),
+        "norm": (sizes.value_dim,),
+    }
+    return next((shape for part, shape in shapes.items() if f".{part}." in name), (sizes.num_value_heads,))
+
+
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 REFUSED = {
-    "model_type 'gpt2' is not supported: choose one of llama, mistral": {"model_type": "gpt2"},
+    "model_type 'gpt2' is not supported: config.json names nothing unusual, but a table": {"model_type": "gpt2"},
+    "choose one of ernie4_5, gemma3, gemma3_text": {"model_type": "gpt2"},
+    "it needs experts, biases, clamped SwiGLU and attention sinks, which exist here, and biases of experts": {
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "attention_bias": True,
+        "swiglu_limit": 7.0,
+    },
+    "it needs multi-head latent attention and shared experts, which do not; a table of its weights is missing": {
+        "model_type": "deepseek_v3",
+        "kv_lora_rank": 512,
+        "n_shared_experts": 1,
+    },
     "model_type None is not supported": {"model_type": None},
     "hidden_act='gelu' is not supported for qwen2 (only 'silu')": {"hidden_act": "gelu"},
     "use_sliding_window=True is not supported": {"use_sliding_window": True},

@@ -75,7 +75,7 @@ def test_every_scaling_is_transformers_in_both_spellings_and_at_every_length(nam
     torch.testing.assert_close(tables(config, length), expected(config, length), rtol=1e-6, atol=2e-5)
 
 
-def test_each_conversation_of_a_row_has_the_frequencies_of_its_own_length() -> None:
+def test_each_conversation_of_a_row_has_the_frequencies_of_its_length() -> None:
     for name in ("dynamic", "longrope"):
         config = {**SIZES, "rope_scaling": {"rope_type": name, **SCALINGS[name]}, "model_type": "qwen2"}
         (rope,) = read_architecture(config, "config.json").ropes
