@@ -90,6 +90,6 @@ def _find(checkpoint: Checkpoint, hf_dir: Path, names: list[str]) -> tuple[Safet
     if set(names) <= set(folder.carried):
         return folder, str(hf_dir)
     raise UserError(
-        f"{checkpoint.path} is of a model with {len(names)} tensors that are not trained ({describe(names)}), which are neither "
-        f"in {checkpoint.path / FILE} nor in {hf_dir}: give the folder that was converted"
+        f"{checkpoint.path} is of a model with {len(names)} tensors that are not trained ({describe(names)}), which are "
+        f"neither in {checkpoint.path / FILE} nor in {hf_dir}: give the folder that was converted"
     )
