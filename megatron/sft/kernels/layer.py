@@ -76,10 +76,8 @@ def _activated(gate, up, KIND: tl.constexpr):  # noqa: N803
         used = tl.minimum(tl.maximum(up, -7.0), 7.0) + 1.0
         unclamped = tl.where((up >= -7.0) & (up <= 7.0), 1.0, 0.0)
     else:
-        share = tl.sigmoid(gate)
-        active = gate * share
-        slope = share * (1.0 + gate * (1.0 - share))
-        used, unclamped = up, 1.0
+        active = gate * tl.sigmoid(gate)
+        slope, used, unclamped = 0.0, up, 1.0  # `_swiglu_backward` has its own
     return active, slope, used, unclamped
 
 
@@ -103,9 +101,14 @@ def _swiglu_backward(gate_up, grad_outputs, grad_gate_up, width, KIND: tl.conste
     gate = tl.load(gate_up + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + (row * 2 + 1) * width + columns, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.load(grad_outputs + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-    active, slope, used, unclamped = _activated(gate, up, KIND)
-    of_gate = gradient * used * slope
-    of_up = gradient * active * unclamped
+    if KIND == "silu":
+        share = tl.sigmoid(gate)
+        of_gate = gradient * up * share * (1.0 + gate * (1.0 - share))
+        of_up = gradient * gate * share
+    else:
+        active, slope, used, unclamped = _activated(gate, up, KIND)
+        of_gate = gradient * used * slope
+        of_up = gradient * active * unclamped
     kind = grad_gate_up.dtype.element_ty
     tl.store(grad_gate_up + row * 2 * width + columns, of_gate.to(kind), mask=inside)
     tl.store(grad_gate_up + (row * 2 + 1) * width + columns, of_up.to(kind), mask=inside)
