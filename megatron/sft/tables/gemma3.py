@@ -45,10 +45,7 @@ def layer_types(config: dict[str, Any]) -> list[str]:
 
 def ropes(config: dict[str, Any]) -> dict[str, Any]:
     new = config.get("rope_parameters") or {}
-    full = new.get("full_attention") or {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
-    window = new.get("sliding_attention") or {"rope_theta": config.get("rope_local_base_freq")}
-    return {"full_attention": {"rope_theta": 1e6, **_given(full)}, "sliding_attention": {"rope_theta": 1e4, **_given(window)}}
-
-
-def _given(parameters: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in parameters.items() if value is not None}
+    full = new.get("full_attention") or config.get("rope_scaling") or {}
+    bases = {"full_attention": config.get("rope_theta") or 1e6, "sliding_attention": config.get("rope_local_base_freq") or 1e4}
+    given = {"full_attention": full, "sliding_attention": new.get("sliding_attention") or {}}
+    return {kind: {"rope_theta": bases[kind], **given[kind]} for kind in bases}

@@ -24,10 +24,11 @@ def _layer_types(config: dict[str, Any]) -> list[str]:
 def _ropes(config: dict[str, Any]) -> dict[str, Any]:
     """transformers gives layers with a window the default base where config.json has the old spelling."""
     parameters = config.get("rope_parameters") or {}
-    full = parameters.get("full_attention") or {}
-    if not parameters:
-        full = {**(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta")}
-    return {"full_attention": full, "sliding_attention": parameters.get("sliding_attention") or {}}
+    full = parameters.get("full_attention") or config.get("rope_scaling") or {}
+    return {
+        "full_attention": {"rope_theta": config.get("rope_theta"), **full},
+        "sliding_attention": parameters.get("sliding_attention") or {},
+    }
 
 
 OF_TYPE = {

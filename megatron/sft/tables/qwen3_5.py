@@ -13,7 +13,7 @@ USED = {
     "attention_bias", "full_attention_interval", "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim",
     "linear_num_key_heads", "linear_num_value_heads",
 }  # fmt: skip
-FIXED = {"attn_output_gate": True}
+FIXED = {"attn_output_gate": True, "output_gate_type": "swish"}
 IMMATERIAL = {"mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype"}
 DEFAULTS = {
     "head_dim": 256, "full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
@@ -43,7 +43,7 @@ OF_TYPE = {
     "qwen3_next": {
         "NAMES": {"delta_input": "in_proj_qkvz in_proj_ba"},
         # Without experts only: 0 of them makes every layer dense.
-        "FIXED": {"num_experts": 0},
+        "FIXED": {"num_experts": 0, "attn_output_gate": True},
         "IMMATERIAL": {
             "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "shared_expert_intermediate_size",
             "num_experts_per_tok", "norm_topk_prob", "output_router_logits", "router_aux_loss_coef",
