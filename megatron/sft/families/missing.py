@@ -1,4 +1,4 @@
-"""What a model of an unknown model_type is made of, as far as its config.json says, and which of it is built here."""
+"""What a model of an unknown model_type is made of, as far as its config.json says, and which parts exist here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """config.json files of published models: read as transformers reads them, or refused with the reason.
 
-Those without another source are the defaults of transformers' class for the family. Only the number of layers and the vocabulary
-are made small, so that transformers' own model is built next to it in moments.
+Those without another source are the defaults of transformers' class for the family. Only the number of layers and the
+vocabulary are made small, so that transformers' own model is built next to it in moments.
 """
 
 import copy
@@ -113,7 +113,8 @@ HUNYUAN: dict[str, Any] = {
     "org_vocab_size": 128167, "pad_id": 127961, "pad_token_id": 127961, "pool_type": "last", "pretraining_tp": 1,
     "rms_norm_eps": 1e-05,
     "rope_scaling": {
-        "alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "type": "dynamic",
+        "alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "type": "dynamic",
     },
     "rope_theta": 10000.0, "sep_token_id": 127962, "text_end_id": 7, "text_start_id": 6, "tie_word_embeddings": True,
     "torch_dtype": "bfloat16", "transformers_version": "4.55.0.dev0", "use_cache": False, "use_cla": False,

@@ -161,3 +161,11 @@ def test_a_layout_that_cannot_be_names_the_choices() -> None:
         check_layout(Layout(expert_parallel=3), experts)
     with pytest.raises(UserError, match=r"EP=2 does not divide the model's 1 experts"):
         check_layout(Layout(expert_parallel=2), architecture)
+
+
+def test_gated_delta_nets_are_split_by_key_heads_and_not_over_contexts() -> None:
+    architecture = read_architecture({**_config("qwen3_5_text"), "linear_num_key_heads": 3, "linear_num_value_heads": 6}, "")
+    with pytest.raises(UserError, match=r"TP=2 does not divide the model's 3 key heads of gated delta nets: choose TP from 1"):
+        check_layout(Layout(tensor_parallel=2), architecture)
+    with pytest.raises(UserError, match=r"CP=2 is not possible with the gated delta nets of qwen3_5_text"):
+        check_layout(Layout(context_parallel=2), architecture)
