@@ -19,6 +19,7 @@ from megatron.sft.hf.published_configs import find_architecture
 from megatron.sft.model import process_groups
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.planning.run_plan import RunPlan
+from megatron.sft.planning.trained_part import trained_part
 from megatron.sft.runtime import device
 
 
@@ -68,6 +69,7 @@ def benchmark_plan(arguments: argparse.Namespace, rows: BenchmarkRows) -> RunPla
         recompute=arguments.recompute,
         optimizer_precision=arguments.optimizer_precision,
         optimizer_offload=arguments.optimizer_offload,
+        lora_rank=arguments.lora_rank,
     )
     steps = arguments.warm_up + arguments.steps
     return RunPlan(
@@ -84,6 +86,7 @@ def benchmark_plan(arguments: argparse.Namespace, rows: BenchmarkRows) -> RunPla
         warmup_iters=1,
         wsd_decay_iters=1,
         eval_iters=0,
+        trained=trained_part(options, architecture),
     )
 
 

@@ -20,7 +20,12 @@ def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[l
     clipping and AdamW.
     """
     model = _model(arguments.model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    if arguments.peer_recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if arguments.lora_rank:
+        model = _with_adapters(model, arguments.lora_rank, in_float32=arguments.stack == "peer")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     seconds, losses = [], []
     size = arguments.micro_batches
     for step in range(arguments.warm_up + arguments.steps):
@@ -34,7 +39,7 @@ def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[l
             loss = model(**batch, num_items_in_batch=num_trained, use_cache=False).loss
             loss.backward()
             total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         torch.cuda.synchronize()
@@ -67,6 +72,13 @@ def _model(name: str) -> Any:
     _apply_liger_kernel_to_instance(model)
     result: Any = model.train()
     return result
+
+
+def _with_adapters(model: Any, rank: int, in_float32: bool) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config, autocast_adapter_dtype=in_float32)
 
 
 def _batch(rows: BenchmarkRows, index: int) -> dict[str, Tensor | int]:

@@ -2,7 +2,8 @@
 
 `tools/benchmark_train [--model NAME|FOLDER] [--against peer,padded] …`; each stack runs in a separate process.
 ours: this project. padded: this project on rows of one padded conversation each. peer, the strongest stack without it:
-transformers with Liger's kernels and FlashAttention-2 (torch's varlen_attn), padding-free packing, pure bf16.
+transformers with Liger's kernels and FlashAttention-2 (torch's varlen_attn), padding-free packing, pure bf16; with --lora-rank
+PEFT's adapters on all linear layers, in float32 as PEFT makes them, or in bf16 (peer-bf16).
 """
 
 import argparse
@@ -25,7 +26,7 @@ from megatron.sft.runtime.errors import OneLineParser, UserError, run
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 # Six conversations that fill 16,384 tokens; weighted by tokens their mean length is 3,620.
 CONVERSATIONS = (5200, 4100, 3000, 2100, 1200, 784)
-STACKS = ("ours", "peer", "padded")
+STACKS = ("ours", "peer", "peer-bf16", "padded")
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recompute", default="none")
     parser.add_argument("--optimizer-precision", default="fp32")
     parser.add_argument("--optimizer-offload", action="store_true")
+    parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
+    parser.add_argument("--peer-recompute", action="store_true", help="gradient checkpointing for the peer")
     parser.add_argument("--memory-gib", type=float, default=0, help="the most that torch may allocate")
     parser.add_argument("--against", default="peer", help=f"other stacks: {', '.join(STACKS[1:])}; '' for none")
     parser.add_argument("--profile", default="", help="file for a table of the kernels of one step")
@@ -106,7 +109,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def _in_own_process(stack: str, gpus: int, argv: Sequence[str]) -> Measurement:
     """Run one stack as a process, or one for each GPU; its last line of output is the measurement."""
     command = [sys.executable, "-m", "benchmarks.train", *argv, "--stack", stack]
-    if stack != "peer" and gpus > 1:
+    if not stack.startswith("peer") and gpus > 1:
         launch = ["megatron.sft.launch", "--standalone", "--local-addr", "localhost", "--nproc-per-node", str(gpus), "-m"]
         command[2:2] = launch
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ)
@@ -123,7 +126,7 @@ def line(measured: Measurement, ours: Measurement) -> str:
     share = f"{100 * rate / peak:.1f} % MFU | " if peak else ""
     ratio = ours.trained_tokens / ours.seconds / (measured.trained_tokens / measured.seconds)
     return (
-        f"{measured.stack:<7}| {measured.seconds:.3f} s a step | {measured.tokens_per_second:,.0f} tokens/s | "
+        f"{measured.stack:<9}| {measured.seconds:.3f} s a step | {measured.tokens_per_second:,.0f} tokens/s | "
         f"{measured.trained_tokens / measured.seconds:,.0f} trained tokens/s | {rate:.0f} TFLOP/s a GPU | {share}"
         f"peak {measured.memory_allocated:.1f} GiB (held {measured.memory_reserved:.1f}) | GEMM {measured.gemm_tflops:.0f} "
         f"TFLOP/s | loss {measured.losses[0]:.3f} -> {measured.losses[-1]:.3f} | ours / it {ratio:.2f}"
@@ -135,7 +138,8 @@ def measure(arguments: argparse.Namespace) -> Measurement:
     import torch
 
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    copies = 1 if arguments.stack == "peer" else arguments.layout.data_parallel(arguments.gpus)
+    is_peer = arguments.stack.startswith("peer")
+    copies = 1 if is_peer else arguments.layout.data_parallel(arguments.gpus)
     rows_a_step = arguments.micro_batches * copies
     if arguments.memory_gib:
         torch.cuda.set_per_process_memory_fraction(arguments.memory_gib * 2**30 / torch.cuda.mem_get_info()[1])
@@ -150,7 +154,7 @@ def measure(arguments: argparse.Namespace) -> Measurement:
         padded=arguments.stack == "padded",
     )
     torch.cuda.reset_peak_memory_stats()
-    if arguments.stack == "peer":
+    if is_peer:
         from benchmarks.peer import measure_steps
     else:
         from benchmarks.ours import measure_steps
@@ -161,12 +165,15 @@ def measure(arguments: argparse.Namespace) -> Measurement:
         seconds=statistics.median(seconds),
         tokens=sum(row.tokens for row in timed) // arguments.steps,
         trained_tokens=sum(row.trained for row in timed) // arguments.steps,
-        flops=sum(training_flops(architecture, row.tokens, row.trained, row.squared) for row in timed) / arguments.steps,
+        flops=sum(
+            training_flops(architecture, row.tokens, row.trained, row.squared, bool(arguments.lora_rank)) for row in timed
+        )
+        / arguments.steps,
         memory_allocated=peaks[0] / 2**30,
         memory_reserved=peaks[1] / 2**30,
         gemm_tflops=gemm,
         losses=losses,
-        gpus=1 if arguments.stack == "peer" else arguments.gpus,
+        gpus=1 if is_peer else arguments.gpus,
     )
 
 

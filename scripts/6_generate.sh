@@ -3,7 +3,7 @@
 #
 #   bash scripts/6_generate.sh HF_DIR [PROMPT|FILE]
 #
-# HF_DIR  a Hugging Face model folder, such as one written by 5_export.sh
+# HF_DIR  a Hugging Face model folder, such as one written by 5_export.sh, or a PEFT adapter (BASE=FOLDER where its model moved)
 # PROMPT  one question; without it, a chat in the terminal
 # FILE    JSON lines with instruction, prompt, messages or conversations; an answer is added to each. An interrupted run resumes.
 #

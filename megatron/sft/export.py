@@ -1,6 +1,8 @@
 """Megatron to Hugging Face. `bash scripts/5_export.sh CKPT HF_DIR OUT [ITERATION]`, which runs
 
-python -m megatron.sft.export --load CKPT --hf-dir HF_DIR --output OUT
+python -m megatron.sft.export --load CKPT --hf-dir HF_DIR --output OUT [--merge]
+
+Adapters become PEFT's folder, or with --merge a whole model.
 """
 
 import argparse
@@ -9,21 +11,27 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron.sft.checkpoint import folder as checkpoint_folder
+from megatron.sft.checkpoint.adapter_record import read_lora_record
+from megatron.sft.checkpoint.adapter_shards import StoredAdapters
 from megatron.sft.checkpoint.folder import Checkpoint
 from megatron.sft.checkpoint.reading import stored_parameters
+from megatron.sft.conversion.adapter_export import export_adapter
 from megatron.sft.conversion.carried import CarriedTensors
 from megatron.sft.conversion.exported_files import write_companions
+from megatron.sft.conversion.merged_logits import compare_merged, wants_comparison
+from megatron.sft.conversion.merging import Merger, base_for_merging
 from megatron.sft.conversion.source_record import read_dtype_record, rope_extension, source_model
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.fused_experts import fused, fused_experts
 from megatron.sft.families.long_context import extended_config
+from megatron.sft.families.lora import LoRA
 from megatron.sft.families.parameters import DTYPE_OPTIONS, Caster, Parameters, progress_bar
 from megatron.sft.families.registry import DTYPES, read_architecture
 from megatron.sft.families.weight_names import weight_entries
@@ -46,15 +54,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     architecture, original = source_model(checkpoint, arguments.hf_dir)
     if original is None:
         _check_same_model(checkpoint, architecture, arguments.hf_dir)
+    lora = read_lora_record(checkpoint)
+    _check_options(lora, arguments)
+    if lora and not arguments.merge:
+        with whole_folder(output) as staged, verified_meanwhile(checkpoint):
+            export_adapter(checkpoint, architecture, lora, arguments.hf_dir, arguments.load, staged)
+        print(f"exported the adapters in {checkpoint.path} to {output} (a whole model: MERGE=1)")
+        print(f"next: scripts/6_generate.sh {output} 'a question'\nor serve it with vLLM: {serve_hint(output)}")
+        return 0
+    weights, merger = checkpoint, None
+    if lora:
+        weights = base_for_merging(checkpoint, arguments.base)
+        merger = Merger(StoredAdapters(checkpoint), lora, architecture)
     with whole_folder(output) as staged:
         dtypes = _dtypes(checkpoint, architecture, original, arguments.dtype)
-        with verified_meanwhile(checkpoint):
-            carried = CarriedTensors(checkpoint, arguments.hf_dir)
-            export_weights(checkpoint, architecture, original, dtypes, staged, carried)
+        with verified_meanwhile(checkpoint), verified_meanwhile(weights) if merger else nullcontext():
+            carried = CarriedTensors(weights, arguments.hf_dir)
+            export_weights(weights, architecture, original, dtypes, staged, carried, merger)
         write_companions(checkpoint, architecture, arguments.hf_dir, arguments.dtype, arguments.load, staged)
+        if lora and wants_comparison(arguments.verify, staged):
+            print(compare_merged(checkpoint, architecture, lora, arguments.hf_dir, staged))
     print(f"exported {checkpoint.path} to {output}\nnext: scripts/6_generate.sh {output} 'a question'")
     print(f"or serve it with vLLM: {serve_hint(output)}")
     return 0
+
+
+def _check_options(lora: LoRA | None, arguments: argparse.Namespace) -> None:
+    """A `UserError` for an option that means nothing for this checkpoint."""
+    if lora is None and (arguments.merge or arguments.base):
+        raise UserError(f"{arguments.load} holds a whole model, no adapters: unset MERGE and BASE")
+    if lora and not arguments.merge and arguments.dtype:
+        raise UserError(f"DTYPE={arguments.dtype}: adapters are written in float32: unset it, or set MERGE=1")
+    if lora and not arguments.merge and arguments.base:
+        raise UserError("BASE is the model that adapters are merged into: set MERGE=1, or unset it")
 
 
 @contextmanager
@@ -75,6 +107,7 @@ def export_weights(
     dtypes: dict[str, torch.dtype],
     folder: Path,
     carried: CarriedTensors,
+    merger: Merger | None = None,
 ) -> None:
     """Write the model's Hugging Face tensors, with one parameter in memory at a time. `dtypes`: name -> dtype to write."""
     stored = stored_parameters(checkpoint, architecture, HFParameters(original, None) if original else None)
@@ -88,10 +121,11 @@ def export_weights(
     plan = dict(_on_disk(fused(form, plan.items()) if form else plan.items(), prefixes)) | carried.plan()
     check_free_space(folder, int(1.01 * sum(tensor.nbytes for tensor in plan.values())), f"the export of {checkpoint.path}")
     caster = Caster()
-    tensors = _tensors(checkpoint, architecture, stored, dtypes, caster)
+    tensors = _tensors(checkpoint, architecture, stored, dtypes, caster, merger)
     text = _on_disk(fused(form, tensors) if form else tensors, prefixes)
     write_weights(folder, plan, itertools.chain(text, carried.tensors()))
-    for line in (*getattr(stored, "notes", ()), *filter(None, [caster.report()])):
+    reports = [merger.report() if merger else "", caster.report()]
+    for line in (*getattr(stored, "notes", ()), *filter(None, reports)):
         print(line)
 
 
@@ -103,7 +137,12 @@ def _on_disk(tensors: Iterable[tuple[str, Tensor]], prefixes: dict[str, str]) ->
 
 
 def _tensors(
-    checkpoint: Checkpoint, architecture: Architecture, stored: Parameters, dtypes: dict[str, torch.dtype], caster: Caster
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    stored: Parameters,
+    dtypes: dict[str, torch.dtype],
+    caster: Caster,
+    merger: Merger | None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor, layer by layer. Tensors of an untrained model must have the checksums that the conversion noted."""
     checksums = checkpoint.manifest.get("tensor_crc32", {})
@@ -117,6 +156,7 @@ def _tensors(
                 raise UserError(
                     f"{checkpoint.path}: {name} is not what was converted (its checksum differs): convert the model again"
                 )
+            tensor = merger.merged(name, tensor, dtypes[name]) if merger else tensor
             yield name, caster.cast(tensor, dtypes[name])
         bar.update(parameter.nbytes)
 
@@ -155,6 +195,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--iteration", type=int)
     parser.add_argument("--dtype", choices=list(DTYPE_OPTIONS), help="the original model's unless given")
+    parser.add_argument("--merge", action="store_true", help="write a whole model with the adapters added to its weights")
+    parser.add_argument("--base", type=Path, help="the checkpoint of the weights under the adapters, where it has moved")
+    parser.add_argument("--verify", choices=["auto", "0", "1"], default="0", help="compare a merged model with its adapters")
     return parser.parse_args(argv)
 
 

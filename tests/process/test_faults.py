@@ -26,8 +26,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     return make_material(tmp_path_factory.mktemp("faults"))
 
 
-def test_killed_runs_end_as_if_no_one_had_killed_them(material: Material) -> None:
-    campaign = Campaign(material, "1x1", seed=1)
+@pytest.mark.parametrize("layout", ["1x1", "TP2 with adapters"])
+def test_killed_runs_end_as_if_no_one_had_killed_them(material: Material, layout: str) -> None:
+    campaign = Campaign(material, layout, seed=1)
     campaign.run(2)
     assert campaign.kills.total() >= 2
 
@@ -44,6 +45,10 @@ def test_killed_runs_end_as_if_no_one_had_killed_them(material: Material) -> Non
 )
 def test_a_fault_loses_nothing(material: Material, fault: str, moment: str) -> None:
     try_out(material, fault, moment, "1x1")
+
+
+def test_a_fault_loses_no_adapters(material: Material) -> None:
+    try_out(material, "SIGTERM", "step", "TP2 with adapters")
 
 
 def test_a_run_ends_before_its_time_limit_with_everything_saved(material: Material, tmp_path: Path) -> None:

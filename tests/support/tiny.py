@@ -266,6 +266,7 @@ _DELTA_NET = {
 }
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen2": ("Qwen2", {}),
+    "qwen2_4_layers": ("Qwen2", {"num_hidden_layers": 4}),
     "qwen2_tied_bf16": ("Qwen2", {"tie_word_embeddings": True}),
     "llama2_bf16": ("Llama", {"num_key_value_heads": 8, "rms_norm_eps": 1e-5}),
     "llama3": ("Llama", {"rope_parameters": {**_LLAMA3_ROPE, "original_max_position_embeddings": 8192}}),

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class SaveResult:
 class SaveTask:
     """One save in this process. `result` is set on rank 0 when the save has ended, well or with an error.
 
-    timeout_seconds: how long rank 0 waits at least for the parts of the others.
+    timeout_seconds: how long rank 0 waits at least for the parts of the others. omitted: as `write_index` takes it.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class SaveTask:
         keep_every: int,
         mailbox: StoreMailbox,
         timeout_seconds: float,
+        omitted: Mapping[str, int],
     ) -> None:
         self.iteration = iteration
         self.result: dict[str, Any] | None = None
@@ -86,7 +88,7 @@ class SaveTask:
         self._root, self._manifest = root, manifest
         self._keep_last, self._keep_every = keep_last, keep_every
         self._slices = slices
-        self._mailbox, self._timeout = mailbox, timeout_seconds
+        self._mailbox, self._timeout, self._omitted = mailbox, timeout_seconds, omitted
         self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._cancelled = threading.Event()
         self._reported = False
@@ -141,7 +143,7 @@ class SaveTask:
 
     def _assemble(self, folder: Path, own: WrittenPart) -> None:
         parts = [own, *(self._part(rank) for rank in range(1, self._world))]
-        files = write_index(folder, parts)
+        files = write_index(folder, parts, self._omitted)
         put_in_place(self._root, self.iteration, folder, {**self._manifest, "files": files})
         notes = []
         try:

@@ -23,6 +23,7 @@ EXTRA_TEMPLATES = "additional_chat_templates"  # of a tokenizer with several, be
 _RECIPE = (
     "train_iters", "epochs", "global_batch_size", "micro_batch_size", "seq_length", "lr", "min_lr", "lr_decay_style",
     "lr_warmup_iters", "lr_warmup_fraction", "weight_decay", "clip_grad", "precision", "loss_average", "seed",
+    "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_scaling", "lora_plus", "lora_init_from", "freeze",
 )  # fmt: skip
 
 
@@ -147,8 +148,10 @@ def _model_card(checkpoint: Checkpoint, training: dict[str, Any], run_folder: Pa
     source = checkpoint.manifest.get("source", {})
     base = source.get("config", {}).get("_name_or_path") or Path(source.get("path", hf_dir)).name
     data, options = training.get("data", {}), training.get("options", {})
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
-    lines += [f"# {base}, fine-tuned", "", f"Supervised fine-tuning of `{base}` with Megatron-SFT.", ""]
+    adapted = "adapter" in checkpoint.manifest
+    lines = ["---", f"library_name: {'peft' if adapted else 'transformers'}", "pipeline_tag: text-generation", "---", ""]
+    what = "Supervised fine-tuning" + (" with LoRA adapters" if adapted else "")
+    lines += [f"# {base}, fine-tuned", "", f"{what} of `{base}` with Megatron-SFT.", ""]
     lines += ["## Data", "", f"`{Path(str(data.get('prefix', 'unknown'))).name}`", ""]
     counts = {name: data[name] for name in ("rows", "conversations", "tokens", "trained_tokens") if name in data}
     lines += [f"- {name.replace('_', ' ')}: {value:,}" for name, value in counts.items()]
@@ -160,7 +163,7 @@ def _model_card(checkpoint: Checkpoint, training: dict[str, Any], run_folder: Pa
     if options.get("recipe"):
         lines += [f"- recipe: `{Path(options['recipe']).name}`"]
     lines += ["", "| setting | value |", "|---|---|"]
-    lines += [f"| {name.replace('_', '-')} | {options[name]} |" for name in _RECIPE if name in options]
+    lines += [f"| {name.replace('_', '-')} | {options[name]} |" for name in _RECIPE if options.get(name) not in (None, "")]
     if curve:
         lines += ["", f"![loss]({CURVE})"]
     return "\n".join(lines) + "\n"

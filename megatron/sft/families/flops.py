@@ -9,17 +9,22 @@ from collections import Counter
 from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
 
 
-def training_flops(architecture: Architecture, tokens: int, trained_tokens: int, sum_squared_lengths: int) -> float:
+def training_flops(
+    architecture: Architecture, tokens: int, trained_tokens: int, sum_squared_lengths: int, frozen: bool = False
+) -> float:
     """Operations of one forward and backward pass of the whole model over these tokens.
+
+    frozen: the weights are, so that they get no gradients: two times the forward pass. Adapters' own operations, below 1 % of
+    the model's at usual ranks, are not counted.
 
     tokens: all tokens without padding. trained_tokens: those that the output head computes logits for.
     sum_squared_lengths: the sum over conversations of their length squared.
     """
-    linear, attention = 0.0, 0.0
+    weights, states, attention = 0.0, 0.0, 0.0
     for layer, count in Counter(architecture.layers).items():
-        linear += count * _matrix_elements(architecture, layer)
+        weights += count * _matrix_elements(architecture, layer)
         if layer.mixer == GATED_DELTA_NET:
-            linear += count * _state_elements(architecture)
+            states += count * _state_elements(architecture)
             continue
         seen: float = sum_squared_lengths
         if layer.window:
@@ -27,8 +32,9 @@ def training_flops(architecture: Architecture, tokens: int, trained_tokens: int,
             seen = min(seen, 2 * layer.window * tokens)
         # Scores and their use: 4 * heads * head_dim for each of L^2 / 2 pairs, three times.
         attention += 6.0 * count * architecture.num_heads * architecture.head_dim * seen
-    head = 6.0 * architecture.hidden_size * architecture.vocab_size * trained_tokens
-    return 6.0 * linear * tokens + head + attention
+    of_weight = 4.0 if frozen else 6.0
+    head = of_weight * architecture.hidden_size * architecture.vocab_size * trained_tokens
+    return of_weight * weights * tokens + 6.0 * states * tokens + head + attention
 
 
 def _matrix_elements(architecture: Architecture, layer: Layer) -> int:

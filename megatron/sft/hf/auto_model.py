@@ -2,14 +2,17 @@
 
 from typing import Any
 
+from megatron.sft.families.registry import WRAPPERS
+
 
 def auto_class(config: dict[str, Any]) -> Any:
-    """AutoModelForCausalLM, or the class for images and text where transformers has no class for the text alone."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    """AutoModelForCausalLM, or the class for images and text where the text model is one part of several."""
+    import transformers
 
-    known = {cls.model_type for cls in MODEL_FOR_CAUSAL_LM_MAPPING}
-    if "text_config" in config and config.get("model_type") not in known:
-        from transformers import AutoModelForImageTextToText
+    has_other_parts = config.get("model_type") in WRAPPERS
+    return transformers.AutoModelForImageTextToText if has_other_parts else transformers.AutoModelForCausalLM
 
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
+
+def text_prefix(config: dict[str, Any]) -> str:
+    """What the modules of the text model's body begin with in that class; `model.` in a family's table."""
+    return "model.language_model." if config.get("model_type") in WRAPPERS else "model."

@@ -69,6 +69,7 @@ def weighted_cross_entropy(
 
     The gradient of a weight that has megatron-core's `main_grad` is added there in the forward pass, which assumes that the
     backward pass starts from this sum with the gradient `upstream_grad` (float32 scalar; None is 1).
+    A weight that requires no gradient gets none.
     weight_is_shared: the weight gets another gradient from the embedding, which completes it.
     """
     result: tuple[Tensor, Tensor] = _WeightedCrossEntropy.apply(
@@ -96,7 +97,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
         main_grad = getattr(weight, "main_grad", None)
         grad_weight = None
-        if needs_gradient:
+        if needs_gradient and weight.requires_grad:
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if main_grad is None else main_grad
         first_row = group.rank() * weight.shape[0]
         num_rows = max(0, min(weight.shape[0], vocab_size - first_row))
@@ -106,10 +107,11 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             local_ids = targets.ids[part] - first_row
             statistics = _statistics(logits, local_ids, num_rows, shape)
             log_sums, token_losses[part] = _combine(statistics, group)
-            if grad_hidden is not None and grad_weight is not None:
+            if grad_hidden is not None:
                 gradient = _gradient(logits, local_ids, log_sums, scaled[part], num_rows, shape)
                 torch.matmul(gradient, weight, out=grad_hidden[part])
-                add_product(grad_weight, gradient, hidden[part])
+                if grad_weight is not None:
+                    add_product(grad_weight, gradient, hidden[part])
                 del gradient
             del logits  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight if main_grad is None else None)
@@ -124,7 +126,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         grad_hidden = grad_hidden * scale.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * scale).to(ctx.weight.dtype)
-        elif not ctx.weight_is_shared:
+        elif ctx.weight.requires_grad and not ctx.weight_is_shared:
             grad_weight = added_gradient(ctx.weight)
         return grad_hidden, grad_weight, None, None, None, None, None, None, None
 

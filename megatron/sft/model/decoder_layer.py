@@ -120,7 +120,10 @@ def _recompute(output: Tensor, before: Tensor, write: Callable[[Tensor], None]) 
     """Free the memory of `output` and have `write(output)` fill it again when the gradient of `before` is there.
 
     `before` is what was made from `output` (which its backward pass reads); nothing else may read `output` until then.
+    Without a gradient for `before` nothing holds `output` anyway.
     """
+    if not before.requires_grad:
+        return
     target = output.data  # without autograd's count of changes
     size = target.untyped_storage().size()
     target.untyped_storage().resize_(0)

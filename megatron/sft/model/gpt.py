@@ -16,6 +16,8 @@ from torch import Tensor
 
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.rope import inverse_frequencies
+from megatron.sft.families.trained import Trained
+from megatron.sft.model.adapters import add_adapters, freeze
 from megatron.sft.model.cross_entropy import LogitShape, weighted_cross_entropy
 from megatron.sft.model.inputs import MicroBatch, PackedRows
 from megatron.sft.model.layer_specs import stage_layers
@@ -68,6 +70,8 @@ class SFTModel(GPTModel):
             None if rope.scaling and rope.scaling.by_length else inverse_frequencies(rope, device.current())
             for rope in architecture.ropes
         ]
+        # Set where the embedding is frozen: recomputation and the stage before ask for a gradient of what has none yet.
+        self.starts_gradient = False
         if self.post_process:
             # GPTModel makes its output layer itself; only what it computes is changed.
             self.output_layer.__class__ = OutputHead
@@ -92,6 +96,8 @@ class SFTModel(GPTModel):
         if decoder_input is not None and scale != 1.0:
             # In the precision of the weights, as in transformers.
             decoder_input = decoder_input * torch.tensor(scale, dtype=decoder_input.dtype).item()
+        if self.starts_gradient and self.pre_process and self.training and torch.is_grad_enabled():
+            decoder_input.requires_grad_()
         return decoder_input, self._tables(position_ids[0], kwargs["packed_seq_params"]), *rest
 
     def _tables(self, positions: Tensor, packed: PackedRows) -> Tensor:
@@ -112,11 +118,14 @@ class SFTModel(GPTModel):
         return hidden_states
 
 
-def build_model(architecture: Architecture, layout: Layout, config: TransformerConfig, chunk: int = 0) -> SFTModel:
-    """This process's part of the model, its parameters not yet set: load a checkpoint or `weights` into it.
+def build_model(
+    architecture: Architecture, layout: Layout, config: TransformerConfig, chunk: int = 0, trained: Trained | None = None
+) -> SFTModel:
+    """This process's part of the model, its parameters not yet set: load a checkpoint into it.
 
-    chunk: which one, where the layout puts several on each pipeline stage. Needs megatron-core's parallel state to have the
-    sizes of `layout`. Under `torch.device("meta")` it takes no memory.
+    chunk: which one, where the layout puts several on each pipeline stage. trained: with its adapters, and without gradients
+    for what is frozen; everything unless given. Needs megatron-core's parallel state to have the sizes of `layout`. Under
+    `torch.device("meta")` it takes no memory.
     """
     vp_stage = chunk if layout.virtual_pipeline > 1 else None
     pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
@@ -133,11 +142,17 @@ def build_model(architecture: Architecture, layout: Layout, config: TransformerC
         architecture=architecture,
     )
     _mark_split_parameters(model)
+    if trained is not None and trained.lora is not None:
+        add_adapters(model, architecture, layout, trained.lora)
+    elif trained is not None:
+        freeze(model, architecture, layout, trained)
+    if pre_process and not model.embedding.word_embeddings.weight.requires_grad:
+        model.starts_gradient = config.recompute_granularity == "full" or layout.pipeline_parallel > 1
     for module in model.modules():
         # Transformer Engine's layers add their weight gradients to main_grad inside the GEMM. megatron-core's switch for it
         # would ask for Apex, which only its own layers need.
         if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
+            module.fuse_wgrad_accumulation = all(weight.requires_grad for weight in module.parameters(recurse=False))
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     return model if on_meta else model.to(device.current())
 

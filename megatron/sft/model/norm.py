@@ -132,6 +132,7 @@ class _AddAndNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_sums, grad_outputs = gradients
+        frozen = not ctx.needs_input_grad[2]
         sums, weight, inverse_rms = ctx.saved_tensors
         if grad_outputs is None:
             return grad_sums, grad_sums if ctx.has_added else None, None, None, None
@@ -147,4 +148,4 @@ class _AddAndNorm(torch.autograd.Function):
             through = inverse_rms * (scaled - normed * (scaled * normed).mean(dim=-1, keepdim=True))
             grad_inputs = (through if grad_sums is None else through + grad_sums.float()).to(sums.dtype)
             grad_weight = (grad_outputs.float() * normed).flatten(0, -2).sum(dim=0).to(weight.dtype)
-        return grad_inputs, grad_inputs if ctx.has_added else None, grad_weight, None, None
+        return grad_inputs, grad_inputs if ctx.has_added else None, None if frozen else grad_weight, None, None

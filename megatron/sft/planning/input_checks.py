@@ -21,12 +21,16 @@ CHECKED = "MEGATRON_SFT_INPUTS_CHECKED"
 
 
 def check(plan: RunPlan) -> None:
-    """Check data and, for a new run, the start checkpoint, unless the launcher has done so. A difference is a `UserError`."""
+    """Check data, the start checkpoint of a new run, and the weights under adapters, unless the launcher has done so.
+
+    A difference is a `UserError`.
+    """
     if os.environ.get(CHECKED) == "1":
         return
     check_rows(plan.rows, plan.options.save)
-    if not plan.resume:
-        check_checkpoint(plan.start, plan.architecture, plan.options.verify_checkpoint)
+    weights = plan.base if plan.resume else plan.start
+    if weights is not None:
+        check_checkpoint(weights, plan.architecture, plan.options.verify_checkpoint)
 
 
 def check_rows(rows: TokenizedRows, save: Path) -> None:

@@ -6,9 +6,14 @@ docs/performance.md compares the estimates with measured peaks.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
+from megatron.sft.families.registry import layer_rules
+from megatron.sft.families.sizes import weight_shape
+from megatron.sft.families.trained import Trained
 from megatron.sft.model.layout import HEAD_CHUNK_TOKENS, Layout
+from megatron.sft.planning.trained_sizes import stage_trained, unkept_inputs
 
 GIB = 2**30
 # In the order of their cost in time.
@@ -34,6 +39,7 @@ class MemorySettings:
     recompute: str = "none"
     optimizer_precision: str = "fp32"
     optimizer_offload: bool = False
+    trained: Trained = Trained()
 
 
 @dataclass(frozen=True)
@@ -118,42 +124,18 @@ def _parameters(architecture: Architecture, layers: Sequence[Layer]) -> tuple[in
 
 
 def _layer_parameters(architecture: Architecture, layer: Layer) -> tuple[int, int, int]:
-    """The three of one layer."""
-    hidden = architecture.hidden_size
-    split, whole = (
-        _delta_net_parameters(architecture) if layer.mixer == GATED_DELTA_NET else _attention_parameters(architecture)
-    )
-    whole += hidden * (4 if architecture.norms == "both" else 2)
-    if not layer.experts:
-        split += 3 * hidden * architecture.ffn_hidden_size
-        if architecture.mlp_bias:
-            split, whole = split + 2 * architecture.ffn_hidden_size, whole + hidden
-        return split, whole, 0
-    moe = architecture.moe
-    assert moe is not None
-    return split, whole + moe.num_experts * hidden, moe.num_experts * 3 * hidden * moe.ffn_hidden_size
-
-
-def _attention_parameters(architecture: Architecture) -> tuple[int, int]:
-    """Weights of a layer's attention that TP splits, and that every process holds."""
-    hidden, head_dim = architecture.hidden_size, architecture.head_dim
-    inputs = architecture.num_heads * (2 if architecture.attention_gate else 1) + 2 * architecture.num_kv_heads
-    split = hidden * head_dim * (inputs + architecture.num_heads)
-    split += head_dim * inputs if architecture.qkv_bias else 0
-    split += architecture.num_heads if architecture.attention_sinks else 0
-    whole = hidden if architecture.output_bias else 0
-    if architecture.query_key_norm == "projection":
-        split += head_dim * (architecture.num_heads + architecture.num_kv_heads)
-    elif architecture.query_key_norm:
-        whole += 2 * head_dim
-    return split, whole
-
-
-def _delta_net_parameters(architecture: Architecture) -> tuple[int, int]:
-    sizes = architecture.delta_net
-    assert sizes is not None
-    matrices = architecture.hidden_size * (sizes.input_rows + sizes.num_value_heads * sizes.value_dim)
-    return matrices + sizes.kernel * sizes.convolved_rows + 2 * sizes.num_value_heads, sizes.value_dim
+    """The three of one layer, by the family's table."""
+    split = whole = expert = 0
+    for rule in layer_rules(architecture, layer):
+        size = prod(weight_shape(architecture, rule))
+        if "{expert}" in rule.megatron:
+            assert architecture.moe is not None
+            expert += size * architecture.moe.num_experts
+        elif rule.tp_dim is None:
+            whole += size
+        else:
+            split += size
+    return split, whole, expert
 
 
 def _stage_estimate(
@@ -163,13 +145,19 @@ def _stage_estimate(
     copies = data_parallel * layout.context_parallel
     expert_copies = max(1, copies * layout.tensor_parallel // (layout.expert_parallel * layout.expert_tensor_parallel))
     for_weight, for_gradient, for_optimizer = _bytes_per_parameter(settings)
+    trained_dense, trained_expert = dense, expert
+    if not settings.trained.everything:
+        trained_dense, trained_expert = stage_trained(architecture, layout, settings.trained, stage)
     tokens = settings.seq_length * settings.micro_batch_size // layout.context_parallel
     in_flight = _micro_batches_in_flight(layout, settings.num_micro_batches, stage)
     kinds = Counter(_stage_layers(architecture, layout, stage))
     tensors = {kind: layer_tensors(architecture, layout, settings, kind) for kind in kinds}
-    kept = {kind: sum(kept_tensors(tensors[kind], settings.recompute).values()) for kind in kinds}
+    unneeded = unkept_inputs(architecture, settings.trained)
+    kept = {kind: sum(kept_tensors(tensors[kind], settings.recompute, unneeded).values()) for kind in kinds}
     one_micro_batch = tokens * sum(count * kept[kind] for kind, count in kinds.items())
     weights = for_weight * (dense + expert)
+    if settings.trained.lora is not None:
+        weights += for_weight * (trained_dense + trained_expert)
     if settings.precision == "fp8":
         # Two copies of the linear layers' weights in 8 bits, as rows and as columns.
         split, _, _ = _parameters(architecture, _stage_layers(architecture, layout, stage))
@@ -186,8 +174,8 @@ def _stage_estimate(
     return MemoryEstimate(
         stage=stage,
         weights=int(weights),
-        gradients=int(for_gradient * (dense + expert)),
-        optimizer=int(for_optimizer * (dense / copies + expert / expert_copies)),
+        gradients=int(for_gradient * (trained_dense + trained_expert)),
+        optimizer=int(for_optimizer * (trained_dense / copies + trained_expert / expert_copies)),
         activations=int(activations * (1 + _FRAGMENTS)),
         working=int(working),
         reserve=_CONTEXT_BYTES + _NCCL_BYTES * sum(size > 1 for size in dimensions),
@@ -229,7 +217,8 @@ def layer_tensors(architecture: Architecture, layout: Layout, settings: MemorySe
     """
     tensor_parallel = layout.tensor_parallel
     unit = _element_bytes(settings)
-    linear = 1 if settings.precision == "fp8" else unit  # inputs of linear layers are kept in 8 bits
+    # Inputs of linear layers are kept in 8 bits, but for adapters.
+    linear = 1 if settings.precision == "fp8" and settings.trained.lora is None else unit
     hidden = architecture.hidden_size / (tensor_parallel if layout.sequence_parallel else 1)
     mixer = _delta_net_tensors if layer.mixer == GATED_DELTA_NET else _attention_tensors
     tensors = {
@@ -289,10 +278,11 @@ def _delta_net_tensors(architecture: Architecture, tensor_parallel: int, unit: i
     }
 
 
-def kept_tensors(layer: dict[str, float], recompute: str) -> dict[str, float]:
-    """Those of `layer_tensors` that a layer keeps with this word for RECOMPUTE."""
+def kept_tensors(layer: dict[str, float], recompute: str, unneeded: frozenset[str] = frozenset()) -> dict[str, float]:
+    """Those of `layer_tensors` that a layer keeps with this word for RECOMPUTE, without those that no gradient needs."""
     if recompute == "full":
         return {"layer input": layer["layer input"]}
+    layer = {name: size for name, size in layer.items() if name not in unneeded}
     again = {"attention norm", "MLP norm", "activation"} if recompute == "selective" else set()
     if "rows of experts" in layer:
         again -= {"MLP norm", "activation"}  # experts are left as they are

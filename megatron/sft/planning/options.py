@@ -81,6 +81,23 @@ class TrainOptions:
         "RECOMPUTE", "what is recomputed in the backward pass to save memory: nothing, norms and activation functions, "
         "whole layers, or the cheapest of these that fits", "none", ("none", "selective", "full", "auto"))
 
+    lora_rank: int = _setting("LORA_RANK", "rank of the adapters (LoRA) that are trained; 0 trains the weights themselves", 0)
+    lora_alpha: float = _setting("LORA_ALPHA", "scale of the adapters, divided by the rank; 0 takes twice the rank", 0.0)
+    lora_dropout: float = _setting("LORA_DROPOUT", "share of the adapters' inputs that are set to 0 in training", 0.0)
+    lora_targets: str = _setting(
+        "LORA_TARGETS", "what gets adapters: all (attention and dense MLP), attention, mlp, experts, or names of Hugging "
+        "Face's modules such as q_proj,v_proj; separate several with commas", "all")
+    lora_scaling: str = _setting(
+        "LORA_SCALING", "LORA_ALPHA divided by the rank, or by its square root", "alpha/r", ("alpha/r", "rslora"))
+    lora_plus: float = _setting("LORA_PLUS", "factor of the learning rate of the adapters' B; 1 is plain LoRA", 1.0)
+    lora_init_from: str = _setting("LORA_INIT_FROM", "PEFT folder of an adapter to continue, with its rank and targets", "")
+    freeze: str = _setting(
+        "FREEZE", "what is not trained: embedding, head, norms, attention, mlp, experts, router, layers 0-11, or a pattern of "
+        "Hugging Face's names; separate several with commas", "")
+    train_router: str = _setting(
+        "TRAIN_ROUTER", "whether a mixture's router is trained; auto: with all weights, not with adapters",
+        "auto", ("auto", "1", "0"))
+
     gpu_memory_gib: float = _setting(
         "GPU_MEMORY_GIB", "memory of a GPU in GiB, for plan and RECOMPUTE=auto; 0 takes the GPU found", 0.0)
     tokens_per_second: float = _setting(

@@ -20,10 +20,11 @@ CHECKED_BYTES = 2 << 30
 
 def add_needs(found: Resolution) -> None:
     """Add checksums of small inputs, memory of a GPU, disk and time to the lines, and what does not fit to the problems."""
-    start, architecture = found.start, found.architecture
-    if start and architecture and start.manifest.get("files"):
-        files = {start.path / name: facts for name, facts in start.manifest["files"].items()}
-        _check_sums(found, files, input_checks.check_checkpoint, start, architecture)
+    architecture = found.architecture
+    for checkpoint in filter(None, {id(each): each for each in (found.start, found.base)}.values()):
+        if architecture and checkpoint.manifest.get("files"):
+            files = {checkpoint.path / name: facts for name, facts in checkpoint.manifest["files"].items()}
+            _check_sums(found, files, input_checks.check_checkpoint, checkpoint, architecture)
     if found.rows is not None:
         _check_sums(found, found.rows.files, input_checks.check_rows, found.rows, found.options.save)
     _add_memory(found)
@@ -44,7 +45,7 @@ def _add_memory(found: Resolution) -> None:
     architecture, layout, options = found.architecture, found.layout, found.options
     if architecture is None or not found.data_parallel or not found.seq_length or options.micro_batch_size < 1:
         return
-    settings = memory_settings(options, found.seq_length, found.data_parallel)
+    settings = memory_settings(options, found.seq_length, found.data_parallel, found.trained)
     gpu_bytes, where = gpu_memory(options)
     recompute, chosen = options.recompute, ""
     if recompute == "auto":
@@ -71,7 +72,7 @@ def _add_disk(found: Resolution) -> None:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    size = checkpoint_bytes(found.options, found.architecture)
+    size = checkpoint_bytes(found.options, found.architecture, found.trained)
     kept = checkpoints_kept(found.options, found.train_iters)
     found.add("disk", f"{gigabytes(size)} a checkpoint, {kept} kept: {gigabytes(kept * size)} of {gigabytes(free)} free")
     if size <= free < kept * size:  # no room for even one is found with the settings
@@ -86,7 +87,10 @@ def _add_time(found: Resolution) -> None:
         return
     options = found.options
     load = measured_rows(found.rows) if found.rows is not None else full_rows(found.seq_length)
-    speed, where = tokens_per_second(options.tokens_per_second, options.save, found.architecture, load, found.num_processes)
+    frozen = found.trained.lora is not None
+    speed, where = tokens_per_second(
+        options.tokens_per_second, options.save, found.architecture, load, found.num_processes, frozen
+    )
     tokens = found.train_iters * options.global_batch_size * load.tokens
     found.add("time", f"{clock(tokens / speed)} for {tokens / 1e9:,.3f} G tokens at {speed:,.0f} tokens/s ({where})")
 

@@ -10,11 +10,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from megatron.sft.checkpoint.adapter_record import read_lora_record, refuse_adapters
 from megatron.sft.checkpoint.folder import TRACKER, Checkpoint
 from megatron.sft.data.tokenized import TokenizedRows, data_file, data_prefix
 from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.trained import Trained
 from megatron.sft.hf.published_configs import unconverted
 from megatron.sft.model.layout import Layout, check_layout
+from megatron.sft.planning.adapter_base import base_of
 from megatron.sft.planning.memory import num_parameters
 from megatron.sft.planning.options import TrainOptions, flag_of, shell_value, variable_of
 from megatron.sft.planning.run_plan import (
@@ -28,6 +31,8 @@ from megatron.sft.planning.run_plan import (
     starting_point,
     steps,
 )
+from megatron.sft.planning.trained_part import check_same_training, describe, lr_hint, trained_part
+from megatron.sft.planning.trained_sizes import num_trained
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import check_free_space
@@ -52,6 +57,8 @@ class Resolution:
     start: Checkpoint | None = None
     resume: bool = False
     architecture: Architecture | None = None
+    trained: Trained = Trained()
+    base: Checkpoint | None = None
     layout: Layout = Layout()
     data_parallel: int = 0
     rows: TokenizedRows | None = None
@@ -126,6 +133,30 @@ def _resolve_model(found: Resolution, mode: str) -> None:
             f"{sizes.family}, {sizes.num_layers} layers x {sizes.hidden_size}, vocabulary {sizes.vocab_size:,}, "
             f"{num_parameters(sizes) / 1e6:,.1f} M parameters",
         )
+        _resolve_trained(found, sizes)
+
+
+def _resolve_trained(found: Resolution, architecture: Architecture) -> None:
+    saved = read_lora_record(found.start) if found.start and found.resume else None
+    trained = found.attempt(trained_part, found.options, architecture, saved)
+    if trained is None:
+        return
+    found.trained = trained
+    found.add("trained", describe(architecture, trained))
+    if hint := lr_hint(found.options, trained):
+        found.add("hint", hint)
+    if found.start is None:
+        return
+    num_problems = len(found.problems)
+    if found.resume:
+        found.attempt(check_same_training, found.start, trained, architecture)
+    elif trained.lora is None:
+        found.attempt(refuse_adapters, found.start)
+    if trained.lora is None or len(found.problems) > num_problems:
+        return
+    found.base = found.attempt(base_of, found.start, found.options, found.resume)
+    if found.base and found.resume:
+        found.add("base", str(found.base.path))
 
 
 def _resolve_processes(found: Resolution) -> None:
@@ -192,13 +223,15 @@ def _resolve_disk(found: Resolution) -> None:
     """A run that cannot write its first checkpoint is not started."""
     done = found.start.iteration if found.start and found.resume else 0
     if found.architecture and found.train_iters > done:
-        size = checkpoint_bytes(found.options, found.architecture)
+        size = checkpoint_bytes(found.options, found.architecture, found.trained)
         found.attempt(check_free_space, found.options.save, size, "a checkpoint of this run")
 
 
-def checkpoint_bytes(options: TrainOptions, architecture: Architecture) -> int:
-    """What one checkpoint takes on disk: the weights, the float32 weights and both moments."""
-    return num_parameters(architecture) * (16 if options.precision == "fp32" else 14)
+def checkpoint_bytes(options: TrainOptions, architecture: Architecture, trained: Trained) -> int:
+    """What a checkpoint takes on disk: the weights (or adapters alone), and float32 weights and moments of what is trained."""
+    of_weight = 4 if options.precision == "fp32" else 2
+    num_weights = num_parameters(architecture) if trained.lora is None else num_trained(architecture, trained)
+    return num_weights * of_weight + num_trained(architecture, trained) * 12
 
 
 def setting_lines(options: TrainOptions, arguments: Sequence[str], exported: Sequence[str] = ()) -> list[Line]:

@@ -14,6 +14,7 @@ from megatron.sft.data.row_order import split_rows
 from megatron.sft.data.tokenized import TokenizedRows
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.registry import read_architecture
+from megatron.sft.families.trained import Trained
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning.options import TrainOptions, variable_named
 from megatron.sft.runtime.errors import UserError
@@ -36,6 +37,8 @@ class RunPlan:
     warmup_iters: int
     wsd_decay_iters: int
     eval_iters: int
+    trained: Trained = Trained()
+    base: Checkpoint | None = None  # the weights under the adapters
 
     @property
     def num_micro_batches(self) -> int:

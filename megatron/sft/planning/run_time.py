@@ -47,7 +47,7 @@ def conversation_lengths(index: Index) -> np.ndarray:
 
 
 def tokens_per_second(
-    given: float, run_folder: Path, architecture: Architecture, load: RowLoad, num_processes: int
+    given: float, run_folder: Path, architecture: Architecture, load: RowLoad, num_processes: int, frozen: bool = False
 ) -> tuple[float, str]:
     """Tokens a second of all processes together, and the source of that figure in words."""
     if given:
@@ -56,7 +56,7 @@ def tokens_per_second(
         return measured, f"the median of {run_folder / METRICS}"
     peak = device.peak_tflops()
     tokens, trained, squares = map(round, (load.tokens, load.trained_tokens, load.sum_squared_lengths))
-    operations = training_flops(architecture, tokens, trained, squares) / max(tokens, 1)
+    operations = training_flops(architecture, tokens, trained, squares, frozen) / max(tokens, 1)
     speed = ASSUMED_MFU * (peak or H100_TFLOPS) * 1e12 / operations * num_processes
     which = "this GPU's" if peak else "an H100's"
     return speed, f"an assumed {ASSUMED_MFU:.0%} of {which} {peak or H100_TFLOPS:.0f} TFLOP/s; set TOKENS_PER_SECOND"

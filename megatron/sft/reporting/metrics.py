@@ -47,6 +47,7 @@ class MetricsLog:
     """Writes the metrics of one run: to the log, metrics.jsonl and the trackers. Only rank 0 prints and writes.
 
     start_iteration: after which this process began, for the ETA. architecture: of the model, for TFLOP/s.
+    frozen: its weights are, under adapters.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class MetricsLog:
     start_iteration: int
     architecture: Architecture
     trackers: Sequence[Tracker] = ()
+    frozen: bool = False
     _started: float = field(default_factory=time.monotonic)
     _unwritten: str = ""
     _warned: bool = False
@@ -95,7 +97,7 @@ class MetricsLog:
 
     def _tflops(self, step: StepMetrics) -> float:
         """TFLOP/s of one process, as a mean over the step."""
-        operations = training_flops(self.architecture, step.tokens, step.trained_tokens, step.sum_squared_lengths)
+        operations = training_flops(self.architecture, step.tokens, step.trained_tokens, step.sum_squared_lengths, self.frozen)
         return operations / step.seconds / step.num_processes / 1e12
 
     def _line(self, step: StepMetrics, tflops: float, mfu: float | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
@@ -76,7 +76,7 @@ class Engine:
         # One chunk on each pipeline stage, or several that are interleaved.
         self.models = []
         for chunk in range(plan.layout.virtual_pipeline):
-            module: torch.nn.Module = build_model(plan.architecture, plan.layout, config, chunk)
+            module: torch.nn.Module = build_model(plan.architecture, plan.layout, config, chunk, plan.trained)
             if dtype != torch.float32:
                 module = Float16Module(config, module)
             # Other chunks compute while the gradients of a later one are summed, so that it needs no buckets.
@@ -122,7 +122,7 @@ class Engine:
         scale = 1.0 / count.clamp(min=1).float()
         loss = self._run([replace(batch, gradient_scale=scale) for batch in batches], forward_only=False)
         watchdog.enter("optimizer")
-        lr = float(self.optimizer.param_groups[0]["lr"])
+        lr = float(get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0)
         try:
             applied, grad_norm, _ = self.optimizer.step()
         except _NotFiniteError as error:
@@ -225,7 +225,7 @@ def _recompute_word(plan: RunPlan) -> str:
     gpu_bytes, _ = gpu_memory(options)
     if options.recompute != "auto" or not gpu_bytes:
         return "none" if options.recompute == "auto" else options.recompute
-    settings = memory_settings(options, plan.seq_length, plan.data_parallel)
+    settings = memory_settings(options, plan.seq_length, plan.data_parallel, plan.trained)
     word = cheapest_recompute(plan.architecture, plan.layout, plan.data_parallel, settings, gpu_bytes)
     ranks.print_rank_0(f"RECOMPUTE=auto: {word}, the cheapest that is estimated to fit {gpu_bytes / GIB:.0f} GiB")
     return word

@@ -71,7 +71,8 @@ class Run:
         save = self.options.save
         trackers = open_trackers(save, self.iteration, options_record(self.options))
         num_rows = len(plan.training_rows)
-        self.log = metrics.MetricsLog(save, plan.train_iters, num_rows, self.iteration, plan.architecture, trackers)
+        frozen = plan.trained.lora is not None
+        self.log = metrics.MetricsLog(save, plan.train_iters, num_rows, self.iteration, plan.architecture, trackers, frozen)
         self.picture = LivePlot(save)
         self.stop.begin(self.options.exit_after_minutes)
         code = self._stop_requested()

@@ -1,4 +1,7 @@
-"""Whether a run continues the run that was saved: with the same data, order and batches the position means the same rows."""
+"""Whether a run continues the run that was saved: with the same data, order and batches the position means the same rows.
+
+What it trains is compared before processes start (planning/trained_part.py).
+"""
 
 from typing import Any
 
@@ -12,7 +15,8 @@ CHANGEABLE = ("data", "tokenizer", "seq_length", "global_batch_size", "seed", "s
 # Settings allowed to change; changes are reported because they affect results.
 REPORTED_SETTINGS = (
     "precision", "lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "lr_wsd_decay_iters",
-    "lr_wsd_decay_style", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
+    "lr_wsd_decay_style", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "lora_dropout", "lora_plus",
+    "lora_init_from",
 )  # fmt: skip
 
 

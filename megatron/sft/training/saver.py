@@ -17,6 +17,7 @@ import torch
 
 from megatron.sft.checkpoint.background import SaveResult, SaveTask, StoreMailbox
 from megatron.sft.checkpoint.folder import check_room, clear_leftovers, iteration_path, unfinished_path
+from megatron.sft.checkpoint.optimizer_state import values_without_state
 from megatron.sft.checkpoint.shard_slice import ShardSlice
 from megatron.sft.checkpoint.staging import BackgroundAllocation, Staging, staged_bytes
 from megatron.sft.runtime import device, ranks
@@ -69,7 +70,9 @@ class Saver:
             self._mailbox = StoreMailbox(number)
             timeout = 60 * self._options.distributed_timeout_minutes
             kept = self._options.keep_last, self._options.keep_every
-            self._task = SaveTask(self._root, iteration, slices, manifest, *kept, StoreMailbox(number), timeout)
+            plan = self.engine.plan
+            omitted = values_without_state(plan.architecture, plan.trained.frozen)
+            self._task = SaveTask(self._root, iteration, slices, manifest, *kept, StoreMailbox(number), timeout, omitted)
             self._task.start(started)
             self._task.stalled_seconds = time.monotonic() - started
             if not staged:

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from megatron.sft.families.lora import LoRA, chosen_targets
+from megatron.sft.families.trained import Trained
 from megatron.sft.hf.published_configs import find_architecture, published_configs
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning import memory
@@ -73,6 +75,27 @@ def test_the_estimate_is_within_10_percent_of_peaks_measured_on_an_h200(
     architecture, _ = find_architecture(R1_1_5B)
     estimated = estimate(architecture, layout, copies, replace(ROW, **changes)).tensors / GIB  # type: ignore[arg-type]
     assert abs(estimated / measured_gib - 1) <= 0.10
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "measured_gib"),
+    [
+        # one H100, docs/performance.md
+        ("7B", {"recompute": "selective"}, 62.6),
+        ("7B", {"recompute": "full"}, 21.7),
+        ("7B", {"recompute": "selective", "precision": "fp8"}, 74.7),
+        ("7B", {"recompute": "full", "seq_length": 4096}, 16.7),
+        ("7B", {"recompute": "selective", "seq_length": 4096}, 27.4),
+        ("32B", {"recompute": "full", "seq_length": 4096}, 67.2),
+    ],
+)
+def test_the_estimate_of_adapters_is_within_5_percent_of_the_peak(
+    model: str, changes: dict[str, object], measured_gib: float
+) -> None:
+    architecture, _ = find_architecture(f"Qwen/Qwen2.5-{model}-Instruct")
+    lora = LoRA(16, 32.0, *chosen_targets(architecture, "all"))
+    settings = replace(MemorySettings(16384, num_micro_batches=2, trained=Trained(lora)), **changes)  # type: ignore[arg-type]
+    assert abs(estimate(architecture, ONE, 1, settings).tensors / GIB / measured_gib - 1) <= 0.05
 
 
 @pytest.mark.parametrize(("optimizer_precision", "measured_gib"), [("bf16", 38.3), ("fp32", 61.1)])

@@ -1,0 +1,108 @@
+"""FREEZE and TRAIN_ROUTER: what is frozen stays as it was to the last bit, the rest trains as transformers trains it."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.support import tiny
+from tests.support.adapter_case import LR, Case
+
+LAST_STAGE = "layers 3-4,head,model.norm.weight"
+# Family, layout, options, and a regular expression for transformers' names of the frozen parameters.
+CASES: dict[str, tuple[str, str, list[str], str]] = {
+    "the first stage": (
+        "qwen2",
+        "PP2",
+        ["--freeze", "embedding, layers 0-2", "--clip-grad", "1.0"],
+        r"embed_tokens|layers\.[012]\.",
+    ),
+    "the last stage": (
+        "qwen2",
+        "PP2",
+        ["--freeze", "layers 3-4,head,model.norm.weight"],
+        r"layers\.[34]\.|lm_head|model\.norm",
+    ),
+    "the first of interleaved chunks": (
+        "qwen2_4_layers",
+        "PP2 x VPP2",
+        ["--freeze", "embedding,layers 0"],
+        r"embed|layers\.0\.",
+    ),
+    "a tied embedding and norms": ("llama32_tied", "PP2", ["--freeze", "embedding,norms"], r"embed_tokens|norm"),
+    "attention, recomputed": (
+        "qwen3_tied",
+        "TP2 + SP",
+        ["--freeze", "attention,embedding", "--recompute", "full"],
+        r"[qkvo]_proj|embed_tokens",
+    ),
+    "MLP by pattern, norms recomputed": (
+        "qwen2",
+        "TP2",
+        ["--freeze", "model.layers.*.mlp,model.layers.?.self_attn.*.bias", "--recompute", "selective"],
+        r"mlp|bias",
+    ),
+    "experts": ("qwen3_moe", "EP2", ["--freeze", "experts"], r"experts\."),
+    "router": ("qwen3_moe", "TP2", ["--train-router", "0"], r"mlp\.gate\."),
+    "all but experts": (
+        "qwen3_moe",
+        "EP2 x TP2",
+        ["--freeze", "embedding,head,attention,norms,router"],
+        r"embed_tokens|lm_head|self_attn|norm|mlp\.gate\.",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    made: dict[str, Case] = {}
+
+    def make(family: str) -> Case:
+        if family not in made:
+            made[family] = Case(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return make
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_frozen_weights_stay_and_the_others_train_as_in_transformers(case_of: Callable[[str], Case], name: str) -> None:
+    family, layout, options, frozen = CASES[name]
+    case = case_of(family)
+    run = case.train(layout, *options, name=name, adapter=False)
+    expected = case.expected_of(frozen, clip=1.0 if "--clip-grad" in options else 0.0)
+    assert "--clip-grad" not in options or max(expected.norms) > 1.0
+    assert tiny.losses(run) == pytest.approx(expected.losses, rel=1e-5)
+    assert [line["grad_norm"] for line in tiny.metrics(run)] == pytest.approx(expected.norms, rel=1e-5)
+    assert {line["lr"] for line in tiny.metrics(run)} == {LR}
+    tiny.run_module("export", "--load", run, "--hf-dir", case.model, "--output", run / "export")
+    before, after = tiny.tensors(case.model), tiny.tensors(run / "export")
+    assert before.keys() == after.keys() == expected.weights.keys()
+    changed = 0
+    for key, weight in after.items():
+        assert isinstance(weight, torch.Tensor) and isinstance(before[key], torch.Tensor)
+        if re.search(frozen, key):
+            assert torch.equal(weight, before[key]), key
+        else:
+            difference = (weight - expected.weights[key]).abs().max()
+            assert difference <= 1e-5, (key, difference)
+            changed += not torch.equal(weight, before[key])
+    assert changed == sum(not re.search(frozen, key) for key in after)
+
+
+def test_a_run_with_frozen_weights_resumes_bit_for_bit_and_not_with_others(case_of: Callable[[str], Case]) -> None:
+    """The last pipeline stage holds no trained weight, so that it has no optimizer state."""
+    case = case_of("qwen2")
+    options = ["--freeze", LAST_STAGE]
+    whole = case.train("PP2", *options, name="whole", adapter=False)
+    again = tiny.as_of(2, whole, case.folder / "again")
+    case.train("PP2", *options, name="again", mode="resume", adapter=False)
+    assert tiny.losses(again)[-3:] == tiny.losses(whole)[-3:]
+    one = tiny.as_of(2, whole, case.folder / "again in one process")
+    case.train("1x1", *options, name=one.name, mode="resume", adapter=False)
+    assert tiny.losses(one)[-3:] == pytest.approx(tiny.losses(whole)[-3:], rel=1e-6)
+    arguments = ["--load", case.folder / "mcore", "--data-path", case.data, "--save", again, "--train-iters", "9"]
+    for freeze, named in (("layers 3-4,head", "decoder.final_layernorm.weight"), ("", "decoder.final_layernorm.weight")):
+        output = tiny.run_module("train", "resume", *arguments, "--freeze", freeze, status=2)
+        assert f"error: {named} (FREEZE, TRAIN_ROUTER) was frozen in" in output and "is trained now" in output, output
