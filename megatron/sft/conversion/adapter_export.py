@@ -9,6 +9,7 @@ from megatron.sft.conversion.exported_files import write_companions
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.lora import LoRA
 from megatron.sft.hf.adapter_folder import write_adapter_folder
+from megatron.sft.hf.auto_model import text_prefix
 from megatron.sft.hf.folder import HFFolder
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import check_free_space
@@ -30,7 +31,8 @@ def export_adapter(
                 "MERGE=1, or export that checkpoint and give its export as HF_DIR"
             )
         print(f"the adapters belong to the weights in {base}, whose export {hf_dir} must be")
-    rows = HFFolder(hf_dir).rows_on_disk
+    original = HFFolder(hf_dir)
+    rows = original.rows_on_disk
     if rows < architecture.vocab_size:
         raise UserError(
             f"the adapters' base has {architecture.vocab_size:,} rows of the vocabulary, {hf_dir} {rows:,}: rows were added "
@@ -42,4 +44,4 @@ def export_adapter(
     write_companions(checkpoint, architecture, hf_dir, None, run_folder, folder)
     # The base's; with it, programs would take the folder for a whole model.
     (folder / "config.json").unlink()
-    write_adapter_folder(folder, lora, str(hf_dir.resolve()), tensors)
+    write_adapter_folder(folder, lora, str(hf_dir.resolve()), tensors, text_prefix(original.config))
