@@ -16,6 +16,7 @@ from megatron.sft.planning.options import parse
 from megatron.sft.planning.resolution import plan_run
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import sealed, write_json
+from megatron.sft.training.same_run import check_same_run
 from tests.support import pair_material as material
 from tests.support import tiny
 
@@ -159,17 +160,41 @@ def test_objectives_and_data_that_do_not_go_together_are_named(
     assert "takes no reference" in tiny.launch(1, "train", "reference", *common, status=2)
 
 
+def test_a_reference_that_does_not_fit_the_data_or_the_layout_is_named(folder: Path, converted: Path) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    for name, changes in {
+        "small": {"vocab_size": 100},
+        "three heads": {"num_attention_heads": 3, "num_key_value_heads": 3},
+    }.items():
+        config = Qwen2Config(**{**sizes, "num_hidden_layers": 2, "vocab_size": 131, "head_dim": 16, **changes})
+        tiny.save_random(Qwen2ForCausalLM(config), folder / f"{name}_hf")
+        tiny.run_module("convert", "--hf-dir", folder / f"{name}_hf", "--output", folder / name)
+    elsewhere = ["--reference-logps", folder / "elsewhere", "--reference"]
+    reason = _refused(folder, converted, *elsewhere, folder / "small")
+    assert reason.startswith(f"REFERENCE {folder / 'small'}: token 130 in") and "vocabulary has 100" in reason
+    common = ["train", "--load", converted, "--data-path", folder / "pairs", "--save", folder / "run", "--objective", "dpo"]
+    common += ["--train-iters", "2", "--global-batch-size", "8", "--tensor-model-parallel-size", "2"]
+    plan = plan_run(*parse([str(word) for word in [*common, *elsewhere, folder / "three heads"]]), num_processes=2)
+    with pytest.raises(UserError, match="REFERENCE .*three heads: TP=2 does not divide the model's 3 attention heads"):
+        input_checks.check(plan)
+
+
 def test_resuming_refuses_another_objective_and_another_reference(folder: Path, converted: Path) -> None:
     common = ["--load", converted, "--data-path", folder / "pairs", "--save", folder / "run", "--global-batch-size", "8"]
     common += ["--precision", "fp32", "--objective", "dpo"]
     tiny.launch(1, "train", "train", *common, "--train-iters", "1")
     more = ["resume", *common, "--train-iters", "2"]
-    output = tiny.launch(1, "train", *more, "--dpo-beta", "0.3", status=2)
-    assert "error: OBJECTIVE was dpo, DPO_LOSS=sigmoid, DPO_BETA=0.1" in output and "RESUME_WITH=objective" in output
     elsewhere = ["--reference", folder / "other", "--reference-logps", folder / "elsewhere"]
-    output = tiny.launch(1, "train", *more, *elsewhere, status=2)
-    assert "error: the reference's content was checksum" in output and "RESUME_WITH=reference" in output
-    assert not (folder / "elsewhere.bin").exists()
+    changes: dict[str, list[object]] = {
+        "OBJECTIVE was dpo, DPO_LOSS=sigmoid, DPO_BETA=0.1.* RESUME_WITH=objective": ["--dpo-beta", "0.3"],
+        "the reference's content was checksum .* RESUME_WITH=reference": elsewhere,
+    }
+    for reason, words in changes.items():
+        plan = plan_run(*parse([str(word) for word in [*more, *words]]), num_processes=1)
+        with pytest.raises(UserError, match=reason):
+            check_same_run(plan.start, plan)
     output = tiny.launch(1, "train", *more, *elsewhere, "--resume-with", "reference,objective", "--dpo-beta", "0.3")
     assert "changed since iteration 1: OBJECTIVE from dpo" in output and (folder / "elsewhere.bin").exists()
 

@@ -205,6 +205,8 @@ def _resolve_objective(found: Resolution, mode: str) -> None:
     options, rows, start = found.options, found.rows, found.start
     if options.objective != "sft":
         found.add("objective", objective_words(options))
+    if mode == "reference" and not needs_reference(options.objective):
+        found.problems.append(f"OBJECTIVE={options.objective} takes no reference: it is OBJECTIVE=dpo that does")
     if rows is None or start is None:
         return
     found.attempt(check_objective_fits, rows, options)
