@@ -156,18 +156,18 @@ def test_objectives_and_data_that_do_not_go_together_are_named(
     assert "would train the rejected answers too: take OBJECTIVE=dpo" in _refused(folder, converted, "--objective", "sft")
     reason = _refused(folder, converted, "--reference", tmp_path / "nowhere")
     assert f"REFERENCE: checkpoint folder {tmp_path / 'nowhere'} does not exist" in reason
-    common = ["--load", converted, "--data-path", packed_rows, "--save", tmp_path / "run", "--global-batch-size", "8"]
-    assert "takes no reference" in tiny.launch(1, "train", "reference", *common, status=2)
+    common = ["reference", "--load", converted, "--data-path", packed_rows, "--save", tmp_path / "run"]
+    for objective in ("sft", "orpo"):
+        with pytest.raises(UserError, match=f"OBJECTIVE={objective} takes no reference"):
+            plan_run(*parse([str(word) for word in [*common, "--objective", objective]]), num_processes=1)
 
 
 def test_a_reference_that_does_not_fit_the_data_or_the_layout_is_named(folder: Path, converted: Path) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    for name, changes in {
-        "small": {"vocab_size": 100},
-        "three heads": {"num_attention_heads": 3, "num_key_value_heads": 3},
-    }.items():
+    kinds = {"small": {"vocab_size": 100}, "three heads": {"num_attention_heads": 3, "num_key_value_heads": 3}}
+    for name, changes in kinds.items():
         config = Qwen2Config(**{**sizes, "num_hidden_layers": 2, "vocab_size": 131, "head_dim": 16, **changes})
         tiny.save_random(Qwen2ForCausalLM(config), folder / f"{name}_hf")
         tiny.run_module("convert", "--hf-dir", folder / f"{name}_hf", "--output", folder / name)
@@ -177,7 +177,7 @@ def test_a_reference_that_does_not_fit_the_data_or_the_layout_is_named(folder: P
     common = ["train", "--load", converted, "--data-path", folder / "pairs", "--save", folder / "run", "--objective", "dpo"]
     common += ["--train-iters", "2", "--global-batch-size", "8", "--tensor-model-parallel-size", "2"]
     plan = plan_run(*parse([str(word) for word in [*common, *elsewhere, folder / "three heads"]]), num_processes=2)
-    with pytest.raises(UserError, match="REFERENCE .*three heads: TP=2 does not divide the model's 3 attention heads"):
+    with pytest.raises(UserError, match=r"REFERENCE .*three heads: TP=2 does not divide the model's 3 attention heads"):
         input_checks.check(plan)
 
 
