@@ -114,6 +114,21 @@ def test_what_is_trained_may_not_change_and_how_is_reported(made: Path, half: Pa
     assert "LORA_RANK was 0 in" in line and "docs/lora.md" in line
 
 
+def test_commands_that_need_a_whole_model_refuse_adapters_by_name(made: Path, tmp_path: Path) -> None:
+    run, model, out = made / "run", made / "hf", tmp_path / "out"
+    for module, arguments in (
+        ("convert", ["--source", run, "--hf-dir", model, "--output", out]),
+        ("compare_logits", ["--load", run, "--hf-dir", model]),
+    ):
+        line = error_of(tiny.run_module(module, *arguments, status=2))
+        assert f"{run / f'iter_{STEPS:07d}'} holds adapters" in line and not out.exists(), line
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    line = error_of(tiny.run_module("convert", "--source", adapter, "--output", out, status=2))
+    assert f"{adapter} is a PEFT adapter" in line and "LORA_INIT_FROM" in line
+
+
 def test_a_run_of_all_weights_can_be_the_base_of_adapters(made: Path, tmp_path: Path) -> None:
     full = tmp_path / "full"
     train(made, "train", full, made / "base", "--train-iters", "2", "--lr", "1e-3")

@@ -14,8 +14,8 @@ from torch import Tensor
 from megatron.sft.families.lora import AdaptedWeight, LoRA, adapted_weights
 from megatron.sft.families.registry import read_architecture
 from megatron.sft.model import process_groups
-from megatron.sft.model.adapters import Adapter, Split, _rows
 from megatron.sft.model.layout import Layout
+from megatron.sft.model.lora.adapters import Adapter, Split, _rows
 from megatron.sft.runtime import device
 
 COUNTS = [5, 0, 7]

@@ -8,6 +8,7 @@ from megatron.sft.conversion.exported_files import write_companions
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.lora import LoRA
 from megatron.sft.hf.adapter_folder import write_adapter_folder
+from megatron.sft.hf.auto_model import text_prefix
 from megatron.sft.hf.folder import HFFolder
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import check_free_space
@@ -20,7 +21,8 @@ def export_adapter(
 
     A base that has rows of the vocabulary which `hf_dir` lacks is a `UserError`: the adapter would not fit what it names.
     """
-    rows = HFFolder(hf_dir).rows_on_disk
+    original = HFFolder(hf_dir)
+    rows = original.rows_on_disk
     if rows < architecture.vocab_size:
         raise UserError(
             f"the adapters' base has {architecture.vocab_size:,} rows of the vocabulary, {hf_dir} {rows:,}: rows were added "
@@ -32,4 +34,4 @@ def export_adapter(
     write_companions(checkpoint, architecture, hf_dir, None, run_folder, folder)
     # The base's; with it, programs would take the folder for a whole model.
     (folder / "config.json").unlink()
-    write_adapter_folder(folder, lora, str(hf_dir.resolve()), tensors)
+    write_adapter_folder(folder, lora, str(hf_dir.resolve()), tensors, text_prefix(original.config))
