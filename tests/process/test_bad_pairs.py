@@ -146,6 +146,9 @@ def test_the_reference_command_makes_a_damaged_one_again(folder: Path, converted
     _cut(folder)
     assert "replaced" in tiny.launch(1, "train", "reference", *words)
     assert (folder / "pairs.reference.bin").read_bytes() == before
+    # And what was made in another layout, since its last digits differ.
+    output = tiny.launch(2, "train", "reference", *words, "--tensor-model-parallel-size", "2")
+    assert "was made with tensor_parallel 1, now 2" in re.sub(r"\s+", " ", output)
 
 
 def test_objectives_and_data_that_do_not_go_together_are_named(
