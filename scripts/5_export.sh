@@ -6,7 +6,7 @@
 # CKPT       a checkpoint folder written by 4_train.sh, 2_convert.sh or Megatron-LM, in any format and parallel layout
 # HF_DIR     the original model, which provides config.json, tokenizer and chat template
 # OUT        the folder to write
-# ITERATION  the iteration to export (default: the latest)
+# ITERATION  the iteration to export, or best: the lowest validation loss among the checkpoints (default: the latest)
 #
 # DTYPE      of the weights: bf16, fp16 or fp32 (default: the original's). Values changed by a cast are counted
 # MERGE=1    of adapters: write a whole model, their products added to the weights in float32 and rounded once

@@ -46,14 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     os.environ["MEGATRON_SFT_DEVICE"] = "cpu"
     output: Path = arguments.output
-    checkpoint = checkpoint_folder.open_checkpoint(arguments.load, arguments.iteration)
+    checkpoint = checkpoint_folder.open_checkpoint(arguments.load, _iteration(arguments.load, arguments.iteration))
     architecture, original = source_model(checkpoint, arguments.hf_dir)
     if original is None:
         _check_same_model(checkpoint, architecture, arguments.hf_dir)
     lora = read_lora_record(checkpoint)
     _check_options(lora, arguments)
     if lora and not arguments.merge:
-        with whole_folder(output) as staged, verified_meanwhile(checkpoint):
+        with whole_folder(output, arguments.replace) as staged, verified_meanwhile(checkpoint):
             export_adapter(checkpoint, architecture, lora, arguments.hf_dir, arguments.load, staged)
         print(f"exported the adapters in {checkpoint.path} to {output} (a whole model: MERGE=1)")
         print(f"next: scripts/6_generate.sh {output} 'a question'\nor serve it with vLLM: {serve_hint(output)}")
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if lora:
         weights = base_for_merging(checkpoint, arguments.base)
         merger = Merger(StoredAdapters(checkpoint), lora, architecture)
-    with whole_folder(output) as staged:
+    with whole_folder(output, arguments.replace) as staged:
         dtypes = _dtypes(checkpoint, architecture, original, arguments.dtype)
         with verified_meanwhile(checkpoint), verified_meanwhile(weights) if merger else nullcontext():
             export_weights(weights, architecture, original, dtypes, staged, merger)
@@ -72,6 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"exported {checkpoint.path} to {output}\nnext: scripts/6_generate.sh {output} 'a question'")
     print(f"or serve it with vLLM: {serve_hint(output)}")
     return 0
+
+
+def _iteration(run_folder: Path, asked: str | None) -> int | None:
+    """The iteration to export, None for the newest."""
+    if asked is None or asked.isdecimal():
+        return int(asked) if asked else None
+    if asked != "best":
+        raise UserError(f"ITERATION is {asked!r}: give a number, or best for the checkpoint with the lowest validation loss")
+    best = checkpoint_folder.best_iteration(run_folder)
+    if best is None:
+        raise UserError(
+            f"{run_folder} names no best checkpoint ({checkpoint_folder.BEST}): a run with validation rows (SPLIT) has one, "
+            "of the steps that are validated and saved: give a number, or leave ITERATION out for the newest"
+        )
+    return best
 
 
 def _check_options(lora: LoRA | None, arguments: argparse.Namespace) -> None:
@@ -176,7 +191,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--load", type=Path, required=True)
     parser.add_argument("--hf-dir", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--iteration", type=int)
+    parser.add_argument("--iteration", help="a number, or best: the checkpoint with the lowest validation loss")
+    parser.add_argument("--replace", action="store_true", help="replace an output folder that exists")
     parser.add_argument("--dtype", choices=list(DTYPE_OPTIONS), help="the original model's unless given")
     parser.add_argument("--merge", action="store_true", help="write a whole model with the adapters added to its weights")
     parser.add_argument("--base", type=Path, help="the checkpoint of the weights under the adapters, where it has moved")

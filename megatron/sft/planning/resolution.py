@@ -25,11 +25,13 @@ from megatron.sft.planning.run_plan import (
     architecture_of,
     check_data_fits,
     eval_iters,
+    exported_model,
     layout_for,
     number_problems,
     split,
     starting_point,
     steps,
+    validation_problems,
 )
 from megatron.sft.planning.trained_part import check_same_training, describe, lr_hint, trained_part
 from megatron.sft.planning.trained_sizes import num_trained
@@ -126,6 +128,8 @@ def _resolve_model(found: Resolution, mode: str) -> None:
         found.resume, found.start = begin
         found.architecture = found.attempt(architecture_of, found.start)
         found.add("start", f"{'resume' if found.resume else 'train'} from {found.start.path}")
+        if options.export_every:
+            found.attempt(exported_model, found.start)
     if found.architecture:
         sizes = found.architecture
         found.add(
@@ -201,6 +205,7 @@ def _resolve_steps(found: Resolution) -> None:
         found.training_rows, found.validation_rows = parts
         num_rows = len(parts[0])
         found.add("rows", f"{num_rows:,} for training, {len(parts[1]):,} for validation")
+        found.problems += validation_problems(options, len(parts[1]))
     no_batch = min(options.micro_batch_size, options.global_batch_size) < 1
     if no_batch or not found.data_parallel or not (num_rows or options.train_iters):
         return

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,17 @@ def starting_point(mode: str, options: TrainOptions) -> tuple[bool, Checkpoint]:
     return False, open_checkpoint(options.load)
 
 
+def exported_model(checkpoint: Checkpoint) -> Path:
+    """The Hugging Face folder that the checkpoint was converted from, for EXPORT_EVERY, which writes folders like it."""
+    source = Path(str(checkpoint.manifest.get("source", {}).get("path", "")))
+    if not (source / "config.json").is_file():
+        raise UserError(
+            f"EXPORT_EVERY needs the model that {checkpoint.path} was converted from, and {source} is not there: bring it "
+            "back, or unset EXPORT_EVERY and export later with scripts/5_export.sh"
+        )
+    return source
+
+
 def architecture_of(checkpoint: Checkpoint) -> Architecture:
     """The model's architecture, from the configuration in the checkpoint's manifest."""
     config = checkpoint.manifest.get("source", {}).get("config")
@@ -157,6 +169,19 @@ def number_problems(options: TrainOptions) -> Iterator[str]:
         yield f"TRAIN_ITERS={options.train_iters} and EPOCHS={options.epochs} give no steps: set one above 0"
     if not 0 <= options.min_lr <= options.lr:
         yield f"MIN_LR={options.min_lr} must lie between 0 and LR={options.lr}"
+    for name in ("early_stop_patience", "loss_ceiling", "export_every"):
+        if getattr(options, name) < 0:
+            yield f"{variable_named(name)} is {getattr(options, name)}: it must be 0 (off) or more"
+    if options.loss_ceiling_patience < 1:
+        yield f"LOSS_CEILING_PATIENCE is {options.loss_ceiling_patience}: it must be at least 1"
+
+
+def validation_problems(options: TrainOptions, num_validation_rows: int) -> Iterator[str]:
+    """Settings that need validation rows where there are none."""
+    asked = {"VALIDATE_AT_START": options.validate_at_start, "EARLY_STOP_PATIENCE": options.early_stop_patience}
+    if not num_validation_rows:
+        for name in (name for name, value in asked.items() if value):
+            yield f"{name} needs validation rows and SPLIT={options.split} leaves none: set SPLIT=99,1,0, or unset {name}"
 
 
 def split(options: TrainOptions, continues_group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

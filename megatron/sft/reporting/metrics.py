@@ -157,14 +157,16 @@ def forget_after(folder: Path, iteration: int) -> None:
         ranks.print_rank_0(f"warning: {path} cannot be brought back to iteration {iteration} ({error.strerror}): fix it later")
 
 
-def has_validation(folder: Path, iteration: int) -> bool:
-    """Whether metrics.jsonl has the validation after `iteration` steps."""
+def logged_validation(folder: Path, iteration: int) -> float | None:
+    """The validation loss after `iteration` steps in metrics.jsonl, NaN if it was not finite, None if there is none."""
     path = folder / METRICS
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except OSError:
-        return False
-    return any("validation_loss" in line and _iteration(line) == iteration for line in lines)
+        return None
+    found = [line for line in lines if "validation_loss" in line and _iteration(line) == iteration]
+    loss = json.loads(found[-1])["validation_loss"] if found else None
+    return math.nan if found and loss is None else loss
 
 
 def _is_kept(line: str, iteration: int) -> bool:
