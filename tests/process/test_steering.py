@@ -63,10 +63,7 @@ def test_the_best_checkpoint_is_kept_named_and_exported_and_a_run_that_gets_no_b
     # The line that the run prints exports the best one.
     next_line = said.rpartition("next: ")[2].strip()
     assert next_line.endswith(" best")
-    done = subprocess.run(
-        next_line, shell=True, env=environment, capture_output=True, text=True, cwd=tiny.ROOT, timeout=SECONDS
-    )
-    assert done.returncode == 0, done.stderr
+    subprocess.run(next_line, shell=True, env=environment, check=True, cwd=tiny.ROOT, timeout=SECONDS)
     script("5_export.sh", save, material.folder / "tiny_qwen2", tmp_path / "by number", best, environment=environment)
     tiny.assert_same_weights(save / "export", tmp_path / "by number")
     # Nothing is left to do, unless the patience is raised; then the run goes on as if it had never ended.
@@ -79,10 +76,8 @@ def test_the_best_checkpoint_is_kept_named_and_exported_and_a_run_that_gets_no_b
     # What is needed and missing is named.
     environment |= {"OUTPUT_PATH": str(tmp_path / "other"), "SPLIT": "100,0,0"}
     assert "EARLY_STOP_PATIENCE needs validation rows" in script("4_train.sh", "plan", environment=environment, status=2)
-    material_only = script(
-        "5_export.sh", material.checkpoint, tmp_path, tmp_path / "x", "best", environment=environment, status=2
-    )
-    assert "names no best checkpoint" in material_only
+    arguments = (material.checkpoint, tmp_path, tmp_path / "x", "best")
+    assert "names no best checkpoint" in script("5_export.sh", *arguments, environment=environment, status=2)
 
 
 def test_a_validation_that_was_interrupted_is_counted_once(material: Material, tmp_path: Path) -> None:
