@@ -7,6 +7,7 @@ Adapters become PEFT's folder, or with --merge a whole model.
 
 import argparse
 import os
+import shlex
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from megatron.sft.families.lora import LoRA
 from megatron.sft.families.parameters import DTYPE_OPTIONS, Caster, Parameters, progress_bar
 from megatron.sft.families.registry import DTYPES, read_architecture
 from megatron.sft.families.weight_names import weight_entries
+from megatron.sft.hf import hub
 from megatron.sft.hf.folder import HFFolder, write_weights
 from megatron.sft.hf.parameters import HFParameters
 from megatron.sft.hf.safetensors_file import tensor_bytes
@@ -46,6 +48,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     os.environ["MEGATRON_SFT_DEVICE"] = "cpu"
     output: Path = arguments.output
+    if arguments.push_to:
+        hub.check_push(arguments.push_to)
+    hints = _export(arguments, output)
+    if arguments.push_to:
+        _push(output, arguments.push_to)
+    print("\n".join(hints))
+    return 0
+
+
+def _push(output: Path, id: str) -> None:
+    try:
+        print(f"pushed {output} to {hub.push_folder(output, id)}")
+    except UserError as error:
+        again = f"{shlex.join(['hf', 'upload', id, str(output)])}"
+        raise UserError(f"{output} is exported, but not pushed: {error}; later: {again}") from None
+
+
+def _export(arguments: argparse.Namespace, output: Path) -> list[str]:
+    """Write the folder; returns the lines that say what comes next."""
     checkpoint = checkpoint_folder.open_checkpoint(arguments.load, _iteration(arguments.load, arguments.iteration))
     architecture, original = source_model(checkpoint, arguments.hf_dir)
     if original is None:
@@ -56,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with whole_folder(output, arguments.replace) as staged, verified_meanwhile(checkpoint):
             export_adapter(checkpoint, architecture, lora, arguments.hf_dir, arguments.load, staged)
         print(f"exported the adapters in {checkpoint.path} to {output} (a whole model: MERGE=1)")
-        print(f"next: scripts/6_generate.sh {output} 'a question'\nor serve it with vLLM: {serve_hint(output)}")
-        return 0
+        return _next_steps(output)
     weights, merger = checkpoint, None
     if lora:
         weights = base_for_merging(checkpoint, arguments.base)
@@ -69,9 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_companions(checkpoint, architecture, arguments.hf_dir, arguments.dtype, arguments.load, staged)
         if lora and wants_comparison(arguments.verify, staged):
             print(compare_merged(checkpoint, architecture, lora, arguments.hf_dir, staged))
-    print(f"exported {checkpoint.path} to {output}\nnext: scripts/6_generate.sh {output} 'a question'")
-    print(f"or serve it with vLLM: {serve_hint(output)}")
-    return 0
+    print(f"exported {checkpoint.path} to {output}")
+    return _next_steps(output)
+
+
+def _next_steps(output: Path) -> list[str]:
+    command = shlex.join(["bash", "scripts/6_generate.sh", str(output), "a question"])
+    return [f"next: {command}", f"or serve it with vLLM: {serve_hint(output)}"]
 
 
 def _iteration(run_folder: Path, asked: str | None) -> int | None:
@@ -193,6 +217,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--iteration", help="a number, or best: the checkpoint with the lowest validation loss")
     parser.add_argument("--replace", action="store_true", help="replace an output folder that exists")
+    parser.add_argument("--push-to", default="", help="OWNER/NAME on the hub to upload the folder to")
     parser.add_argument("--dtype", choices=list(DTYPE_OPTIONS), help="the original model's unless given")
     parser.add_argument("--merge", action="store_true", help="write a whole model with the adapters added to its weights")
     parser.add_argument("--base", type=Path, help="the checkpoint of the weights under the adapters, where it has moved")

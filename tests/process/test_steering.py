@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import tiny
+from tests.support.hub_server import Hub
 from tests.support.real_runs import Material, make_material
 
 SECONDS = 240
@@ -160,3 +161,27 @@ def test_exports_are_written_while_the_run_goes_on(material: Material, tmp_path:
     environment = settings(material, tmp_path / "third", EXPORT_EVERY=2)
     assert "EXPORT_EVERY needs the model" in script("4_train.sh", "train", environment=environment, status=2)
     (tmp_path / "moved").rename(material.folder / "tiny_qwen2")
+
+
+def test_an_export_is_pushed_where_it_is_asked_for(material: Material, tmp_path: Path) -> None:
+    export = material.checkpoint, material.folder / "tiny_qwen2"
+    with Hub({}, writer="may-write") as hub:
+        environment = settings(material, tmp_path, HF_ENDPOINT=hub.address, HF_HUB_DISABLE_XET=1, HF_HOME=tmp_path / "home")
+        environment |= {"PUSH_TO": "owner/tuned"}
+        without = script("5_export.sh", *export, tmp_path / "none", environment=environment, status=2)
+        assert "PUSH_TO=owner/tuned needs a token" in without and not (tmp_path / "none").exists()
+        refused = script("5_export.sh", *export, tmp_path / "none", environment=environment | {"HF_TOKEN": "x"}, status=2)
+        assert "refused" in refused and not (tmp_path / "none").exists()
+        environment |= {"HF_TOKEN": "may-write"}
+        said = script("5_export.sh", *export, tmp_path / "out", environment=environment)
+        assert f"pushed {tmp_path / 'out'} to {hub.address}/owner/tuned" in said
+        repository = hub.repositories["models/owner/tuned"]
+        assert repository.token == "may-write", "a new repository is private"
+        files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert repository.files == files and "model.safetensors" in files
+        # Pushed again into the same repository; without PUSH_TO nothing is asked of the hub.
+        script("5_export.sh", *export, tmp_path / "again", environment=environment)
+        before = sum(hub.requests.values())
+        del environment["PUSH_TO"]
+        script("5_export.sh", *export, tmp_path / "quiet", environment=environment)
+        assert sum(hub.requests.values()) == before

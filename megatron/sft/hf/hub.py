@@ -1,7 +1,8 @@
-"""Talks to the model hub, as the only module: lists a repository's files, fetches them, and explains the hub's errors."""
+"""Talks to the model hub, as the only module: lists a repository's files, fetches, uploads, and explains its errors."""
 
 import errno
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -89,6 +90,25 @@ def _fetch_snapshot(repository: Repository, names: list[str], folder: Path) -> N
         # snapshot_download takes names as patterns; brackets are the only pattern characters in file names.
         allow_patterns=[name.replace("[", "[[]") for name in names],
     )
+
+
+def check_push(id: str) -> None:
+    """Whether a model can be pushed to `id` with the token in use, before the work that makes it. A `UserError` if not."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", id):
+        raise UserError(f"PUSH_TO is {id!r}: give OWNER/NAME")
+    if not huggingface_hub.get_token():
+        raise UserError(f"PUSH_TO={id} needs a token that may write: set HF_TOKEN, or unset PUSH_TO")
+    with explained("model", id, "main"):
+        huggingface_hub.HfApi().whoami()
+
+
+def push_folder(folder: Path, id: str) -> str:
+    """Upload a model's folder in one commit; a new repository is private. Returns its address."""
+    with explained("model", id, "main"):
+        api = huggingface_hub.HfApi()
+        api.create_repo(id, private=True, exist_ok=True)
+        api.upload_folder(repo_id=id, folder_path=folder, commit_message=f"Upload {folder.name}")
+    return f"{endpoint()}/{id}"
 
 
 def _is_of_the_network(error: BaseException) -> bool:
