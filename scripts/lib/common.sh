@@ -21,7 +21,7 @@ die() {
 
 # usage: print the calling script's header comment.
 usage() {
-  sed -n '2,/^[^#]/{/^#/!q; /^#SBATCH/d; s/^# \{0,1\}//p;}' "$0"
+  sed -n '2,/^[^#]/{/^#/!q; /^# shellcheck /q; /^#SBATCH/d; s/^# \{0,1\}//p;}' "$0"
 }
 
 # help_or_arguments MINIMUM MAXIMUM "$@": -h prints the usage and exits; a wrong number of arguments exits with its first line.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.sft.hf.names import similar_folder
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import (
     check_free_space,
@@ -70,11 +71,18 @@ def open_checkpoint(root: Path, iteration: int | None = None) -> Checkpoint:
     Only the manifest is read. A missing checkpoint and a damaged manifest are a `UserError`.
     """
     if not root.is_dir():
-        raise UserError(f"checkpoint folder {root} does not exist: run scripts/2_convert.sh, or correct the path")
+        raise UserError(
+            f"checkpoint folder {root} does not exist{similar_folder(root)}: run scripts/2_convert.sh, or correct the path"
+        )
     if root.name.startswith("iter_") and root.name[5:].isdecimal() and not (root / TRACKER).exists():
         return _open(root, int(root.name[5:]))
     if iteration is None:
         iteration = latest_iteration(root)
+        if iteration is None and (root / "config.json").is_file():
+            raise UserError(
+                f"{root} is a Hugging Face folder: convert it with bash scripts/2_convert.sh {root} 1 1, and give "
+                f"{root}_Megatron_TP1PP1"
+            )
         if iteration is None:
             raise UserError(f"{root} has no {TRACKER}: is it a folder of Megatron checkpoints?")
     path = iteration_path(root, iteration)

@@ -15,6 +15,7 @@ from megatron.sft.checkpoint.folder import TRACKER, Checkpoint
 from megatron.sft.data.tokenized import TokenizedRows, data_file, data_prefix
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.trained import Trained
+from megatron.sft.hf.names import similar_folder
 from megatron.sft.hf.published_configs import unconverted
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.planning.adapter_base import base_of
@@ -33,6 +34,7 @@ from megatron.sft.planning.run_plan import (
     steps,
     validation_problems,
 )
+from megatron.sft.planning.small_runs import run_notes
 from megatron.sft.planning.trained_part import check_same_training, describe, lr_hint, trained_part
 from megatron.sft.planning.trained_sizes import num_trained
 from megatron.sft.runtime import device
@@ -121,7 +123,10 @@ def _resolve_model(found: Resolution, mode: str) -> None:
     if not (options.save / TRACKER).exists() and not options.load.is_dir() and mode != "resume":
         known = found.attempt(unconverted, options.load)
         found.architecture, where, command = known or (None, "", "")
-        found.problems.append(f"PRETRAIN_CHECKPOINT_PATH {options.load} does not exist: make it with scripts/2_convert.sh")
+        near = similar_folder(options.load)
+        found.problems.append(
+            f"PRETRAIN_CHECKPOINT_PATH {options.load} does not exist{near}: make it with scripts/2_convert.sh"
+        )
         found.to_do.append(command)
         found.add("start", f"not there yet{f', sizes from {where}' if where else ''}")
     elif begin := found.attempt(starting_point, mode, options):
@@ -219,9 +224,20 @@ def _resolve_steps(found: Resolution) -> None:
     micro_batches = options.global_batch_size // (options.micro_batch_size * found.data_parallel)
     found.add(
         "a step",
-        f"{options.global_batch_size} rows = {micro_batches} micro-batches of {options.micro_batch_size} on each of "
-        f"{found.data_parallel} data-parallel copies",
+        f"{options.global_batch_size} rows{_conversations(found)} = {micro_batches} micro-batches of "
+        f"{options.micro_batch_size} on each of {found.data_parallel} data-parallel copies",
     )
+    if found.training_rows is not None and found.validation_rows is not None:
+        for note in run_notes(options, (num_rows, len(found.validation_rows)), found.train_iters, found.data_parallel):
+            found.add("hint", note)
+
+
+def _conversations(found: Resolution) -> str:
+    """About how many conversations a step has, in words."""
+    if found.rows is None:
+        return ""
+    number = found.options.global_batch_size * found.rows.manifest["conversations"] / len(found.rows)
+    return f" (about {number:,.0f} conversations)"
 
 
 def _resolve_disk(found: Resolution) -> None:

@@ -140,7 +140,7 @@ def check_data_fits(rows: TokenizedRows, options: TrainOptions, architecture: Ar
     if length > architecture.max_positions:
         raise UserError(
             f"rows of {length} tokens in {rows.prefix}.json, the model has {architecture.max_positions} positions: "
-            "rerun scripts/3_tokenize.sh with a smaller length"
+            f"rerun scripts/3_tokenize.sh with a length of at most {architecture.max_positions}"
         )
     if rows.manifest["max_token_id"] >= architecture.vocab_size:
         raise UserError(
