@@ -82,9 +82,8 @@ def _from_hugging_face(source: HFFolder, arguments: argparse.Namespace) -> None:
         if _wants_verification(arguments.verify, source):
             _verify(source, staged)
     print(f"converted {source.path} to {output} ({_form(arguments)})")
-    print(
-        f"then, with your DATA and a LENGTH such as 4096: bash scripts/3_tokenize.sh {shlex.quote(str(source.path))} DATA LENGTH"
-    )
+    command = f"bash scripts/3_tokenize.sh {shlex.quote(str(source.path))} DATA LENGTH"
+    print(f"then, with your DATA and a LENGTH such as 4096: {command}")
 
 
 def _check_tied(source: HFFolder, skipped: list[str]) -> None:

@@ -61,7 +61,7 @@ def recipe_text(name: str, model: Path, data: str, prefix: Path, length: int, ba
         ': "${LR_WARMUP_FRACTION:=0.05}"',
         "",
         f': "${{SPLIT:={split}}}"',
-        ': "${VALIDATE_AT_START:=%d}"' % (split != "100,0,0"),
+        f': "${{VALIDATE_AT_START:={int(split != "100,0,0")}}}"',
         ': "${EVAL_INTERVAL:=100}"',
         ': "${SAVE_INTERVALS:=500}"',
         ': "${KEEP_LAST:=2}"',

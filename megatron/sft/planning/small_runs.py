@@ -15,7 +15,7 @@ _SPLITS = ((99, 1), (98, 2), (95, 5), (90, 10), (80, 20), (50, 50))
 
 
 def fitting_batch(num_rows: int, multiple: int = 1) -> int:
-    """A GLOBAL_BATCH_SIZE with which this many rows make enough steps: a multiple of the rows that all processes take at once."""
+    """A GLOBAL_BATCH_SIZE with which this many rows make enough steps: a multiple of what all processes take at once."""
     return max(1, num_rows // STEPS_AN_EPOCH // multiple) * multiple
 
 
