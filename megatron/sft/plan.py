@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron.sft.planning.options import parse
 from megatron.sft.planning.planner import add_needs
-from megatron.sft.planning.resolution import Line, Resolution, resolve, setting_lines, table
+from megatron.sft.planning.resolution import Line, Resolution, name_without_effect, resolve, setting_lines, table
 from megatron.sft.runtime.errors import run
 
 
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _, options = parse(arguments)
     found = resolve("", options, int(os.environ.get("PLANNED_PROCESSES", "1")))
+    name_without_effect(found, os.environ)
     add_needs(found)
     exported = os.environ.get("SETTINGS_FROM_ENVIRONMENT", "").split()  # by scripts/4_train.sh
     print(report(found, setting_lines(options, arguments, exported)))

@@ -52,11 +52,12 @@ def _train(mode: str, options: TrainOptions, arguments: Sequence[str], stop: Sto
     # Imported here: torch takes seconds, and signals are listened to from the first moment.
     from megatron.sft.model import process_groups
     from megatron.sft.planning import input_checks
-    from megatron.sft.planning.resolution import resolve, setting_lines, table
+    from megatron.sft.planning.resolution import name_without_effect, resolve, setting_lines, table
     from megatron.sft.runtime import device, output_lock, ranks
 
     device.prepare()
     found = resolve(mode, options, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
+    name_without_effect(found, os.environ)
     plan = found.plan()
     ranks.print_rank_0(table([*found.lines, ("output", str(options.save)), *setting_lines(options, arguments)]))
     input_checks.check(plan)

@@ -19,7 +19,7 @@ source "$lib/common.sh" || exit 2
 : "${MICRO_BATCH_SIZE:=8}"
 : "${GLOBAL_BATCH_SIZE:=8}"
 : "${TRAIN_ITERS:=600}"
-: "${LR_WARMUP_ITERS:=30}"
+: "${LR_WARMUP_FRACTION:=0.05}"
 : "${LR:=3e-3}" # for random initial weights; a pretrained model needs about a hundredth of this
 : "${MIN_LR:=1.5e-4}"
 : "${WEIGHT_DECAY:=0.01}"

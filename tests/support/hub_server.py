@@ -125,7 +125,7 @@ class _HubHandler(BaseHTTPRequestHandler):
             asked = json.loads(self.body)
             id = f"{asked.get('organization') or 'owner'}/{asked['name']}"
             if f"models/{id}" in self.hub.repositories:
-                self.refuse(409, "", "You already created this model repo")
+                self.refuse(409, "", "You already created this model repo", url=f"{self.hub.address}/{id}")
                 return
             private = asked.get("private") or asked.get("visibility") == "private"  # by version of huggingface_hub
             self.hub.repositories[f"models/{id}"] = HubRepository({}, token=token if private else None)
@@ -243,8 +243,8 @@ class _HubHandler(BaseHTTPRequestHandler):
             return
         self.wfile.write(part)
 
-    def refuse(self, status: int, code: str, message: str) -> None:
-        body = json.dumps({"error": message}).encode()
+    def refuse(self, status: int, code: str, message: str, **more: str) -> None:
+        body = json.dumps({"error": message, **more}).encode()
         self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("X-Error-Message", message)

@@ -4,7 +4,7 @@
 """
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ from megatron.sft.planning.run_plan import (
 from megatron.sft.planning.small_runs import run_notes
 from megatron.sft.planning.trained_part import check_same_training, describe, lr_hint, trained_part
 from megatron.sft.planning.trained_sizes import num_trained
+from megatron.sft.planning.without_effect import effect_notes, misspelled
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import check_free_space
@@ -269,6 +270,15 @@ def setting_lines(options: TrainOptions, arguments: Sequence[str], exported: Seq
         else:
             from_recipe.append(text)
     return [(where, " ".join(group)) for where, group in groups.items() if group]
+
+
+def name_without_effect(found: Resolution, environment: Mapping[str, str]) -> None:
+    """Add a hint for each setting that the user typed without effect. environment: as scripts/4_train.sh leaves it."""
+    exported = environment.get("SETTINGS_FROM_ENVIRONMENT", "").split()
+    rows = None if found.validation_rows is None else len(found.validation_rows)
+    notes = effect_notes(found.options, [name for name in exported if environment.get(name)], rows)
+    for note in (*notes, *misspelled(environment.get("VARIABLES_SET", "").split())):
+        found.add("hint", note)
 
 
 def table(lines: Sequence[Line]) -> str:
