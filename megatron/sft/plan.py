@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.sft.planning.options import parse
+from megatron.sft.planning.plan_text import name_without_effect, setting_lines, table
 from megatron.sft.planning.planner import add_needs
-from megatron.sft.planning.resolution import Line, Resolution, name_without_effect, resolve, setting_lines, table
+from megatron.sft.planning.resolution import Line, Resolution, resolve
 from megatron.sft.runtime.errors import run
 
 

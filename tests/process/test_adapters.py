@@ -60,11 +60,14 @@ def test_adapters_train_as_in_peft_in_every_layout(case_of: Callable[[str], Case
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("layout", EVERYWHERE)
-def test_adapters_train_as_in_peft_on_gpus(case_of: Callable[[str], Case], layout: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "layout"), [*(("qwen2", each) for each in EVERYWHERE), *(("qwen3_moe", each) for each in WITH_EXPERTS)]
+)
+def test_adapters_train_as_in_peft_on_gpus(case_of: Callable[[str], Case], family: str, layout: str) -> None:
+    """With Transformer Engine, where it is installed, the experts of a process are one layer."""
     if torch.cuda.device_count() < LAYOUTS[layout][0]:
         pytest.skip(f"{LAYOUTS[layout][0]} GPUs are needed")
-    case = case_of("qwen2")
+    case = case_of(family)
     case.assert_as_peft(case.train(layout, name=f"{layout} on GPUs", on_gpu=True))
 
 

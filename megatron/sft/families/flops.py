@@ -34,3 +34,8 @@ def training_flops(
     # Scores and their use: 4 * heads * head_dim for each of L^2 / 2 pairs, three times.
     attention = 6.0 * architecture.num_layers * architecture.num_heads * architecture.head_dim * seen
     return linear + head + attention
+
+
+def head_forward_flops(architecture: Architecture, trained_tokens: int) -> float:
+    """Operations of the output head alone, forward, over these tokens: what a loss of pairs adds to a step."""
+    return 2.0 * architecture.hidden_size * architecture.vocab_size * trained_tokens

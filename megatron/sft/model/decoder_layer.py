@@ -3,7 +3,6 @@
 One forward pass for every device and every linear layer (Transformer Engine's or megatron-core's own).
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron.sft.model.experts.sparse_mlp import SparseMLP
+from megatron.sft.model.recomputation import recompute
 from megatron.sft.model.rotary import rotate, split_and_rotate, split_heads
 from megatron.sft.model.swiglu import swiglu, write_swiglu
 
@@ -26,22 +27,22 @@ class DecoderLayer(TransformerLayer):
 
         rotary_pos_emb: `rotary_tables` of the micro-batch, for all its t tokens (on this context-parallel rank).
         """
-        recompute = self.training and torch.is_grad_enabled() and self.config.recompute_granularity == "selective"
+        again = self.training and torch.is_grad_enabled() and self.config.recompute_granularity == "selective"
         residual, normed = self.input_layernorm(hidden_states)
         qkv, _ = self.self_attention.linear_qkv(normed)  # [t, 1, groups * (heads / groups + 2) * head_dim]
-        if recompute:
-            _recompute(normed, qkv, partial(self.input_layernorm.write, residual.detach()))
+        if again:
+            recompute(normed, qkv, partial(self.input_layernorm.write, residual.detach()))
         attended = self._attend(qkv.squeeze(1), rotary_pos_emb, packed_seq_params)
         residual, normed = self.pre_mlp_layernorm(residual, attended)
-        if self.is_moe_layer:
+        if isinstance(self.mlp, SparseMLP):
             output, _ = self.mlp(normed)
             return residual + output, None
         gate_up, _ = self.mlp.linear_fc1(normed)
         active = swiglu(gate_up)
         output, _ = self.mlp.linear_fc2(active)
-        if recompute:
-            _recompute(normed, gate_up, partial(self.pre_mlp_layernorm.write, residual.detach()))
-            _recompute(active, output, partial(write_swiglu, gate_up.detach()))
+        if again:
+            recompute(normed, gate_up, partial(self.pre_mlp_layernorm.write, residual.detach()))
+            recompute(active, output, partial(write_swiglu, gate_up.detach()))
         return residual + output, None
 
     def _attend(self, qkv: Tensor, tables: Tensor, packed: PackedSeqParams) -> Tensor:
@@ -59,25 +60,3 @@ class DecoderLayer(TransformerLayer):
         )
         output, _ = attention.linear_proj(context.reshape(context.shape[0], 1, -1))
         return output
-
-
-def _recompute(output: Tensor, before: Tensor, write: Callable[[Tensor], None]) -> None:
-    """Free the memory of `output` and have `write(output)` fill it again when the gradient of `before` is there.
-
-    `before` is what was made from `output` (which its backward pass reads); nothing else may read `output` until then.
-    Without a gradient for `before` nothing holds `output` anyway.
-    """
-    if not before.requires_grad:
-        return
-    target = output.data  # without autograd's count of changes
-    size = target.untyped_storage().size()
-    target.untyped_storage().resize_(0)
-    # Emptied when used: autograd keeps the hook, and what it holds, until the whole backward pass is over.
-    needed = [(target, write)]
-
-    def fill(_: Tensor) -> None:
-        target, write = needed.pop()
-        target.untyped_storage().resize_(size)
-        write(target)
-
-    before.register_hook(fill)

@@ -1,12 +1,12 @@
 """Builds the model: the one place that knows megatron-core's GPTModel and how its layers are put together here."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -25,11 +25,15 @@ from megatron.sft.model.attention import PackedAttention
 from megatron.sft.model.config import has_transformer_engine
 from megatron.sft.model.cross_entropy import weighted_cross_entropy
 from megatron.sft.model.decoder_layer import DecoderLayer
+from megatron.sft.model.experts.sparse_mlp import SparseMLP
 from megatron.sft.model.inputs import MicroBatch
 from megatron.sft.model.layout import Layout
 from megatron.sft.model.norm import ResidualNorm, RMSNorm
 from megatron.sft.model.rotary import rotary_tables
 from megatron.sft.runtime import device
+
+# The summed loss whose gradient is taken, every trained token's -log p, and the report of `MicroBatch.weigh` if there is one.
+HeadResult = tuple[Tensor, Tensor, Tensor | None]
 
 
 class OutputHead(tensor_parallel.ColumnParallelLinear):
@@ -38,9 +42,7 @@ class OutputHead(tensor_parallel.ColumnParallelLinear):
     It stays a separate module because megatron-core waits for a module's gathered parameters when the module is called.
     """
 
-    def forward(
-        self, hidden: Tensor, weight: Tensor, batch: MicroBatch, vocab_size: int, logits: bool
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, weight: Tensor, batch: MicroBatch, vocab_size: int, logits: bool) -> Tensor | HeadResult:
         """hidden: [t / TP with sequence parallelism, 1, hidden size]. Returns what `SFTModel.forward` does."""
         if self.sequence_parallel:
             # Each rank's head gives a part of the gradient; the gather's backward sums the parts and scatters.
@@ -56,9 +58,18 @@ class OutputHead(tensor_parallel.ColumnParallelLinear):
         shared_here = self.weight is None  # tied, and the embedding lies on this stage
         # What the backward pass will start with: the weight's gradient is made before.
         scale = batch.gradient_scale
-        if self.config.fp16:
+        if self.config.fp16 and torch.is_grad_enabled():
             scale = self.config.grad_scale_func(torch.ones((), device=hidden.device) if scale is None else scale)
-        return weighted_cross_entropy(trained, weight, batch.targets, vocab_size, self.tp_group, shared_here, scale)
+        targets, report = batch.targets, None
+        if batch.weigh is not None:
+            with torch.no_grad():
+                weighted, losses = weighted_cross_entropy(trained, weight, targets, vocab_size, self.tp_group)
+            weights, report = batch.weigh(losses)
+            if not torch.is_grad_enabled():
+                return weighted, losses, report
+            targets = replace(targets, weights=weights)
+        result = weighted_cross_entropy(trained, weight, targets, vocab_size, self.tp_group, shared_here, scale)
+        return *result, report
 
 
 class SFTModel(GPTModel):
@@ -76,9 +87,8 @@ class SFTModel(GPTModel):
             # GPTModel makes its output layer itself; only what it computes is changed.
             self.output_layer.__class__ = OutputHead
 
-    def forward(self, batch: MicroBatch, logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """On the last pipeline stage the summed loss and each trained token's (`weighted_cross_entropy`), on the others hidden
-        states [t, 1, hidden].
+    def forward(self, batch: MicroBatch, logits: bool = False) -> Tensor | HeadResult:
+        """On the last pipeline stage the `HeadResult`, on the others hidden states [t, 1, hidden].
 
         logits=True gives [t, vocabulary] instead of the loss, gathered over TP and without padded rows, for comparisons.
         """
@@ -87,7 +97,7 @@ class SFTModel(GPTModel):
             return hidden
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        result: Tensor | tuple[Tensor, Tensor] = self.output_layer(hidden, weight, batch, self.true_vocab_size, logits)
+        result: Tensor | HeadResult = self.output_layer(hidden, weight, batch, self.true_vocab_size, logits)
         return result
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -179,8 +189,5 @@ def _layers(config: TransformerConfig, vp_stage: int | None) -> TransformerBlock
     if config.num_moe_experts:
         # The name that Transformer Engine's layer gives it: before experts the norm is not part of a linear layer.
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-        if has_transformer_engine():
-            layer.submodules.mlp = get_moe_module_spec(
-                use_te=True, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
-            )
+        layer.submodules.mlp = SparseMLP
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)

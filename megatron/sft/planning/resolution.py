@@ -3,8 +3,7 @@
 `plan` and the start of a run print the same lines.
 """
 
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -20,7 +19,9 @@ from megatron.sft.hf.published_configs import unconverted
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.planning.adapter_base import base_of
 from megatron.sft.planning.memory import num_parameters
-from megatron.sft.planning.options import TrainOptions, flag_of, shell_value, variable_of
+from megatron.sft.planning.objective_checks import check_objective_fits, needs_reference, objective_problems, objective_words
+from megatron.sft.planning.options import TrainOptions
+from megatron.sft.planning.reference_plan import ReferencePlan, plan_reference
 from megatron.sft.planning.run_plan import (
     RunPlan,
     architecture_of,
@@ -37,7 +38,6 @@ from megatron.sft.planning.run_plan import (
 from megatron.sft.planning.small_runs import run_notes
 from megatron.sft.planning.trained_part import check_same_training, describe, lr_hint, trained_part
 from megatron.sft.planning.trained_sizes import num_trained
-from megatron.sft.planning.without_effect import effect_notes, misspelled
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import check_free_space
@@ -71,6 +71,7 @@ class Resolution:
     validation_rows: np.ndarray | None = None
     train_iters: int = 0
     warmup_iters: int = 0
+    reference: ReferencePlan | None = None
 
     @property
     def seq_length(self) -> int:
@@ -103,12 +104,14 @@ class Resolution:
 def resolve(mode: str, options: TrainOptions, num_processes: int) -> Resolution:
     """Check the settings against each other, the checkpoint and the data, in the order of a run's start.
 
-    mode: `train`, `resume`, or an empty string for whichever of the two OUTPUT_PATH calls for.
+    mode: `train`, `resume`, `reference`, or an empty string for whichever of the first two OUTPUT_PATH calls for.
     """
-    found = Resolution(options, num_processes, problems=list(number_problems(options)))
+    problems = [*number_problems(options), *objective_problems(options)]
+    found = Resolution(options, num_processes, problems=problems)
     _resolve_model(found, mode)
     _resolve_processes(found)
     _resolve_data(found)
+    _resolve_objective(found, mode)
     _resolve_steps(found)
     _resolve_disk(found)
     return found
@@ -195,14 +198,36 @@ def _resolve_data(found: Resolution) -> None:
     if found.rows is None:
         return
     manifest = found.rows.manifest
+    pairs = f" = {found.rows.num_pairs:,} pairs" if found.rows.num_pairs else ""
     found.add(
         "data",
         f"{prefix}: {len(found.rows):,} rows of up to {manifest['length']:,} tokens, {manifest['conversations']:,} "
-        f"conversations, {100 * manifest['trained_tokens'] / max(manifest['tokens'], 1):.1f} % of the tokens trained",
+        f"conversations{pairs}, {100 * manifest['trained_tokens'] / max(manifest['tokens'], 1):.1f} % of the tokens trained",
     )
     if found.architecture:
         source = found.start.manifest.get("source", {}) if found.start else {}
         found.attempt(check_data_fits, found.rows, found.options, found.architecture, source)
+
+
+def _resolve_objective(found: Resolution, mode: str) -> None:
+    options, rows, start = found.options, found.rows, found.start
+    if options.objective != "sft":
+        found.add("objective", objective_words(options))
+    if rows is None or start is None:
+        return
+    found.attempt(check_objective_fits, rows, options)
+    if not needs_reference(options.objective) or not rows.num_pairs:
+        return
+    try:
+        found.reference = plan_reference(options, rows, start, found.resume)
+    except UserError as error:
+        if mode != "reference":
+            found.problems.append(str(error))
+            return
+        found.reference = found.attempt(plan_reference, options, rows, start, found.resume, True)
+        found.add("replaced", str(error))
+    if found.reference:
+        found.add("reference", found.reference.words)
 
 
 def _resolve_steps(found: Resolution) -> None:
@@ -254,45 +279,3 @@ def checkpoint_bytes(options: TrainOptions, architecture: Architecture, trained:
     of_weight = 4 if options.precision == "fp32" else 2
     num_weights = num_parameters(architecture) if trained.lora is None else num_trained(architecture, trained)
     return num_weights * of_weight + num_trained(architecture, trained) * 12
-
-
-def setting_lines(options: TrainOptions, arguments: Sequence[str], exported: Sequence[str] = ()) -> list[Line]:
-    """Every setting with its value, grouped by its origin: `exported` variables, the recipe or command, the default."""
-    groups: dict[str, list[str]] = {"environment": [], "recipe" if options.recipe else "command": [], "defaults": []}
-    from_environment, from_recipe, by_default = groups.values()
-    for setting in fields(TrainOptions):
-        name = variable_of(setting)
-        text = f"{name}={shell_value(getattr(options, setting.name))}"
-        if flag_of(setting) not in arguments:
-            by_default.append(text)
-        elif name in exported and name != "RECIPE":
-            from_environment.append(text)
-        else:
-            from_recipe.append(text)
-    return [(where, " ".join(group)) for where, group in groups.items() if group]
-
-
-def name_without_effect(found: Resolution, environment: Mapping[str, str]) -> None:
-    """Add a hint for each setting that the user typed without effect. environment: as scripts/4_train.sh leaves it."""
-    exported = environment.get("SETTINGS_FROM_ENVIRONMENT", "").split()
-    rows = None if found.validation_rows is None else len(found.validation_rows)
-    notes = effect_notes(found.options, [name for name in exported if environment.get(name)], rows)
-    for note in (*notes, *misspelled(environment.get("VARIABLES_SET", "").split())):
-        found.add("hint", note)
-
-
-def table(lines: Sequence[Line]) -> str:
-    """Names and values in two columns, at most 132 characters wide."""
-    width = max(len(name) for name, _ in lines)
-    wrapped = [
-        textwrap.fill(
-            f"{name:<{width}}  {value}",
-            132,
-            initial_indent="  ",
-            subsequent_indent=" " * (width + 4),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for name, value in lines
-    ]
-    return "\n".join(wrapped)

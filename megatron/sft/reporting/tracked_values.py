@@ -17,10 +17,14 @@ _NAMES = {
     "mfu": "speed/MFU",
     "memory_bytes": "speed/peak memory (bytes)",
 }
+# Fields of pairs, whose names in the trackers are TRL's, below `train/` or `validation/`.
+_PAIR_NAMES = ("rewards/", "logps/", "preference_loss", "sft_loss")
 
 
 def tracked_values(values: dict[str, Any]) -> dict[str, float]:
     """The numbers of a line of metrics.jsonl by their names in the trackers."""
     tracked = {name: float(values[key]) for key, name in _NAMES.items() if values.get(key) is not None}
+    kind = "validation" if "validation_loss" in values else "train"
+    tracked |= {f"{kind}/{key}": float(value) for key, value in values.items() if key.startswith(_PAIR_NAMES)}
     sources = values.get("sources", {}).items()
     return tracked | {f"loss by source/{name}": float(source["loss"]) for name, source in sources}

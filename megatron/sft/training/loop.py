@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
@@ -22,6 +23,7 @@ from megatron.sft.training.engine import Engine, StepResult
 from megatron.sft.training.feeder import Feeder
 from megatron.sft.training.live_export import LiveExport
 from megatron.sft.training.log_window import Window
+from megatron.sft.training.pair_guard import AccuracyWatch, Guard
 from megatron.sft.training.requests import Requests
 from megatron.sft.training.saver import Saver
 
@@ -49,6 +51,7 @@ class Run:
         self.requests = Requests(self.options.save)
         self.exports = LiveExport(plan)
         self._save_wanted = False
+        self._accuracies = AccuracyWatch()
         self._source_names = source_names(plan.rows.manifest) if plan.rows.num_sources else []
 
     def train(self) -> int:
@@ -59,7 +62,7 @@ class Run:
         if not pending and (reason := nothing_left(plan, self.saver.watch, self.iteration)):
             ranks.print_rank_0(reason)
             return 0
-        self.feeder = Feeder(plan)
+        self.feeder = Feeder(plan, plan.reference.logps if plan.reference else None)
         save = self.options.save
         trackers = open_trackers(save, self.iteration, options_record(self.options))
         num_rows = len(plan.training_rows)
@@ -72,8 +75,11 @@ class Run:
             code = self._validate()
         window = Window(time.monotonic())
         saves = self.options.save_interval, self.options.export_every
+        guard = Guard(plan, self.engine.objective)
         while self.iteration < plan.train_iters and not code and not self._gave_up:
             self._step(window)
+            if guard.is_due and (problem := guard.look(window)):
+                self._fail(problem)
             code = self._stop_requested()
             if code or self._save_wanted or self._due(self.options.log_interval, self._eval_interval, *saves):
                 self._log(window)
@@ -210,6 +216,7 @@ class Run:
                 source_losses=totals.source_losses,
                 loss_scale=self._loss_scale(),
                 memory_bytes=totals.memory_bytes,
+                pairs=totals.pairs,
             )
         )
         if self._all_reduce_max(self.saver.watch.steps(totals.loss, steps, self.options)):
@@ -237,17 +244,17 @@ class Run:
             if code := self._stop_requested():
                 return code
         assert sums is not None
-        loss, trained = type(part)(sums).reduce()
-        if not math.isfinite(loss):
-            ranks.print_rank_0(f"warning: the validation loss is {loss}: look at the validation rows, or at the weights")
-        self.log.validation(self.iteration, loss, trained)
+        means = replace(part, values=sums).reduced()
+        if not math.isfinite(means.loss):
+            ranks.print_rank_0(f"warning: the validation loss is {means.loss}: look at the validation rows, or at the weights")
+        self.log.validation(self.iteration, means.loss, means.trained_tokens, means.pairs)
         vocab_size = self.plan.architecture.vocab_size
-        if not self.iteration and loss >= GUESSING * math.log(vocab_size):
+        if not self.iteration and not means.pairs and means.loss >= GUESSING * math.log(vocab_size):
             ranks.print_rank_0(
                 f"warning: no better than guessing one of {vocab_size:,} tokens (loss {math.log(vocab_size):.2f}): random "
                 "weights, or data made with another model's tokenizer or template"
             )
-        self._take_validation(loss)
+        self._take_validation(means.loss)
         return 0
 
     def _save(self) -> None:
