@@ -1,5 +1,6 @@
 """What a run will need, for people: memory, disk and time, added to what its resolution says."""
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,7 +45,13 @@ def _check_sums(found: Resolution, files: Files, check: Callable[..., None], *ar
 
 def _add_memory(found: Resolution) -> None:
     architecture, layout, options = found.architecture, found.layout, found.options
-    if architecture is None or not found.data_parallel or not found.seq_length or options.micro_batch_size < 1:
+    if (
+        architecture is None
+        or not found.layout_fits
+        or not found.data_parallel
+        or not found.seq_length
+        or options.micro_batch_size < 1
+    ):
         return
     settings = memory_settings(options, found.seq_length, found.data_parallel, found.trained)
     gpu_bytes, where = gpu_memory(options)
@@ -92,6 +99,9 @@ def _add_time(found: Resolution) -> None:
     frozen = found.trained.lora is not None
     speed, where = tokens_per_second(*run, frozen, two_heads=needs_pairs(options.objective))
     tokens = found.train_iters * options.global_batch_size * load.tokens
+    if where.startswith("an assumed") and os.environ.get("MEGATRON_SFT_DEVICE") == "cpu":
+        found.add("time", f"for {tokens / 1e9:,.3f} G tokens not known on a CPU: the first steps show it")
+        return
     found.add("time", f"{clock(tokens / speed)} for {tokens / 1e9:,.3f} G tokens at {speed:,.0f} tokens/s ({where})")
     if found.rows is not None and found.reference and not found.reference.logps:
         # A forward pass is a third of a step.

@@ -33,6 +33,7 @@ from megatron.sft.planning.run_plan import (
     split,
     starting_point,
     steps,
+    untokenized,
     validation_problems,
 )
 from megatron.sft.planning.small_runs import run_notes
@@ -65,6 +66,7 @@ class Resolution:
     trained: Trained = Trained()
     base: Checkpoint | None = None
     layout: Layout = Layout()
+    layout_fits: bool = True  # the model
     data_parallel: int = 0
     rows: TokenizedRows | None = None
     training_rows: np.ndarray | None = None
@@ -178,6 +180,9 @@ def _resolve_processes(found: Resolution) -> None:
     num_problems = len(found.problems)
     if found.architecture:
         found.attempt(check_layout, layout, found.architecture)
+        found.layout_fits = len(found.problems) == num_problems
+        if not found.layout_fits:
+            found.to_do.clear()  # converting to this layout would be refused too
     found.add(
         "processes",
         f"{found.num_processes} = TP {layout.tensor_parallel} x PP {layout.pipeline_parallel} x CP "
@@ -191,7 +196,7 @@ def _resolve_data(found: Resolution) -> None:
     prefix = data_prefix(found.options.data_path)
     if not data_file(prefix, "json").exists():
         found.problems.append(f"DATA_PATH {prefix} does not exist: make it with scripts/3_tokenize.sh")
-        found.to_do.append(f"bash scripts/3_tokenize.sh TOKENIZER DATA {found.options.seq_length or 'LENGTH'}")
+        found.to_do.append(untokenized(prefix, found.options))
         found.add("data", "not there yet")
         return
     found.rows = found.attempt(TokenizedRows, prefix)

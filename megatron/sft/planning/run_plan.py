@@ -1,7 +1,9 @@
 """A run with everything decided before it starts, and the rules by which the numbers follow from the settings."""
 
+import glob
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from megatron.sft.data.tokenized import TokenizedRows
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.registry import read_architecture
 from megatron.sft.families.trained import Trained
+from megatron.sft.hf.names import shown
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning.options import TrainOptions, variable_named
 from megatron.sft.planning.reference_plan import ReferencePlan
@@ -123,6 +126,19 @@ def exported_model(checkpoint: Checkpoint) -> Path:
             "back, or unset EXPORT_EVERY and export later with scripts/5_export.sh"
         )
     return source
+
+
+def untokenized(prefix: Path, options: TrainOptions) -> str:
+    """The command that makes tokenised data, with what the names of scripts/3_tokenize.sh say of its input."""
+    model = options.load.name.partition("_Megatron_")[0]
+    named = re.fullmatch(rf"Tokenized-(.+)-{re.escape(model)}-(\d+)_text_document", prefix.name)
+    if not model or not named:
+        return f"bash scripts/3_tokenize.sh TOKENIZER DATA {options.seq_length or 'LENGTH'}"
+    data = next((path for path in sorted(prefix.parent.glob(f"{glob.escape(named[1])}.*"))), prefix.parent / f"{named[1]}.json")
+    others = sorted(prefix.parent.glob(f"Tokenized-{glob.escape(named[1])}-{glob.escape(model)}-*_text_document.json"))
+    there = f" (or DATA_PATH={others[0].with_suffix('')}, which is there, with its SEQ_LENGTH)" if others else ""
+    command = ["bash", "scripts/3_tokenize.sh", shown(options.load.with_name(model)), shown(data), named[2]]
+    return shlex.join(map(str, command)) + there
 
 
 def architecture_of(checkpoint: Checkpoint) -> Architecture:

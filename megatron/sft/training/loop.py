@@ -18,14 +18,14 @@ from megatron.sft.runtime import device, ranks, watchdog
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.signals import RESUME, STOP_FILE, StopRequest, name_of
 from megatron.sft.training import nonfinite, state
-from megatron.sft.training.endings import keep_settings, last_words, name_best, nothing_left
 from megatron.sft.training.engine import Engine, StepResult
 from megatron.sft.training.feeder import Feeder
-from megatron.sft.training.live_export import LiveExport
 from megatron.sft.training.log_window import Window
 from megatron.sft.training.pair_guard import AccuracyWatch, Guard
-from megatron.sft.training.requests import Requests
 from megatron.sft.training.saver import Saver
+from megatron.sft.training.steering.endings import keep_settings, last_words, name_best, nothing_left
+from megatron.sft.training.steering.live_export import LiveExport
+from megatron.sft.training.steering.requests import Requests
 
 # How long a save takes, for the time limit, until one was measured: bytes a parameter (weights, two moments, a 16-bit copy)
 # onto a disk of 200 MB/s.

@@ -24,7 +24,7 @@ from megatron.sft.runtime import device, ranks
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.training.engine import Engine
 from megatron.sft.training.state import run_manifest, run_slices
-from megatron.sft.training.watch import watch_of
+from megatron.sft.training.steering.watch import watch_of
 
 # Counts all saves of this process: texts about one must not be taken for another's.
 _save_numbers = itertools.count(1)

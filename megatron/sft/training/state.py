@@ -22,8 +22,8 @@ from megatron.sft.runtime.errors import UserError
 from megatron.sft.training.adapter_start import first_values
 from megatron.sft.training.engine import Engine
 from megatron.sft.training.same_run import check_same_run, data_record, reference_record
-from megatron.sft.training.watch import KEY as WATCH
-from megatron.sft.training.watch import Watch
+from megatron.sft.training.steering.watch import KEY as WATCH
+from megatron.sft.training.steering.watch import Watch
 
 
 def run_slices(engine: Engine) -> list[ShardSlice]:

@@ -8,7 +8,7 @@ from megatron.sft.planning.options import options_record
 from megatron.sft.planning.run_plan import RunPlan
 from megatron.sft.runtime import ranks
 from megatron.sft.runtime.manifest import write_bytes, write_json
-from megatron.sft.training.watch import Watch
+from megatron.sft.training.steering.watch import Watch
 
 
 def keep_settings(plan: RunPlan) -> None:
