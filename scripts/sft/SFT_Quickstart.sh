@@ -27,7 +27,7 @@ source "$lib/common.sh" || exit 2
 : "${PRECISION:=fp32}"
 
 : "${SPLIT:=98,2,0}"
-: "${LOG_INTERVAL:=10}"
+: "${LOG_INTERVAL:=20}"
 : "${SAVE_INTERVALS:=200}"
 : "${EVAL_INTERVAL:=100}"
 
