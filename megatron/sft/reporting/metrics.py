@@ -119,7 +119,7 @@ class MetricsLog:
             f"grad norm {step.grad_norm:.2f}",
             f"{step.seconds:.2f} s",
             f"{_short(rate)} tokens/s",
-            *(efficiency + memory if device.has_gpu() else []),
+            *(efficiency + memory if device.has_gpu() or mfu is not None else []),
             *([f"skipped {step.skipped_steps}"] if step.skipped_steps else []),
             *([f"loss scale {step.loss_scale:g}"] if step.loss_scale is not None else []),
             f"ETA {clock(eta)}",
