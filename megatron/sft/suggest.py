@@ -47,10 +47,13 @@ def architecture_of(model: str) -> tuple[Architecture, str]:
     """The architecture of a folder, file or hub id, and where it was read."""
     try:
         return find_architecture(model)
-    except UserError:
+    except UserError as unknown:
         if not hub.is_id(model):
             raise
-    config = hub.fetch_config(model)
+        try:
+            config = hub.fetch_config(model)
+        except UserError as error:
+            raise UserError(f"{unknown}; its config.json alone cannot be fetched: {error}") from None
     from megatron.sft.families.registry import read_architecture
 
     return read_architecture(config, f"config.json of {model}"), f"{model}'s config.json"

@@ -43,8 +43,8 @@ def main():
     return 0
 errors.run(main)
 """
-# A line of bash in which {talk} is the talker and {reader} a file for what a reader still got; then the streams whose lines must all
-# be found, in the reader's file, on the console or in the fallback.
+# A line of bash in which {talk} is the talker and {reader} a file for what a reader still got; then the streams whose lines
+# must all be found, in the reader's file, on the console or in the fallback.
 SHELL: dict[str, tuple[str, str]] = {
     "a full disk under the output": ("{talk} >/dev/full", "out err"),
     "a full disk under the errors": ("{talk} 2>/dev/full", "out err"),

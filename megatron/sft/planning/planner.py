@@ -45,13 +45,7 @@ def _check_sums(found: Resolution, files: Files, check: Callable[..., None], *ar
 
 def _add_memory(found: Resolution) -> None:
     architecture, layout, options = found.architecture, found.layout, found.options
-    if (
-        architecture is None
-        or not found.layout_fits
-        or not found.data_parallel
-        or not found.seq_length
-        or options.micro_batch_size < 1
-    ):
+    if architecture is None or not found.data_parallel or not found.seq_length or options.micro_batch_size < 1:
         return
     settings = memory_settings(options, found.seq_length, found.data_parallel, found.trained)
     gpu_bytes, where = gpu_memory(options)
@@ -63,7 +57,8 @@ def _add_memory(found: Resolution) -> None:
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needed.parts().items())
     stage = f" on pipeline stage {needed.stage}" if layout.pipeline_parallel > 1 else ""
     found.add("memory of a GPU", f"{needed.total / GIB:.1f} GiB{stage} with RECOMPUTE={recompute}{chosen}: {parts}")
-    found.add("fits", fewest_gpus_text(architecture, layout, settings, options.global_batch_size))
+    if found.layout_fits:
+        found.add("fits", fewest_gpus_text(architecture, layout, settings, options.global_batch_size))
     if gpu_bytes:
         found.add("GPU", f"{gpu_bytes / GIB:.1f} GiB, {where}")
     if gpu_bytes and not needed.fits(gpu_bytes):
