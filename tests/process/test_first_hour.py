@@ -75,7 +75,7 @@ def test_every_next_line_runs_as_it_is_printed(tmp_path: Path) -> None:
     planned, trained = re.findall(r"^next: (.*)$", made, flags=re.MULTILINE)
     small = {"TRAIN_ITERS": 2, "PRECISION": "fp32", "SAVE_INTERVAL": 1}
     plan = shell(planned, root, **small)
-    assert plan.splitlines()[1] == f"this run can start: {trained}" and "SAVE_INTERVALS=1 " in plan
+    assert plan.splitlines()[1] == f"this run can start: {trained}" and "SAVE_INTERVALS=1 " in " ".join(plan.split())
     done = shell(trained, root, **small)
     exported = shell(next_line(done), root)
     shell(next_line(exported), root, MAX_NEW_TOKENS=3)
@@ -87,7 +87,7 @@ def test_every_next_line_runs_as_it_is_printed(tmp_path: Path) -> None:
     assert f"did you mean {folder}?" in said
     # Names of other frameworks, near misses, and settings without effect are named before anything starts.
     typed = {"LEARNING_RATE": "1e-4", "GLOBAL_BATCHSIZE": 4, "KEEP_EVERY": 5, "KEEP_LAST": 0, "EPOCHS": 1}
-    plan = " ".join(shell(planned.replace(" plan", " resume").replace(" resume", " plan"), root, **typed).split())
+    plan = " ".join(shell(planned, root, **typed).split())
     for expected in ("did you mean LR?", "did you mean GLOBAL_BATCH_SIZE?", "KEEP_EVERY=5 has no effect: KEEP_LAST=0"):
         assert expected in plan
     assert "EPOCHS=1" in plan
