@@ -147,7 +147,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("hf_dir", type=Path)
     parser.add_argument("input", nargs="?", help="a question, or a data file; without it a chat on the terminal")
     parser.add_argument("--control", default="", help="text that every answer begins with, such as <think> or <short>")
-    parser.add_argument("--system", default="", help="system prompt of every conversation that has none of its own")
+    parser.add_argument("--system", default="", help="system prompt of every conversation without one")
     parser.add_argument("--max-new-tokens", type=int, default=Decoding.max_new_tokens)
     parser.add_argument("--temperature", type=float, default=Decoding.temperature)
     parser.add_argument("--top-p", type=float, default=Decoding.top_p, help="draw from the likeliest of this share")

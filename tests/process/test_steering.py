@@ -67,7 +67,7 @@ def test_the_best_checkpoint_is_kept_named_and_exported_and_a_run_that_gets_no_b
     subprocess.run(next_line, shell=True, env=environment, check=True, cwd=tiny.ROOT, timeout=SECONDS)
     script("5_export.sh", save, material.folder / "tiny_qwen2", tmp_path / "by number", best, environment=environment)
     tiny.assert_same_weights(save / "export", tmp_path / "by number")
-    # Nothing is left to do, unless the patience is raised; then the run goes on as if it had never ended.
+    # Nothing is left to do, unless the patience is raised; then the run continues as if it had never ended.
     assert "nothing to do" in script("4_train.sh", environment=environment) and max(of_validations(save)) == last
     environment |= {"EARLY_STOP_PATIENCE": "4", "TRAIN_ITERS": "60"}
     script("4_train.sh", "resume", environment=environment)
@@ -142,7 +142,7 @@ def test_a_diverged_run_ends_and_what_it_had_is_kept(material: Material, tmp_pat
     assert len(tiny.losses(save)) == 5
 
 
-def test_exports_are_written_while_the_run_goes_on(material: Material, tmp_path: Path) -> None:
+def test_exports_are_written_while_the_run_continues(material: Material, tmp_path: Path) -> None:
     for name, options in {"whole": {}, "adapters": {"LORA_RANK": 2}}.items():
         save = tmp_path / name
         environment = settings(material, save, TRAIN_ITERS=6, SAVE_INTERVALS=100, EXPORT_EVERY=2, KEEP_LAST=1, **options)

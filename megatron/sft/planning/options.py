@@ -164,7 +164,7 @@ class TrainOptions:
         "EARLY_STOP_PATIENCE", "end the run after this many validations in a row without a lower loss; 0 never does", 0)
     loss_ceiling: float = _setting(
         "LOSS_CEILING", "end a run that has diverged, with status 2 and without saving it: its training loss stays above "
-        "this; 0 is no limit", 0.0)
+        "this; 0 sets none", 0.0)
     loss_ceiling_patience: int = _setting("LOSS_CEILING_PATIENCE", "steps in a row above LOSS_CEILING that end the run", 10)
     export_every: int = _setting(
         "EXPORT_EVERY", "steps between Hugging Face folders (PEFT folders of adapters) that are written to OUTPUT_PATH/exports "

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron.sft.planning.options import TrainOptions, variable_of
 
-# What other frameworks call a setting. Left out: names that scripts of this repository use for something else.
+# What other frameworks call a setting. Not here: names that scripts of this repository use for something else.
 OTHER_NAMES = {
     "LEARNING_RATE": "LR", "MIN_LEARNING_RATE": "MIN_LR", "LR_SCHEDULER_TYPE": "LR_DECAY_STYLE",
     "LR_SCHEDULER": "LR_DECAY_STYLE",

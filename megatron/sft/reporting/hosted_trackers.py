@@ -1,4 +1,4 @@
-"""Trackers with a server of their own: Weights & Biases, SwanLab and MLflow. Keys and addresses stay in the environment.
+"""Trackers with a server: Weights & Biases, SwanLab and MLflow. Keys and addresses stay in the environment.
 
 A resumed run continues the tracker's run, whose id is kept in the run's folder.
 """

@@ -43,7 +43,7 @@ def print_rank_0(message: str) -> None:
 
 
 def rewrite_rank_0(message: str) -> None:
-    """On a terminal, print a line in place of the one that this function printed last; elsewhere, print it as any other.
+    """On a terminal, print a line in place of the last one from here; elsewhere, print it as any other.
 
     Whatever is printed next keeps the line that stands there.
     """

@@ -16,7 +16,7 @@ _STOP_SECONDS = 10.0
 
 
 class LiveExport:
-    """Exports checkpoints one after the other, on rank 0 only. A failure is logged, and training goes on.
+    """Exports checkpoints one after the other, on rank 0 only. A failure is logged, and training continues.
 
     Checkpoints in `needed` must not be removed yet.
     """
