@@ -45,6 +45,13 @@ export MEGATRON_SFT_STARTED=${MEGATRON_SFT_STARTED:-$EPOCHSECONDS} # EXIT_AFTER_
 trap '' PIPE                                                       # a reader that is gone, as after | head, ends nothing
 trap 'exit 75' TERM INT HUP USR1                                   # until the launcher handles the signals
 
+exported=" $(compgen -e | tr '\n' ' ')"
+# A recipe's number of steps gives way to EPOCHS that the user has typed.
+if [[ -n ${EPOCHS-} && ${TRAIN_ITERS:-0} != 0 && $exported == *" EPOCHS "* && $exported != *" TRAIN_ITERS "* ]]; then
+  printf 'EPOCHS=%s from the environment takes the place of TRAIN_ITERS=%s in the recipe\n' "$EPOCHS" "$TRAIN_ITERS"
+  TRAIN_ITERS=''
+fi
+
 # model_processes: the processes that hold one copy of the model, or several copies if the experts need more processes.
 model_processes() {
   local stage=$((${TENSOR_PARALLEL_SIZE:-1} * ${CONTEXT_PARALLEL_SIZE:-1}))
@@ -69,6 +76,7 @@ if ((processes == 0)); then processes=$(model_processes); fi
 
 arguments=()
 ensure_setup
+take_other_names
 while read -r variable flag; do
   if [[ -n ${!variable-} ]]; then arguments+=("$flag" "${!variable}"); fi
   if [[ $mode == settings && -n ${!variable-} ]]; then printf '%s=%s\n' "$variable" "${!variable}"; fi
@@ -79,7 +87,9 @@ if [[ $mode == settings ]]; then # what scripts/cluster/ needs to know about a r
 fi
 
 if [[ $mode == plan ]]; then
-  SETTINGS_FROM_ENVIRONMENT=$(compgen -e | tr '\n' ' ') PLANNED_PROCESSES=$((processes * ${NNODES:-1})) run_module plan "${arguments[@]}"
+  SETTINGS_FROM_ENVIRONMENT=$exported VARIABLES_SET=$(compgen -v | tr '\n' ' ') PLANNED_PROCESSES=$((processes * ${NNODES:-1})) run_module plan "${arguments[@]}"
   exit
 fi
+SETTINGS_FROM_ENVIRONMENT=$exported VARIABLES_SET=$(compgen -v | tr '\n' ' ')
+export SETTINGS_FROM_ENVIRONMENT VARIABLES_SET
 launch "$processes" train ${mode:+"$mode"} "${arguments[@]}"

@@ -5,6 +5,7 @@ python -m megatron.sft.convert --source SOURCE --output OUT --tensor-model-paral
 
 import argparse
 import os
+import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,7 +96,8 @@ def _from_hugging_face(source: HFFolder, arguments: argparse.Namespace) -> None:
         if _wants_verification(arguments.verify, source):
             _verify(source, staged)
     print(f"converted {source.path} to {output} ({_form(arguments)})")
-    print(f"next: scripts/3_tokenize.sh {source.path} DATA_FILE LENGTH")
+    command = f"bash scripts/3_tokenize.sh {shlex.quote(str(source.path))} DATA LENGTH"
+    print(f"then, with your DATA and a LENGTH such as 4096: {command}")
 
 
 def _check_tied(source: HFFolder, skipped: list[str]) -> None:

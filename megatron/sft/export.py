@@ -8,6 +8,7 @@ Adapters become PEFT's folder, or with --merge a whole model.
 import argparse
 import itertools
 import os
+import shlex
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ from megatron.sft.families.lora import LoRA
 from megatron.sft.families.parameters import DTYPE_OPTIONS, Caster, Parameters, progress_bar
 from megatron.sft.families.registry import DTYPES, read_architecture
 from megatron.sft.families.weight_names import weight_entries
+from megatron.sft.hf import hub
 from megatron.sft.hf.block_scales import unquantised_config
 from megatron.sft.hf.folder import HFFolder, write_weights
 from megatron.sft.hf.parameters import HFParameters
@@ -50,23 +52,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     os.environ["MEGATRON_SFT_DEVICE"] = "cpu"
     output: Path = arguments.output
-    checkpoint = checkpoint_folder.open_checkpoint(arguments.load, arguments.iteration)
+    if arguments.push_to:
+        hub.check_push(arguments.push_to)
+    hints = _export(arguments, output)
+    if arguments.push_to:
+        _push(output, arguments.push_to)
+    print("\n".join(hints))
+    return 0
+
+
+def _push(output: Path, id: str) -> None:
+    try:
+        print(f"pushed {output} to {hub.push_folder(output, id)}")
+    except UserError as error:
+        again = f"{shlex.join(['hf', 'upload', id, str(output)])}"
+        raise UserError(f"{output} is exported, but not pushed: {error}; later: {again}") from None
+
+
+def _export(arguments: argparse.Namespace, output: Path) -> list[str]:
+    """Write the folder; returns the lines that say what comes next."""
+    checkpoint = checkpoint_folder.open_checkpoint(arguments.load, _iteration(arguments.load, arguments.iteration))
     architecture, original = source_model(checkpoint, arguments.hf_dir)
     if original is None:
         _check_same_model(checkpoint, architecture, arguments.hf_dir)
     lora = read_lora_record(checkpoint)
     _check_options(lora, arguments)
     if lora and not arguments.merge:
-        with whole_folder(output) as staged, verified_meanwhile(checkpoint):
+        with whole_folder(output, arguments.replace) as staged, verified_meanwhile(checkpoint):
             export_adapter(checkpoint, architecture, lora, arguments.hf_dir, arguments.load, staged)
         print(f"exported the adapters in {checkpoint.path} to {output} (a whole model: MERGE=1)")
-        print(f"next: scripts/6_generate.sh {output} 'a question'\nor serve it with vLLM: {serve_hint(output)}")
-        return 0
+        return _next_steps(output)
     weights, merger = checkpoint, None
     if lora:
         weights = base_for_merging(checkpoint, arguments.base)
         merger = Merger(StoredAdapters(checkpoint), lora, architecture)
-    with whole_folder(output) as staged:
+    with whole_folder(output, arguments.replace) as staged:
         dtypes = _dtypes(checkpoint, architecture, original, arguments.dtype)
         with verified_meanwhile(checkpoint), verified_meanwhile(weights) if merger else nullcontext():
             carried = CarriedTensors(weights, arguments.hf_dir)
@@ -76,9 +96,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"not compared with the adapter: it belongs to a trained checkpoint, not to {arguments.hf_dir}")
         elif lora and wants_comparison(arguments.verify, staged):
             print(compare_merged(checkpoint, architecture, lora, arguments.hf_dir, staged))
-    print(f"exported {checkpoint.path} to {output}\nnext: scripts/6_generate.sh {output} 'a question'")
-    print(f"or serve it with vLLM: {serve_hint(output)}")
-    return 0
+    print(f"exported {checkpoint.path} to {output}")
+    return _next_steps(output)
+
+
+def _next_steps(output: Path) -> list[str]:
+    command = shlex.join(["bash", "scripts/6_generate.sh", str(output), "a question"])
+    return [f"next: {command}", f"or serve it with vLLM: {serve_hint(output)}"]
+
+
+def _iteration(run_folder: Path, asked: str | None) -> int | None:
+    """The iteration to export, None for the newest."""
+    if asked is None or asked.isdecimal():
+        return int(asked) if asked else None
+    if asked != "best":
+        raise UserError(f"ITERATION is {asked!r}: give a number, or best for the checkpoint with the lowest validation loss")
+    best = checkpoint_folder.best_iteration(run_folder)
+    if best is None:
+        raise UserError(
+            f"{run_folder} names no best checkpoint ({checkpoint_folder.BEST}): a run with validation rows (SPLIT) has one, "
+            "of the steps that are validated and saved: give a number, or leave ITERATION out for the newest"
+        )
+    return best
 
 
 def _check_options(lora: LoRA | None, arguments: argparse.Namespace) -> None:
@@ -195,7 +234,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--load", type=Path, required=True)
     parser.add_argument("--hf-dir", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--iteration", type=int)
+    parser.add_argument("--iteration", help="a number, or best: the checkpoint with the lowest validation loss")
+    parser.add_argument("--replace", action="store_true", help="replace an output folder that exists")
+    parser.add_argument("--push-to", default="", help="OWNER/NAME on the hub to upload the folder to")
     parser.add_argument("--dtype", choices=list(DTYPE_OPTIONS), help="the original model's unless given")
     parser.add_argument("--merge", action="store_true", help="write a whole model with the adapters added to its weights")
     parser.add_argument("--base", type=Path, help="the checkpoint of the weights under the adapters, where it has moved")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron.sft.planning.options import TrainOptions, parse
-from megatron.sft.runtime import console, watchdog
+from megatron.sft.runtime import console, ranks, watchdog
 from megatron.sft.runtime.errors import UserError, cause_of, run
 from megatron.sft.runtime.signals import LOST_PEER, RESUME, StopRequest, name_of
 
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _train(mode, options, arguments, stop)
     except BaseException as error:
+        ranks.end_line()
         if not _LOST_PEER.search(str(error)):
             watchdog.report_failure(f"rank {os.environ.get('RANK', '0')}: {cause_of(error)}")
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
@@ -52,11 +53,13 @@ def _train(mode: str, options: TrainOptions, arguments: Sequence[str], stop: Sto
     # Imported here: torch takes seconds, and signals are listened to from the first moment.
     from megatron.sft.model import process_groups
     from megatron.sft.planning import input_checks
-    from megatron.sft.planning.resolution import resolve, setting_lines, table
-    from megatron.sft.runtime import device, output_lock, ranks
+    from megatron.sft.planning.plan_text import name_without_effect, setting_lines, table
+    from megatron.sft.planning.resolution import resolve
+    from megatron.sft.runtime import device, output_lock
 
     device.prepare()
     found = resolve(mode, options, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
+    name_without_effect(found, os.environ)
     plan = found.plan()
     ranks.print_rank_0(table([*found.lines, ("output", str(options.save)), *setting_lines(options, arguments)]))
     input_checks.check(plan)

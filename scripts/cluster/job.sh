@@ -110,6 +110,9 @@ run_step
 case $status in
   0) say "finished" && exit 0 ;;
   2) say "not requeued: fix the error above first" && exit 2 ;;
-  "$RESUME_ME") requeue "saved and stopped on request" ;;
+  "$RESUME_ME")
+    if [[ -e $OUTPUT_PATH/stopped-by-request ]]; then say "stopped by stop-now: not requeued, submit again to resume" && exit 75; fi
+    requeue "saved and stopped on request"
+    ;;
   *) requeue "the run ended with status $status" ;;
 esac

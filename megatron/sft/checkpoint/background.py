@@ -12,7 +12,14 @@ import torch
 from torch.distributed import PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _get_default_store
 
-from megatron.sft.checkpoint.folder import iteration_path, put_in_place, remove_old_checkpoints, unfinished_path
+from megatron.sft.checkpoint.folder import (
+    Kept,
+    iteration_path,
+    put_in_place,
+    remove_old_checkpoints,
+    unfinished_path,
+    write_best,
+)
 from megatron.sft.checkpoint.shard_slice import ShardSlice
 from megatron.sft.checkpoint.writing import CancelledError, WrittenPart, part_from_json, write_index, write_slices
 from megatron.sft.runtime.errors import cause_of
@@ -76,8 +83,7 @@ class SaveTask:
         iteration: int,
         slices: list[ShardSlice],
         manifest: dict[str, Any],
-        keep_last: int,
-        keep_every: int,
+        kept: Kept,
         mailbox: StoreMailbox,
         timeout_seconds: float,
         omitted: Mapping[str, int],
@@ -86,7 +92,7 @@ class SaveTask:
         self.result: dict[str, Any] | None = None
         self.stalled_seconds = 0.0
         self._root, self._manifest = root, manifest
-        self._keep_last, self._keep_every = keep_last, keep_every
+        self._kept = kept
         self._slices = slices
         self._mailbox, self._timeout, self._omitted = mailbox, timeout_seconds, omitted
         self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -147,12 +153,19 @@ class SaveTask:
         put_in_place(self._root, self.iteration, folder, {**self._manifest, "files": files})
         notes = []
         try:
-            removed = remove_old_checkpoints(self._root, self.iteration, self._keep_last, self._keep_every)
+            if best := self._best():
+                write_best(self._root, *best)
+            removed = remove_old_checkpoints(self._root, self.iteration, self._kept)
             if removed:
                 notes = [f"removed {', '.join(iteration_path(self._root, i).name for i in removed)} (KEEP_LAST)"]
         except OSError as error:
-            notes = [f"warning: an old checkpoint could not be removed: {cause_of(error)}"]
+            notes = [f"warning: an old checkpoint could not be removed, or the best one not be named: {cause_of(error)}"]
         self._end(notes=notes)
+
+    def _best(self) -> tuple[int, float] | None:
+        """The best checkpoint and its validation loss, by the manifest."""
+        watch = self._manifest["training"].get("watch", {})
+        return (watch["best"], watch["best_loss"]) if watch.get("best") is not None else None
 
     def _part(self, rank: int) -> WrittenPart:
         """What rank `rank` has written; waits for it."""

@@ -87,6 +87,11 @@ class TokenizedRows:
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
+        if data_file(prefix, "json").is_file() and not any(data_file(prefix, ending).exists() for ending in ("bin", "idx")):
+            raise UserError(
+                f"{data_file(prefix, 'json')} has no .bin and .idx next to it: if it is chat data, tokenise it with bash "
+                f"scripts/3_tokenize.sh MODEL {data_file(prefix, 'json')} LENGTH, and give the prefix that it prints"
+            )
         self.manifest: dict[str, Any] = read_json(data_file(prefix, "json"), "manifest of tokenised data", REBUILD)
         check_data_manifest(data_file(prefix, "json"), self.manifest, FORMAT)
         check_sizes(self.files, REBUILD)

@@ -158,6 +158,17 @@ class TrainOptions:
         "global_batch_size, seed, split, loss_average, objective, reference; separate several with commas", "")
     eval_interval: int = _setting("EVAL_INTERVAL", "steps between validations, where SPLIT has validation rows", 100)
     eval_iters: int = _setting("EVAL_ITERS", "global batches a validation; 0 takes all validation rows once", 0)
+    validate_at_start: bool = _setting(
+        "VALIDATE_AT_START", "validate before the first step too: a wrong template or tokenizer shows at once (1 or 0)", False)
+    early_stop_patience: int = _setting(
+        "EARLY_STOP_PATIENCE", "end the run after this many validations in a row without a lower loss; 0 never does", 0)
+    loss_ceiling: float = _setting(
+        "LOSS_CEILING", "end a run that has diverged, with status 2 and without saving it: its training loss stays above "
+        "this; 0 sets none", 0.0)
+    loss_ceiling_patience: int = _setting("LOSS_CEILING_PATIENCE", "steps in a row above LOSS_CEILING that end the run", 10)
+    export_every: int = _setting(
+        "EXPORT_EVERY", "steps between Hugging Face folders (PEFT folders of adapters) that are written to OUTPUT_PATH/exports "
+        "while training continues; these steps are saved; 0 writes none", 0)
     on_nan: str = _setting(
         "ON_NAN", "what to do with a step whose loss or gradient is not finite: stop the run, or skip the step",
         "stop", ("stop", "skip"))

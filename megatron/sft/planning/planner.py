@@ -1,5 +1,6 @@
 """What a run will need, for people: memory, disk and time, added to what its resolution says."""
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,7 +57,8 @@ def _add_memory(found: Resolution) -> None:
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needed.parts().items())
     stage = f" on pipeline stage {needed.stage}" if layout.pipeline_parallel > 1 else ""
     found.add("memory of a GPU", f"{needed.total / GIB:.1f} GiB{stage} with RECOMPUTE={recompute}{chosen}: {parts}")
-    found.add("fits", fewest_gpus_text(architecture, layout, settings, options.global_batch_size))
+    if found.layout_fits:
+        found.add("fits", fewest_gpus_text(architecture, layout, settings, options.global_batch_size))
     if gpu_bytes:
         found.add("GPU", f"{gpu_bytes / GIB:.1f} GiB, {where}")
     if gpu_bytes and not needed.fits(gpu_bytes):
@@ -92,6 +94,9 @@ def _add_time(found: Resolution) -> None:
     frozen = found.trained.lora is not None
     speed, where = tokens_per_second(*run, frozen, two_heads=needs_pairs(options.objective))
     tokens = found.train_iters * options.global_batch_size * load.tokens
+    if where.startswith("an assumed") and os.environ.get("MEGATRON_SFT_DEVICE") == "cpu":
+        found.add("time", f"for {tokens / 1e9:,.3f} G tokens not known on a CPU: the first steps show it")
+        return
     found.add("time", f"{clock(tokens / speed)} for {tokens / 1e9:,.3f} G tokens at {speed:,.0f} tokens/s ({where})")
     if found.rows is not None and found.reference and not found.reference.logps:
         # A forward pass is a third of a step.

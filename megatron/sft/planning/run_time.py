@@ -71,6 +71,13 @@ def tokens_per_second(
     return speed, f"an assumed {ASSUMED_MFU:.0%} of {which} {peak or H100_TFLOPS:.0f} TFLOP/s; set TOKENS_PER_SECOND"
 
 
+def assumed_speed(architecture: Architecture, load: RowLoad, num_gpus: int, frozen: bool = False) -> float:
+    """Tokens a second of H100s at the assumed share of their peak."""
+    tokens, trained, squares = map(round, (load.tokens, load.trained_tokens, load.sum_squared_lengths))
+    operations = training_flops(architecture, tokens, trained, squares, frozen) / max(tokens, 1)
+    return ASSUMED_MFU * H100_TFLOPS * 1e12 / operations * num_gpus
+
+
 def _logged_speed(path: Path) -> float | None:
     if not path.is_file():
         return None

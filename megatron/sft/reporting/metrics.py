@@ -68,7 +68,7 @@ class MetricsLog:
         tflops = self._tflops(step)
         peak = device.peak_tflops()
         mfu = tflops / peak if peak else None
-        ranks.print_rank_0(self._line(step, tflops, mfu))
+        ranks.rewrite_rank_0(self._line(step, tflops, mfu))
         sources = {name: values for name, values in step.source_losses.items() if values[1]}
         values = {
             **vars(step),
@@ -107,8 +107,9 @@ class MetricsLog:
         rate = step.tokens / step.seconds
         done = step.iteration - self.start_iteration
         eta = (time.monotonic() - self._started) / max(done, 1) * (self.train_iters - step.iteration)
-        each = f" ({_short(rate / step.num_processes)} each)" if step.num_processes > 1 else ""
-        efficiency = f", MFU {100 * mfu:.1f} %" if mfu is not None else ""
+        # Of a CPU neither says anything.
+        efficiency = [f"{tflops:.3g} TFLOP/s per GPU" + (f", MFU {100 * mfu:.1f} %" if mfu is not None else "")]
+        memory = [f"memory {step.memory_bytes / 2**30:.1f} GiB"]
         parts = [
             f"iteration {step.iteration:>{len(str(self.train_iters))}}/{self.train_iters}",
             f"epoch {self._epoch(step):.2f}",
@@ -117,10 +118,8 @@ class MetricsLog:
             f"lr {step.lr:.2e}",
             f"grad norm {step.grad_norm:.2f}",
             f"{step.seconds:.2f} s",
-            f"{_short(rate)} tokens/s{each}",
-            f"{tflops:.3g} TFLOP/s per {'GPU' if device.has_gpu() else 'process'}{efficiency}",
-            f"memory {step.memory_bytes / 2**30:.1f} GiB",
-            f"trained {100 * step.trained_tokens / max(step.tokens, 1):.0f} %",
+            f"{_short(rate)} tokens/s",
+            *(efficiency + memory if device.has_gpu() or mfu is not None else []),
             *([f"skipped {step.skipped_steps}"] if step.skipped_steps else []),
             *([f"loss scale {step.loss_scale:g}"] if step.loss_scale is not None else []),
             f"ETA {clock(eta)}",
@@ -172,14 +171,16 @@ def forget_after(folder: Path, iteration: int) -> None:
         ranks.print_rank_0(f"warning: {path} cannot be brought back to iteration {iteration} ({error.strerror}): fix it later")
 
 
-def has_validation(folder: Path, iteration: int) -> bool:
-    """Whether metrics.jsonl has the validation after `iteration` steps."""
+def logged_validation(folder: Path, iteration: int) -> float | None:
+    """The validation loss after `iteration` steps in metrics.jsonl, NaN if it was not finite, None if there is none."""
     path = folder / METRICS
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except OSError:
-        return False
-    return any("validation_loss" in line and _iteration(line) == iteration for line in lines)
+        return None
+    found = [line for line in lines if "validation_loss" in line and _iteration(line) == iteration]
+    loss = json.loads(found[-1])["validation_loss"] if found else None
+    return math.nan if found and loss is None else loss
 
 
 def _is_kept(line: str, iteration: int) -> bool:

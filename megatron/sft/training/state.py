@@ -22,6 +22,8 @@ from megatron.sft.runtime.errors import UserError
 from megatron.sft.training.adapter_start import first_values
 from megatron.sft.training.engine import Engine
 from megatron.sft.training.same_run import check_same_run, data_record, reference_record
+from megatron.sft.training.steering.watch import KEY as WATCH
+from megatron.sft.training.steering.watch import Watch
 
 
 def run_slices(engine: Engine) -> list[ShardSlice]:
@@ -37,7 +39,7 @@ def _saved_tensors(engine: Engine) -> list[ShardedTensor]:
     return adapter_tensors(engine.chunks) if engine.plan.trained.lora else model_tensors(engine.chunks)
 
 
-def run_manifest(engine: Engine, consumed_rows: int) -> dict[str, Any]:
+def run_manifest(engine: Engine, consumed_rows: int, watch: Watch) -> dict[str, Any]:
     """What the manifest says besides the files. `consumed_rows`: the position in the data."""
     plan, start = engine.plan, engine.plan.start.manifest
     lora, base = plan.trained.lora, plan.base
@@ -51,6 +53,7 @@ def run_manifest(engine: Engine, consumed_rows: int) -> dict[str, Any]:
             "num_processes": torch.distributed.get_world_size(),
             "train_iters": plan.train_iters,
             "counters": dict(engine.counters),
+            WATCH: watch.record(),
             "optimizer": optimizer_record(engine.optimizer),
             "options": options_record(plan.options),
             "data": data_record(plan),

@@ -20,7 +20,7 @@ def test_line_and_record_count_operations_of_this_work(tmp_path: Path, capsys: p
     MetricsLog(tmp_path, 100, 80, 0, SHAPE).step(RECORD)
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("iteration   5/100 | epoch 0.50 | loss 1.2500 | lr 1.00e-05 | grad norm 0.50 | 0.00 s | ")
-    assert "1000.0k tokens/s (500.0k each) | 0.0073 TFLOP/s per process | memory 3.0 GiB | trained 60 % |" in line
+    assert "| 1000.0k tokens/s | ETA 0m" in line and len(line) <= 120
     assert "MFU" not in line and "skipped" not in line  # no GPU's peak to compare with
     [record] = tiny.metrics(tmp_path)
     assert record["tflops_per_process"] == round(OPERATIONS / 0.001 / 2 / 1e12, 4) == 0.0073
