@@ -23,7 +23,7 @@ from megatron.sft.training import nonfinite, state
 from megatron.sft.training.engine import Engine, StepResult
 from megatron.sft.training.feeder import Feeder
 from megatron.sft.training.log_window import Window
-from megatron.sft.training.pair_guard import AccuracyWatch, Guard
+from megatron.sft.training.pair_guard import AccuracyWatch, wrong_start
 from megatron.sft.training.saver import Saver
 
 # How long a save takes, for the time limit, until one was measured: bytes a parameter (weights, two moments, a 16-bit copy)
@@ -78,15 +78,15 @@ class Run:
         self.log = metrics.MetricsLog(save, plan.train_iters, num_rows, self.iteration, plan.architecture, trackers, frozen)
         self.picture = LivePlot(save)
         self.stop.begin(self.options.exit_after_minutes)
+        watchdog.enter("comparison with the reference")
+        if not self.iteration and (problem := wrong_start(self.engine, self.feeder)):
+            self._fail(problem)
         code = self._stop_requested()
         if pending and not code:
             code = self._validate()
         window = Window(time.monotonic())
-        guard = Guard(plan, self.engine.objective)
         while self.iteration < plan.train_iters and not code:
             self._step(window)
-            if guard.is_due and (problem := guard.look(window)):
-                self._fail(problem)
             code = self._stop_requested()
             if code or self._due(self.options.log_interval, self._eval_interval, self.options.save_interval):
                 self._log(window)
