@@ -53,7 +53,7 @@ def draw(curves: Sequence[Curve], output: Path, title: str, axis: str = "iterati
     _add_labels(axes, lr_axes, curves, title)
     (below or [axes])[-1].set_xlabel(AXES[axis])
     if below:
-        below[0].set_ylabel("margin of the rewards")
+        below[0].set_ylabel("reward margin")
         below[0].grid(alpha=0.25)
     output.parent.mkdir(parents=True, exist_ok=True)
     picture = io.BytesIO()
