@@ -10,4 +10,5 @@ from megatron.sft.hf.published_configs import find_architecture
 def cut_architecture(arguments: argparse.Namespace) -> Architecture:
     """The architecture of --model, cut to --layers."""
     architecture, _ = find_architecture(arguments.model)
-    return replace(architecture, num_layers=arguments.layers) if arguments.layers else architecture
+    count = arguments.layers or architecture.num_layers
+    return replace(architecture, num_layers=count, layers=architecture.layers[:count])

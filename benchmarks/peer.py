@@ -72,7 +72,9 @@ def _model(name: str, num_layers: int) -> Any:
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     torch.set_default_dtype(torch.float32)
-    _apply_liger_kernel_to_instance(model)
+    # Its own experts would take the place of the grouped product.
+    options = {"swiglu": False} if getattr(config, "num_experts", None) else {}
+    _apply_liger_kernel_to_instance(model, **options)
     result: Any = model.train()
     return result
 

@@ -6,10 +6,11 @@ Adapters become PEFT's folder, or with --merge a whole model.
 """
 
 import argparse
+import itertools
 import os
 import shlex
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,22 +19,25 @@ import torch
 from torch import Tensor
 
 from megatron.sft.checkpoint import folder as checkpoint_folder
-from megatron.sft.checkpoint.adapter_record import read_lora_record
+from megatron.sft.checkpoint.adapter_record import read_lora_record, trained_base
 from megatron.sft.checkpoint.adapter_shards import StoredAdapters
 from megatron.sft.checkpoint.folder import Checkpoint
 from megatron.sft.checkpoint.reading import stored_parameters
 from megatron.sft.conversion.adapter_export import export_adapter
+from megatron.sft.conversion.carried import CarriedTensors
 from megatron.sft.conversion.exported_files import write_companions
 from megatron.sft.conversion.merged_logits import compare_merged, wants_comparison
 from megatron.sft.conversion.merging import Merger, base_for_merging
-from megatron.sft.conversion.source_record import read_dtype_record, source_model
+from megatron.sft.conversion.source_record import read_dtype_record, rope_extension, source_model
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.fused_experts import fused, fused_experts
+from megatron.sft.families.long_context import extended_config
 from megatron.sft.families.lora import LoRA
 from megatron.sft.families.parameters import DTYPE_OPTIONS, Caster, Parameters, progress_bar
 from megatron.sft.families.registry import DTYPES, read_architecture
 from megatron.sft.families.weight_names import weight_entries
 from megatron.sft.hf import hub
+from megatron.sft.hf.block_scales import unquantised_config
 from megatron.sft.hf.folder import HFFolder, write_weights
 from megatron.sft.hf.parameters import HFParameters
 from megatron.sft.hf.safetensors_file import tensor_bytes
@@ -85,9 +89,12 @@ def _export(arguments: argparse.Namespace, output: Path) -> list[str]:
     with whole_folder(output, arguments.replace) as staged:
         dtypes = _dtypes(checkpoint, architecture, original, arguments.dtype)
         with verified_meanwhile(checkpoint), verified_meanwhile(weights) if merger else nullcontext():
-            export_weights(weights, architecture, original, dtypes, staged, merger)
+            carried = CarriedTensors(weights, arguments.hf_dir)
+            export_weights(weights, architecture, original, dtypes, staged, carried, merger)
         write_companions(checkpoint, architecture, arguments.hf_dir, arguments.dtype, arguments.load, staged)
-        if lora and wants_comparison(arguments.verify, staged):
+        if lora and trained_base(checkpoint):
+            print(f"not compared with the adapter: it belongs to a trained checkpoint, not to {arguments.hf_dir}")
+        elif lora and wants_comparison(arguments.verify, staged):
             print(compare_merged(checkpoint, architecture, lora, arguments.hf_dir, staged))
     print(f"exported {checkpoint.path} to {output}")
     return _next_steps(output)
@@ -140,6 +147,7 @@ def export_weights(
     original: HFFolder | None,
     dtypes: dict[str, torch.dtype],
     folder: Path,
+    carried: CarriedTensors,
     merger: Merger | None = None,
 ) -> None:
     """Write the model's Hugging Face tensors, with one parameter in memory at a time. `dtypes`: name -> dtype to write."""
@@ -150,14 +158,23 @@ def export_weights(
             plan[name] = tensor.to(dtypes[name])
     block = original.fused_block if original else checkpoint.manifest.get("source", {}).get("fused_experts")
     form = fused_experts(architecture, str(block)) if block else None
-    plan = dict(fused(form, plan.items())) if form else plan
+    prefixes = original.prefixes if original else checkpoint.manifest.get("source", {}).get("prefixes", {})
+    plan = dict(_on_disk(fused(form, plan.items()) if form else plan.items(), prefixes)) | carried.plan()
     check_free_space(folder, int(1.01 * sum(tensor.nbytes for tensor in plan.values())), f"the export of {checkpoint.path}")
     caster = Caster()
     tensors = _tensors(checkpoint, architecture, stored, dtypes, caster, merger)
-    write_weights(folder, plan, fused(form, tensors) if form else tensors)
+    text = _on_disk(fused(form, tensors) if form else tensors, prefixes)
+    write_weights(folder, plan, itertools.chain(text, carried.tensors()))
     reports = [merger.report() if merger else "", caster.report()]
     for line in (*getattr(stored, "notes", ()), *filter(None, reports)):
         print(line)
+
+
+def _on_disk(tensors: Iterable[tuple[str, Tensor]], prefixes: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by their names in the family's table, by those that the original's files have. `prefixes`: see `HFFolder`."""
+    for name, tensor in tensors:
+        there = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        yield (name if there is None else prefixes[there] + name.removeprefix(there)), tensor
 
 
 def _tensors(
@@ -199,6 +216,8 @@ def _dtypes(
 def _check_same_model(checkpoint: Checkpoint, architecture: Architecture, hf_dir: Path) -> None:
     """A `UserError` unless the checkpoint was converted from a model of the architecture that is in `hf_dir`."""
     config = read_json(hf_dir / "config.json", "model configuration", "give the Hugging Face folder that was converted")
+    config = unquantised_config(config, str(hf_dir / "config.json"))
+    config = extended_config(config, rope_extension(checkpoint.manifest), str(hf_dir / "config.json"))
     original = read_architecture(config, str(hf_dir / "config.json"))
     for field, value in architecture.__dict__.items():
         if field == "vocab_size" and value == max(original.vocab_size, num_tokens(hf_dir)):

@@ -61,8 +61,6 @@ def _train(mode: str, options: TrainOptions, arguments: Sequence[str], stop: Sto
     found = resolve(mode, options, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
     name_without_effect(found, os.environ)
     plan = found.plan()
-    if mode == "reference" and plan.reference is None:
-        raise UserError(f"OBJECTIVE={options.objective} takes no reference: it is for OBJECTIVE=dpo")
     ranks.print_rank_0(table([*found.lines, ("output", str(options.save)), *setting_lines(options, arguments)]))
     input_checks.check(plan)
     writes = mode != "reference" and ranks.is_rank_0()

@@ -26,6 +26,12 @@ KINDS = {
     "selective": ["--recompute", "selective"],
     "fp8 selective": ["--precision", "fp8", "--recompute", "selective"],
     "full": ["--recompute", "full"],
+    "adapters": ["--lora-rank", "8", "--lora-dropout", "0.1"],
+    "adapters, fp32": ["--lora-rank", "8", "--precision", "fp32", "--lora-plus", "4"],
+    "adapters, fp8 full": ["--lora-rank", "8", "--precision", "fp8", "--recompute", "full", "--lora-dropout", "0.1"],
+    "adapters, 16 bits": ["--lora-rank", "8", "--optimizer-precision", "bf16", "--recompute", "selective"],
+    "frozen": ["--freeze", "embedding,attention,layers 0"],
+    "frozen, 16 bits": ["--freeze", "mlp,norms", "--optimizer-precision", "bf16", "--recompute", "full"],
 }
 # On pairs, whose first step must have the loss without a margin, to the precision's tolerance, or the run stops.
 DPO = ["--objective", "dpo", "--micro-batch-size", "2", "--dpo-beta", "0.5", "--lr", "1e-4", "--min-lr", "1e-5"]

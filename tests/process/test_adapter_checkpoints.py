@@ -114,6 +114,21 @@ def test_what_is_trained_may_not_change_and_how_is_reported(made: Path, half: Pa
     assert "LORA_RANK was 0 in" in line and "docs/lora.md" in line
 
 
+def test_commands_that_need_a_whole_model_refuse_adapters_by_name(made: Path, tmp_path: Path) -> None:
+    run, model, out = made / "run", made / "hf", tmp_path / "out"
+    for module, arguments in (
+        ("convert", ["--source", run, "--hf-dir", model, "--output", out]),
+        ("compare_logits", ["--load", run, "--hf-dir", model]),
+    ):
+        line = error_of(tiny.run_module(module, *arguments, status=2))
+        assert f"{run / f'iter_{STEPS:07d}'} holds adapters" in line and not out.exists(), line
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    line = error_of(tiny.run_module("convert", "--source", adapter, "--output", out, status=2))
+    assert f"{adapter} is a PEFT adapter" in line and "LORA_INIT_FROM" in line
+
+
 def test_a_run_of_all_weights_can_be_the_base_of_adapters(made: Path, tmp_path: Path) -> None:
     full = tmp_path / "full"
     train(made, "train", full, made / "base", "--train-iters", "2", "--lr", "1e-3")
@@ -123,6 +138,10 @@ def test_a_run_of_all_weights_can_be_the_base_of_adapters(made: Path, tmp_path: 
     again = tiny.as_of(1, run, tmp_path / "again")
     train(made, "resume", again, full, *LORA, "--train-iters", "3")
     assert tiny.losses(again)[-2:] == started[-2:]
+    # Resharded it still says what it was converted from once, whose weights it no longer has.
+    tiny.run_module("convert", "--source", full, "--output", tmp_path / "resharded")
+    line = error_of(train(made, "resume", tiny.as_of(2, made / "run", tmp_path / "x"), tmp_path / "resharded", *LORA, status=2))
+    assert "does not hold the weights" in line
     # It goes on and its newest checkpoint is another: the one below the adapters must be named.
     train(made, "resume", full, made / "base", "--train-iters", "3", "--lr", "1e-3")
     again = tiny.as_of(1, run, tmp_path / "once more")
@@ -140,6 +159,23 @@ def test_adapters_of_experts_continue_in_other_layouts(tmp_path: Path) -> None:
         again = tiny.as_of(2, whole, tmp_path / f"again {layout}")
         case.train(layout, *options, name=again.name, mode="resume", adapter=False)
         assert tiny.losses(again) == pytest.approx(tiny.losses(whole), rel=1e-5)
+
+
+def test_adapters_over_a_run_of_all_weights_are_exported_for_its_export(made: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    full, run, model = tmp_path / "full", tmp_path / "run", made / "hf"
+    train(made, "train", full, made / "base", "--train-iters", "2", "--lr", "1e-2")
+    train(made, "train", run, full, "--lora-rank", "4", "--train-iters", "3", "--lr", "1e-2")
+    line = error_of(tiny.run_module("export", "--load", run, "--hf-dir", model, "--output", tmp_path / "wrong", status=2))
+    assert f"were trained on {full / 'iter_0000002'}" in line and "MERGE=1" in line and not (tmp_path / "wrong").exists()
+    tiny.run_module("export", "--load", full, "--hf-dir", model, "--output", tmp_path / "full_hf")
+    tiny.run_module("export", "--load", run, "--hf-dir", tmp_path / "full_hf", "--output", tmp_path / "adapter")
+    tiny.run_module("export", "--load", run, "--hf-dir", model, "--output", tmp_path / "merged", "--merge", "--verify", "auto")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "full_hf")
+    PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "theirs")
+    tiny.assert_same_weights(tmp_path / "merged", tmp_path / "theirs")
 
 
 def test_an_adapter_that_is_continued_is_needed_for_the_start_alone(made: Path, tmp_path: Path) -> None:

@@ -14,7 +14,13 @@ from tests.support.adapter_case import LAYOUTS, TARGETS, Case
 EVERYWHERE = ["1x1", "TP2", "TP2 + SP", "PP2", "CP2", "DP2", "TP2 x PP2", "TP2 + SP x CP2"]
 # With experts megatron-core needs sequence parallelism under TP, which it then has by itself.
 WITH_EXPERTS = ["1x1", "TP2", "PP2", "CP2", "DP2", "TP2 x PP2", "EP2", "EP2 x TP2", "EP2 x TP2 x DP2", "EP2 x PP2"]
+# One tensor for several projections: a rank's rows of it do not lie together.
+PHI3 = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+QWEN35 = [*TARGETS, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
+WITHOUT_CP = [layout for layout in EVERYWHERE if "CP" not in layout]
 MIXTRAL = ["q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"]
+# CI's runs of experts recompute whole layers; dense models do in test_adapter_settings.py.
+OPTIONS = {"qwen3_moe": ["--recompute", "full"]}
 # The configuration of the adapter; the layouts that CI takes, one or two that no other family has; all that there are.
 FAMILIES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "qwen2": ({}, ["1x1", "TP2 x PP2", "CP2"], EVERYWHERE),
@@ -26,6 +32,12 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "qwen3_tied": ({}, ["TP2 + SP"], EVERYWHERE),
     "qwen3_bf16": ({}, [], EVERYWHERE),
     "mistral_window": ({}, ["TP2 + SP x CP2"], EVERYWHERE),
+    "phi3": ({"target_modules": PHI3}, ["TP2 x PP2"], EVERYWHERE),
+    "qwen3_5": ({"target_modules": QWEN35}, ["TP2 + SP"], WITHOUT_CP),
+    "glm4": ({"target_modules": [*TARGETS[:4], *PHI3[2:]]}, [], EVERYWHERE),
+    "olmo2": ({}, [], EVERYWHERE),
+    "gemma3": ({}, [], EVERYWHERE),
+    "granite": ({}, [], EVERYWHERE),
     "qwen3_moe": ({"elsewhere": True}, ["TP2", "EP2 x TP2"], WITH_EXPERTS),
     "mixtral": ({"elsewhere": True, "target_modules": MIXTRAL}, ["EP2"], WITH_EXPERTS),
 }
@@ -47,7 +59,7 @@ def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 @pytest.mark.parametrize(("family", "layout"), [(family, each) for family, (_, ours, _) in FAMILIES.items() for each in ours])
 def test_adapters_train_as_in_peft(case_of: Callable[[str], Case], family: str, layout: str) -> None:
     case = case_of(family)
-    case.assert_as_peft(case.train(layout))
+    case.assert_as_peft(case.train(layout, *OPTIONS.get(family, [])))
 
 
 @pytest.mark.campaign

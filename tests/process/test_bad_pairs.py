@@ -16,6 +16,7 @@ from megatron.sft.planning.options import parse
 from megatron.sft.planning.resolution import plan_run
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import sealed, write_json
+from megatron.sft.training.same_run import check_same_run
 from tests.support import pair_material as material
 from tests.support import tiny
 
@@ -145,6 +146,9 @@ def test_the_reference_command_makes_a_damaged_one_again(folder: Path, converted
     _cut(folder)
     assert "replaced" in tiny.launch(1, "train", "reference", *words)
     assert (folder / "pairs.reference.bin").read_bytes() == before
+    # And what was made in another layout, since its last digits differ.
+    output = tiny.launch(2, "train", "reference", *words, "--tensor-model-parallel-size", "2")
+    assert "was made with tensor_parallel 1, now 2" in re.sub(r"\s+", " ", output)
 
 
 def test_objectives_and_data_that_do_not_go_together_are_named(
@@ -155,8 +159,29 @@ def test_objectives_and_data_that_do_not_go_together_are_named(
     assert "would train the rejected answers too: take OBJECTIVE=dpo" in _refused(folder, converted, "--objective", "sft")
     reason = _refused(folder, converted, "--reference", tmp_path / "nowhere")
     assert f"REFERENCE: checkpoint folder {tmp_path / 'nowhere'} does not exist" in reason
-    common = ["--load", converted, "--data-path", packed_rows, "--save", tmp_path / "run", "--global-batch-size", "8"]
-    assert "takes no reference" in tiny.launch(1, "train", "reference", *common, status=2)
+    common = ["reference", "--load", converted, "--data-path", packed_rows, "--save", tmp_path / "run"]
+    for objective in ("sft", "orpo"):
+        with pytest.raises(UserError, match=f"OBJECTIVE={objective} takes no reference"):
+            plan_run(*parse([str(word) for word in [*common, "--objective", objective]]), num_processes=1)
+
+
+def test_a_reference_that_does_not_fit_the_data_or_the_layout_is_named(folder: Path, converted: Path) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    kinds = {"small": {"vocab_size": 100}, "three heads": {"num_attention_heads": 3, "num_key_value_heads": 3}}
+    for name, changes in kinds.items():
+        config = Qwen2Config(**{**sizes, "num_hidden_layers": 2, "vocab_size": 131, "head_dim": 16, **changes})
+        tiny.save_random(Qwen2ForCausalLM(config), folder / f"{name}_hf")
+        tiny.run_module("convert", "--hf-dir", folder / f"{name}_hf", "--output", folder / name)
+    elsewhere = ["--reference-logps", folder / "elsewhere", "--reference"]
+    reason = _refused(folder, converted, *elsewhere, folder / "small")
+    assert reason.startswith(f"REFERENCE {folder / 'small'}: token 130 in") and "vocabulary has 100" in reason
+    common = ["train", "--load", converted, "--data-path", folder / "pairs", "--save", folder / "run", "--objective", "dpo"]
+    common += ["--train-iters", "2", "--global-batch-size", "8", "--tensor-model-parallel-size", "2"]
+    plan = plan_run(*parse([str(word) for word in [*common, *elsewhere, folder / "three heads"]]), num_processes=2)
+    with pytest.raises(UserError, match=r"REFERENCE .*three heads: TP=2 does not divide the model's 3 attention heads"):
+        input_checks.check(plan)
 
 
 def test_resuming_refuses_another_objective_and_another_reference(folder: Path, converted: Path) -> None:
@@ -164,12 +189,15 @@ def test_resuming_refuses_another_objective_and_another_reference(folder: Path, 
     common += ["--precision", "fp32", "--objective", "dpo"]
     tiny.launch(1, "train", "train", *common, "--train-iters", "1")
     more = ["resume", *common, "--train-iters", "2"]
-    output = tiny.launch(1, "train", *more, "--dpo-beta", "0.3", status=2)
-    assert "error: OBJECTIVE was dpo, DPO_LOSS=sigmoid, DPO_BETA=0.1" in output and "RESUME_WITH=objective" in output
     elsewhere = ["--reference", folder / "other", "--reference-logps", folder / "elsewhere"]
-    output = tiny.launch(1, "train", *more, *elsewhere, status=2)
-    assert "error: the reference's content was checksum" in output and "RESUME_WITH=reference" in output
-    assert not (folder / "elsewhere.bin").exists()
+    changes: dict[str, list[object]] = {
+        "OBJECTIVE was dpo, DPO_LOSS=sigmoid, DPO_BETA=0.1.* RESUME_WITH=objective": ["--dpo-beta", "0.3"],
+        "the reference's content was checksum .* RESUME_WITH=reference": elsewhere,
+    }
+    for reason, words in changes.items():
+        plan = plan_run(*parse([str(word) for word in [*more, *words]]), num_processes=1)
+        with pytest.raises(UserError, match=reason):
+            check_same_run(plan.start, plan)
     output = tiny.launch(1, "train", *more, *elsewhere, "--resume-with", "reference,objective", "--dpo-beta", "0.3")
     assert "changed since iteration 1: OBJECTIVE from dpo" in output and (folder / "elsewhere.bin").exists()
 

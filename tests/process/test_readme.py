@@ -1,5 +1,6 @@
 """The README's example says what `plan` says."""
 
+import re
 from pathlib import Path
 
 from megatron.sft.families.lora import LoRA, chosen_targets
@@ -20,8 +21,33 @@ def test_the_readme_shows_what_plan_says_of_its_example(tmp_path: Path) -> None:
     assert f"  fits             {line(output, 'fits')}\n" in readme
 
 
+def test_the_readme_s_table_of_families_is_what_plan_says() -> None:
+    """The fewest GPUs of 80 GB, for every model in it."""
+    from megatron.sft.families.registry import FAMILIES, WRAPPERS
+    from megatron.sft.planning.layouts import suggest_layouts
+    from megatron.sft.planning.memory import num_parameters
+
+    def fewest(model: str, optimizer_precision: str) -> int:
+        settings = MemorySettings(16384, optimizer_precision=optimizer_precision)
+        architecture, _ = find_architecture(model)
+        sizes = (1, 2, 4, 8, 16, 32, 64)
+        return next(n for n in sizes if suggest_layouts(architecture, n, int(CARDS["80 GB"] * GIB), settings, 128))
+
+    readme = (tiny.ROOT / "README.md").read_text()
+    table = readme.split("| family | `model_type` |")[1].split("\n\n")[0].splitlines()[2:]
+    types: set[str] = set()
+    for row in table:
+        _, model_types, model, parameters, gpus, with_16_bits = (cell.strip() for cell in row.strip("|").split("|"))
+        types |= set(re.findall(r"`(\w+)`", model_types))
+        assert parameters == f"{num_parameters(find_architecture(model)[0]) / 1e9:.1f} B"
+        assert (int(gpus), int(with_16_bits)) == (fewest(model, "fp32"), fewest(model, "bf16")), model
+    named = {*types, "qwen3_moe", "mixtral", "qwen3_next"}
+    assert {*FAMILIES, *WRAPPERS} <= named | {f"{name}_text" for name in named}
+
+
 def test_the_readme_says_the_fewest_gpus_that_the_plan_tool_says() -> None:
-    rows = [line for line in (tiny.ROOT / "README.md").read_text().splitlines() if line.startswith("| Qwen")]
+    readme = (tiny.ROOT / "README.md").read_text().partition("| family |")[0]
+    rows = [line for line in readme.splitlines() if line.startswith("| Qwen")]
     assert len(rows) == 8
     for row in rows:
         name, *numbers = (cell.strip() for cell in row.strip("|").split("|"))

@@ -1,6 +1,8 @@
 """Compares converted models with transformers in one parallel layout: logits, and the gradients of one training step.
 
-torchrun … conversion_worker.py TP PP EP SP FOLDER [CHECKPOINTS]: for every model of FOLDER, whose checkpoint has its name.
+torchrun … conversion_worker.py TP PP EP SP FOLDER CHECKPOINTS NAME...: models of FOLDER, whose checkpoints have their names. A
+line gives the largest difference of logits, the largest relative one of a parameter's gradient, and how much the logits of a
+conversation change when its neighbors in the row do.
 """
 
 import sys
@@ -21,26 +23,25 @@ from megatron.sft.model import process_groups
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.runtime import device
 
-LENGTHS = (40, 3, 61)
+# Below and above the windows and the original positions of the tiny models.
+LENGTHS = (40, 30, 61)
 
 
 def main() -> None:
     tp, pp, ep, sp = map(int, sys.argv[1:5])
     layout = Layout(tp, pp, sequence_parallel=bool(sp), expert_parallel=ep)
-    folders = sorted(path for path in Path(sys.argv[5]).iterdir() if path.is_dir())
     with process_groups.parallel(layout):
-        for folder in folders:
-            checkpoint = Path(sys.argv[6]) / folder.name
-            if not checkpoint.exists():
-                continue
+        for name in sys.argv[7:]:
+            folder, checkpoint = Path(sys.argv[5]) / name, Path(sys.argv[6]) / name
             source = HFFolder(folder)
             if ep > 1 and source.architecture.moe is None:
                 continue
             check_layout(layout, source.architecture)
             difference = logits_difference(checkpoint, source, layout)
-            worst, name = gradient_difference(checkpoint, source, layout)
+            worst, parameter = gradient_difference(checkpoint, source, layout)
+            leaked = influence(checkpoint, source, layout)
             if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-                print(f"result {folder.name} {difference:.3g} {worst:.3g} {name}", flush=True)
+                print(f"result {name} {difference:.3g} {worst:.3g} {leaked:.3g} {parameter}", flush=True)
 
 
 def conversations(source: HFFolder) -> list[np.ndarray]:
@@ -53,8 +54,21 @@ def logits_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> flo
     ours = megatron_logits(open_checkpoint(checkpoint), source, layout, conversations(source))
     difference = 0.0
     if ours is not None:
-        difference = float((ours - transformers_logits(source.path, conversations(source))).abs().max())
+        difference = float((ours - transformers_logits(source, conversations(source))).abs().max())
     return largest(difference)
+
+
+def influence(checkpoint: Path, source: HFFolder, layout: Layout) -> float:
+    """The largest change of a conversation's logits when the conversations before and after it in the row are others."""
+    row = conversations(source)
+    others = [(part + 1) % source.architecture.vocab_size for part in row]
+    middle = slice(len(row[0]), len(row[0]) + len(row[1]))
+    found = []
+    for before, after in ((row[0], row[2]), (others[0], others[2])):
+        logits = megatron_logits(open_checkpoint(checkpoint), source, layout, [before, row[1], after])
+        found.append(None if logits is None else logits[middle])
+    one, other = found
+    return largest(0.0 if one is None or other is None else float((one - other).abs().max()))
 
 
 def largest(value: float) -> float:

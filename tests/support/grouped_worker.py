@@ -14,19 +14,20 @@ from torch import Tensor
 from megatron.sft.families.lora import AdaptedWeight, LoRA, adapted_weights
 from megatron.sft.families.registry import read_architecture
 from megatron.sft.model import process_groups
-from megatron.sft.model.adapters import Adapter, Split, _rows
 from megatron.sft.model.layout import Layout
+from megatron.sft.model.lora.adapters import Adapter, HeldRows, Split, _rows
 from megatron.sft.runtime import device
 
 COUNTS = [5, 0, 7]
 
 
-def compare(weights: list[AdaptedWeight], outputs: int, inputs: int, split: Split, rows: list[Tensor], lora: LoRA) -> None:
+def compare(weights: list[AdaptedWeight], outputs: int, inputs: int, split: Split, rows: list[HeldRows], lora: LoRA) -> None:
     """Results and all gradients, on every rank. outputs, inputs: of this rank."""
     torch.manual_seed(0 if split.column else split.rank)  # a row-parallel layer's ranks hold other columns
     tokens = torch.randn(sum(COUNTS), inputs, dtype=torch.float64)
-    bases = [torch.randn(outputs, inputs, dtype=torch.float64) for _ in COUNTS]
-    grouped = Adapter(weights, bases[0], rows, lora, split)
+    bases = torch.randn(len(COUNTS), outputs, inputs, dtype=torch.float64)
+    ends = torch.tensor(COUNTS).cumsum(0).int()
+    grouped = Adapter(weights, bases, rows, lora, split)
     singles = [Adapter([weight], base, rows, lora, split) for weight, base in zip(weights, bases, strict=True)]
     for name, parameter in grouped.named_parameters():
         replicated = name.endswith("_A") == split.column
@@ -35,11 +36,11 @@ def compare(weights: list[AdaptedWeight], outputs: int, inputs: int, split: Spli
         for number, single in enumerate(singles):
             single.get_parameter(name).data.copy_(parameter[number])
 
-    def layer(inputs: Tensor, splits: list[int]) -> Any:
-        return torch.cat([x @ w.t() for x, w in zip(inputs.split(splits), bases, strict=True)]), None
+    def layer(inputs: Tensor, ends: Tensor) -> Any:
+        return torch.cat([x @ w.t() for x, w in zip(inputs.split(COUNTS), bases, strict=True)]), None
 
     ours, theirs = (tokens.clone().requires_grad_() for _ in range(2))
-    first, _ = grouped(layer, ours, COUNTS)
+    first, _ = grouped(layer, ours, ends)
     parts = zip(singles, theirs.split(COUNTS), bases, strict=True)
     second = torch.cat([single(lambda x, w=base: (x @ w.t(), None), part)[0] for single, part, base in parts])
     upstream = torch.randn(first.shape, dtype=torch.float64)

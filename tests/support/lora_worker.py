@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron.sft.model.adapters import Adapter
+from megatron.sft.model.lora.adapters import Adapter
 from megatron.sft.runtime import device
 
 

@@ -128,7 +128,7 @@ def hf_gradients(engine: Any, architecture: Any) -> dict[str, Any]:
     entries = {entry.megatron: entry for entry in weight_entries(architecture)}
     found = {}
     for live_name, parameter in engine.chunks[0].named_parameters():
-        entry = entries[checkpoint_name(live_name, 0, 0, architecture.moe is not None)]
+        entry = entries[checkpoint_name(live_name, architecture)]
         gradient = parameter.main_grad
         if entry.megatron in ("embedding.word_embeddings.weight", "output_layer.weight"):
             gradient = gradient[: architecture.vocab_size]

@@ -26,7 +26,7 @@ PACKAGE = str(tiny.ROOT / "megatron" / "sft") + os.sep
 QUICKSTART = tiny.ROOT / "assets" / "quickstart"
 ANSWER = "Zoe Quin Zoe Quin Val Val Zoe"  # in one record only
 VALUE = 0.4453125  # of every element of one weight, exact in all precisions
-DEPTH, ELEMENTS = 3, 64
+DEPTH, ELEMENTS = 4, 64
 
 
 def inside(value: Any, found: Callable[[Any], bool], depth: int = DEPTH) -> bool:
@@ -56,7 +56,7 @@ def traced(found: Callable[[Any], bool]) -> Iterator[set[str]]:
         if event != "return" or not name.startswith(PACKAGE):
             return
         path = name.removeprefix(PACKAGE)
-        if path in files or path.endswith("__init__.py") or path.startswith(("runtime/", "model/kernels/")):
+        if path in files or path.endswith("__init__.py") or path.startswith(("runtime/", "kernels/")):
             return
         values = [argument, *(value for key, value in frame.f_locals.items() if key != "self")]
         if any(inside(value, found) for value in values):

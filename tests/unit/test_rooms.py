@@ -141,7 +141,7 @@ def test_contributing_shows_the_rooms_in_their_order_and_files_that_exist() -> N
             "hf is not allowed to import megatron.sft.train",
         ),
         ("plan.py", "from megatron.sft import download\n", "megatron.sft.plan is not allowed to import megatron.sft.download"),
-        ("families/rope.py", "from megatron.sft.families import registry\n", ".rope -> .registry"),
+        ("families/rules.py", "from megatron.sft.families import decoder\n", ".rules -> .decoder"),
         ("fresh/__init__.py", "", "fresh"),
     ],
 )

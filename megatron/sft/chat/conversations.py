@@ -108,7 +108,7 @@ class RecordReader:
     def read(self, record: dict[str, Any]) -> Example | Pair:
         """The example of one record, or both conversations of a preference record; errors as of `example`."""
         record = renamed(self._with_own_input(record), self.renamed_columns)
-        if names := side_fields(record):
+        if not SIDE_NAMES.isdisjoint(record) and (names := side_fields(record)):
             return self._pair(record, names)
         _refuse_preferences(record, "by names that are not known")
         return self._example(record)

@@ -70,9 +70,7 @@ class Sides:
 
 def side_fields(record: dict[str, Any]) -> tuple[str, str] | None:
     """The fields of the chosen and of the rejected side, the first empty if the chosen one is the record's own answer; None
-    if the record is not of preferences. A side that is missing is a `UserError`."""
-    if SIDE_NAMES.isdisjoint(record):
-        return None
+    if the record is not of preferences. A side that is missing is a `UserError`. record: has one of SIDE_NAMES."""
     chosen, rejected = ([name for name in names if is_filled(record.get(name))] for names in (CHOSEN, REJECTED))
     if not chosen and not rejected and any(is_filled(record.get(name)) for name in (*LISTS, *ANSWERS, TEXT)):
         return None  # in a table each record has the fields of all others

@@ -12,7 +12,8 @@ from megatron.sft.runtime.errors import UserError
 
 def lora_record(lora: LoRA, base: Checkpoint) -> dict[str, Any]:
     """What a manifest says of the adapters in a checkpoint."""
-    return {**asdict(lora), "targets": list(lora.targets), "base": {"path": str(base.path), "checksum": base_checksum(base)}}
+    base_record = {"path": str(base.path), "checksum": base_checksum(base), "trained": _is_trained(base)}
+    return {**asdict(lora), "targets": list(lora.targets), "base": base_record}
 
 
 def read_lora_record(checkpoint: Checkpoint) -> LoRA | None:
@@ -33,10 +34,21 @@ def refuse_adapters(checkpoint: Checkpoint) -> None:
         )
 
 
+def trained_base(checkpoint: Checkpoint) -> str:
+    """The path of the weights under a checkpoint's adapters if they are a run's, not those of a converted model, else empty."""
+    base = checkpoint.manifest["adapter"]["base"]
+    return str(base["path"]) if base.get("trained") else ""
+
+
+def _is_trained(checkpoint: Checkpoint) -> bool:
+    """A run's, resharded or not, whose manifest says what its start was converted from."""
+    return bool({"training", "trained"} & checkpoint.manifest.keys())
+
+
 def base_checksum(base: Checkpoint) -> str:
     """SHA-256 that names the weights of a checkpoint: of the model that was converted, whatever the layout, or of its files."""
     source = base.manifest.get("source", {})
-    if "training" not in base.manifest and "weights_fingerprint" in source:
+    if not _is_trained(base) and "weights_fingerprint" in source:
         # Conversions of one model differ in files, not in weights, except for the dtype.
         what: Any = [source["weights_fingerprint"], base.manifest.get("hf_dtype"), source.get("config", {}).get("vocab_size")]
     else:

@@ -14,7 +14,7 @@ from megatron.sft.checkpoint.model_shards import to_slice
 from megatron.sft.checkpoint.optimizer_state import PREFIX, fill_master_weights
 from megatron.sft.checkpoint.reading import SliceReader
 from megatron.sft.checkpoint.shard_slice import ShardSlice
-from megatron.sft.model.adapters import Adapter
+from megatron.sft.model.lora.adapters import Adapter
 
 _MASTER = f"{PREFIX}.param."
 

@@ -7,6 +7,7 @@ folder with a manifest is whole, and the tracker never names one that is not.
 import json
 import os
 import shutil
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,9 +118,13 @@ def verify_files(checkpoint: Checkpoint) -> None:
     check_sums(files, advice)
 
 
-def flush_and_hash(folder: Path) -> dict[str, dict[str, Any]]:
-    """Flush all files of an unfinished checkpoint, and their folders, to the disk; returns what the manifest says of them."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+def flush_and_hash(folder: Path, known: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """Flush all files of an unfinished checkpoint, and their folders, to the disk; returns what the manifest says of them.
+
+    known: names of files that were flushed before, to skip.
+    """
+    found = (path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(path for path in found if str(path.relative_to(folder)) not in known)
     with ThreadPoolExecutor() as pool:
         sums = list(pool.map(_flushed_sum, paths))
     for parent in {path.parent for path in paths}:

@@ -39,11 +39,12 @@ def write_parameters(
     ckpt_format: str,
     output: Path,
     iteration: int,
-    finish: Callable[[], dict[str, Any]],
+    finish: Callable[[Path], dict[str, Any]],
 ) -> None:
     """Write a checkpoint of whole parameters to the empty folder `output`.
 
-    `finish()` is called when all were read; it returns what the manifest says of their source.
+    `finish(folder)` is called when all were read; it returns what the manifest says of their source, and may write further
+    files into the folder, which is not finished yet.
     """
     watched = WatchedParameters(parameters, weight_entries(architecture), "convert")
     check_free_space(output, int(1.01 * watched.num_bytes), f"the checkpoint of {architecture.family}")
@@ -56,11 +57,13 @@ def write_parameters(
         files = flush_and_hash(staged)
     else:
         files = _write_torch_dist(staged, architecture, watched)
+    stated = finish(staged)
+    files |= flush_and_hash(staged, known=files)
     manifest = {
         "checkpoint_format": ckpt_format,
         "shape": architecture_record(architecture),
         "layout": layout_record(layout),
-        **finish(),
+        **stated,
         "files": files,
     }
     put_in_place(output, iteration, staged, manifest)

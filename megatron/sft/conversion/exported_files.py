@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron.sft.checkpoint.folder import Checkpoint
-from megatron.sft.conversion.source_record import dtype_fields
+from megatron.sft.conversion.source_record import dtype_fields, edited_config, rope_extension
 from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.config_fields import text_fields
+from megatron.sft.families.long_context import extended_config
 from megatron.sft.families.parameters import DTYPE_OPTIONS
+from megatron.sft.hf.block_scales import unquantised_config
 from megatron.sft.hf.folder import copy_companions, dtype_name
 from megatron.sft.hf.tokenizer_files import read_chat_template
 from megatron.sft.planning.objective_checks import objective_words
@@ -92,21 +95,31 @@ def _listed(config: dict[str, Any] | None) -> dict[str, str]:
 
 
 def _edit_config(checkpoint: Checkpoint, architecture: Architecture, dtype: str | None, path: Path) -> None:
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    changes: dict[str, Any] = {}
-    if config["vocab_size"] != architecture.vocab_size:
-        changes["vocab_size"] = architecture.vocab_size
-    fields = dtype_fields(config)
+    original: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config = unquantised_config(original, str(path))
+    if config != original:
+        print("config.json: the quantization entry is gone, because the weights are not in 8 bits any more")
+    extension = rope_extension(checkpoint.manifest)
+    if extension:
+        config = extended_config(config, extension, str(path))
+        print(f"config.json: positions are extended as in the conversion, {extension.kind} by {extension.factor:g}")
+    flat = {**text_fields(config), **config}
+    fields = dtype_fields(flat)
     # The dtype that the export or the conversion was asked for; where the original's two fields disagree, the weights'.
-    converted = checkpoint.manifest.get("source", {}).get("config", {})
+    source = checkpoint.manifest.get("source", {}).get("config", {})
+    converted = {**text_fields(source), **source}
     stated = {converted.get(field) for field in fields}
     wanted = stated.pop() if len(stated) == 1 else checkpoint.manifest.get("hf_dtype")
     wanted = dtype_name(DTYPE_OPTIONS[dtype]) if dtype else wanted
-    if wanted:
-        changes |= {field: wanted for field in fields if config.get(field) != wanted}
-    if changes:
-        write_json(path, {**config, **changes})
-        print(f"config.json: {', '.join(f'{name} is now {value}' for name, value in changes.items())}")
+    differs = any(flat.get(field) != wanted for field in fields)
+    edited = edited_config(config, architecture, wanted if wanted and differs else None)
+    if edited == original:
+        return
+    write_json(path, edited)
+    after = {**text_fields(edited), **edited}
+    changed = [name for name in ("vocab_size", "dtype", "torch_dtype") if after.get(name) != flat.get(name)]
+    if changed:
+        print(f"config.json: {', '.join(f'{name} is now {after[name]}' for name in changed)}")
 
 
 def _edit_end_tokens(training: dict[str, Any], folder: Path) -> None:
@@ -116,7 +129,8 @@ def _edit_end_tokens(training: dict[str, Any], folder: Path) -> None:
     config: dict[str, Any] = read_json(path, "generation configuration", "take the original") if path.exists() else {}
     known = config.get("eos_token_id")
     if known is None:
-        known = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+        model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        known = {**text_fields(model), **model}.get("eos_token_id")
     existing = [known] if isinstance(known, int) else list(known or [])
     missing = [token for token in ends if token not in existing]
     if missing:

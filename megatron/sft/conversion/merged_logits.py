@@ -14,6 +14,7 @@ from megatron.sft.conversion.logits import random_conversations, transformers_lo
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.lora import LoRA
 from megatron.sft.hf.adapter_folder import write_adapter_folder
+from megatron.sft.hf.auto_model import auto_class, text_prefix
 from megatron.sft.hf.folder import HFFolder
 from megatron.sft.runtime.errors import UserError
 
@@ -38,11 +39,12 @@ def compare_merged(checkpoint: Checkpoint, architecture: Architecture, lora: LoR
     """The largest difference of logits in words; more than rounding explains is a `UserError`."""
     folder = HFFolder(merged)
     conversations = random_conversations(folder)
-    ours = transformers_logits(merged, conversations)
+    ours = transformers_logits(folder, conversations)
     gc.collect()
     with tempfile.TemporaryDirectory() as name:
         stored = StoredAdapters(checkpoint)
-        write_adapter_folder(Path(name), lora, str(hf_dir), {each: stored.tensor(each) for each in stored.names})
+        factors, prefix = {each: stored.tensor(each) for each in stored.names}, text_prefix(folder.config)
+        write_adapter_folder(Path(name), lora, str(hf_dir), factors, prefix)
         theirs = _adapter_logits(hf_dir, Path(name), architecture.vocab_size, conversations)
     width = min(ours.shape[1], theirs.shape[1])
     difference, largest = (ours[:, :width] - theirs[:, :width]).abs().max().item(), theirs.abs().max().item()
@@ -62,9 +64,8 @@ def compare_merged(checkpoint: Checkpoint, architecture: Architecture, lora: LoR
 def _adapter_logits(hf_dir: Path, adapter: Path, vocab_size: int, conversations: list[Any]) -> torch.Tensor:
     """PEFT's logits in float32: [tokens of all conversations, vocabulary]."""
     import peft
-    from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, trust_remote_code=False)
+    base = auto_class(HFFolder(hf_dir).config).from_pretrained(hf_dir, dtype=torch.float32, trust_remote_code=False)
     model: Any = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
     with torch.no_grad():
         parts = [model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0] for ids in conversations]

@@ -18,8 +18,9 @@ from megatron.sft.runtime.errors import UserError
 
 # The linear layers of a decoder layer, by the end of their names in a family's table, and the word for all of a kind.
 _WORDS = ("attention", "mlp", "experts")
-_LINEAR = (".linear_qkv.weight", ".linear_proj.weight", ".linear_fc1.weight", ".linear_fc2.weight")
-_PEFT_PREFIX = "base_model.model."
+_ATTENTION = (".linear_qkv.weight", ".linear_proj.weight", ".in_proj.weight", ".out_proj.weight")
+_LINEAR = (*_ATTENTION, ".linear_fc1.weight", ".linear_fc2.weight")
+PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def adapted_weight(entry: WeightEntry, lora: LoRA) -> AdaptedWeight | None:
 
 def peft_names(module: str) -> tuple[str, str]:
     """The names of A and B of one of Hugging Face's modules, in PEFT's folders and in our checkpoints."""
-    return f"{_PEFT_PREFIX}{module}.lora_A.weight", f"{_PEFT_PREFIX}{module}.lora_B.weight"
+    return f"{PEFT_PREFIX}{module}.lora_A.weight", f"{PEFT_PREFIX}{module}.lora_B.weight"
 
 
 def factor_shapes(architecture: Architecture, lora: LoRA) -> Iterator[tuple[AdaptedWeight, int, tuple[int, int]]]:

@@ -4,6 +4,7 @@ Adapters are read only where they mean what ours mean: plain LoRA of one rank an
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from megatron.sft.families.architecture import Architecture
-from megatron.sft.families.lora import LoRA, chosen_targets, factor_shapes, kind_of, peft_names
+from megatron.sft.families.lora import PEFT_PREFIX, LoRA, chosen_targets, factor_shapes, kind_of, peft_names
 from megatron.sft.families.weight_names import weight_entries
 from megatron.sft.hf.safetensors_file import SafetensorsFile, write_file
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import read_json, write_json
 
+# What the modules of a text model begin with in a model with other parts too, in transformers 5 and before; "model." in ours.
+_TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Fields of adapter_config.json that are used, that say nothing about the result, or that may have one value only.
 _USED = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path", "peft_type"}
@@ -46,6 +49,7 @@ class AdapterFolder:
             there = old if (path / "adapter_model.bin").exists() else ""
             raise UserError(f"{path} has no {WEIGHTS}{there}: take a whole copy of the adapter")
         self._file = SafetensorsFile(path / WEIGHTS)
+        self._on_disk = {_without_other_parts(name): name for name in self._file.entries}
 
     def _check_config(self) -> None:
         for name, value in self.config.items():
@@ -67,7 +71,7 @@ class AdapterFolder:
 
     def lora(self, architecture: Architecture) -> LoRA:
         """Rank, scale and targets, which must be the same in every layer. An adapter of another model is a `UserError`."""
-        modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in self._file.entries}
+        modules = {name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in self._on_disk}
         known = {name.removesuffix(".weight"): entry for entry in weight_entries(architecture) for name in entry.hf}
         for module in sorted(modules):
             if module not in known:
@@ -103,9 +107,9 @@ class AdapterFolder:
         for module, (outputs, inputs) in expected.items():
             names = peft_names(module)
             shapes |= {names[0]: (lora.rank, inputs), names[1]: (outputs, lora.rank)}
-        if odd := sorted(shapes.keys() ^ self._file.entries.keys()):
+        if odd := sorted(shapes.keys() ^ self._on_disk.keys()):
             raise UserError(f"{file}: {odd[0]} is missing or unknown: take a whole copy of the adapter")
-        for name, (dtype, shape) in self._file.entries.items():
+        for name, (dtype, shape) in ((name, self._file.entries[there]) for name, there in self._on_disk.items()):
             if shape != shapes[name]:
                 raise UserError(
                     f"{file}: {name} has the shape {list(shape)}, r {lora.rank} and this {architecture.family} need "
@@ -116,19 +120,38 @@ class AdapterFolder:
 
     def tensor(self, name: str) -> Tensor:
         """A factor in float32."""
-        tensor = self._file.tensor(name).float()
+        tensor = self._file.tensor(self._on_disk[name]).float()
         if not tensor.isfinite().all():
             raise UserError(f"{self.path / WEIGHTS}: {name} holds NaN or infinity: take another copy of the adapter")
         return tensor
 
 
-def write_adapter_folder(folder: Path, lora: LoRA, base: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write an adapter as PEFT does. base: name or folder of the model under it; tensors: by PEFT's names, in float32."""
+def _without_other_parts(name: str) -> str:
+    module = name.removeprefix(PEFT_PREFIX)
+    for prefix in _TEXT_PREFIXES:
+        if module.startswith(prefix):
+            return f"{PEFT_PREFIX}model.{module.removeprefix(prefix)}"
+    return name
+
+
+def write_adapter_folder(
+    folder: Path, lora: LoRA, base: str, tensors: Mapping[str, Tensor], text_prefix: str = "model."
+) -> None:
+    """Write an adapter as PEFT does. base: name or folder of the model under it; tensors: by PEFT's names, in float32.
+
+    text_prefix: of hf.auto_model. Where the model has other parts, modules of the same names in them get no adapter.
+    """
+    ours = f"{PEFT_PREFIX}model."
+    names = {name: PEFT_PREFIX + text_prefix + name.removeprefix(ours) if name.startswith(ours) else name for name in tensors}
 
     def each() -> Iterator[tuple[str, Tensor]]:
-        yield from tensors.items()
+        for name, tensor in tensors.items():
+            yield names[name], tensor
 
-    write_file(folder / WEIGHTS, {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}, each())
+    write_file(
+        folder / WEIGHTS, {names[name]: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}, each()
+    )
+    only_text = re.escape(text_prefix) + rf".*\.({'|'.join(lora.targets)})"
     rank_or_scale = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     config = {
         "peft_type": "LORA",
@@ -138,7 +161,7 @@ def write_adapter_folder(folder: Path, lora: LoRA, base: str, tensors: Mapping[s
         "lora_alpha": rank_or_scale,
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
-        "target_modules": list(lora.targets),
+        "target_modules": list(lora.targets) if text_prefix == "model." else only_text,
         "bias": "none",
         "inference_mode": True,
         "fan_in_fan_out": False,

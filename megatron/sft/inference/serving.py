@@ -15,6 +15,7 @@ def serve_hint(folder: Path) -> str:
     found = open_model_folder(folder)
     adapter, name, folder = found.adapter, folder.resolve().name, found.model
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = {**config.get("text_config", {}), **config}
     command = ["vllm", "serve", str(folder)]
     if adapter:
         command += ["--enable-lora", "--max-lora-rank", str(max(8, adapter_rank(adapter)))]

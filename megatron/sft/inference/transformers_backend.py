@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
+from megatron.sft.hf.auto_model import auto_class
 from megatron.sft.inference.backends import Decoding
 from megatron.sft.inference.model_folder import ModelFolder, with_adapter
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.manifest import read_json
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def load(folder: ModelFolder, dtype: str, seed: int, tokenizer: Any, stop_ids: S
     torch.manual_seed(seed)
     transformers.utils.logging.disable_progress_bar()
     try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        config = read_json(folder.model / "config.json", "model configuration", "export or download the model again")
+        model: Any = auto_class(config).from_pretrained(
             folder.model,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             local_files_only=True,

@@ -73,9 +73,15 @@ def transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_norm,
-        # megatron-core counts the tokens before the own one.
-        window_size=(architecture.sliding_window - 1, 0) if architecture.sliding_window else None,
+        # It sums gradients of these norms over TP, which is wrong where they are split (`ProjectionNorm`).
+        qk_layernorm=architecture.query_key_norm in ("head", "rotated head"),
+        layernorm_zero_centered_gamma=architecture.zero_centered_norm,
+        attention_output_gate=architecture.attention_gate,
+        softmax_scale=architecture.attention_scale,
+        softmax_type="learnable" if architecture.attention_sinks else "vanilla",
+        # Layers of more than one kind lie in a checkpoint under their numbers.
+        hetereogenous_dist_checkpoint=architecture.layers_differ,
+        **_window_fields(architecture),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=params_dtype,
@@ -96,6 +102,17 @@ def transformer_config(
         **_recompute_fields(recompute),
         **(_fp8_fields(fp8_recipe, architecture) if precision == "fp8" else {}),
     )
+
+
+def _window_fields(architecture: Architecture) -> dict[str, Any]:
+    """For Transformer Engine's attention; `PackedAttention` gets its layer's window from the layer's spec."""
+    if not architecture.windows:
+        return {}
+    # megatron-core counts the tokens before the own one.
+    fields: dict[str, Any] = {"window_size": (architecture.windows[0] - 1, 0)}
+    if any(layer.window is None for layer in architecture.layers):
+        fields["window_attn_skip_freq"] = [int(layer.window is not None) for layer in architecture.layers]
+    return fields
 
 
 def _parallel_fields(architecture: Architecture, layout: Layout, params_dtype: torch.dtype) -> dict[str, Any]:

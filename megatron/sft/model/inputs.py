@@ -1,8 +1,9 @@
 """What the model takes: a micro-batch of packed rows as arrays on the device."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -25,9 +26,14 @@ class AttentionRuns:
 
 @dataclass
 class PackedRows(PackedSeqParams):
-    """Where a micro-batch's conversations begin, over all context-parallel ranks, and what this rank's tokens attend to."""
+    """Where a micro-batch's conversations begin, over all context-parallel ranks, and what this rank's tokens attend to.
+
+    token_lengths: [t] int64, the length of each token's conversation without padding, on the host: for rotations that depend
+    on it.
+    """
 
     runs: AttentionRuns | None = None
+    token_lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def live_weights(model: Any, architecture: Architecture, layout: Layout) -> Iter
     for live_name, parameter in model.named_parameters():
         if is_adapter(live_name):
             continue
-        name = checkpoint_name(live_name, first_layer, experts=architecture.moe is not None)
+        name = checkpoint_name(live_name, architecture, first_layer)
         if ".mlp.experts." in name:
             for index, values in enumerate(parameter.detach().unbind(0)):
                 expert = name.replace(".mlp.experts.", f".mlp.experts.experts.{first_expert + index}.")

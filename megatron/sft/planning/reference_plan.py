@@ -8,7 +8,9 @@ from megatron.sft.checkpoint.adapter_record import base_checksum, refuse_adapter
 from megatron.sft.checkpoint.folder import Checkpoint, open_checkpoint
 from megatron.sft.data.reference_logps import ReferenceLogps, checkpoint_seal, data_seal
 from megatron.sft.data.tokenized import TokenizedRows, data_file, data_prefix
+from megatron.sft.model.layout import Layout
 from megatron.sft.planning.options import TrainOptions
+from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
 
 
@@ -85,6 +87,21 @@ def _found(places: tuple[Path, ...], rows: TokenizedRows, wanted: dict[str, Any]
     if problems:
         raise problems[0]
     return None
+
+
+def made_with(layout: Layout) -> dict[str, Any]:
+    """What the last digits of log-probabilities depend on."""
+    names = ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel")
+    return {**{name: getattr(layout, name) for name in names}, "device": device.device_name()}
+
+
+def check_made_here(logps: ReferenceLogps, layout: Layout) -> None:
+    """A `UserError` for log-probabilities that were made in another layout or on another device. They can be trained with; who
+    asks for them to be made gets new ones."""
+    made, here = logps.manifest.get("made_with", {}), made_with(layout)
+    changed = [f"{name} {made.get(name)}, now {value}" for name, value in here.items() if made.get(name) != value]
+    if changed:
+        raise UserError(f"{data_file(logps.prefix, 'json')} was made with {'; '.join(changed)}")
 
 
 def made_logps(prefix: Path, rows: TokenizedRows, wanted: dict[str, Any]) -> ReferenceLogps:

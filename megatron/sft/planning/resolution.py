@@ -21,7 +21,7 @@ from megatron.sft.planning.adapter_base import base_of
 from megatron.sft.planning.memory import num_parameters
 from megatron.sft.planning.objective_checks import check_objective_fits, needs_reference, objective_problems, objective_words
 from megatron.sft.planning.options import TrainOptions
-from megatron.sft.planning.reference_plan import ReferencePlan, plan_reference
+from megatron.sft.planning.reference_plan import ReferencePlan, check_made_here, plan_reference
 from megatron.sft.planning.run_plan import (
     RunPlan,
     architecture_of,
@@ -218,6 +218,8 @@ def _resolve_objective(found: Resolution, mode: str) -> None:
     options, rows, start = found.options, found.rows, found.start
     if options.objective != "sft":
         found.add("objective", objective_words(options))
+    if mode == "reference" and not needs_reference(options.objective):
+        found.problems.append(f"OBJECTIVE={options.objective} takes no reference: it is OBJECTIVE=dpo that does")
     if rows is None or start is None:
         return
     found.attempt(check_objective_fits, rows, options)
@@ -225,6 +227,8 @@ def _resolve_objective(found: Resolution, mode: str) -> None:
         return
     try:
         found.reference = plan_reference(options, rows, start, found.resume)
+        if mode == "reference" and found.reference.logps:
+            check_made_here(found.reference.logps, found.layout)
     except UserError as error:
         if mode != "reference":
             found.problems.append(str(error))

@@ -65,8 +65,8 @@ def unkept_inputs(architecture: Architecture, trained: Trained) -> frozenset[str
     if trained.lora is None:
         return frozenset()  # FREEZE by layers: taken as trained
     read_by = {
-        "attention norm": ("q_proj", "k_proj", "v_proj"),
-        "MLP norm": ("gate_proj", "up_proj"),
+        "attention norm": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+        "MLP norm": ("gate_proj", "up_proj", "gate_up_proj"),
         "activation": ("down_proj",),
     }
     inside = architecture.moe is not None and not trained.lora.experts

@@ -38,6 +38,7 @@ def make_micro_batch(
     has_pairs: conversations are pairs' chosen and rejected answers in turn; a row without any trained token has none.
     """
     tokens, token_positions, lengths = _padded(rows, alignment, part)
+    true_lengths = np.concatenate([row.conversation_lengths for row in rows])
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     position_ids = np.arange(len(tokens)) - np.repeat(cu_seqlens[:-1], lengths)
     rank_tokens = local_tokens(lengths, part)  # [t]
@@ -57,7 +58,9 @@ def make_micro_batch(
     return MicroBatch(
         tokens=put(tokens[rank_tokens][None], torch.int64),
         position_ids=put(position_ids[rank_tokens][None], torch.int64),
-        packed=_packed_rows(lengths, put(cu_seqlens, torch.int32), query_chunks(lengths, part)),
+        packed=_packed_rows(
+            lengths, put(cu_seqlens, torch.int32), query_chunks(lengths, part), _by_token(true_lengths, lengths)[rank_tokens]
+        ),
         targets=Targets(
             put(hidden_indices[is_local], torch.int64),
             put(tokens[targets[is_local]], torch.int64),
@@ -134,7 +137,12 @@ def _padded(rows: Sequence[Row], alignment: int, part: ContextPart) -> tuple[np.
     return tokens, token_positions, padded
 
 
-def _packed_rows(lengths: np.ndarray, cu_seqlens: Tensor, chunks: QueryChunks) -> PackedRows:
+def _by_token(true_lengths: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[all tokens] the length without padding of each token's conversation; padding after the rows counts as one."""
+    return np.repeat(np.append(true_lengths, lengths[len(true_lengths) :]), lengths)
+
+
+def _packed_rows(lengths: np.ndarray, cu_seqlens: Tensor, chunks: QueryChunks, token_lengths: np.ndarray) -> PackedRows:
     def cumulated(run_lengths: np.ndarray) -> Tensor:
         return _put(np.concatenate([[0], np.cumsum(run_lengths)]), torch.int32, cu_seqlens.device)
 
@@ -154,4 +162,5 @@ def _packed_rows(lengths: np.ndarray, cu_seqlens: Tensor, chunks: QueryChunks) -
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         runs=runs,
+        token_lengths=token_lengths,
     )

@@ -1,5 +1,6 @@
 """The micro-batches of this process, made from positions in the data by a thread that is one step ahead."""
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -67,6 +68,12 @@ class Feeder:
         size, copies = self.plan.options.micro_batch_size, self.plan.data_parallel
         firsts = ((index * copies + self.rank) * size for index in range(self.plan.num_micro_batches))
         return [numbers[first : first + size] for first in firsts]
+
+    def single_rows(self, numbers: Sequence[int]) -> Numbers:
+        """This process's part of these rows, a global batch at most, to be computed one by one; blank ones where rows are
+        missing."""
+        missing = self.plan.options.global_batch_size - len(numbers)
+        return [number for part in self.shared([*numbers, *[None] * missing]) for number in part]
 
     def micro_batch(self, numbers: Numbers) -> "MicroBatch":
         """The micro-batch of these rows."""

@@ -21,7 +21,7 @@ from megatron.sft.training import nonfinite, state
 from megatron.sft.training.engine import Engine, StepResult
 from megatron.sft.training.feeder import Feeder
 from megatron.sft.training.log_window import Window
-from megatron.sft.training.pair_guard import AccuracyWatch, Guard
+from megatron.sft.training.pair_guard import AccuracyWatch, wrong_start
 from megatron.sft.training.saver import Saver
 from megatron.sft.training.steering.endings import keep_settings, last_words, name_best, nothing_left
 from megatron.sft.training.steering.live_export import LiveExport
@@ -70,16 +70,16 @@ class Run:
         self.log = metrics.MetricsLog(save, plan.train_iters, num_rows, self.iteration, plan.architecture, trackers, frozen)
         self.picture = LivePlot(save)
         self.stop.begin(self.options.exit_after_minutes)
+        watchdog.enter("comparison with the reference")
+        if not self.iteration and (problem := wrong_start(self.engine, self.feeder)):
+            self._fail(problem)
         code = self._stop_requested()
         if pending and not code:
             code = self._validate()
         window = Window(time.monotonic())
         saves = self.options.save_interval, self.options.export_every
-        guard = Guard(plan, self.engine.objective)
         while self.iteration < plan.train_iters and not code and not self._gave_up:
             self._step(window)
-            if guard.is_due and (problem := guard.look(window)):
-                self._fail(problem)
             code = self._stop_requested()
             if code or self._save_wanted or self._due(self.options.log_interval, self._eval_interval, *saves):
                 self._log(window)

@@ -102,7 +102,10 @@ class PairObjective:
 
 def _sums(values: Tensor, pairs: Pairs) -> Tensor:
     """[answers] float64 sums of [n] values; the same in every run, which `index_add_` on a GPU is not."""
-    return torch.segment_reduce(values, "sum", lengths=pairs.num_targets, unsafe=True, initial=0.0)
+    # With one value and one answer more, neither is ever empty: this rank may hold no target, and a batch no pair.
+    one = pairs.num_targets.new_ones(1)
+    lengths = torch.cat([pairs.num_targets, one])
+    return torch.segment_reduce(torch.cat([values, values.new_zeros(1)]), "sum", lengths=lengths, unsafe=True, initial=0.0)[:-1]
 
 
 def objective_of(options: TrainOptions) -> PairObjective | None:

@@ -26,7 +26,7 @@ from megatron.sft.model.config import DTYPES, transformer_config
 from megatron.sft.model.gpt import HeadResult, build_model
 from megatron.sft.model.inputs import MicroBatch
 from megatron.sft.model.pipeline import run_schedule
-from megatron.sft.planning.reference_plan import ReferencePlan, made_logps
+from megatron.sft.planning.reference_plan import ReferencePlan, made_logps, made_with
 from megatron.sft.planning.run_plan import RunPlan, architecture_of, check_data_fits
 from megatron.sft.runtime import device, output_lock, ranks, watchdog
 from megatron.sft.runtime.errors import UserError
@@ -151,7 +151,7 @@ def _make(plan: RunPlan, reference: ReferencePlan, prefix: Path, stop: StopReque
         if code:
             raise StoppedError(code)
     if file:
-        file.finish(_made_with(plan))
+        file.finish(made_with(plan.layout))
         print(f"reference log-probabilities: {file.tokens:,} tokens in {data_file(prefix, 'bin')}", flush=True)
     torch.distributed.barrier()
     del models
@@ -179,17 +179,16 @@ def _logps_of_rows(plan: RunPlan, models: list[torch.nn.Module], feeder: Feeder,
     """[trained tokens of the rows] float32, in the order of the rows; every rank gets them."""
     counts = plan.rows.trained_per_row[numbers]
     starts = dict(zip(numbers, (np.cumsum(counts) - counts).tolist(), strict=True))
-    mine = feeder.shared([*numbers, *[None] * (plan.options.global_batch_size - len(numbers))])
-    batches = [feeder.micro_batch(part) for part in mine]
+    # Row by row: the numbers of rows that are computed together would depend on each other in the last digits.
+    mine = feeder.single_rows(numbers)
+    batches = [feeder.micro_batch([number]) for number in mine]
     found = torch.zeros(int(counts.sum()), dtype=torch.float32, device=device.current())
     with torch.no_grad():
         outputs = run_schedule(models, batches, _forward_step, forward_only=True)
     if parallel_state.get_tensor_model_parallel_rank() == 0:
-        for part, batch, output in zip(mine, batches, outputs, strict=False):
-            rows = [number for number in part if number is not None]
-            places = [np.arange(starts[n], starts[n] + plan.rows.trained_per_row[n]) for n in rows]
-            where = torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *places])).to(found.device)
-            found[where[_index_in_micro_batch(batch)]] = output["logps"]
+        for number, batch, output in zip(mine, batches, outputs, strict=False):
+            if number is not None:
+                found[starts[number] + _index_in_row(batch)] = output["logps"]
     # Each token's is on one process; the others add zero.
     torch.distributed.all_reduce(found)
     values = found.cpu().numpy()
@@ -202,8 +201,8 @@ def _logps_of_rows(plan: RunPlan, models: list[torch.nn.Module], feeder: Feeder,
     return values
 
 
-def _index_in_micro_batch(batch: MicroBatch) -> Tensor:
-    """[n] int64, where each of this rank's targets stands among those of all context-parallel ranks."""
+def _index_in_row(batch: MicroBatch) -> Tensor:
+    """[n] int64, where each of this rank's targets stands among those of all context-parallel ranks, in a batch of one row."""
     assert batch.pairs is not None
     counts = batch.pairs.num_trained.long()
     return (counts.cumsum(0) - counts)[batch.pairs.answers] + batch.pairs.places
@@ -223,10 +222,3 @@ def _agreed_code(code: int) -> int:
     codes = torch.tensor(code, dtype=torch.int64, device=device.current())
     torch.distributed.all_reduce(codes, torch.distributed.ReduceOp.MAX)
     return int(codes)
-
-
-def _made_with(plan: RunPlan) -> dict[str, Any]:
-    """What may change the last digits, to be read by people."""
-    names = ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel")
-    layout = {name: getattr(plan.layout, name) for name in names}
-    return {**layout, "micro_batch_size": plan.options.micro_batch_size, "device": device.device_name()}

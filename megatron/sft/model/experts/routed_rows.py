@@ -73,7 +73,7 @@ def weighted_swiglu(gate_up: Tensor, weights: Tensor) -> Tensor:
 def write_weighted_swiglu(gate_up: Tensor, weights: Tensor, outputs: Tensor) -> None:
     """The same, written into `outputs` without gradient."""
     if gate_up.is_cuda:
-        from megatron.sft.model.kernels import experts
+        from megatron.sft.kernels import experts
 
         experts.weighted_swiglu(gate_up, weights, outputs)
         return
@@ -83,7 +83,7 @@ def write_weighted_swiglu(gate_up: Tensor, weights: Tensor, outputs: Tensor) -> 
 
 def _summed(rows: Tensor, places: Tensor) -> Tensor:
     if rows.is_cuda:
-        from megatron.sft.model.kernels.experts import sum_rows
+        from megatron.sft.kernels.experts import sum_rows
 
         return sum_rows(rows.contiguous(), places)
     return rows[places].float().sum(dim=1).to(rows.dtype)
@@ -136,7 +136,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
         gate_up, weights = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         if gate_up.is_cuda:
-            from megatron.sft.model.kernels.experts import weighted_swiglu_backward
+            from megatron.sft.kernels.experts import weighted_swiglu_backward
 
             return weighted_swiglu_backward(gate_up, weights, gradient)
         gate, up = (half.float() for half in gate_up.chunk(2, dim=-1))

@@ -23,7 +23,7 @@ from megatron.sft.families.trained import Trained
 from megatron.sft.families.weight_names import WeightEntry
 from megatron.sft.model.layout import Layout
 from megatron.sft.model.live_weights import live_weights
-from megatron.sft.model.low_rank import Dropout, add_product, project
+from megatron.sft.model.lora.low_rank import Dropout, add_product, project
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,17 @@ class Factor:
 
 
 @dataclass(frozen=True)
+class HeldRows:
+    """The outputs of a projection that this process has, in the projection's order.
+
+    outputs: their places in the layer's output. runs: (first row, number of rows) of the projection that lie together.
+    """
+
+    outputs: Tensor
+    runs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class Split:
     """How a linear layer is spread over the ranks of `group`: its outputs (`column`) or its inputs."""
 
@@ -59,14 +70,15 @@ class Adapter(nn.Module):
     """The adapters of one linear layer, in whose place it is called.
 
     Parameters, in the model's precision: `{projection}_A` [rank, inputs] and `{projection}_B` [outputs, rank], with a leading
-    dimension of experts where one layer holds several. `rows`: for each projection its outputs' places in the layer's output.
+    dimension of experts where one layer holds several. `held`: for each projection the rows of B in this process.
     """
 
     def __init__(
-        self, weights: Sequence[AdaptedWeight], base: Tensor, rows: Sequence[Tensor], lora: LoRA, split: Split
+        self, weights: Sequence[AdaptedWeight], base: Tensor, held: Sequence["HeldRows"], lora: LoRA, split: Split
     ) -> None:
         super().__init__()
         self.lora, self.split, self.weights = lora, split, tuple(weights)
+        rows, self._runs = [each.outputs for each in held], [each.runs for each in held]
         outputs, inputs = base.shape[-2:]
         self.names = [weights[0].module(place).rpartition(".")[2] for place in weights[0].projections]
         self.grouped = base.dim() == 3
@@ -156,7 +168,7 @@ class Adapter(nn.Module):
             return None
         # From the CPU's generator, which is alike on all ranks, and which recomputation puts back.
         draw, split = int(torch.randint(2**40, ())), self.split
-        # Ranks that hold other tokens, or other columns of them, draw other masks; experts are given all tokens.
+        # Ranks that hold other tokens, or other columns of them, have other masks; experts are given all tokens.
         parts_of_tokens = split.sequence_parallel and not split.expert
         apart = split.rank if parts_of_tokens or not split.column else 0
         data = parallel_state.get_data_parallel_rank(with_context_parallel=True)
@@ -167,24 +179,24 @@ class Adapter(nn.Module):
         """Every factor's part in this process."""
         split = self.split
         for weight_index, weight in enumerate(self.weights):
-            for place, name in zip(weight.projections, self.names, strict=True):
-                for peft_name, letter in zip(peft_names(weight.module(place)), "AB", strict=True):
-                    parameter = self.get_parameter(f"{name}_{letter}")
-                    values = parameter.data[weight_index] if self.grouped else parameter.data
-                    dimension = (0 if letter == "B" else None) if split.column else (1 if letter == "A" else None)
-                    whole, offsets = list(values.shape), [0, 0]
-                    if dimension is not None:
-                        whole[dimension] *= split.size
-                        offsets[dimension] = values.shape[dimension] * split.rank
-                    yield Factor(
-                        peft_name,
-                        parameter,
-                        values,
-                        (whole[0], whole[1]),
-                        (offsets[0], offsets[1]),
-                        dimension is None,
-                        split.expert,
-                    )
+            for place, name, runs in zip(weight.projections, self.names, self._runs, strict=True):
+                down, up = (self.get_parameter(f"{name}_{letter}") for letter in "AB")
+                a, b = (each.data[weight_index] if self.grouped else each.data for each in (down, up))
+                down_name, up_name = peft_names(weight.module(place))
+                if split.column:
+                    yield Factor(down_name, down, a, _pair(a.shape), (0, 0), True, split.expert)
+                    whole, rows = (b.shape[0] * split.size, b.shape[1]), b.split([count for _, count in runs])
+                    for part, (first, _) in zip(rows, runs, strict=True):
+                        yield Factor(up_name, up, part, whole, (first, 0), False, split.expert)
+                else:
+                    whole, first = (a.shape[0], a.shape[1] * split.size), a.shape[1] * split.rank
+                    yield Factor(down_name, down, a, whole, (0, first), False, split.expert)
+                    yield Factor(up_name, up, b, _pair(b.shape), (0, 0), True, split.expert)
+
+
+def _pair(shape: Sequence[int]) -> tuple[int, int]:
+    rows, columns = shape
+    return rows, columns
 
 
 def _inverse(order: Tensor, outputs: int) -> Tensor:
@@ -222,20 +234,23 @@ def _add_adapter(
     else:
         rank, group = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_group()
     split = Split(entry.rule.tp_dim == 0, rank, size, group, config.sequence_parallel and size > 1, expert)
-    rows = [_rows(entry, place, architecture, base.shape[-2], split) for place in weights[0].projections]
-    adapter = Adapter(weights, base, rows, lora, split)
+    held = [_rows(entry, place, architecture, base.shape[-2], split) for place in weights[0].projections]
+    adapter = Adapter(weights, base, held, lora, split)
     module.adapter = adapter
     module.forward = partial(adapter, module.forward)
 
 
-def _rows(entry: WeightEntry, place: int, architecture: Architecture, outputs: int, split: Split) -> Tensor:
-    """Where this rank's outputs of a projection lie in its layer's output: by the rule that puts the weight together."""
+def _rows(entry: WeightEntry, place: int, architecture: Architecture, outputs: int, split: Split) -> HeldRows:
+    """This rank's outputs of a projection, by the rule that puts the weight together.
+
+    Where Hugging Face's tensor holds several projections, a rank has a run of rows of each.
+    """
     every = torch.arange(outputs * split.size if split.column else outputs)
     here = tensor_parallel_part(entry.rule, every, split.rank, split.size) if split.column else every
     at = torch.full((len(every),), -1)
     at[here] = torch.arange(len(here))
     found = at[entry.rule.to_hf(architecture, every)[place]]
     held = torch.nonzero(found >= 0)[:, 0]
-    first = split.rank * len(held) if split.column else 0
-    assert torch.equal(held, torch.arange(first, first + len(held))), "a rank's rows of a projection do not lie together"
-    return found[held]
+    starts = torch.nonzero(torch.cat([held.new_ones(1), held.diff() - 1]))[:, 0].tolist()
+    stops = [*starts[1:], len(held)]
+    return HeldRows(found[held], tuple((int(held[a]), b - a) for a, b in zip(starts, stops, strict=True)))
