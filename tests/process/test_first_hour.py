@@ -56,6 +56,7 @@ def next_line(said: str) -> str:
     return str(found[0])
 
 
+@pytest.mark.timeout(900)
 def test_every_next_line_runs_as_it_is_printed(tmp_path: Path) -> None:
     """From a model and a file of chats to answers, by nothing but what the steps say."""
     root = copied_repository(tmp_path / "a clone")

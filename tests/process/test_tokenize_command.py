@@ -79,7 +79,7 @@ def test_real_rows_become_packed_rows_and_the_numbers_add_up(tmp_path: Path) -> 
     assert f"trained {share:.1f} % of {manifest['tokens']:,} tokens" in lines
     assert "not used: field 'id' of 600 records" in lines
     assert lines[-1].startswith("next: bash tools/new_recipe ") and lines[-1].endswith(f"{data} 512")
-    assert lines[-2].startswith(f"note: {manifest['rows']} rows are 1 step an epoch with GLOBAL_BATCH_SIZE=128 (the default)")
+    assert lines[-2].startswith(f"note: few rows ({manifest['rows']}: 1 step of the default GLOBAL_BATCH_SIZE=128): take ")
     assert sum(line.startswith("---- sample") for line in lines) == 2
     assert f"[[{rows[0]['output']}<|im_end|>]]" in result.stdout
     assert "\x1b[" not in result.stdout

@@ -35,12 +35,12 @@ def name_without_effect(found: Resolution, environment: Mapping[str, str]) -> No
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Names and values in two columns, at most 132 characters wide."""
+    """Names and values in two columns, at most 120 characters wide."""
     width = max(len(name) for name, _ in lines)
     wrapped = [
         textwrap.fill(
             f"{name:<{width}}  {value}",
-            132,
+            120,
             initial_indent="  ",
             subsequent_indent=" " * (width + 4),
             break_long_words=False,

@@ -16,7 +16,7 @@ _SPLITS = ((99, 1), (98, 2), (95, 5), (90, 10), (80, 20), (50, 50))
 
 def fitting_batch(num_rows: int, multiple: int = 1) -> int:
     """A GLOBAL_BATCH_SIZE with which this many rows make enough steps: a multiple of what all processes take at once."""
-    return max(1, num_rows // STEPS_AN_EPOCH // multiple) * multiple
+    return multiple << max(0, (num_rows // STEPS_AN_EPOCH // multiple).bit_length() - 1)
 
 
 def fitting_split(num_rows: int) -> str:
@@ -41,9 +41,8 @@ def data_notes(num_rows: int, num_conversations: int) -> Iterator[str]:
     steps = math.ceil(num_rows / batch)
     take = fitting_batch(num_rows)
     yield (
-        f"{num_rows:,} rows are {steps} step{'s' * (steps > 1)} an epoch with GLOBAL_BATCH_SIZE={batch} (the default): take "
-        f"GLOBAL_BATCH_SIZE={take}, which is {math.ceil(num_rows / take):,} steps of about "
-        f"{take * num_conversations / num_rows:,.0f} conversations"
+        f"few rows ({num_rows:,}: {steps} step{'s' * (steps > 1)} of the default GLOBAL_BATCH_SIZE={batch}): take {take}, for "
+        f"{math.ceil(num_rows / take):,} steps of about {take * num_conversations / num_rows:,.0f} conversations"
     )
 
 
