@@ -34,7 +34,8 @@ class VllmBackend:
         )
         # Token ids, because vLLM would put a second <s> before a text that has one.
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
-        outputs = self.engine.generate(inputs, sampling, use_tqdm=False, lora_request=self.adapter)
+        options = {"lora_request": self.adapter} if self.adapter else {}
+        outputs = self.engine.generate(inputs, sampling, use_tqdm=False, **options)
         answers = [list(output.outputs[0].token_ids) for output in outputs]
         if on_token:
             for token in answers[0]:
