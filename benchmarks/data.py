@@ -75,11 +75,11 @@ def _seconds_of_encoding(tokenizer: Any, texts: list[str]) -> float:
 
 def _seconds_of_step(tokenizer: Any, source: Source, length: int, num_workers: int) -> float:
     started = time.monotonic()
-    conversations = corpus.Corpus(source, ChatTemplate(tokenizer), RecordReader(), length, "truncate", num_workers=num_workers)
+    units = corpus.Corpus(source, ChatTemplate(tokenizer), RecordReader(), length, "truncate", num_workers=num_workers)
     dtype = token_dtype(max(tokenizer.get_vocab().values()) + 1)
     with tempfile.TemporaryDirectory() as folder, ConversationStore(Path(folder) / "data", dtype) as store:
-        for conversation in conversations:
-            store.add(conversation)
+        for unit in units:
+            store.add(*unit)
         packing = store.pack(length, 1234, packing=True)
         store.write(packing, {"format": FORMAT} | store.totals(packing, length))
         return time.monotonic() - started

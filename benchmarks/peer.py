@@ -19,7 +19,7 @@ def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[l
     """Seconds and losses of the timed steps, and `peak_bytes`. A step is forward and backward of all micro-batches,
     clipping and AdamW.
     """
-    model = _model(arguments.model)
+    model = _model(arguments.model, arguments.layers)
     if arguments.peer_recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if arguments.lora_rank:
@@ -49,7 +49,7 @@ def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[l
     return seconds, losses, peak_bytes()
 
 
-def _model(name: str) -> Any:
+def _model(name: str, num_layers: int) -> Any:
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
     try:
@@ -64,12 +64,17 @@ def _model(name: str) -> Any:
     fields = dict(configs[name]) if name in configs else None
     config = AutoConfig.for_model(**fields) if fields else AutoConfig.from_pretrained(name, trust_remote_code=False)
     config._attn_implementation = _ATTENTION
+    config._experts_implementation = "grouped_mm"  # of mixtures: all experts in one product
+    if num_layers:
+        config.num_hidden_layers = num_layers
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     torch.set_default_dtype(torch.float32)
-    _apply_liger_kernel_to_instance(model)
+    # Its own experts would take the place of the grouped product.
+    options = {"swiglu": False} if getattr(config, "num_experts", None) else {}
+    _apply_liger_kernel_to_instance(model, **options)
     result: Any = model.train()
     return result
 

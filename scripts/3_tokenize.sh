@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Tokenise chat data and pack it into rows, marking the tokens that are trained.
+# Tokenise chat data or preference pairs and pack them into rows, marking the tokens that are trained.
 #
 #   bash scripts/3_tokenize.sh TOKENIZER_DIR DATA LENGTH
 #
 # TOKENIZER_DIR  a Hugging Face model folder with a tokenizer and chat template
 # DATA           a file (JSON lines, JSON array, CSV or parquet; also .gz or .zst), a folder of them, or a hub id. Several may be
 #                given, each with a number or share of its records: "a.jsonl#500 b.jsonl#20%" (paths with spaces: one per line)
-# LENGTH         tokens per row
+# LENGTH         tokens per row; both answers of a preference pair, each with the prompt, share a row
 #
 # Variables (details in docs/data.md):
-#   OVERLONG=drop           conversations longer than LENGTH: drop, truncate, split (between turns) or error
-#   TRAIN_ON=all_assistant  which turns are trained: all_assistant, last_assistant or all (every token)
+#   OVERLONG=drop           conversations longer than LENGTH: drop, truncate, split (between turns; not of pairs) or error
+#   TRAIN_ON=all_assistant  which turns are trained: all_assistant, last_assistant or all (every token; not of pairs)
 #   CHAT_TEMPLATE=          chatml, llama-2, llama-3, mistral, qwen, deepseek-r1 or a file (default: the tokenizer's template)
 #   EMPTY_THINK=every       the template's empty <think> block in every answer without reasoning, in none, or where the
 #                           template writes it by itself (template)

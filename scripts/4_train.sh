@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Train with settings from shell variables, or from a recipe in scripts/sft/, which ends by running this script.
 #
-#   bash scripts/4_train.sh [train|resume|plan]
-#   bash scripts/sft/RECIPE.sh [train|resume|plan]
+#   bash scripts/4_train.sh [train|resume|plan|reference]
+#   bash scripts/sft/RECIPE.sh [train|resume|plan|reference]
 #
-# train   start a new run; refused if OUTPUT_PATH has checkpoints
-# resume  continue a run; refused if OUTPUT_PATH has none
-# plan    print everything about the run without starting it
-# (none)  resume if there is a checkpoint, otherwise train: what a requeued job does
+# train      start a new run; refused if OUTPUT_PATH has checkpoints
+# resume     continue a run; refused if OUTPUT_PATH has none
+# plan       print everything about the run without starting it
+# reference  make the reference's log-probabilities of OBJECTIVE=dpo (again); the others make them if they are missing
+# (none)     resume if there is a checkpoint, otherwise train: what a requeued job does
 #
 # Required: PRETRAIN_CHECKPOINT_PATH (2_convert.sh), DATA_PATH (3_tokenize.sh) and OUTPUT_PATH. Every other setting has a default,
 # listed in docs/options.md. GPUS_PER_NODE (default: every GPU found; on CPU, TP x PP x CP) and NNODES set the number of processes.
@@ -24,8 +25,8 @@ source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/lib/common.sh" || exit 2
 help_or_arguments 0 1 "$@"
 mode=${1-}
 case $mode in
-  '' | train | resume | plan | settings) ;;
-  *) die "unknown argument '$mode': write train, resume or plan" ;;
+  '' | train | resume | plan | reference | settings) ;;
+  *) die "unknown argument '$mode': write train, resume, plan or reference" ;;
 esac
 if [[ ${MAX_RESTARTS:-0} != 0 ]]; then
   die "MAX_RESTARTS is '$MAX_RESTARTS': a failed run is no longer restarted in place. Unset it; SLURM jobs are requeued, elsewhere the same command resumes the run (docs/reliability.md)"

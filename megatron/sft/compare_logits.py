@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.sft.checkpoint import folder as checkpoint_folder
+from megatron.sft.checkpoint.adapter_record import refuse_adapters
 from megatron.sft.conversion.logits import (
     TOLERANCE,
     difference_of,
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = HFFolder(arguments.hf_dir, rope_extension(checkpoint.manifest))
     conversations = random_conversations(source)
     with process_groups.parallel(layout):
+        refuse_adapters(checkpoint)
         ours = megatron_logits(checkpoint, source, layout, conversations)
         if ours is None:
             return 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.sft.chat.corrections import check_keeps_thinking, keep_thinking
-from megatron.sft.chat.named_templates import chosen_template
+from megatron.sft.chat.template_settings import chosen_template
 from megatron.sft.hf.tokenizer import read_tokenizer
 from megatron.sft.hf.tokenizer_files import num_tokens, read_chat_template, tokens_to_add
 from megatron.sft.runtime.errors import UserError, run

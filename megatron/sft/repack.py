@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from megatron.sft.chat.encoding import Conversation
-from megatron.sft.data.corpus import Counts, cut_or_dropped
+from megatron.sft.data.counts import Counts, Unit, fitting, unit_length
 from megatron.sft.data.packing import ALGORITHM
-from megatron.sft.data.report import print_dropped
+from megatron.sft.data.report import packed_units, print_dropped
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import Row, TokenizedRows, data_prefix, is_finished
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
@@ -95,12 +95,12 @@ def repack(source: TokenizedRows, options: Options, prefix: Path, fingerprint: s
     old = source.manifest
     is_grouped = source.groups is not None
     with ConversationStore(prefix, np.dtype(old["dtype"]), is_grouped, source.num_sources) as store:
-        for conversation in _fitting(conversations(source), options, counts):
-            store.add(conversation)
-        print_dropped(counts, options.seq_length)
-        if not len(store.lengths):
+        for unit in _fitting(units(source), options, counts):
+            store.add(*unit)
+        print_dropped(counts, options.seq_length, f"{unit_name(source)}s")
+        if not store.num_units:
             raise UserError(
-                f"no conversation of {source.prefix} fits into {options.seq_length} tokens: give a greater --seq-length"
+                f"no {unit_name(source)} of {source.prefix} fits into {options.seq_length} tokens: give a greater --seq-length"
             )
         packing = store.pack(options.seq_length, options.seed, options.packing)
         manifest = {name: value for name, value in old.items() if name != "row_units"}
@@ -114,12 +114,24 @@ def repack(source: TokenizedRows, options: Options, prefix: Path, fingerprint: s
         }
         store.write(packing, manifest)
     fill = f"{100 * manifest['fill']:.1f} % full"
-    print(f"packed {len(store.lengths)} conversations into {packing.num_rows} rows of {options.seq_length} tokens ({fill})")
+    print(f"packed {packed_units(manifest)} into {packing.num_rows} rows of {options.seq_length} tokens ({fill})")
     print(f"wrote {prefix}.bin, .idx, .json")
 
 
-def conversations(source: TokenizedRows) -> Iterator[Conversation]:
-    """The conversations in the order of the rows."""
+def unit_name(source: TokenizedRows) -> str:
+    return "pair" if source.num_pairs else "conversation"
+
+
+def units(source: TokenizedRows) -> Iterator[Unit]:
+    """The conversations in the order of the rows, one by one or in pairs."""
+    found = _conversations(source)
+    if source.num_pairs:
+        yield from zip(found, found, strict=True)
+    else:
+        yield from ((conversation,) for conversation in found)
+
+
+def _conversations(source: TokenizedRows) -> Iterator[Conversation]:
     groups, sources = source.groups, source.sources
     for index, conversation in enumerate(conversation for row in source for conversation in _row_conversations(row)):
         group = None if groups is None else int(groups[index])
@@ -127,36 +139,35 @@ def conversations(source: TokenizedRows) -> Iterator[Conversation]:
 
 
 def _row_conversations(row: Row) -> Iterator[Conversation]:
-    start = 0
-    for length in row.conversation_lengths.tolist():
-        part = slice(start, start + length)
-        trained = row.trained[part]
-        run_ends = np.append(np.flatnonzero(np.diff(trained)) + 1, length)
-        yield Conversation(row.tokens[part], np.diff(run_ends, prepend=0).tolist())
-        start += length
+    for start, stop in row.spans.tolist():
+        trained = row.trained[start:stop]
+        run_ends = np.append(np.flatnonzero(np.diff(trained)) + 1, stop - start)
+        yield Conversation(row.tokens[start:stop], np.diff(run_ends, prepend=0).tolist())
 
 
-def _fitting(all_conversations: Iterator[Conversation], options: Options, counts: Counts) -> Iterator[Conversation]:
+def _fitting(all_units: Iterator[Unit], options: Options, counts: Counts) -> Iterator[Unit]:
     """Those that fit the new length, cut if that was asked for."""
-    for conversation in all_conversations:
-        length = len(conversation.tokens)
+    for unit in all_units:
+        length = unit_length(unit)
         if length > options.seq_length and options.overlong == "error":
+            what = "pair" if len(unit) > 1 else "conversation"
             raise UserError(
-                f"a conversation has {length} tokens, more than {options.seq_length}: give a greater --seq-length, "
+                f"a {what} has {length} tokens, more than {options.seq_length}: give a greater --seq-length, "
                 "or --overlong drop or truncate"
             )
-        if kept := cut_or_dropped(conversation, options.seq_length, options.overlong, counts):
+        if kept := fitting(unit, options.seq_length, options.overlong, counts):
             yield kept
 
 
 def _step(source: TokenizedRows, options: Options, counts: Counts) -> dict[str, Any]:
-    """The manifest's entry for one repacking; conversations before = conversations now + the sum of dropped."""
+    """The manifest's entry for one repacking; conversations (or pairs) before = now + the sum of dropped."""
     old = source.manifest
     return {
         "from": source.prefix.name,
         "from_sha256": old["files"]["bin"]["sha256"],
         "from_length": old["length"],
         "from_conversations": old["conversations"],
+        **({"from_pairs": old["pairs"]} if source.num_pairs else {}),
         "length": options.seq_length,
         "overlong": options.overlong,
         "dropped": dict(counts.dropped),

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     row = rows[given.row]
     share = 100 * row.trained.mean()
     print(f"row {given.row} of {len(rows)}: {len(row.tokens)} tokens, {share:.1f} % trained; {legend(color)}")
-    for line in row_text(tokenizer, row, color):
+    for line in row_text(tokenizer, row, color, rows.num_pairs > 0):
         print(line)
     return 0
 

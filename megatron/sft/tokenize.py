@@ -19,9 +19,8 @@ from typing import Any
 from megatron.sft.chat.conversations import RecordReader, renamed_columns
 from megatron.sft.chat.corrections import EMPTY_THINK, difference
 from megatron.sft.chat.encoding import TOKENIZER_FILES, check_tokenizer_folder, load_tokenizer
-from megatron.sft.chat.named_templates import NAMES, chosen_template
 from megatron.sft.chat.template import TRAIN_ON, ChatTemplate, CorrectionNeeded, templates_of
-from megatron.sft.chat.template_arguments import read_arguments, read_date, with_defaults
+from megatron.sft.chat.template_settings import NAMES, chosen_template, read_arguments, read_date, with_defaults
 from megatron.sft.data.corpus import OVERLONG, Corpus
 from megatron.sft.data.mixture import Input, Source, parse_inputs, validated_source
 from megatron.sft.data.packing import ALGORITHM
@@ -35,12 +34,13 @@ from megatron.sft.data.report import (
     print_totals,
     source_facts,
     tokenizer_facts,
+    units_name,
 )
 from megatron.sft.data.store import ConversationStore
-from megatron.sft.data.tokenized import FORMAT, TokenizedRows, is_finished, token_dtype
+from megatron.sft.data.tokenized import FORMAT, REBUILD, TokenizedRows, data_file, is_finished, token_dtype
 from megatron.sft.hf.tokenizer import auto_tokenizer_note
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
-from megatron.sft.runtime.manifest import sha256_of_file, sha256_of_text
+from megatron.sft.runtime.manifest import read_json, sha256_of_file, sha256_of_text
 
 NUM_SAMPLES = 2
 MAX_SEQ_LENGTH = 1 << 24
@@ -92,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             folder = options.prefix.parent
             raise UserError(f"no space left in {folder}: free some, or use --output-prefix; nothing was written") from None
-    print("next: scripts/4_train.sh")
+    has_pairs = read_json(data_file(options.prefix, "json"), "manifest of tokenised data", REBUILD).get("pairs")
+    print(f"next: {'OBJECTIVE=dpo ' if has_pairs else ''}scripts/4_train.sh")
     return 0
 
 
@@ -211,12 +212,13 @@ def tokenize(options: Options, sources: list[Source], template: ChatTemplate, ow
         ConversationStore(options.prefix, token_dtype(vocabulary_size), bool(options.group_key), len(sources)) as store,
         RejectedRecords(rejected_path) as rejected,
     ):
-        corpora = [_corpus(options, source, index, template, rejected) for index, source in enumerate(sources)]
+        kinds: dict[str, str] = {}
+        corpora = [_corpus(options, source, index, template, rejected, kinds) for index, source in enumerate(sources)]
         for corpus in corpora:
-            for conversation in corpus:
-                if len(store.lengths) < NUM_SAMPLES:
-                    print_sample(len(store.lengths) + 1, tokenizer, conversation)
-                store.add(replace(conversation, source=corpus.index) if corpus.index else conversation)
+            for unit in corpus:
+                if store.num_units < NUM_SAMPLES:
+                    print_sample(store.num_units + 1, tokenizer, unit)
+                store.add(*((replace(one, source=corpus.index) for one in unit) if corpus.index else unit))
             print_corpus(corpus)
         for note in [*placeholder_notes(options.replaced, corpora), *sorted(template.notes)]:
             print(f"note: {note}")
@@ -224,7 +226,8 @@ def tokenize(options: Options, sources: list[Source], template: ChatTemplate, ow
             rejected.keep()
         if not any(corpus.counts.num_kept for corpus in corpora):
             names = ", ".join(input.name for input in options.inputs)
-            raise UserError(f"no conversation of {names} is left, see the reasons above: nothing was written")
+            what = units_name(corpora[0]).removesuffix("s")
+            raise UserError(f"no {what} of {names} is left, see the reasons above: nothing was written")
         if options.group_key and all(corpus.counts.num_without_group == corpus.counts.num_read for corpus in corpora):
             raise UserError(f"GROUP_KEY is {options.group_key!r}: no record of the data has that field, correct it")
         packing = store.pack(options.seq_length, options.seed, options.packing)
@@ -238,7 +241,9 @@ def tokenize(options: Options, sources: list[Source], template: ChatTemplate, ow
     print(f"look at a row: {show_sample} {options.prefix} 0")
 
 
-def _corpus(options: Options, source: Source, index: int, template: ChatTemplate, rejected: RejectedRecords) -> Corpus:
+def _corpus(
+    options: Options, source: Source, index: int, template: ChatTemplate, rejected: RejectedRecords, kinds: dict[str, str]
+) -> Corpus:
     return Corpus(
         source,
         template,
@@ -250,6 +255,7 @@ def _corpus(options: Options, source: Source, index: int, template: ChatTemplate
         index,
         rejected.add if options.skip_bad_records else None,
         options.num_workers,
+        kinds=kinds,
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from megatron.sft.planning.options import TrainOptions, parse
 from megatron.sft.runtime import console, watchdog
 from megatron.sft.runtime.errors import UserError, cause_of, run
-from megatron.sft.runtime.signals import LOST_PEER, StopRequest
+from megatron.sft.runtime.signals import LOST_PEER, RESUME, StopRequest, name_of
 
 # What gloo and the store say when the process at the other end has died: an effect; the cause is reported by that process.
 _LOST_PEER = re.compile(r"Connection (closed|reset) by|Broken pipe|Connection refused|recvValue failed")
@@ -58,18 +58,36 @@ def _train(mode: str, options: TrainOptions, arguments: Sequence[str], stop: Sto
     device.prepare()
     found = resolve(mode, options, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
     plan = found.plan()
+    if mode == "reference" and plan.reference is None:
+        raise UserError(f"OBJECTIVE={options.objective} takes no reference: it is for OBJECTIVE=dpo")
     ranks.print_rank_0(table([*found.lines, ("output", str(options.save)), *setting_lines(options, arguments)]))
     input_checks.check(plan)
-    hold = output_lock.held(options.save, options.save / ".lock") if ranks.is_rank_0() else contextlib.nullcontext()
+    writes = mode != "reference" and ranks.is_rank_0()
+    hold = output_lock.held(options.save, options.save / ".lock") if writes else contextlib.nullcontext()
     from megatron.sft.model.config import describe_kernels
 
     ranks.print_rank_0(f"  computing with {describe_kernels(options.precision)}")
     with hold, process_groups.parallel(plan.layout, options.seed, options.distributed_timeout_minutes):
         from megatron.sft.checkpoint.verification import checked_run
+        from megatron.sft.training import same_run
         from megatron.sft.training.loop import Run
+        from megatron.sft.training.reference import StoppedError, with_logps
 
         if plan.resume and options.verify_checkpoint:
             plan = replace(plan, start=checked_run(plan.start))
+        if plan.resume:
+            same_run.check_same_run(plan.start, plan)
+        if plan.reference:
+            if mode == "reference" and plan.reference.logps:
+                ranks.print_rank_0(f"nothing to do: {plan.reference.words}")
+            try:
+                plan = replace(plan, reference=with_logps(plan, stop))
+            except StoppedError as error:
+                why = name_of(error.args[0])
+                ranks.print_rank_0(f"stopped by {why}: the same command continues from there (status {RESUME})")
+                return RESUME
+        if mode == "reference":
+            return 0
         return Run(plan, stop).train()
 
 

@@ -14,7 +14,7 @@ from megatron.sft.planning.options import TrainOptions
 from megatron.sft.planning.resolution import checkpoint_bytes
 from megatron.sft.planning.trained_part import trained_part
 from tests.support import tiny
-from tests.support.adapter_case import OPTIONS, STEPS, assert_only_adapters
+from tests.support.adapter_case import OPTIONS, STEPS, Case, assert_only_adapters
 from tests.support.layout_worker import stored_tensors
 
 LORA = ["--lora-rank", "4", "--lora-dropout", "0.1"]
@@ -114,6 +114,21 @@ def test_what_is_trained_may_not_change_and_how_is_reported(made: Path, half: Pa
     assert "LORA_RANK was 0 in" in line and "docs/lora.md" in line
 
 
+def test_commands_that_need_a_whole_model_refuse_adapters_by_name(made: Path, tmp_path: Path) -> None:
+    run, model, out = made / "run", made / "hf", tmp_path / "out"
+    for module, arguments in (
+        ("convert", ["--source", run, "--hf-dir", model, "--output", out]),
+        ("compare_logits", ["--load", run, "--hf-dir", model]),
+    ):
+        line = error_of(tiny.run_module(module, *arguments, status=2))
+        assert f"{run / f'iter_{STEPS:07d}'} holds adapters" in line and not out.exists(), line
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    line = error_of(tiny.run_module("convert", "--source", adapter, "--output", out, status=2))
+    assert f"{adapter} is a PEFT adapter" in line and "LORA_INIT_FROM" in line
+
+
 def test_a_run_of_all_weights_can_be_the_base_of_adapters(made: Path, tmp_path: Path) -> None:
     full = tmp_path / "full"
     train(made, "train", full, made / "base", "--train-iters", "2", "--lr", "1e-3")
@@ -128,6 +143,18 @@ def test_a_run_of_all_weights_can_be_the_base_of_adapters(made: Path, tmp_path: 
     again = tiny.as_of(1, run, tmp_path / "once more")
     line = error_of(train(made, "resume", again, full, *LORA, "--train-iters", "3", status=2))
     assert "does not hold the weights" in line and str(full / "iter_0000002") in line
+
+
+def test_adapters_of_experts_continue_in_other_layouts(tmp_path: Path) -> None:
+    case = Case(tmp_path, "qwen3_moe")
+    options = ["--lora-rank", "4", "--lora-targets", "all,experts", "--lr", "1e-2"]
+    whole = case.train("EP2 x TP2", *options, adapter=False)
+    saved = stored_tensors(whole / "iter_0000002")
+    assert len(saved) == 4 * 2 * 5 * (4 + 3 * 8)
+    for layout in ("1x1", "EP2", "TP2"):
+        again = tiny.as_of(2, whole, tmp_path / f"again {layout}")
+        case.train(layout, *options, name=again.name, mode="resume", adapter=False)
+        assert tiny.losses(again) == pytest.approx(tiny.losses(whole), rel=1e-5)
 
 
 def test_an_adapter_that_is_continued_is_needed_for_the_start_alone(made: Path, tmp_path: Path) -> None:

@@ -63,6 +63,17 @@ def test_dropout_is_redrawn_alike_when_recomputing_and_when_resuming(case: Case)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_dropout_is_redrawn_alike_and_16_bits_stay_near_float32(case: Case) -> None:
+    words = ("none", "selective", "full")
+    runs = [case.train("1x1", *DROPOUT, "--recompute", word, name=f"GPU {word}", on_gpu=True) for word in words]
+    for run in runs[1:]:
+        assert tiny.losses(run) == pytest.approx(tiny.losses(runs[0]), rel=1e-5)
+    for precision, tolerance in (("bf16", 2e-2), ("fp16", 3e-3)):
+        half = case.train("1x1", "--precision", precision, name=f"GPU {precision}", on_gpu=True)
+        assert tiny.losses(half) == pytest.approx(case.expected().losses, rel=tolerance)
+
+
 def test_tensor_parallel_ranks_that_read_the_same_tokens_drop_the_same(case: Case) -> None:
     """So one process and two have the same losses, where A is whole on each."""
     other = case.with_adapter("columns", target_modules=["q_proj", "v_proj", "up_proj"])
@@ -85,6 +96,7 @@ def test_16_bits_stay_near_float32_and_their_masters_are_float32(
 ) -> None:
     run = case.train("TP2", "--precision", precision, "--optimizer-precision", optimizer, "--initial-loss-scale", "1024")
     assert tiny.losses(run) == pytest.approx(case.expected().losses, rel=tolerance)
+    assert [line["grad_norm"] for line in tiny.metrics(run)] == pytest.approx(case.expected().norms, rel=5 * tolerance)
     last, half = stored_tensors(run / f"iter_{STEPS:07d}"), getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[precision])
     for name, weight in case.expected().weights.items():
         master = last[f"optimizer.state.param.{name}"]

@@ -18,7 +18,6 @@ from megatron.sft.checkpoint.folder import open_checkpoint
 from megatron.sft.compare_logits import megatron_logits, transformers_logits
 from megatron.sft.data.tokenized import Row
 from megatron.sft.families.rules import tensor_parallel_part
-from megatron.sft.families.weight_names import checkpoint_name, weight_entries
 from megatron.sft.hf.folder import HFFolder
 from megatron.sft.model import process_groups
 from megatron.sft.model.layout import Layout, check_layout
@@ -87,6 +86,7 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
     from megatron.sft.checkpoint.model_shards import load_weights
     from megatron.sft.model.config import transformer_config
     from megatron.sft.model.gpt import build_model
+    from megatron.sft.model.live_weights import live_weights
     from megatron.sft.training.batches import make_micro_batch
 
     architecture = source.architecture
@@ -98,8 +98,8 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
     row = packed_row(source)
     batch = make_micro_batch([row], layout.tensor_parallel, "token", device.current())
 
-    def loss(output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        summed, _ = output
+    def loss(output: tuple[torch.Tensor, torch.Tensor, None]) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        summed, *_ = output
         return summed, batch.loss_count.to(torch.int), {"loss": summed.detach()}
 
     def step(batches: Iterator[Any], stage: Any) -> tuple[torch.Tensor, Any]:
@@ -116,15 +116,9 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
         forward_only=False,
     )
     expected = transformers_gradients(source, row)
-    entries = {entry.megatron: entry for entry in weight_entries(architecture)}
-    experts = architecture.moe.num_experts // layout.expert_parallel if architecture.moe else 0
-    first = (model.decoder.layers[0].layer_number - 1, experts * parallel_state.get_expert_model_parallel_rank())
     worst, worst_name = 0.0, "-"
-    for live_name, parameter in model.named_parameters():
-        name = checkpoint_name(live_name, architecture, *first)
-        if name == "output_layer.weight" and architecture.tied_embeddings:
-            name = "embedding.word_embeddings.weight"
-        entry = entries[name]
+    for weight in live_weights(model, architecture, layout):
+        entry, name = weight.entry, weight.entry.megatron
         whole = entry.rule.to_megatron(architecture, *(expected[hf] for hf in entry.hf))
         if "embedding" in name or "output_layer" in name:
             whole = torch.cat([whole, whole.new_zeros(layout.padded_vocab_size(architecture) - len(whole), whole.shape[1])])
@@ -132,7 +126,9 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
         if entry.expert is not None:
             rank, size = parallel_state.get_expert_tensor_parallel_rank(), layout.expert_tensor_parallel
         theirs = tensor_parallel_part(entry.rule, whole, rank, size)
-        ours = parameter.main_grad
+        ours = weight.parameter.main_grad
+        if ours.shape != weight.values.shape:  # of several experts
+            ours = ours[(weight.values.data_ptr() - weight.parameter.data_ptr()) // weight.values.nbytes]
         difference = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-6))
         if difference > worst:
             worst, worst_name = difference, name

@@ -54,7 +54,7 @@ def transformers_4_folder() -> Path:
     """Packages that, first in PYTHONPATH, make transformers the last of version 4."""
 
     def build(folder: Path) -> None:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(folder)]
         _fetch([*command, *TRANSFORMERS_4], CACHE)
 
     return _built_once(TRANSFORMERS_4[0].replace("==", "-"), build)

@@ -26,7 +26,7 @@ PACKAGE = str(tiny.ROOT / "megatron" / "sft") + os.sep
 QUICKSTART = tiny.ROOT / "assets" / "quickstart"
 ANSWER = "Zoe Quin Zoe Quin Val Val Zoe"  # in one record only
 VALUE = 0.4453125  # of every element of one weight, exact in all precisions
-DEPTH, ELEMENTS = 3, 64
+DEPTH, ELEMENTS = 4, 64
 
 
 def inside(value: Any, found: Callable[[Any], bool], depth: int = DEPTH) -> bool:

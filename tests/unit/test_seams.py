@@ -60,6 +60,7 @@ SEAMS: dict[str, list[str]] = {
         "window_size",
     ],
     "torch.UntypedStorage.resize_": [],
+    "torch.nn.Module.forward": [],
     "torch.optim.adam.Adam.exp_avg_sq": [],
     "torch.cuda.cudart": [],
     # torchrun
@@ -79,7 +80,6 @@ SEAMS: dict[str, list[str]] = {
     "megatron.core.extensions.transformer_engine": [],
     "megatron.core.tensor_parallel.layers.fused_weight_gradient_mlp_cuda": [],
     "megatron.core.tensor_parallel.layers._grad_accum_fusion_available": [],
-    "megatron.core.transformer.moe.moe_utils.te_general_gemm": [],
     "megatron.core.optimizer.optimizer.MegatronOptimizer.get_grad_norm": ["self"],
     "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBuffer.numel_unpadded": [],
     "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucket.numel_unpadded": [],
@@ -95,7 +95,6 @@ SEAMS: dict[str, list[str]] = {
     ],
     "megatron.core.pipeline_parallel.p2p_communication.P2PCommunicator.__init__": ["pp_group", "config"],
     "megatron.core.transformer.transformer_layer.TransformerLayer.forward": [],
-    "megatron.core.transformer.transformer_layer.TransformerLayer.is_moe_layer": [],
     "megatron.core.transformer.attention.Attention.num_query_groups_per_partition": [],
     "megatron.core.transformer.attention.Attention.hidden_size_per_attention_head": [],
     "megatron.core.transformer.transformer_layer.TransformerLayerSubmodules.sharded_state_dict_keys_map": [],
@@ -108,7 +107,9 @@ SEAMS: dict[str, list[str]] = {
     "megatron.core.distributed.DistributedDataParallel.zero_out_wgrad": [],
     "megatron.core.distributed.DistributedDataParallel.main_grad": [],
     "megatron.core.tensor_parallel.layers.set_tensor_model_parallel_attributes": ["tensor", "is_parallel", "dim", "stride"],
+    "megatron.core.tensor_parallel.layers.linear_with_frozen_weight": ["input", "weight"],
     "megatron.core.distributed.finalize_model_grads.sequence_parallel": [],
+    "megatron.core.distributed.DistributedDataParallel.allreduce": [],
     "megatron.core.optimizer.optimizer.ChainedOptimizer.chained_optimizers": [],
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.is_stub_optimizer": [],
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.gbuf_ranges": [],
@@ -120,6 +121,10 @@ SEAMS: dict[str, list[str]] = {
     "megatron.core.optimizer.distrib_optimizer.Adam": [],
     "megatron.core.optimizer.is_te_min_version": ["version"],
     "megatron.core.optimizer.optimizer_config.OptimizerConfig.use_precision_aware_optimizer_no_fp8_or_ds_fp8": [],
+    "megatron.core.optimizer.get_standard_config_overrides": ["config"],
+    "megatron.core.optimizer.optimizer_config.ParamKey": ["name"],
+    "megatron.core.optimizer_param_scheduler.ParamGroupOverride.max_lr": [],
+    "megatron.core.optimizer_param_scheduler.get_canonical_lr_for_logging": ["param_groups"],
     "megatron.core.optimizer.optimizer.MegatronOptimizer.get_main_grads_for_grad_norm": ["self"],
     "megatron.core.optimizer.optimizer.MegatronOptimizer.get_grad_stats_parallel_group": ["self"],
     "megatron.core.tensor_parallel.model_parallel_cuda_manual_seed": ["seed", "inference_rng_tracker"],
@@ -175,6 +180,7 @@ USED_AS = {
     "__init__": "P2PCommunicator",
     "forward_backward_pipelining_with_interleaving": "get_forward_backward_func",
     "forward_backward_pipelining_without_interleaving": "get_forward_backward_func",
+    "linear_with_frozen_weight": "requires_grad_",  # it follows from it
 }
 
 

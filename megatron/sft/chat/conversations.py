@@ -1,4 +1,4 @@
-"""Reads one record of chat data: the messages of its conversation, or plain text.
+"""Reads one record of chat data: the messages of its conversation, or of both of a preference record, or plain text.
 
 The format is recognized by the record's fields. What is unknown or ambiguous is refused, never guessed.
 """
@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,36 +20,41 @@ from megatron.sft.chat.field_names import (
     role_of,
     words_of,
 )
-from megatron.sft.chat.fields import checked_list, checked_object, is_filled, refuse_fields, required_text
+from megatron.sft.chat.fields import (
+    NOT_A_COLUMN,
+    checked_object,
+    is_filled,
+    refuse_fields,
+    renamed,
+    renamed_columns,
+    required_text,
+)
 from megatron.sft.chat.formats import ANSWERS, LISTS, PAIRS, TEXT, format_fields, format_name, turns_of, used_fields
+from megatron.sft.chat.preferences import (
+    SIDE_NAMES,
+    Pair,
+    prompt_length,
+    read_sides,
+    side_fields,
+    side_flags,
+    with_fields_of_input,
+)
 from megatron.sft.chat.turns import Message, Messages, Turns, read_turns
 from megatron.sft.runtime import exact_json
 from megatron.sft.runtime.errors import UserError
 
-__all__ = ["Example", "Message", "Messages", "RecordReader", "group_hash", "join_rounds", "renamed_columns"]
+__all__ = ["Example", "Message", "Messages", "Pair", "RecordReader", "group_hash", "join_rounds", "renamed_columns"]
 
 # Fields that change what a conversation says or what is trained, with every setting.
 REFUSED_FIELDS = ("tools", "functions", "tool_calls", "function_call", "history", *REASONING_FIELDS, *MEDIA_FIELDS)
 FORMAT_FIELDS = {*LISTS, *PAIRS, *ANSWERS, TEXT}
-NOT_A_COLUMN = "-"
-OF_TURNS = "[]."  # MAP_COLUMNS also takes fields of turns: messages[].time=-
+JUDGEMENTS = ("label", "kto_tag")
 # Arguments of apply_chat_template that a template has no variable for.
 RESERVED_KWARGS = {
     *("tools", "documents", "messages", "conversation", "chat_template", "add_generation_prompt"),
     *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
-
-
-def renamed_columns(pairs: list[str]) -> dict[str, str]:
-    """Old names to new of MAP_COLUMNS, OLD=NEW each. A `UserError` for a name that is given twice."""
-    columns: dict[str, str] = {}
-    for pair in pairs:
-        old, _, new = pair.partition("=")
-        if not old or not new or old in columns or (new in columns.values() and new != NOT_A_COLUMN):
-            raise UserError(f"MAP_COLUMNS has {pair!r}: give OLD=NEW, each name once, such as problem=instruction")
-        columns[old] = new
-    return columns
 
 
 def group_hash(record: dict[str, Any], key: str, renamed_columns: dict[str, str]) -> int | None:
@@ -97,8 +101,19 @@ class RecordReader:
 
     def example(self, record: dict[str, Any]) -> Example:
         """The example of one record. A `UserError` names the field and the fix; the caller adds file and line."""
-        record = self._renamed(record)
-        _refuse_preferences(record)
+        record = renamed(self._with_own_input(record), self.renamed_columns)
+        _refuse_preferences(record, "of which only one answer can be read here")
+        return self._example(record)
+
+    def read(self, record: dict[str, Any]) -> Example | Pair:
+        """The example of one record, or both conversations of a preference record; errors as of `example`."""
+        record = renamed(self._with_own_input(record), self.renamed_columns)
+        if not SIDE_NAMES.isdisjoint(record) and (names := side_fields(record)):
+            return self._pair(record, names)
+        _refuse_preferences(record, "by names that are not known")
+        return self._example(record)
+
+    def _example(self, record: dict[str, Any]) -> Example:
         fields = format_fields(record)
         used = used_fields(record, fields)
         refuse_fields(record, [name for name in REFUSED_FIELDS if name not in used])
@@ -109,22 +124,40 @@ class RecordReader:
         else:
             _refuse_empty_list(record, fields)
             turns = turns_of(record, fields, self.needs_answer)
-            for index, message in enumerate(turns.messages):
-                message["content"] = self._filled(message["content"], f"turn {index}")
+            self._fill(turns.messages)
             if self.needs_answer:
                 _check_answers(turns.messages)
         unused = [(name, name, record[name]) for name in record if name not in used]
-        self._ignore([*unused, *turns.extras], record, fields, turns.messages)
+        self._ignore([*unused, *turns.extras], record, fields, [turns.messages])
         self.formats[format_name(record, fields)] += 1
         kwargs = _template_kwargs(record) if text == "" else {}
         return Example(turns.messages, tuple(turns.loss_flags), turns.tools, text, kwargs)
 
+    def _pair(self, record: dict[str, Any], names: tuple[str, str]) -> Pair:
+        sides = read_sides(record, names)
+        both = (sides.chosen, sides.rejected)
+        refuse_fields(record, [name for name in REFUSED_FIELDS if name not in sides.used])
+        _check_record_loss(record)
+        for turns in both:
+            self._fill(turns.messages)
+        num_prompt = prompt_length(sides.chosen.messages, sides.rejected.messages, sides)
+        extras = [(name, name, record[name]) for name in record if name not in sides.used]
+        extras += [extra for turns in both for extra in turns.extras]
+        self._ignore(extras, record, sides.fields, [turns.messages for turns in both])
+        self.formats["/".join(sides.fields)] += 1
+        kwargs = _template_kwargs(record)
+        chosen, rejected = (
+            Example(turns.messages, side_flags(turns.loss_flags, num_prompt, name), turns.tools, "", kwargs)
+            for turns, name in zip(both, sides.names, strict=True)
+        )
+        return Pair(chosen, rejected, num_prompt)
+
     def _ignore(
-        self, extras: list[tuple[str, str, Any]], record: dict[str, Any], fields: tuple[str, ...], messages: Messages
+        self, extras: list[tuple[str, str, Any]], record: dict[str, Any], fields: tuple[str, ...], conversations: list[Messages]
     ) -> None:
         """Count these fields, if they say nothing more than the conversation; else refuse them."""
         for path, name, value in extras:
-            if is_filled(value) and not self._says_nothing(path, name, value, record, messages):
+            if is_filled(value) and not self._says_nothing(path, name, value, record, conversations):
                 if path in FORMAT_FIELDS:
                     raise UserError(
                         f"the record has fields of several formats ({fields[0]} and {path}): keep one of them, for example "
@@ -134,29 +167,20 @@ class RecordReader:
                     raise _unknown(path, value)
         self.ignored_fields.update({path for path, _, _ in extras})
 
-    def _says_nothing(self, path: str, name: str, value: Any, record: dict[str, Any], messages: Messages) -> bool:
+    def _says_nothing(self, path: str, name: str, value: Any, record: dict[str, Any], conversations: list[Messages]) -> bool:
         if path in self.also_used or path in RECORD_LOSS_FIELDS or is_metadata(name, value, record):
             return True
         if path == "mask":  # NeMo: the role whose turns are not trained
             return isinstance(value, str) and role_of(value) not in (None, "assistant")
-        return _is_repeated(path, value, messages)
+        return any(_is_repeated(path, value, messages) for messages in conversations)
 
-    def _renamed(self, record: dict[str, Any]) -> dict[str, Any]:
-        if not self.renamed_columns:
-            return record
-        record = _with_renamed_turns(record, self.renamed_columns)
-        for old, new in self.renamed_columns.items():
-            if new == NOT_A_COLUMN or OF_TURNS in old:
-                continue
-            if old not in record:
-                raise UserError(f"field {old!r} is missing, which MAP_COLUMNS renames to {new!r}: correct MAP_COLUMNS")
-            if new in record and self.renamed_columns.get(new) is None:
-                raise UserError(
-                    f"the record has both {old!r} and {new!r}: remove {old!r} from MAP_COLUMNS, or add {new}=- to skip it"
-                )
-        renamed = {self.renamed_columns.get(name, name): value for name, value in record.items()}
-        renamed.pop(NOT_A_COLUMN, None)
-        return renamed
+    def _with_own_input(self, record: dict[str, Any]) -> dict[str, Any]:
+        is_pair = not SIDE_NAMES.isdisjoint(record) or not SIDE_NAMES.isdisjoint(self.renamed_columns.values())
+        return with_fields_of_input(record) if is_pair else record
+
+    def _fill(self, messages: Messages) -> None:
+        for index, message in enumerate(messages):
+            message["content"] = self._filled(message["content"], f"turn {index}")
 
     def _filled(self, text: str, where: str) -> str:
         """The text with the placeholders replaced. In small letters or with spaces, as in {{ name }}, they may also be meant
@@ -174,24 +198,25 @@ class RecordReader:
         return text
 
 
-def _refuse_preferences(record: dict[str, Any]) -> None:
+def _refuse_preferences(record: dict[str, Any], why: str) -> None:
+    """Refuse fields of preference data, with the MAP_COLUMNS that makes a record of them that is read."""
     found = [name for name in record if PREFERENCE_WORDS & set(words_of(name)) and is_filled(record[name])]
     found = [name for name in found if not is_metadata(name, record[name], record)]
     if not found:
         return
     chosen = next((name for name in found if "rejected" not in name and "non" not in name), "")
     new = "messages" if isinstance(record.get(chosen), list) else "completion"
+    tried = [{name: new if name == chosen else NOT_A_COLUMN for name in found}, dict.fromkeys(found, NOT_A_COLUMN)]
+    if chosen and len(found) == 2 and SIDE_NAMES.isdisjoint(found):
+        tried.insert(0, {name: "chosen" if name == chosen else "rejected" for name in found})
     advice = "write the answer that is to be learned as an answer"
-    for columns in ({name: new if name == chosen else NOT_A_COLUMN for name in found}, dict.fromkeys(found, NOT_A_COLUMN)):
+    for columns in tried:
         with contextlib.suppress(UserError):
-            RecordReader(columns, ignores_unknown=True).example(record)
+            RecordReader(columns, ignores_unknown=True).read(record)
             listed = " ".join(f"{old}={new}" for old, new in columns.items())
-            advice = f'choose it, for example with MAP_COLUMNS="{listed}"'
+            advice = f'rename its columns, for example with MAP_COLUMNS="{listed}"'
             break
-    raise UserError(
-        f"field {found[0]!r} is of preference data (a chosen and a rejected answer), of which only one answer can be trained "
-        f"here: {advice}"
-    )
+    raise UserError(f"field {found[0]!r} is of preference data (a chosen and a rejected answer), {why}: {advice}")
 
 
 def _check_record_loss(record: dict[str, Any]) -> None:
@@ -235,17 +260,19 @@ def _is_repeated(path: str, value: Any, messages: Messages) -> bool:
         return path in (TEXT, "prompt") and bool(rendered) and all(content.strip() in value for content in rendered)
     if path in (*LISTS, "prompt") and isinstance(value, list):
         try:
-            repeated = read_turns(value, path).messages
+            repeated = read_turns(value, path)
         except UserError:
             return False
-        return all(message in messages for message in repeated)
+        says_more = any(is_filled(item) and not is_metadata(name, item, ()) for _, name, item in repeated.extras)
+        return not says_more and all(message in messages for message in repeated.messages)
     return False
 
 
 def _unknown(path: str, value: Any) -> UserError:
     shown = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:40]}..."
+    what = "judges one answer, as KTO's data does, which is not supported" if path in JUDGEMENTS else "is unknown"
     return UserError(
-        f"field {path!r} ({shown}) is unknown, and could say what is said or trained: rename it or drop it with "
+        f"field {path!r} ({shown}) {what}, and could say what is said or trained: rename it or drop it with "
         f'MAP_COLUMNS="{path}=-", or ignore all unknown fields with UNKNOWN_FIELDS=ignore'
     )
 
@@ -264,23 +291,3 @@ def _template_kwargs(record: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"field 'enable_thinking' is {thinking!r}: give true or false, the same as in chat_template_kwargs")
         kwargs["enable_thinking"] = thinking
     return kwargs
-
-
-def _with_renamed_turns(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """The record with the fields of its turns renamed or dropped, as `messages[].time=-` asks for."""
-    for list_name in {old.partition(OF_TURNS)[0] for old in columns if OF_TURNS in old} & record.keys():
-        listed = checked_list(record[list_name], list_name, "turns", or_none=True)
-        prefix = list_name + OF_TURNS
-        names = {
-            old.removeprefix(prefix): new.rpartition(OF_TURNS)[2] for old, new in columns.items() if old.startswith(prefix)
-        }
-        record = record | {list_name: [_renamed_turn(turn, names) if isinstance(turn, dict) else turn for turn in listed]}
-    return record
-
-
-def _renamed_turn(turn: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    items: Iterator[tuple[str, Any]] = ((names.get(name, name), value) for name, value in turn.items())
-    renamed = {name: value for name, value in items if name != NOT_A_COLUMN}
-    if len(renamed) + sum(names.get(name) == NOT_A_COLUMN for name in turn) != len(turn):
-        raise UserError(f"MAP_COLUMNS gives two fields of a turn one name ({', '.join(names.values())}): correct it")
-    return renamed

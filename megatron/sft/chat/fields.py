@@ -1,15 +1,19 @@
-"""Reads single fields of a JSON object. What is wrong with one is a `UserError` that names the field and the fix.
+"""Reads single fields of a JSON object, and renames those of a record. What is wrong is a `UserError` that names the field and
+the fix.
 
 `where` is the path of the object within the record, as in `messages[1].`, for the message.
 """
 
 import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from megatron.sft.runtime import exact_json
 from megatron.sft.runtime.errors import UserError
+
+NOT_A_COLUMN = "-"
+OF_TURNS = "[]."  # MAP_COLUMNS also takes fields of turns: messages[].time=-
 
 
 def required_text(fields: dict[str, Any], name: str, where: str = "") -> str:
@@ -87,3 +91,54 @@ def json_type(value: Any) -> str:
         return "null"
     names = {bool: "true or false", str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return names.get(type(value), f"a value of type {type(value).__name__}")
+
+
+def renamed_columns(pairs: list[str]) -> dict[str, str]:
+    """Old names to new of MAP_COLUMNS, OLD=NEW each. A `UserError` for a name that is given twice."""
+    columns: dict[str, str] = {}
+    for pair in pairs:
+        old, _, new = pair.partition("=")
+        if not old or not new or old in columns or (new in columns.values() and new != NOT_A_COLUMN):
+            raise UserError(f"MAP_COLUMNS has {pair!r}: give OLD=NEW, each name once, such as problem=instruction")
+        columns[old] = new
+    return columns
+
+
+def renamed(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """The record with its fields renamed, old names to new."""
+    if not columns:
+        return record
+    record = _with_renamed_turns(record, columns)
+    for old, new in columns.items():
+        if new == NOT_A_COLUMN or OF_TURNS in old:
+            continue
+        if old not in record:
+            raise UserError(f"field {old!r} is missing, which MAP_COLUMNS renames to {new!r}: correct MAP_COLUMNS")
+        if new in record and columns.get(new) is None:
+            raise UserError(
+                f"the record has both {old!r} and {new!r}: remove {old!r} from MAP_COLUMNS, or add {new}=- to skip it"
+            )
+    renamed = {columns.get(name, name): value for name, value in record.items()}
+    renamed.pop(NOT_A_COLUMN, None)
+    return renamed
+
+
+def _with_renamed_turns(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """The record with the fields of its turns renamed or dropped, as `messages[].time=-` asks for."""
+    for list_name in {old.partition(OF_TURNS)[0] for old in columns if OF_TURNS in old} & record.keys():
+        listed = record[list_name]
+        listed = [listed] if isinstance(listed, dict) else checked_list(listed, list_name, "turns", or_none=True)
+        prefix = list_name + OF_TURNS
+        names = {
+            old.removeprefix(prefix): new.rpartition(OF_TURNS)[2] for old, new in columns.items() if old.startswith(prefix)
+        }
+        record = record | {list_name: [_renamed_turn(turn, names) if isinstance(turn, dict) else turn for turn in listed]}
+    return record
+
+
+def _renamed_turn(turn: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    items: Iterator[tuple[str, Any]] = ((names.get(name, name), value) for name, value in turn.items())
+    renamed = {name: value for name, value in items if name != NOT_A_COLUMN}
+    if len(renamed) + sum(names.get(name) == NOT_A_COLUMN for name in turn) != len(turn):
+        raise UserError(f"MAP_COLUMNS gives two fields of a turn one name ({', '.join(names.values())}): correct it")
+    return renamed

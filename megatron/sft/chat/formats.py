@@ -1,10 +1,11 @@
 """The formats of records: recognized by their fields, and read as turns. docs/data.md has them as a table."""
 
+import contextlib
 from typing import Any
 
 from megatron.sft.chat.calls import joined_tools, read_calls, read_tools
 from megatron.sft.chat.field_names import REASONING_FIELDS, SYSTEM_FIELDS, TOOLS_FIELDS
-from megatron.sft.chat.fields import checked_list, is_filled, optional_text, required_text
+from megatron.sft.chat.fields import checked_list, is_filled, optional_text, parsed_json, required_text
 from megatron.sft.chat.turns import ROLE_NAMES, Turns, read_turns, reasoning_of, with_reasoning, without_training
 from megatron.sft.runtime.errors import UserError
 
@@ -30,7 +31,7 @@ def format_fields(record: dict[str, Any]) -> tuple[str, ...]:
         if found := _question_and_answer_fields(names):
             return found
     shown = ", ".join(map(repr, record)) or "none"
-    question, answer = _named(record, OTHER_QUESTIONS), _named(record, OTHER_ANSWERS)
+    question, answer = named(record, OTHER_QUESTIONS), named(record, OTHER_ANSWERS)
     turns = next((name for name, value in record.items() if _looks_like_turns(value)), None)
     advice = "rename columns with MAP_COLUMNS=OLD=NEW (--map-column)"
     if turns:
@@ -41,6 +42,19 @@ def format_fields(record: dict[str, Any]) -> tuple[str, ...]:
         f"fields are {shown}; expected 'instruction' and 'output', or 'messages', or 'conversations', or 'query' and "
         f"'response', or 'prompt' and 'completion', or 'text': {advice}"
     )
+
+
+def given_turns(value: Any) -> list[Any] | None:
+    """The turns, if a field's value is a list of turns or one turn, which may be JSON text; None for any other value."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with contextlib.suppress(UserError):
+            parsed = parsed_json(value, "")
+            turns = parsed if isinstance(parsed, list) else [parsed]
+            if turns and all(isinstance(turn, dict) and any(name in turn for name in ROLE_NAMES) for turn in turns):
+                return turns
+    if isinstance(value, dict):
+        return [value]
+    return value if isinstance(value, list) else None
 
 
 def _may_be(name: str, record: dict[str, Any]) -> bool:
@@ -108,11 +122,12 @@ def turns_of(record: dict[str, Any], fields: tuple[str, ...], needs_answer: bool
         turns = _prompt_and_completion(record, needs_answer)
     else:
         turns = _question_and_answer(record, fields, needs_answer)
+    return with_record_fields(record, turns, fields[0])
+
+
+def with_record_fields(record: dict[str, Any], turns: Turns, list_name: str) -> Turns:
+    """The turns with what the record says of all of them: its system text first, its functions. list_name: of the turns."""
     turns.tools = joined_tools(turns.tools, read_tools(record), "tools")
-    return _with_system(record, turns, fields)
-
-
-def _with_system(record: dict[str, Any], turns: Turns, fields: tuple[str, ...]) -> Turns:
     found = [name for name in SYSTEM_FIELDS if optional_text(record, name)]
     if not found:
         return turns
@@ -120,7 +135,7 @@ def _with_system(record: dict[str, Any], turns: Turns, fields: tuple[str, ...]) 
         raise UserError(f'the record has both {found[0]!r} and {found[1]!r}: drop one, MAP_COLUMNS="{found[1]}=-"')
     if turns.messages[0]["role"] == "system":
         raise UserError(
-            f"the record has a field {found[0]!r} and a system turn in {fields[0]!r}: keep one of them, for example with "
+            f"the record has a field {found[0]!r} and a system turn in {list_name!r}: keep one of them, for example with "
             f'MAP_COLUMNS="{found[0]}=-"'
         )
     first = Turns()
@@ -128,10 +143,8 @@ def _with_system(record: dict[str, Any], turns: Turns, fields: tuple[str, ...]) 
     return first + turns
 
 
-def _question_and_answer(record: dict[str, Any], fields: tuple[str, ...], needs_answer: bool) -> Turns:
-    """The pairs of `history`, then one question and its answer. Alpaca's rule: `input` follows on a new line."""
-    question_name, answer_name = fields
-    _check_present(record, fields if needs_answer else fields[:1])
+def question_turns(record: dict[str, Any], question_name: str) -> Turns:
+    """The pairs of `history`, then a question. Alpaca's rule: `input` follows on a new line."""
     question = required_text(record, question_name)
     contexts = [name for name in CONTEXTS if question_name == "instruction" and optional_text(record, name)]
     if len(contexts) > 1:
@@ -144,6 +157,13 @@ def _question_and_answer(record: dict[str, Any], fields: tuple[str, ...], needs_
         turns.add({"role": "user", "content": required_text(texts, "0", f"history[{index}].")})
         turns.add({"role": "assistant", "content": required_text(texts, "1", f"history[{index}].")})
     turns.add({"role": "user", "content": "\n".join([question, *(record[name] for name in contexts)])})
+    return turns
+
+
+def _question_and_answer(record: dict[str, Any], fields: tuple[str, ...], needs_answer: bool) -> Turns:
+    question_name, answer_name = fields
+    _check_present(record, fields if needs_answer else fields[:1])
+    turns = question_turns(record, question_name)
     if not needs_answer and not is_filled(record.get(answer_name)):
         return turns
     if answer_name == CALLS_FIELD:
@@ -162,14 +182,14 @@ def _question_and_answer(record: dict[str, Any], fields: tuple[str, ...], needs_
 def _check_present(record: dict[str, Any], fields: tuple[str, ...]) -> None:
     """Where a field is missing and another may be what is meant, the advice names that."""
     for name, others in zip(fields, (OTHER_QUESTIONS, OTHER_ANSWERS), strict=False):
-        other = _named({key: record[key] for key in record if key not in fields}, others) if name not in record else None
+        other = named({key: record[key] for key in record if key not in fields}, others) if name not in record else None
         if other:
             raise UserError(
                 f'field {name!r} is missing: add it, or rename a column, here perhaps with MAP_COLUMNS="{other}={name}"'
             )
 
 
-def _named(record: dict[str, Any], names: tuple[str, ...]) -> str | None:
+def named(record: dict[str, Any], names: tuple[str, ...]) -> str | None:
     """The first of these names that the record has with a text, in any capitals."""
     texts = {name.lower(): name for name in record if isinstance(record[name], str)}
     return next((texts[name] for name in names if name in texts), None)

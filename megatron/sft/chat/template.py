@@ -16,8 +16,8 @@ from megatron.sft.chat.corrections import candidates, difference
 from megatron.sft.chat.renderer import Learned, Renderer, Spans
 from megatron.sft.chat.skeleton import THINKING, Answer
 from megatron.sft.chat.skeleton_builder import adds_bos
-from megatron.sft.chat.template_arguments import check_arguments, unused_arguments
 from megatron.sft.chat.template_sandbox import check_template
+from megatron.sft.chat.template_settings import check_arguments, unused_arguments
 from megatron.sft.chat.turns import Tools
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import sha256_of_text

@@ -122,11 +122,11 @@ def load_weights(checkpoint: Checkpoint, chunks: Sequence[nn.Module], layout: La
 @torch.no_grad()
 def _fill_from_whole(model: Any, source: StoredParameters, layout: Layout) -> None:
     architecture = source.architecture
-    for _, parameter, entry in live_weights(model, architecture, layout):
-        whole = source.read(entry)
+    for weight in live_weights(model, architecture, layout):
+        entry, whole = weight.entry, source.read(weight.entry)
         if entry.megatron in (EMBEDDING, OUTPUT):
             whole = padded(whole, layout.padded_vocab_size(architecture))
         rank, size = parallel_state.get_tensor_model_parallel_rank(), layout.tensor_parallel
         if entry.expert is not None:
             rank, size = parallel_state.get_expert_tensor_parallel_rank(), layout.expert_tensor_parallel
-        parameter.copy_(tensor_parallel_part(entry.rule, whole, rank, size))
+        weight.values.copy_(tensor_parallel_part(entry.rule, whole, rank, size))

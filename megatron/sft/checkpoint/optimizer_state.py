@@ -21,6 +21,7 @@ from megatron.sft.checkpoint.shard_slice import ShardSlice
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.sizes import weight_shape
 from megatron.sft.families.weight_names import weight_entries
+from megatron.sft.runtime import device
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 PREFIX = "optimizer.state"
@@ -182,8 +183,13 @@ def fill_master_weights(optimizer: Any, tensors: list[ShardedTensor], read: Call
 
 
 def optimizer_record(optimizer: Any) -> dict[str, Any]:
-    """What is not a tensor of a parameter's shape: the number of steps taken, and fp16's loss scale with its counters."""
-    record: dict[str, Any] = {"step": _step(inner_optimizers(optimizer))}
+    """What is not a tensor of a parameter's shape: the number of steps taken, and fp16's loss scale with its counters.
+
+    Every rank must call it: one that holds nothing trained has counted no steps.
+    """
+    steps = torch.tensor(_step(inner_optimizers(optimizer)), device=device.current())
+    torch.distributed.all_reduce(steps, op=torch.distributed.ReduceOp.MAX)
+    record: dict[str, Any] = {"step": int(steps)}
     for inner in inner_optimizers(optimizer):
         if inner.grad_scaler is not None:
             scaler = inner.grad_scaler.state_dict()

@@ -16,6 +16,8 @@ from megatron.sft.families.parameters import DTYPE_OPTIONS
 from megatron.sft.hf.block_scales import unquantised_config
 from megatron.sft.hf.folder import copy_companions, dtype_name
 from megatron.sft.hf.tokenizer_files import read_chat_template
+from megatron.sft.planning.objective_checks import objective_words
+from megatron.sft.planning.options import options_of_record
 from megatron.sft.runtime.manifest import read_json, write_json, write_text
 
 CURVE = "loss.png"
@@ -138,6 +140,17 @@ def _edit_end_tokens(training: dict[str, Any], folder: Path) -> None:
         print(f"generation_config.json: generation also stops at token {', '.join(map(str, missing))}, as trained")
 
 
+# What a model card calls them.
+_OBJECTIVES = {
+    "sft": "Supervised fine-tuning",
+    "dft": "Dynamic fine-tuning",
+    "dpo": "Direct preference optimization",
+    "simpo": "Simple preference optimization",
+    "orpo": "Odds-ratio preference optimization",
+    "cpo": "Contrastive preference optimization",
+}
+
+
 def _find_curve(checkpoint: Checkpoint, run_folder: Path) -> Path | None:
     """The run's plot of its loss, None if it was not drawn."""
     return next((p for p in (run_folder / CURVE, checkpoint.path.parent / CURVE) if p.exists()), None)
@@ -150,16 +163,21 @@ def _model_card(checkpoint: Checkpoint, training: dict[str, Any], run_folder: Pa
     data, options = training.get("data", {}), training.get("options", {})
     adapted = "adapter" in checkpoint.manifest
     lines = ["---", f"library_name: {'peft' if adapted else 'transformers'}", "pipeline_tag: text-generation", "---", ""]
-    what = "Supervised fine-tuning" + (" with LoRA adapters" if adapted else "")
+    objective = str(options.get("objective", "sft"))
+    what = _OBJECTIVES.get(objective, objective) + (" with LoRA adapters" if adapted else "")
     lines += [f"# {base}, fine-tuned", "", f"{what} of `{base}` with Megatron-SFT.", ""]
     lines += ["## Data", "", f"`{Path(str(data.get('prefix', 'unknown'))).name}`", ""]
-    counts = {name: data[name] for name in ("rows", "conversations", "tokens", "trained_tokens") if name in data}
+    counts = {name: data[name] for name in ("rows", "pairs", "conversations", "tokens", "trained_tokens") if name in data}
     lines += [f"- {name.replace('_', ' ')}: {value:,}" for name, value in counts.items()]
     lines += [f"- checksum (SHA-256): `{data['bin_sha256']}`"] if "bin_sha256" in data else []
     lines += ["", "## Training", "", f"- steps: {checkpoint.iteration:,} of {training.get('train_iters', 0):,}"]
     lines += [f"- rows seen: {training['consumed_rows']:,}"] if "consumed_rows" in training else []
     loss = _last_loss(checkpoint, run_folder)
     lines += [f"- loss at the last step: {loss:.4f}"] if loss is not None else []
+    if objective != "sft":
+        lines += [f"- objective: {objective_words(options_of_record(options))}"]
+    if "reference" in training:
+        lines += [f"- reference: `{Path(training['reference']['checkpoint']['path']).parent.name}`"]
     if options.get("recipe"):
         lines += [f"- recipe: `{Path(options['recipe']).name}`"]
     lines += ["", "| setting | value |", "|---|---|"]

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron.sft.checkpoint.adapter_record import refuse_adapters
 from megatron.sft.checkpoint.folder import TORCH_DIST, TRACKER, Checkpoint, iteration_path, open_checkpoint, verify_files
 from megatron.sft.checkpoint.reading import stored_parameters
 from megatron.sft.conversion.carried import FILE as CARRIED
@@ -22,6 +23,7 @@ from megatron.sft.runtime.manifest import check_free_space, write_text
 def reshard(source: Path, output: Path, arguments: argparse.Namespace) -> None:
     """Write the checkpoint of `source` to `output`, an empty folder, in the form that `arguments` (of convert) ask for."""
     checkpoint = open_checkpoint(source, arguments.iteration)
+    refuse_adapters(checkpoint)
     verify_files(checkpoint)
     architecture, original = source_model(checkpoint, arguments.hf_dir if arguments.source else None)
     layout = requested_layout(arguments)

@@ -2,14 +2,16 @@
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron.sft.chat.bpe_cache import WordEncoder, word_encoder
-from megatron.sft.chat.conversations import Example, RecordReader, group_hash, join_rounds
+from megatron.sft.chat.conversations import Example, Pair, RecordReader, group_hash, join_rounds
 from megatron.sft.chat.encoding import Conversation, check_against_template, encode
 from megatron.sft.chat.template import ChatTemplate, CorrectionNeeded, RenderedText
+from megatron.sft.data.counts import BAD_RECORD, Counts, Unit, fitting, unit_length
 from megatron.sft.data.mixture import Source
+from megatron.sft.data.pairs import CONVERSATION, PAIR, check_kind, check_pair
 from megatron.sft.data.sources import SourceRecord
 from megatron.sft.data.workers import Progress, in_order
 from megatron.sft.runtime.errors import UserError
@@ -18,71 +20,8 @@ OVERLONG = ("drop", "truncate", "split", "error")
 BATCH_BYTES, BATCH_CONVERSATIONS = 1 << 19, 256
 BYTES_FOR_WORDS = 4 << 20  # of a source: a smaller one is tokenised before a WordEncoder has been tried out
 BYTES_OF_OTHER_RECORDS = 2000  # an estimate, for records that are not JSON text
-LENGTH_LIMITS = (4096, 8192, 16384, 32768)  # usual row lengths, for the report
+LONG_PAIR = ("two conversations of the pair, which share a row, have", "drop or truncate")
 CHECK_FIRST, CHECK_EVERY = 16, 500  # conversations whose tokens are compared with transformers' own
-BAD_RECORD = "bad row"  # as manifests have called it since format 1
-
-
-@dataclass
-class Lengths:
-    """Tokens of conversations before any was cut, split or dropped. longer: how many have more than each limit."""
-
-    num_conversations: int = 0
-    total: int = 0
-    shortest: int = 0
-    longest: int = 0
-    longer: Counter[int] = field(default_factory=lambda: Counter(dict.fromkeys(LENGTH_LIMITS, 0)))
-
-    def add(self, length: int) -> None:
-        self.update(Lengths(1, length, length, length, Counter({limit: int(length > limit) for limit in LENGTH_LIMITS})))
-
-    def update(self, others: "Lengths") -> None:
-        if others.num_conversations:
-            self.shortest = min(self.shortest, others.shortest) if self.num_conversations else others.shortest
-        self.num_conversations += others.num_conversations
-        self.total += others.total
-        self.longest = max(self.longest, others.longest)
-        self.longer.update(others.longer)
-
-
-@dataclass
-class Counts:
-    """What became of the records of a source: num_read = num_kept + the sum of dropped."""
-
-    num_read: int = 0
-    num_kept: int = 0
-    num_truncated: int = 0
-    num_split: int = 0  # records that became several conversations
-    num_parts: int = 0  # conversations made of those
-    num_parts_dropped: int = 0  # parts of kept records that are too long or have nothing trained
-    num_merged_starts: int = 0  # answers whose first token also holds a part of the header, and is not trained
-    num_with_control_tokens: int = 0  # conversations with the template's special tokens in their texts
-    num_without_group: int = 0  # records without the field that records are grouped by
-    dropped: Counter[str] = field(default_factory=Counter)  # by the reason
-    lengths: Lengths = field(default_factory=Lengths)
-
-    def add(self, others: "Counts") -> None:
-        for count in fields(self):
-            mine, added = getattr(self, count.name), getattr(others, count.name)
-            if isinstance(mine, int):
-                setattr(self, count.name, mine + added)
-            else:
-                mine.update(added)
-
-
-def cut_or_dropped(conversation: Conversation, seq_length: int, overlong: str, counts: Counts) -> Conversation | None:
-    """The conversation, cut if it is too long and `overlong` is truncate; None if it is dropped, which is counted."""
-    if len(conversation.tokens) <= seq_length:
-        return conversation
-    if overlong == "drop":
-        counts.dropped[f"longer than {seq_length} tokens"] += 1
-        return None
-    cut = conversation.cut(seq_length)
-    if not cut.num_trained:
-        counts.dropped[f"no trained token among the first {seq_length}"] += 1
-        return None
-    counts.num_truncated += 1
-    return cut
 
 
 @dataclass(frozen=True)
@@ -95,33 +34,38 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a chunk: the conversations that are kept, and what to add to counts and sets. If there is an `error`,
-    the run ends after these conversations."""
+    """What became of a chunk: the units that are kept, and what to add to counts and sets. `kinds` has the index in the chunk
+    of the first record of each kind. If there is an `error`, the run ends after these units."""
 
-    conversations: list[Conversation]
+    units: list[Unit]
     counts: Counts
     learned: list[Any]  # see `Corpus._learned`
     rejected: list[tuple[int, str]]  # index in the chunk, reason
+    kinds: dict[str, int]
     error: UserError | None
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A rendered conversation that waits for its batch to be tokenised."""
+    """The rendered conversations of a record that wait for their batch to be tokenised."""
 
     record: SourceRecord
     index: int  # in its chunk
-    example: Example
-    rendered: RenderedText
+    example: Example | Pair
+    rendered: list[RenderedText]
     group: int | None
+
+    @property
+    def examples(self) -> list[Example]:
+        return [self.example.chosen, self.example.rejected] if isinstance(self.example, Pair) else [self.example]
 
 
 @dataclass
 class Corpus:
-    """One source and how to make conversations of it. Iterating gives those that are kept, in the order of the records.
+    """One source and how to make conversations of it. Iterating gives the units that are kept, in the order of the records.
 
     reject: takes each bad record and its reason; without it the first bad record is a `UserError`.
-    index: the source's place among all.
+    index: the source's place among all. kinds: the place of the first record of each kind, in all sources.
     """
 
     source: Source
@@ -135,9 +79,10 @@ class Corpus:
     reject: Callable[[SourceRecord, str], None] | None = None
     num_workers: int = 1
     words: WordEncoder | None = None
+    kinds: dict[str, str] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
 
-    def __iter__(self) -> Iterator[Conversation]:
+    def __iter__(self) -> Iterator[Unit]:
         if self.source.num_bytes >= BYTES_FOR_WORDS:
             self.words = word_encoder(self.template.tokenizer)
         progress = Progress(self.source.num_bytes)
@@ -146,7 +91,7 @@ class Corpus:
             for outcome in in_order(self._outcome, self._chunks(chunks), self.num_workers):
                 chunk = chunks.popleft()
                 self._add(chunk, outcome)
-                yield from outcome.conversations
+                yield from outcome.units
                 if outcome.error:
                     raise outcome.error
                 progress.update(len(chunk.records), chunk.records[-1].end)
@@ -173,13 +118,14 @@ class Corpus:
         reader = replace(self.reader, formats=Counter(), ignored_fields=Counter(), placeholders=Counter())
         part = replace(self, reader=reader, counts=Counts())
         rejected: list[tuple[int, str]] = []
-        conversations: list[Conversation] = []
+        units: list[Unit] = []
+        kinds: dict[str, int] = {}
         error: UserError | None = None
         try:
-            conversations.extend(part._conversations(chunk, rejected if self.reject else None))
+            units.extend(part._units(chunk, kinds, rejected if self.reject else None))
         except UserError as stopped:
             error = stopped
-        return Outcome(conversations, part.counts, part._learned(), rejected, error)
+        return Outcome(units, part.counts, part._learned(), rejected, kinds, error)
 
     def _learned(self) -> list[Any]:
         """The counters and sets that reading and rendering fill; `update` adds to each of them."""
@@ -194,45 +140,52 @@ class Corpus:
         for index, reason in outcome.rejected:
             assert self.reject is not None
             self.reject(chunk.records[index], reason)
+        for kind, index in outcome.kinds.items():
+            check_kind(kind, str(chunk.records[index].place), self.kinds, self.overlong, self.template.train_on)
 
-    def _conversations(self, chunk: Chunk, rejected: list[tuple[int, str]] | None) -> Iterator[Conversation]:
-        """The conversations of a chunk. Bad records go to `rejected`; without it the first one is an error."""
-        batch = self._batch(chunk.records, rejected)
-        encodings = encode(self.template.tokenizer, [pending.rendered for pending in batch], self.words)
+    def _units(self, chunk: Chunk, kinds: dict[str, int], rejected: list[tuple[int, str]] | None) -> Iterator[Unit]:
+        """The units of a chunk. Bad records go to `rejected`; without it the first one is an error."""
+        batch = self._batch(chunk.records, kinds, rejected)
+        texts = [text for pending in batch for text in pending.rendered]
+        encodings = encode(self.template.tokenizer, texts, self.words)
         for pending in batch:
+            index = chunk.first + pending.index
+            is_checked = index < CHECK_FIRST or index % CHECK_EVERY == 0
             try:
-                encoded = next(encodings)
-                index = chunk.first + pending.index
-                if index < CHECK_FIRST or index % CHECK_EVERY == 0:
-                    check_against_template(self.template, pending.example, encoded)
-                kept = self._kept(pending.example, encoded)
+                unit = _taken(encodings, len(pending.rendered))
+                if is_checked:
+                    for example, encoded in zip(pending.examples, unit, strict=True):
+                        check_against_template(self.template, example, encoded)
+                kept = self._kept(pending.example, unit)
             except UserError as error:
                 self._refuse(pending.record, pending.index, error, rejected)
                 continue
-            self._count(pending, encoded)
+            self._count(pending, unit)
             self.counts.num_kept += bool(kept)
-            for conversation in kept:
-                yield replace(conversation, group=pending.group) if pending.group is not None else conversation
+            for part in kept:
+                yield part if pending.group is None else tuple(replace(one, group=pending.group) for one in part)
 
-    def _batch(self, records: Sequence[SourceRecord], rejected: list[tuple[int, str]] | None) -> list[Pending]:
+    def _batch(
+        self, records: Sequence[SourceRecord], kinds: dict[str, int], rejected: list[tuple[int, str]] | None
+    ) -> list[Pending]:
         batch: list[Pending] = []
         for index, record in enumerate(records):
             self.counts.num_read += 1
             try:
-                batch.append(self._rendered(record, index))
+                fields = record.fields
+                example = self.reader.read(fields)
+                kinds.setdefault(PAIR if isinstance(example, Pair) else CONVERSATION, index)
+                rendered = self._rendered(example)
+                group = group_hash(fields, self.group_key, self.reader.renamed_columns) if self.group_key else None
+                batch.append(Pending(record, index, example, rendered, group))
             except UserError as error:
                 self._refuse(record, index, error, rejected)
         return batch
 
-    def _rendered(self, record: SourceRecord, index: int) -> Pending:
-        fields = record.fields
-        example = self.reader.example(fields)
-        if example.messages:
-            rendered = self._render(example)
-        else:
-            rendered = self.template.render_text(example.text)
-        group = group_hash(fields, self.group_key, self.reader.renamed_columns) if self.group_key else None
-        return Pending(record, index, example, rendered, group)
+    def _rendered(self, example: Example | Pair) -> list[RenderedText]:
+        if isinstance(example, Pair):
+            return [self._render(example.chosen), self._render(example.rejected)]
+        return [self._render(example) if example.messages else self.template.render_text(example.text)]
 
     def _refuse(self, record: SourceRecord, index: int, error: UserError, rejected: list[tuple[int, str]] | None) -> None:
         """Set a bad record aside, or stop with its file and line."""
@@ -244,28 +197,33 @@ class Corpus:
         rejected.append((index, reason))
         self.counts.dropped[BAD_RECORD] += 1
 
-    def _count(self, pending: Pending, encoded: Conversation) -> None:
-        self.counts.lengths.add(len(encoded.tokens))
+    def _count(self, pending: Pending, unit: Unit) -> None:
+        self.counts.lengths.add(unit_length(unit))
         self.counts.num_without_group += pending.group is None
-        self.counts.num_merged_starts += encoded.num_merged_starts
-        texts = [message["content"] or "" for message in pending.example.messages] or [pending.example.text]
+        self.counts.num_merged_starts += sum(encoded.num_merged_starts for encoded in unit)
+        texts = [message["content"] or "" for example in pending.examples for message in example.messages]
+        texts += [example.text for example in pending.examples]
         if any(token in text for token in self.template.control_tokens for text in texts):
             self.counts.num_with_control_tokens += 1
 
-    def _kept(self, example: Example, encoded: Conversation) -> list[Conversation]:
-        """The conversation, cut or split if that was asked for; nothing if it is dropped."""
-        if not encoded.num_trained:
-            self.counts.dropped["no turn of it is trained"] += 1
+    def _kept(self, example: Example | Pair, unit: Unit) -> list[Unit]:
+        """The unit, cut or split if that was asked for; nothing if it is dropped."""
+        if isinstance(example, Pair):
+            check_pair(example, unit, self.template)
+        if not all(encoded.num_trained for encoded in unit):
+            self.counts.dropped["no turn of it is trained" if len(unit) == 1 else "no turn of a side is trained"] += 1
             return []
-        if len(encoded.tokens) > self.seq_length:
+        length = unit_length(unit)
+        if length > self.seq_length:
             if self.overlong == "error":
+                what, ways = ("conversation has", "drop, truncate or split") if len(unit) == 1 else LONG_PAIR
                 raise UserError(
-                    f"the conversation has {len(encoded.tokens)} tokens, more than LENGTH {self.seq_length}: "
-                    "shorten it, give a greater LENGTH, or set OVERLONG=drop, truncate or split"
+                    f"the {what} {length} tokens, more than LENGTH {self.seq_length}: "
+                    f"shorten it, give a greater LENGTH, or set OVERLONG={ways}"
                 )
-            if self.overlong == "split":
-                return self._split(example, encoded)
-        kept = cut_or_dropped(encoded, self.seq_length, self.overlong, self.counts)
+            if self.overlong == "split" and isinstance(example, Example):
+                return [(part,) for part in self._split(example, unit[0])]
+        kept = fitting(unit, self.seq_length, self.overlong, self.counts)
         return [kept] if kept else []
 
     def _split(self, example: Example, encoded: Conversation) -> list[Conversation]:
@@ -315,3 +273,17 @@ class Corpus:
 
     def _render(self, example: Example) -> RenderedText:
         return self.template.render(example.messages, example.tools, example.loss_flags, example.template_kwargs)
+
+
+def _taken(encodings: Iterator[Conversation], count: int) -> Unit:
+    """The next `count` conversations. All of them are taken, also where one is an error."""
+    taken: list[Conversation] = []
+    errors: list[UserError] = []
+    for _ in range(count):
+        try:
+            taken.append(next(encodings))
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return tuple(taken)

@@ -1,7 +1,8 @@
 """Packs conversations into rows of at most seq_length tokens: best fit, longest first. Only the lengths are needed.
 
 Conversations may be in groups (the short and the long answer to one question). A group that fits is in one row. The rows of a
-longer group are a *row group*: they follow one another, and training keeps them together.
+longer group are a *row group*: they follow one another, and training keeps them together. Of preference data a pair is packed
+as if it were one conversation (see `of_conversations`).
 """
 
 import bisect
@@ -74,6 +75,13 @@ def single_rows_of_groups(groups: np.ndarray, seed: int) -> Packing:
     """Every conversation alone in a row; the rows of a group follow one another, groups are in random order."""
     row_of = np.arange(len(groups), dtype=np.int64)
     return _ordered(row_of, groups, random_keys(len(groups), seed), seed)
+
+
+def of_conversations(units: Packing, unit_size: int) -> Packing:
+    """The packing of conversations that belongs to one of units, unit i of which are the conversations i * unit_size and the
+    following; they stay next to each other and in their order."""
+    members = units.conversations[:, None] * unit_size + np.arange(unit_size)  # [units, unit_size]
+    return Packing(members.reshape(-1), units.starts * unit_size, units.continues_group)
 
 
 def random_keys(count: int, seed: int) -> np.ndarray:

@@ -1,8 +1,11 @@
-"""Shows which tokens of a row are trained: in color on a terminal, in [[ ]] elsewhere, or as an HTML page with the totals."""
+"""Shows which tokens of a row are trained: in color on a terminal, in [[ ]] elsewhere, or as an HTML page with the totals.
+
+Of a preference pair the prompt is shown once, and both answers next to each other.
+"""
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -10,11 +13,12 @@ from typing import IO, Any
 import jinja2
 import numpy as np
 
-from megatron.sft.data.tokenized import Row, TokenizedRows
+from megatron.sft.data.tokenized import SIDES, Row, TokenizedRows
 
 GREEN, GREY, RESET = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 SAMPLE_TOKENS = 600
 PAGE_TOKENS = 4000  # shown of a conversation on the page; of longer ones the middle is skipped
+Part = tuple[str, np.ndarray, np.ndarray]  # a heading, [n] tokens, and [n] which are trained
 INVISIBLE = {ord("\t"): "⇥\t", ord("\r"): "␍", ord("\u00a0"): "⍽", ord("\u200b"): "⟨zero width⟩", ord("\ufeff"): "⟨BOM⟩"}
 
 
@@ -60,20 +64,33 @@ def sample_text(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray, color: 
     return f"{start}\n… {len(tokens) - 2 * half:,} tokens not shown …\n{end}"
 
 
-def conversations_of(row: Row) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """A heading, the tokens and the mask of every conversation of the row."""
-    start = 0
-    for index, length in enumerate(row.conversation_lengths.tolist(), start=1):
-        part = slice(start, start + length)
-        tokens, trained = row.tokens[part], row.trained[part]
-        of = f"conversation {index} of {len(row.conversation_lengths)}"
-        yield f"{of}: {length:,} tokens, {int(trained.sum()):,} trained", tokens, trained
-        start += length
+def units_of(row: Row, in_pairs: bool) -> Iterator[list[Part]]:
+    """Every conversation of the row as one part, or every pair as its prompt and two answers."""
+    parts = [(row.tokens[start:stop], row.trained[start:stop]) for start, stop in row.spans.tolist()]
+    if not in_pairs:
+        for index, (tokens, trained) in enumerate(parts, start=1):
+            of = f"conversation {index} of {len(parts)}"
+            yield [(f"{of}: {len(tokens):,} tokens, {int(trained.sum()):,} trained", tokens, trained)]
+        return
+    for index in range(0, len(parts), 2):
+        yield pair_parts(parts[index : index + 2], f"pair {index // 2 + 1} of {len(parts) // 2}, ")
 
 
-def row_text(tokenizer: Any, row: Row, color: bool) -> Iterator[str]:
-    """A heading and a text for every conversation of the row."""
-    for heading, tokens, trained in conversations_of(row):
+def pair_parts(pair: Sequence[tuple[np.ndarray, np.ndarray]], of: str = "") -> list[Part]:
+    """The prompt of a pair, and what follows it on both sides. pair: tokens and mask of chosen and rejected."""
+    length = min(int(np.flatnonzero(trained)[0]) for _, trained in pair)
+    different = np.flatnonzero(pair[0][0][:length] != pair[1][0][:length])  # later turns, of which only the last is trained
+    length = int(different[0]) if len(different) else length
+    parts = [(f"{of}prompt: {length:,} tokens", pair[0][0][:length], pair[0][1][:length])]
+    for side, (tokens, trained) in zip(SIDES, pair, strict=True):
+        heading = f"{side}: {len(tokens) - length:,} tokens, {int(trained.sum()):,} trained"
+        parts.append((heading, tokens[length:], trained[length:]))
+    return parts
+
+
+def row_text(tokenizer: Any, row: Row, color: bool, in_pairs: bool = False) -> Iterator[str]:
+    """A heading and a text for every part of the row."""
+    for heading, tokens, trained in (part for unit in units_of(row, in_pairs) for part in unit):
         yield f"---- {heading} ----"
         yield conversation_text(tokenizer, tokens, trained, color).rstrip("\n")
 
@@ -91,7 +108,7 @@ def page(tokenizer: Any, rows: TokenizedRows, indices: Iterable[int]) -> str:
         histogram=manifest.get("conversation_lengths", {}).get("histogram", []),
         num_rows=len(rows),
         rows=[(index, rows[index]) for index in indices],
-        conversations_of=conversations_of,
+        units_of=partial(units_of, in_pairs=rows.num_pairs > 0),
         pieces=partial(_page_pieces, tokenizer),
     )
 
@@ -107,6 +124,10 @@ def _totals(manifest: dict[str, Any]) -> dict[str, str]:
         "packing": f"{manifest.get('algorithm', '')}, seed {manifest.get('seed', '')}",
         "tokenizer": manifest.get("tokenizer", {}).get("name", ""),
     }
+    if manifest.get("pairs"):
+        totals["pairs"] = f"{manifest['pairs']:,}"
+        for side, facts in manifest.get("sides", {}).items():
+            totals[side] = f"{facts['tokens']:,} tokens, {facts['trained_tokens']:,} trained"
     if "groups" in manifest:
         totals["groups"] = f"{manifest['groups']:,} by {manifest.get('group_key')}"
     if lengths := manifest.get("conversation_lengths"):
@@ -121,7 +142,7 @@ def _sources(manifest: dict[str, Any]) -> list[list[str]]:
         counts = [source.get(name, 0) for name in ("read", "kept", "truncated")]
         lines.append((source.get("path", ""), counts, source.get("dropped", {})))
     for step in manifest.get("repacked", []):
-        before, dropped = step["from_conversations"], step["dropped"]
+        before, dropped = step.get("from_pairs", step["from_conversations"]), step["dropped"]
         counts = [before, before - sum(dropped.values()), step["truncated"]]
         lines.append((f"packed again from {step['from']}", counts, dropped))
     return [

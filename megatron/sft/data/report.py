@@ -2,16 +2,17 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron.sft.chat.encoding import Conversation
 from megatron.sft.chat.template import ChatTemplate
-from megatron.sft.data.corpus import Corpus, Counts, Lengths
-from megatron.sft.data.preview import color_wanted, legend, sample_text
+from megatron.sft.data.corpus import Corpus
+from megatron.sft.data.counts import Counts, Lengths, Unit
+from megatron.sft.data.pairs import PAIR
+from megatron.sft.data.preview import color_wanted, legend, pair_parts, sample_text
 from megatron.sft.data.sources import SourceRecord
 from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
 from megatron.sft.runtime import exact_json
@@ -85,27 +86,31 @@ def tokenizer_facts(folder: Path, template: ChatTemplate) -> dict[str, Any]:
     }
 
 
-def length_facts(corpora: Iterable[Corpus]) -> dict[str, Any]:
-    """The manifest's entry for the lengths of all conversations that were read, whatever became of them."""
+def units_name(corpus: Corpus) -> str:
+    """What a source's records become."""
+    return "pairs" if PAIR in corpus.kinds else "conversations"
+
+
+def length_facts(corpora: Sequence[Corpus]) -> dict[str, Any]:
+    """The manifest's entry for the lengths of all conversations, or pairs, that were read, whatever became of them."""
     lengths = Lengths()
     for corpus in corpora:
         lengths.update(corpus.counts.lengths)
     return {
-        "conversations": lengths.num_conversations,
+        units_name(corpora[0]): lengths.num_units,
         "shortest": lengths.shortest,
-        "mean": lengths.total / max(lengths.num_conversations, 1),
+        "mean": lengths.total / max(lengths.num_units, 1),
         "longest": lengths.longest,
         "longer_than": {str(limit): count for limit, count in lengths.longer.items()},
     }
 
 
 def lengths_line(facts: dict[str, Any]) -> str:
-    shares = (
-        f"{int(limit) // 1024}k: {100 * count / max(facts['conversations'], 1):.1f} %"
-        for limit, count in facts["longer_than"].items()
-    )
+    of_pairs = "pairs" in facts
+    number = max(facts["pairs" if of_pairs else "conversations"], 1)
+    shares = (f"{int(limit) // 1024}k: {100 * count / number:.1f} %" for limit, count in facts["longer_than"].items())
     sizes = f"min {facts['shortest']:,}, mean {facts['mean']:,.1f}, max {facts['longest']:,} tokens"
-    return f"lengths: {sizes}; longer than {', '.join(shares)}"
+    return f"lengths{' of pairs, both sides together' if of_pairs else ''}: {sizes}; longer than {', '.join(shares)}"
 
 
 def print_totals(totals: dict[str, Any]) -> None:
@@ -115,15 +120,28 @@ def print_totals(totals: dict[str, Any]) -> None:
         print(f"{totals['groups']:,} groups; {several:,} of them take several rows, which training keeps together")
     print(lengths_line(totals["read_lengths"]))
     fill = f"{100 * totals['fill']:.1f} % full"
-    print(f"packed {totals['conversations']} conversations into {totals['rows']} rows ({fill})")
+    print(f"packed {packed_units(totals)} into {totals['rows']} rows ({fill})")
     print(f"trained {100 * totals['trained_tokens'] / totals['tokens']:.1f} % of {totals['tokens']:,} tokens")
+    for side, facts in totals.get("sides", {}).items():
+        mean = facts["tokens"] / totals["pairs"]
+        print(f"{side}: {facts['tokens']:,} tokens, {facts['trained_tokens']:,} of them trained; {mean:,.1f} tokens on average")
 
 
-def print_sample(number: int, tokenizer: Any, conversation: Conversation) -> None:
-    trained = np.repeat(np.arange(len(conversation.mask_run_lengths)) % 2 == 1, conversation.mask_run_lengths)
+def packed_units(totals: dict[str, Any]) -> str:
+    """How many conversations, or pairs of two, there are."""
+    return f"{totals['pairs']} pairs" if "pairs" in totals else f"{totals['conversations']} conversations"
+
+
+def print_sample(number: int, tokenizer: Any, unit: Unit) -> None:
+    masks = [np.repeat(np.arange(len(one.mask_run_lengths)) % 2 == 1, one.mask_run_lengths) for one in unit]
     color = color_wanted()
-    print(f"---- sample {number}: {len(trained)} tokens; {legend(color)} ----")
-    print(sample_text(tokenizer, conversation.tokens, trained, color), flush=True)
+    print(f"---- sample {number}: {sum(map(len, masks))} tokens; {legend(color)} ----")
+    if len(unit) == 1:
+        print(sample_text(tokenizer, unit[0].tokens, masks[0], color), flush=True)
+        return
+    for heading, tokens, trained in pair_parts([(one.tokens, mask) for one, mask in zip(unit, masks, strict=True)]):
+        print(f"-- {heading} --")
+        print(sample_text(tokenizer, tokens, trained, color), flush=True)
 
 
 def print_corpus(corpus: Corpus) -> None:
@@ -136,7 +154,7 @@ def print_corpus(corpus: Corpus) -> None:
     for name, count in corpus.reader.ignored_fields.most_common():
         if name != corpus.group_key:
             print(f"not used: field {name!r} of {count} records")
-    print_dropped(counts, corpus.seq_length)
+    print_dropped(counts, corpus.seq_length, units_name(corpus))
     if counts.num_split:
         dropped = f", {counts.num_parts_dropped} parts dropped" if counts.num_parts_dropped else ""
         parts = f"{counts.num_parts} of at most {corpus.seq_length} tokens{dropped}"
@@ -145,16 +163,17 @@ def print_corpus(corpus: Corpus) -> None:
         print(f"note: {counts.num_without_group} records have no field {corpus.group_key!r}: each is its own group")
     if counts.num_with_control_tokens:
         count = counts.num_with_control_tokens
-        print(f"note: {count} conversations have the chat template's own special tokens in their texts")
+        print(f"note: {count} {units_name(corpus)} have the chat template's own special tokens in their texts")
     if counts.num_merged_starts:
         print(f"note: {counts.num_merged_starts} answers begin inside a token of the header, which is not trained")
 
 
-def print_dropped(counts: Counts, seq_length: int) -> None:
+def print_dropped(counts: Counts, seq_length: int, units: str = "conversations") -> None:
     for reason, count in counts.dropped.items():
-        print(f"dropped {count} conversations: {reason}")
+        print(f"dropped {count} {units}: {reason}")
     if counts.num_truncated:
-        print(f"cut {counts.num_truncated} conversations at {seq_length} tokens: their last answer has no end")
+        end = "their last answer has no end" if units == "conversations" else "a side that was cut has no end"
+        print(f"cut {counts.num_truncated} {units} at {seq_length} tokens: {end}")
 
 
 def placeholder_notes(replaced: dict[str, str | None], corpora: Sequence[Corpus]) -> list[str]:

@@ -12,8 +12,8 @@ from typing import IO, Any
 import numpy as np
 
 from megatron.sft.chat.encoding import Conversation
-from megatron.sft.data.packing import Packing, pack_groups, pack_rows, single_rows, single_rows_of_groups
-from megatron.sft.data.tokenized import MODE_CONTINUES_GROUP, MODE_FIRST, MODE_TRAINED, data_file, write_index
+from megatron.sft.data.packing import Packing, of_conversations, pack_groups, pack_rows, single_rows, single_rows_of_groups
+from megatron.sft.data.tokenized import MODE_CONTINUES_GROUP, MODE_FIRST, MODE_TRAINED, SIDES, data_file, write_index
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import sealed, sha256_of_file, write_json
 from megatron.sft.runtime.output_lock import held
@@ -41,8 +41,9 @@ class ConversationStore:
         self.lengths = array("q")
         self.runs = array("q")  # lengths, alternately not trained and trained, of all conversations in sequence
         self.num_runs = array("q")
-        self.num_tokens = 0
-        self.num_trained = 0
+        self.unit_size = 1  # conversations that are packed as one: 2 if they are pairs
+        # By their place in the unit: of chosen and of rejected conversations, or the first of all.
+        self.tokens_of_sides, self.trained_of_sides = [0, 0], [0, 0]
         self.max_token_id = -1
         self._scratch = self._temporary("tokens")
 
@@ -61,22 +62,38 @@ class ConversationStore:
         self._file.close()
         self._lock.__exit__(None, None, None)
 
-    def add(self, conversation: Conversation) -> None:
-        tokens = conversation.tokens
-        assert conversation.mask_run_lengths[0] > 0
-        assert sum(conversation.mask_run_lengths) == len(tokens)
-        self._file.write(tokens.astype(self.dtype).tobytes())
-        self.lengths.append(len(tokens))
-        self.runs.extend(conversation.mask_run_lengths)
-        self.num_runs.append(len(conversation.mask_run_lengths))
-        self.num_tokens += len(tokens)
-        self.num_trained += conversation.num_trained
-        self.max_token_id = max(self.max_token_id, int(tokens.max()))
-        self.sources.append(conversation.source)
-        if self.grouped:
-            # A conversation without a group gets its index, scrambled so that it equals another's hash as rarely as any two do.
-            alone = len(self.group_hashes) * 0x9E3779B97F4A7C15 + 1
-            self.group_hashes.append((alone if conversation.group is None else conversation.group) % (1 << 64))
+    def add(self, *unit: Conversation) -> None:
+        """Add a conversation, or the chosen and the rejected one of a pair. All units have one size."""
+        assert len(unit) == self.unit_size or not self.lengths
+        self.unit_size = len(unit)
+        # A unit without a group gets its index, scrambled so that it equals another's hash as rarely as any two do.
+        alone = len(self.lengths) // len(unit) * 0x9E3779B97F4A7C15 + 1
+        for side, conversation in enumerate(unit):
+            tokens = conversation.tokens
+            assert conversation.mask_run_lengths[0] > 0
+            assert sum(conversation.mask_run_lengths) == len(tokens)
+            self._file.write(tokens.astype(self.dtype).tobytes())
+            self.lengths.append(len(tokens))
+            self.runs.extend(conversation.mask_run_lengths)
+            self.num_runs.append(len(conversation.mask_run_lengths))
+            self.tokens_of_sides[side] += len(tokens)
+            self.trained_of_sides[side] += conversation.num_trained
+            self.max_token_id = max(self.max_token_id, int(tokens.max()))
+            self.sources.append(conversation.source)
+            if self.grouped:
+                self.group_hashes.append((alone if conversation.group is None else conversation.group) % (1 << 64))
+
+    @property
+    def num_units(self) -> int:
+        return len(self.lengths) // self.unit_size
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.tokens_of_sides)
+
+    @property
+    def num_trained(self) -> int:
+        return sum(self.trained_of_sides)
 
     @property
     def groups(self) -> np.ndarray:
@@ -85,12 +102,17 @@ class ConversationStore:
         return groups.astype(np.int64)
 
     def pack(self, seq_length: int, seed: int, packing: bool) -> Packing:
-        """Rows of at most `seq_length` tokens, groups kept together; packing: False gives one conversation a row."""
-        lengths = np.frombuffer(self.lengths, dtype=np.int64)
+        """Rows of at most `seq_length` tokens, units and groups kept together; packing: False gives one unit a row."""
+        lengths = self._unit_lengths()
         if self.grouped:
-            groups = self.groups
-            return pack_groups(lengths, groups, seq_length, seed) if packing else single_rows_of_groups(groups, seed)
-        return pack_rows(lengths, seq_length, seed) if packing else single_rows(len(lengths), seed)
+            groups = self.groups[:: self.unit_size]
+            packed = pack_groups(lengths, groups, seq_length, seed) if packing else single_rows_of_groups(groups, seed)
+        else:
+            packed = pack_rows(lengths, seq_length, seed) if packing else single_rows(len(lengths), seed)
+        return packed if self.unit_size == 1 else of_conversations(packed, self.unit_size)
+
+    def _unit_lengths(self) -> np.ndarray:
+        return np.asarray(np.frombuffer(self.lengths, dtype=np.int64).reshape(-1, self.unit_size).sum(1))
 
     def totals(self, packing: Packing, seq_length: int) -> dict[str, Any]:
         """What the manifest says of these conversations and rows as a whole: counts, fill, lengths. `row_units` counts the row
@@ -110,6 +132,11 @@ class ConversationStore:
         if packing.continues_group.any():
             sizes, counts = np.unique(np.bincount(np.cumsum(~packing.continues_group) - 1), return_counts=True)
             totals["row_units"] = dict(zip(map(str, sizes.tolist()), counts.tolist(), strict=True))
+        if self.unit_size > 1:
+            sides = zip(SIDES, self.tokens_of_sides, self.trained_of_sides, strict=True)
+            facts = {side: {"tokens": tokens, "trained_tokens": trained} for side, tokens, trained in sides}
+            totals |= {"pairs": self.num_units, "sides": facts}
+            totals["pair_lengths"] = length_statistics(self._unit_lengths())
         return totals | ({"groups": int(self.groups.max()) + 1} if self.grouped else {})
 
     def write(self, packing: Packing, manifest: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 A document of the two files is a packed row, a sequence is a segment (a run of tokens with one role in training), and the mode
 byte of a sequence has the bits MODE_TRAINED, MODE_FIRST and MODE_CONTINUES_GROUP. Needs only numpy, so that training can import
 it. With grouped conversations, a .groups file has the group of each, int64, in the order of the .bin file; with several
-sources, a .sources file has the index of each conversation's source in the manifest's list, int16.
+sources, a .sources file has the index of each conversation's source in the manifest's list, int16. In preference data (the
+manifest has `pairs`) the conversations of every row are pairs: the chosen one, then the rejected one.
 """
 
 import struct
@@ -23,6 +24,7 @@ REBUILD = "run scripts/3_tokenize.sh again"
 MODE_TRAINED = 1  # the loss is taken on predicting the tokens of this segment
 MODE_FIRST = 2  # the first segment of a conversation
 MODE_CONTINUES_GROUP = 4  # the first segment of a row that training keeps together with the row before it
+SIDES = ("chosen", "rejected")  # of a preference pair, in the order of the files
 # What a manifest must have, as whole numbers.
 COUNTS = ("rows", "tokens", "length", "conversations", "trained_tokens", "max_token_id")
 # Endings of the files that a manifest names, and their bytes per conversation where those are fixed.
@@ -43,6 +45,14 @@ class Row:
     trained: np.ndarray  # [n] bool; True: the loss is taken on predicting this token
     conversation_lengths: np.ndarray  # [c] int64, sums to n
     sources: np.ndarray | None = None  # [c] int16, see `TokenizedRows.sources`
+    reference: np.ndarray | None = None  # [trained tokens] float32, a reference's log-probability of each
+
+    @property
+    def spans(self) -> np.ndarray:
+        """[c, 2] int64: the first token of each conversation, and one past its last. In preference data 2i is the chosen and
+        2i + 1 the rejected conversation of a pair."""
+        stops = np.cumsum(self.conversation_lengths)
+        return np.stack([stops - self.conversation_lengths, stops], axis=1)
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,12 @@ class TokenizedRows:
         return map(self.__getitem__, range(len(self)))
 
     @property
+    def num_pairs(self) -> int:
+        """The number of preference pairs, 0 in other data. Of every row of pairs, conversation 2i is the chosen and 2i + 1 the
+        rejected one of the same pair."""
+        return int(self.manifest.get("pairs", 0))
+
+    @property
     def continues_group(self) -> np.ndarray:
         """[rows] bool, True: the row is in one row group with the row before it, so training shuffles them as one."""
         return (self._index.modes[self._index.documents[:-1]] & MODE_CONTINUES_GROUP) != 0
@@ -124,6 +140,12 @@ class TokenizedRows:
     def num_sources(self) -> int:
         """The number of sources if each conversation's is known, else 0."""
         return len(self.manifest["sources"]) if "sources" in self.manifest["files"] else 0
+
+    @cached_property
+    def trained_per_row(self) -> np.ndarray:
+        """[rows] int64, the number of trained tokens of each row."""
+        trained = np.where((self._index.modes & MODE_TRAINED) != 0, self._index.lengths, 0)
+        return np.add.reduceat(trained, self._index.documents[:-1], dtype=np.int64)
 
     @cached_property
     def _first_conversations(self) -> np.ndarray:
@@ -216,6 +238,11 @@ def check_data_manifest(path: Path, manifest: Any, version: int) -> None:
         value = manifest.get(name)
         if type(value) is not int or value < 0:
             raise UserError(f"{path} has {name} {value!r} instead of a whole number: {REBUILD}")
+    pairs = manifest.get("pairs", 0)
+    if type(pairs) is not int or pairs < 0 or (pairs and 2 * pairs != manifest["conversations"]):
+        raise UserError(
+            f"{path} has {manifest['conversations']} conversations and {pairs!r} pairs, not half of that: {REBUILD}"
+        )
     files = manifest.get("files")
     if not isinstance(files, dict) or not {"bin", "idx"} <= files.keys() <= BYTES_PER_CONVERSATION.keys():
         raise UserError(f"{path} does not name the .bin and .idx files, or names unknown ones: {REBUILD}")
@@ -250,6 +277,11 @@ def check_structure(path: Path, index: Index, manifest: dict[str, Any]) -> None:
         raise UserError(f"{path} has a row that does not begin with a conversation: {REBUILD}")
     if (trained & first).any():
         raise UserError(f"{path} marks the first token of a conversation as trained: {REBUILD}")
+    if manifest.get("pairs"):
+        if (np.add.reduceat(first, row_starts, dtype=np.int64) % 2).any():
+            raise UserError(f"{path} has a row with half of a preference pair: {REBUILD}")
+        if not np.logical_or.reduceat(trained, np.flatnonzero(first)).all():
+            raise UserError(f"{path} has a side of a preference pair without a trained token: {REBUILD}")
     longest = int(np.add.reduceat(lengths, row_starts, dtype=np.int64).max())
     if longest > manifest["length"]:
         raise UserError(f"{path} has a row of {longest} tokens, its manifest says {manifest['length']}: {REBUILD}")

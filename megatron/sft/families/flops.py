@@ -62,3 +62,8 @@ def _state_elements(architecture: Architecture) -> int:
     sizes = architecture.delta_net
     assert sizes is not None
     return 4 * sizes.num_value_heads * sizes.key_dim * sizes.value_dim + sizes.kernel * sizes.convolved_rows
+
+
+def head_forward_flops(architecture: Architecture, trained_tokens: int) -> float:
+    """Operations of the output head alone, forward, over these tokens: what a loss of pairs adds to a step."""
+    return 2.0 * architecture.hidden_size * architecture.vocab_size * trained_tokens

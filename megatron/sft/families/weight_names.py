@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, Architecture, Layer
 from megatron.sft.families.registry import family_rules, layer_rules
@@ -83,14 +83,6 @@ def checkpoint_name(module_name: str, architecture: Architecture, first_layer: i
     module_name = _LOCAL_EXPERT.sub(lambda m: f".experts.experts.{int(m[1]) + first_expert}.", module_name)
     module_name = _GROUPED_EXPERT.sub(lambda m: f".experts.experts.{int(m[2]) + first_expert}.{m[1]}.weight", module_name)
     return _LAYER.sub(lambda match: f"{int(match[1]) + first_layer}.", module_name)
-
-
-def whole_parameters(model: nn.Module, architecture: Architecture) -> dict[str, nn.Parameter]:
-    """The parameters of an unsplit model by the table's names. The model must have exactly the parameters of the table."""
-    parameters = {checkpoint_name(name, architecture): parameter for name, parameter in model.named_parameters()}
-    expected = {entry.megatron for entry in weight_entries(architecture)}
-    assert parameters.keys() == expected, sorted(parameters.keys() ^ expected)[:10]
-    return parameters
 
 
 def checked_to_megatron(entry: WeightEntry, architecture: Architecture, tensors: list[Tensor], where: str) -> Tensor:

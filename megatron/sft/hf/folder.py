@@ -41,6 +41,10 @@ class HFFolder:
         if not path.is_dir():
             raise UserError(f"model folder {path} does not exist: run scripts/1_download.sh model ID, or correct the path")
         self.path = path
+        if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+            raise UserError(
+                f"{path} is a PEFT adapter, not a model: give the model that it belongs to; LORA_INIT_FROM={path} continues it"
+            )
         self.config: dict[str, Any] = read_json(
             path / "config.json", "model configuration", "give a Hugging Face model folder (scripts/1_download.sh)"
         )

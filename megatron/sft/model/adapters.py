@@ -79,9 +79,9 @@ class Adapter(nn.Module):
         super().__init__()
         self.lora, self.split, self.weights = lora, split, tuple(weights)
         rows, self._runs = [each.outputs for each in held], [each.runs for each in held]
-        outputs, inputs = base.shape
+        outputs, inputs = base.shape[-2:]
         self.names = [weights[0].module(place).rpartition(".")[2] for place in weights[0].projections]
-        self.grouped = len(weights) > 1
+        self.grouped = base.dim() == 3
         lead = (len(weights),) if self.grouped else ()
         for name, places in zip(self.names, rows, strict=True):
             self.register_parameter(f"{name}_A", self._parameter(base, (*lead, lora.rank, inputs), split_here=not split.column))
@@ -90,8 +90,9 @@ class Adapter(nn.Module):
             )
         order = torch.cat(list(rows))
         in_order = torch.equal(order, torch.arange(outputs))
-        # Where not all outputs have an adapter, the others get a row of zeros.
-        self._order = None if in_order else _inverse(order, outputs)
+        # Where not all outputs have an adapter, the others get a row of zeros. A buffer: it goes to the device once.
+        self._order: Tensor | None
+        self.register_buffer("_order", None if in_order else _inverse(order, outputs), persistent=False)
 
     def _parameter(self, base: Tensor, shape: tuple[int, ...], split_here: bool) -> nn.Parameter:
         parameter: Any = nn.Parameter(torch.zeros(shape, dtype=base.dtype, device=base.device))
@@ -147,19 +148,19 @@ class Adapter(nn.Module):
         if self._order is None:
             return blocks
         padded = torch.cat([blocks, blocks.new_zeros(1, blocks.shape[1])])
-        return padded.index_select(0, self._order.to(blocks.device))
+        return padded.index_select(0, self._order)
 
-    def _forward_grouped(self, linear: Callable[..., Any], inputs: Tensor, splits: Any) -> tuple[Any, Any]:
-        """Several experts in one layer; `splits` has the number of tokens of each, which lie one after another."""
+    def _forward_grouped(self, linear: Callable[..., Any], inputs: Tensor, ends: Tensor) -> tuple[Any, Any]:
+        """Several experts in one layer, their rows one after another; ends: int32 [experts], the rows up to and with each's."""
         dropout = self._dropout()
-        counts = splits if isinstance(splits, list) else splits.tolist()
+        counts = torch.cat([ends.new_zeros(1), ends]).diff().tolist()
         downs, ups = self._summed(self.factors("A"), self.split.column), self._summed(self.factors("B"), not self.split.column)
         added = []
         for expert, tokens in enumerate(inputs.split(counts)):
             seeds = None if dropout is None else Dropout(dropout.probability, tuple(s + expert for s in dropout.seeds))
             _, low = project(tokens, torch.cat([down[expert] for down in downs]), seeds)
             added.append(low @ (self._blocks([up[expert] for up in ups]) * self.lora.scale).t())
-        outputs, bias = linear(inputs, splits)
+        outputs, bias = linear(inputs, ends)
         return outputs + torch.cat(added), bias
 
     def _dropout(self) -> Dropout | None:
@@ -167,7 +168,7 @@ class Adapter(nn.Module):
             return None
         # From the CPU's generator, which is alike on all ranks, and which recomputation puts back.
         draw, split = int(torch.randint(2**40, ())), self.split
-        # Ranks that hold other tokens, or other columns of them, have other masks; experts are given all tokens.
+        # Ranks that hold other tokens, or other columns of them, draw other masks; experts are given all tokens.
         parts_of_tokens = split.sequence_parallel and not split.expert
         apart = split.rank if parts_of_tokens or not split.column else 0
         data = parallel_state.get_data_parallel_rank(with_context_parallel=True)
@@ -209,17 +210,17 @@ def add_adapters(model: Any, architecture: Architecture, layout: Layout, lora: L
     """Put adapters next to the linear layers that `lora` names, and freeze all else. Their values are zeros until set."""
     model.requires_grad_(False)
     found: dict[str, list[AdaptedWeight]] = {}
-    for name, _, entry in live_weights(model, architecture, layout):
-        if weight := adapted_weight(entry, lora):
-            found.setdefault(name.rpartition(".")[0], []).append(weight)  # several experts may lie in one module
+    for live in live_weights(model, architecture, layout):
+        if weight := adapted_weight(live.entry, lora):
+            found.setdefault(live.name.rpartition(".")[0], []).append(weight)  # several experts may lie in one module
     for name, weights in found.items():
         _add_adapter(model.get_submodule(name), weights, architecture, layout, lora, model.config)
 
 
 def freeze(model: Any, architecture: Architecture, layout: Layout, trained: Trained) -> None:
     """Take the gradients from the weights that `trained` freezes."""
-    for _, parameter, entry in live_weights(model, architecture, layout):
-        parameter.requires_grad_(trained.trains(entry.megatron))
+    for weight in live_weights(model, architecture, layout):
+        weight.parameter.requires_grad_(trained.trains(weight.entry.megatron))
 
 
 def _add_adapter(
@@ -233,7 +234,7 @@ def _add_adapter(
     else:
         rank, group = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_group()
     split = Split(entry.rule.tp_dim == 0, rank, size, group, config.sequence_parallel and size > 1, expert)
-    held = [_rows(entry, place, architecture, base.shape[0], split) for place in weights[0].projections]
+    held = [_rows(entry, place, architecture, base.shape[-2], split) for place in weights[0].projections]
     adapter = Adapter(weights, base, held, lora, split)
     module.adapter = adapter
     module.forward = partial(adapter, module.forward)

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron.sft.families.architecture import Architecture
@@ -145,9 +144,6 @@ def _moe_fields(architecture: Architecture, layout: Layout) -> dict[str, Any]:
     moe = architecture.moe
     if moe is None:
         return {}
-    if not hasattr(moe_utils, "te_general_gemm"):
-        # Without Transformer Engine the router looks for a name that megatron-core then forgot to define.
-        moe_utils.te_general_gemm = None
     return {
         "num_moe_experts": moe.num_experts,
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
@@ -156,7 +152,6 @@ def _moe_fields(architecture: Architecture, layout: Layout) -> dict[str, Any]:
         "moe_router_pre_softmax": not moe.normalized,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
-        "moe_grouped_gemm": has_transformer_engine(),
         "expert_model_parallel_size": layout.expert_parallel,
         "expert_tensor_parallel_size": layout.expert_tensor_parallel,
     }

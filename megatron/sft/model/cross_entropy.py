@@ -3,6 +3,7 @@
 No [tokens, vocabulary] matrix ever exists: each chunk's gradient is formed while its logits are at hand, in the forward pass.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +21,15 @@ class Targets:
 
     hidden_indices: [n] int64, index in the micro-batch of the hidden state that predicts each token.
     ids: [n] int64, the tokens to predict.
-    weights: [n] float32, each token's weight in the loss; 1 for an average over tokens.
+    weights: [n] float32, each token's weight in the loss; 1 for an average over tokens, negative where a token is to become
+    less probable.
+    factor: of some tokens' -log p, [m], what their weights are multiplied by, [m], without gradient; None is 1.
     """
 
     hidden_indices: Tensor
     ids: Tensor
     weights: Tensor
+    factor: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         shape: LogitShape,
     ) -> tuple[Tensor, Tensor]:
         token_losses = torch.empty(len(targets.ids), dtype=torch.float32, device=hidden.device)
-        scaled = targets.weights if upstream_grad is None else targets.weights * upstream_grad
+        weights = targets.weights if targets.factor is None else targets.weights.clone()
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
         main_grad = getattr(weight, "main_grad", None)
         grad_weight = None
@@ -107,8 +111,11 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             local_ids = targets.ids[part] - first_row
             statistics = _statistics(logits, local_ids, num_rows, shape)
             log_sums, token_losses[part] = _combine(statistics, group)
+            if targets.factor is not None:
+                weights[part] *= targets.factor(token_losses[part])
             if grad_hidden is not None:
-                gradient = _gradient(logits, local_ids, log_sums, scaled[part], num_rows, shape)
+                scaled = weights[part] if upstream_grad is None else weights[part] * upstream_grad
+                gradient = _gradient(logits, local_ids, log_sums, scaled, num_rows, shape)
                 torch.matmul(gradient, weight, out=grad_hidden[part])
                 if grad_weight is not None:
                     add_product(grad_weight, gradient, hidden[part])
@@ -117,7 +124,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight if main_grad is None else None)
         ctx.weight, ctx.weight_is_shared, ctx.upstream_grad = weight, weight_is_shared, upstream_grad
         ctx.mark_non_differentiable(token_losses)
-        return token_losses @ targets.weights, token_losses
+        return token_losses @ weights, token_losses
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

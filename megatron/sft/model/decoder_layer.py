@@ -12,8 +12,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
+from megatron.sft.model.experts.sparse_mlp import SparseMLP
 from megatron.sft.model.inputs import PackedRows
 from megatron.sft.model.norm import RMSNorm
+from megatron.sft.model.recomputation import recompute
 from megatron.sft.model.rotary import rotate, split_and_rotate, split_heads, tables_of
 from megatron.sft.model.swiglu import output_gate, swiglu, write_swiglu
 
@@ -38,29 +40,29 @@ class DecoderLayer(TransformerLayer):
         rotary_pos_emb: tables of the micro-batch for all its t tokens (on this context-parallel rank), for each of the
         architecture's `ropes` (see `SFTModel`).
         """
-        recompute = self.training and torch.is_grad_enabled() and self.config.recompute_granularity == "selective"
+        again = self.training and torch.is_grad_enabled() and self.config.recompute_granularity == "selective"
         # Where nothing is normed before, the layers' inputs are the residual itself.
-        recompute_norms = recompute and self.architecture.norms != "after"
+        norms_again = again and self.architecture.norms != "after"
         residual, normed = self.input_layernorm(hidden_states)
         # [t, 1, groups * (heads / groups + 2) * head_dim], or what a gated delta net starts from
         projected = self._input_projection(normed)[0]
-        if recompute_norms:
-            _recompute(normed, projected, partial(self.input_layernorm.write, residual.detach()))
+        if norms_again:
+            recompute(normed, projected, partial(self.input_layernorm.write, residual.detach()))
         attended = self._after(self._mix(projected, rotary_pos_emb, packed_seq_params), "post_attention_layernorm")
         residual, normed = self.pre_mlp_layernorm(residual, attended)
-        if self.is_moe_layer:
+        if isinstance(self.mlp, SparseMLP):
             output, _ = self.mlp(normed)
             return residual + self._after((output, None), "post_mlp_layernorm"), None
         kind = self.architecture.activation
         gate_up, inner_bias = self.mlp.linear_fc1(normed)
-        if recompute_norms:
-            _recompute(normed, gate_up, partial(self.pre_mlp_layernorm.write, residual.detach()))
+        if norms_again:
+            recompute(normed, gate_up, partial(self.pre_mlp_layernorm.write, residual.detach()))
         if inner_bias is not None:
             gate_up = gate_up + inner_bias
         active = swiglu(gate_up, kind)
         output, outer_bias = self.mlp.linear_fc2(active)
-        if recompute:
-            _recompute(active, output, partial(write_swiglu, gate_up.detach(), kind=kind))
+        if again:
+            recompute(active, output, partial(write_swiglu, gate_up.detach(), kind=kind))
         return residual + self._after((output, outer_bias), "post_mlp_layernorm"), None
 
     @property
@@ -114,25 +116,3 @@ class DecoderLayer(TransformerLayer):
             turned = normed if tables is None else rotate(normed, tables_of(tables, letter == "q"))
             heads[letter] = module(turned) if rotated else turned.contiguous()
         return heads["q"], heads["k"], value.contiguous(), gates
-
-
-def _recompute(output: Tensor, before: Tensor, write: Callable[[Tensor], None]) -> None:
-    """Free the memory of `output` and have `write(output)` fill it again when the gradient of `before` is there.
-
-    `before` is what was made from `output` (which its backward pass reads); nothing else may read `output` until then.
-    Without a gradient for `before` nothing holds `output` anyway.
-    """
-    if not before.requires_grad:
-        return
-    target = output.data  # without autograd's count of changes
-    size = target.untyped_storage().size()
-    target.untyped_storage().resize_(0)
-    # Emptied when used: autograd keeps the hook, and what it holds, until the whole backward pass is over.
-    needed = [(target, write)]
-
-    def fill(_: Tensor) -> None:
-        target, write = needed.pop()
-        target.untyped_storage().resize_(size)
-        write(target)
-
-    before.register_hook(fill)

@@ -1,5 +1,6 @@
 """Builds the model: the one place that knows megatron-core's GPTModel and how its layers are put together here."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from megatron.sft.model.layout import Layout
 from megatron.sft.model.rotary import rotary_tables, with_query_tables
 from megatron.sft.runtime import device
 
+# The summed loss whose gradient is taken, every trained token's -log p, and the report of `MicroBatch.weigh` if there is one.
+HeadResult = tuple[Tensor, Tensor, Tensor | None]
+
 
 class OutputHead(tensor_parallel.ColumnParallelLinear):
     """The output layer, computing the loss instead of all logits.
@@ -34,7 +38,7 @@ class OutputHead(tensor_parallel.ColumnParallelLinear):
 
     def forward(
         self, hidden: Tensor, weight: Tensor, batch: MicroBatch, architecture: Architecture, logits: bool
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | HeadResult:
         """hidden: [t / TP with sequence parallelism, 1, hidden size]. Returns what `SFTModel.forward` does."""
         if self.sequence_parallel:
             # Each rank's head gives a part of the gradient; the gather's backward sums the parts and scatters.
@@ -51,11 +55,18 @@ class OutputHead(tensor_parallel.ColumnParallelLinear):
         shared_here = self.weight is None  # tied, and the embedding lies on this stage
         # What the backward pass will start with: the weight's gradient is made before.
         scale = batch.gradient_scale
-        if self.config.fp16:
+        if self.config.fp16 and torch.is_grad_enabled():
             scale = self.config.grad_scale_func(torch.ones((), device=hidden.device) if scale is None else scale)
-        return weighted_cross_entropy(
-            trained, weight, batch.targets, architecture.vocab_size, self.tp_group, shared_here, scale, shape
-        )
+        targets, report, rows = batch.targets, None, architecture.vocab_size
+        if batch.weigh is not None:
+            with torch.no_grad():
+                weighted, losses = weighted_cross_entropy(trained, weight, targets, rows, self.tp_group, shape=shape)
+            weights, report = batch.weigh(losses)
+            if not torch.is_grad_enabled():
+                return weighted, losses, report
+            targets = replace(targets, weights=weights)
+        result = weighted_cross_entropy(trained, weight, targets, rows, self.tp_group, shared_here, scale, shape)
+        return *result, report
 
 
 class SFTModel(GPTModel):
@@ -70,15 +81,14 @@ class SFTModel(GPTModel):
             None if rope.scaling and rope.scaling.by_length else inverse_frequencies(rope, device.current())
             for rope in architecture.ropes
         ]
-        # Set where the embedding is frozen: recomputation and the stage before ask for a gradient of what has none yet.
+        # Set where recomputation, or a stage that trains nothing, needs a gradient of what a frozen embedding gives.
         self.starts_gradient = False
         if self.post_process:
             # GPTModel makes its output layer itself; only what it computes is changed.
             self.output_layer.__class__ = OutputHead
 
-    def forward(self, batch: MicroBatch, logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """On the last pipeline stage the summed loss and each trained token's (`weighted_cross_entropy`), on the others hidden
-        states [t, 1, hidden].
+    def forward(self, batch: MicroBatch, logits: bool = False) -> Tensor | HeadResult:
+        """On the last pipeline stage the `HeadResult`, on the others hidden states [t, 1, hidden].
 
         logits=True gives [t, vocabulary] instead of the loss, gathered over TP and without padded rows, for comparisons.
         """
@@ -87,7 +97,7 @@ class SFTModel(GPTModel):
             return hidden
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        result: Tensor | tuple[Tensor, Tensor] = self.output_layer(hidden, weight, batch, self.architecture, logits)
+        result: Tensor | HeadResult = self.output_layer(hidden, weight, batch, self.architecture, logits)
         return result
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -147,7 +157,8 @@ def build_model(
     elif trained is not None:
         freeze(model, architecture, layout, trained)
     if pre_process and not model.embedding.word_embeddings.weight.requires_grad:
-        model.starts_gradient = config.recompute_granularity == "full" or layout.pipeline_parallel > 1
+        trains_nothing = not any(parameter.requires_grad for parameter in model.parameters())
+        model.starts_gradient = config.recompute_granularity == "full" or trains_nothing
     for module in model.modules():
         # Transformer Engine's layers add their weight gradients to main_grad inside the GEMM. megatron-core's switch for it
         # would ask for Apex, which only its own layers need.

@@ -1,5 +1,6 @@
 """What the model takes: a micro-batch of packed rows as arrays on the device."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,16 +37,38 @@ class PackedRows(PackedSeqParams):
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """The answers in a micro-batch of pairs: of pair p the chosen one is number 2p, the rejected one 2p + 1. a is their number.
+
+    answers: [n] int64, the answer of each target; targets are in the order of the answers.
+    places: [n] int64, where each target stands among its answer's trained tokens.
+    num_targets: [a] int64, how many of this rank's targets each answer has.
+    num_trained: [a] float64, the same over all context-parallel ranks.
+    reference: [n] float32, the reference's log-probability of each target; None without a reference.
+    """
+
+    answers: Tensor
+    places: Tensor
+    num_targets: Tensor
+    num_trained: Tensor
+    reference: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """One micro-batch on the device. t is the number of tokens on this context-parallel rank, padding included.
 
     tokens, position_ids: [1, t] int64; position_ids restart at 0 in each conversation.
     packed: the conversations' cu_seqlens; padding after a conversation belongs to it, padding after the row is a run itself.
     targets: the trained tokens whose predicting hidden state is on this rank.
-    loss_count: int64 scalar, what the summed loss is to be divided by (trained tokens, or conversations), this rank's part.
+    loss_count: int64 scalar, what the summed loss is to be divided by (trained tokens, conversations, or pairs), this rank's
+    part.
     num_tokens, sum_squared_lengths: of the conversations of all ranks without padding.
     gradient_scale: float32 scalar, what the gradient of the summed loss is to be multiplied by; None is 1.
     sources: [n] int64, which of the data's `num_sources` sources each target is from; None where there is one only.
+    pairs: where the conversations are pairs.
+    weigh: for a loss that is not a sum over tokens: of every target's -log p, [n], the weight of each, [n] float32, with which
+    the weighted sum has the loss's gradient, and what is reported of the loss, float64 [any].
     """
 
     tokens: Tensor
@@ -58,3 +81,5 @@ class MicroBatch:
     gradient_scale: Tensor | None = None
     sources: Tensor | None = None
     num_sources: int = 0
+    pairs: Pairs | None = None
+    weigh: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None

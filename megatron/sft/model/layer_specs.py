@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,7 +16,8 @@ from megatron.sft.families.weight_names import norm_names
 from megatron.sft.model.attention import PackedAttention
 from megatron.sft.model.config import has_transformer_engine
 from megatron.sft.model.decoder_layer import DecoderLayer
-from megatron.sft.model.delta_net import GatedDeltaNet
+from megatron.sft.model.delta_net.layer import GatedDeltaNet
+from megatron.sft.model.experts.sparse_mlp import SparseMLP
 from megatron.sft.model.norm import ProjectionNorm, ResidualNorm, ResidualSum, RMSNorm
 
 
@@ -50,10 +50,8 @@ def _layer(architecture: Architecture, config: TransformerConfig, facts: Layer) 
     if not facts.experts:
         dense = layer.submodules.mlp.submodules
         dense.linear_fc1, dense.linear_fc2 = with_bias(column, architecture.mlp_bias), with_bias(row, architecture.mlp_bias)
-    elif has_transformer_engine():
-        layer.submodules.mlp = get_moe_module_spec(
-            use_te=True, num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm
-        )
+    else:
+        layer.submodules.mlp = SparseMLP
     return layer
 
 

@@ -8,9 +8,12 @@ import os
 from pathlib import Path
 
 from megatron.sft.checkpoint.folder import MANIFEST, Checkpoint
+from megatron.sft.data.reference_logps import MAKE_AGAIN
 from megatron.sft.data.tokenized import REBUILD, TokenizedRows
 from megatron.sft.families.architecture import Architecture
-from megatron.sft.planning.run_plan import RunPlan
+from megatron.sft.planning.options import TrainOptions
+from megatron.sft.planning.reference_plan import ReferencePlan
+from megatron.sft.planning.run_plan import RunPlan, architecture_of
 from megatron.sft.runtime.checksum_cache import check_once
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import check_sizes, listed_files
@@ -31,6 +34,8 @@ def check(plan: RunPlan) -> None:
     weights = plan.base if plan.resume else plan.start
     if weights is not None:
         check_checkpoint(weights, plan.architecture, plan.options.verify_checkpoint)
+    if plan.reference:
+        check_reference(plan.reference, plan.options)
 
 
 def check_rows(rows: TokenizedRows, save: Path) -> None:
@@ -41,6 +46,17 @@ def check_rows(rows: TokenizedRows, save: Path) -> None:
     prefix = rows.prefix
     caches = (prefix.with_name(f".{prefix.name}.checked.json"), save / ".data.checked.json")
     check_once(rows.files, REBUILD, caches)
+
+
+def check_reference(reference: ReferencePlan, options: TrainOptions) -> None:
+    """Compare the checksums of the reference's log-probabilities; where they are to be made, those of its checkpoint."""
+    if reference.logps is not None:
+        prefix = reference.logps.prefix
+        caches = (prefix.with_name(f".{prefix.name}.checked.json"), options.save / ".reference.checked.json")
+        check_once(reference.logps.files, MAKE_AGAIN, caches)
+    elif reference.checkpoint is not None and options.reference:
+        checkpoint = reference.checkpoint
+        check_checkpoint(checkpoint, architecture_of(checkpoint), options.verify_checkpoint)
 
 
 def check_checkpoint(checkpoint: Checkpoint, architecture: Architecture, checksums: bool = True) -> None:

@@ -1,14 +1,29 @@
 """The settings of a training run: one table of shell variable, option, default and meaning."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron.sft.runtime.errors import UserError
 
-MODES = ("train", "resume")
+MODES = ("train", "resume", "reference")
+OBJECTIVES = ("sft", "dft", "dpo", "simpo", "orpo", "cpo")
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "sigmoid_norm", "robust", "cdpo", "exo", "nca", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
+    "discopop",
+)  # fmt: skip
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+# Asked for often enough to get advice instead of a list of what there is.
+_OTHER_OBJECTIVES = {
+    "kto": "KTO is not built: with a better and a worse answer to a question take OBJECTIVE=dpo with DPO_LOSS=bco_pair or "
+    "apo_zero, which look at each answer by itself; with good answers alone, OBJECTIVE=sft",
+    "rm": "reward models are not built: OBJECTIVE=dpo trains on the same pairs without one",
+    "ppo": "reinforcement learning is not built: OBJECTIVE=dpo trains on pairs of answers",
+}
+_OTHER_OBJECTIVES |= {"reward": _OTHER_OBJECTIVES["rm"], "reward_model": _OTHER_OBJECTIVES["rm"]}
+_OTHER_OBJECTIVES |= {"grpo": _OTHER_OBJECTIVES["ppo"], "rloo": _OTHER_OBJECTIVES["ppo"]}
 
 
 def _setting(variable: str, meaning: str, default: Any = MISSING, choices: tuple[str, ...] = (), option: str = "") -> Any:
@@ -50,6 +65,31 @@ class TrainOptions:
     loss_average: str = _setting(
         "LOSS_AVERAGE", "what weighs the same in the loss: every trained token, or every conversation",
         "token", ("token", "conversation"))
+
+    objective: str = _setting(
+        "OBJECTIVE", "what is trained: answers, answers weighed by their own probability (dft), or pairs of a chosen and a "
+        "rejected answer, with a reference (dpo) or without one", "sft", OBJECTIVES)
+    dpo_loss: str = _setting("DPO_LOSS", "loss of a pair with OBJECTIVE=dpo (docs/preferences.md)", "sigmoid", DPO_LOSSES)
+    dpo_beta: float = _setting(
+        "DPO_BETA", "how strongly pairs hold the model to the reference: rewards are this times the log-ratios", 0.1)
+    dpo_label_smoothing: float = _setting(
+        "DPO_LABEL_SMOOTHING", "share of the pairs taken as wrongly ordered: for DPO_LOSS=robust, cdpo, exo, for simpo and cpo",
+        0.0)
+    dpo_f_divergence: str = _setting(
+        "DPO_F_DIVERGENCE", "what holds the model to the reference", "reverse_kl", DIVERGENCES)
+    dpo_f_alpha: float = _setting("DPO_F_ALPHA", "alpha of DPO_F_DIVERGENCE=alpha_divergence", 0.5)
+    dpo_ld_alpha: float = _setting(
+        "DPO_LD_ALPHA", "weight of an answer's tokens past the length of the pair's shorter answer", 1.0)
+    dpo_discopop_tau: float = _setting("DPO_DISCOPOP_TAU", "temperature of DPO_LOSS=discopop", 0.05)
+    simpo_gamma: float = _setting("SIMPO_GAMMA", "margin of the rewards that OBJECTIVE=simpo aims at", 0.5)
+    sft_weight: float = _setting(
+        "SFT_WEIGHT", "weight of the SFT loss of the chosen answers, added to the loss of the pairs; -1 takes the objective's "
+        "own: 1 for orpo and cpo, 0 for dpo and simpo", -1.0)
+    reference: str = _setting(
+        "REFERENCE", "OBJECTIVE=dpo: the checkpoint that the model is held to, if not the one it starts from", "")
+    reference_logps: str = _setting(
+        "REFERENCE_LOGPS", "prefix of the .bin and .json with the reference's log-probabilities, which are made if missing; "
+        "not set: next to the data", "")
 
     precision: str = _setting(
         "PRECISION", "of forward and backward; fp8 needs Transformer Engine", "bf16", ("bf16", "fp16", "fp8", "fp32"))
@@ -115,7 +155,7 @@ class TrainOptions:
         "VERIFY_CHECKPOINT", "compare every file of a checkpoint with its checksum before loading it (1 or 0)", True)
     resume_with: str = _setting(
         "RESUME_WITH", "what may differ from the saved run, at the same position: data, tokenizer, seq_length, "
-        "global_batch_size, seed, split, loss_average; separate several with commas", "")
+        "global_batch_size, seed, split, loss_average, objective, reference; separate several with commas", "")
     eval_interval: int = _setting("EVAL_INTERVAL", "steps between validations, where SPLIT has validation rows", 100)
     eval_iters: int = _setting("EVAL_ITERS", "global batches a validation; 0 takes all validation rows once", 0)
     on_nan: str = _setting(
@@ -154,13 +194,22 @@ def options_record(options: "TrainOptions") -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
+def options_of_record(record: Mapping[str, Any]) -> "TrainOptions":
+    """The settings that `options_record` was made of. Those that it lacks, of a run of an older version, get their defaults."""
+    values: dict[str, Any] = {}
+    for setting in fields(TrainOptions):
+        value = record.get(flag_of(setting)[2:].replace("-", "_"), setting.default)
+        values[setting.name] = Path() if value is MISSING else Path(value) if setting.type is Path else value
+    return TrainOptions(**values)
+
+
 def parse(arguments: Sequence[str] | None = None) -> tuple[str, TrainOptions]:
     """The mode (`train`, `resume`, or an empty string: resume if there is a checkpoint, else train) and the settings.
 
     A `UserError` names the variable, not the option, since variables are what users type.
     """
     parser = _Parser(prog="train", description="Supervised fine-tuning with megatron-core.", allow_abbrev=False)
-    parser.add_argument("mode", nargs="?", default="", choices=("", *MODES), metavar="train|resume")
+    parser.add_argument("mode", nargs="?", default="", choices=("", *MODES), metavar="train|resume|reference")
     for setting in fields(TrainOptions):
         kind = setting.type
         required = setting.default is MISSING
@@ -168,7 +217,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, TrainOptions]:
         parser.add_argument(
             flag_of(setting),
             dest=setting.name,
-            type=_flag if kind is bool else kind,
+            type=_flag if kind is bool else _objective if setting.name == "objective" else kind,
             default=None if required else setting.default,
             choices=setting.metadata["choices"] or None,
             help=meaning,
@@ -189,6 +238,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (docs/options.md lists the settings)")
 
 
+def _objective(text: str) -> str:
+    if advice := _OTHER_OBJECTIVES.get(text.lower().replace("-", "_")):
+        raise argparse.ArgumentTypeError(advice)
+    return text
+
+
 def _flag(text: str) -> bool:
     if text.lower() in ("1", "true", "yes", "on"):
         return True
@@ -202,7 +257,8 @@ def as_markdown() -> str:
     lines = [
         "# Settings of a training run",
         "",
-        "Set them as shell variables in a recipe (`scripts/sft/*.sh`), in the environment, or with `sbatch --export`.",
+        "Set them as shell variables in a recipe (`scripts/sft/*.sh`, `scripts/dpo/*.sh`), in the environment, or with "
+        "`sbatch --export`.",
         "This page is made by `python -m megatron.sft.options --markdown`.",
         "",
         "| variable | option | default | meaning |",

@@ -8,6 +8,7 @@ from typing import Any
 from megatron.sft.planning import input_checks
 from megatron.sft.planning.memory import GIB, cheapest_recompute, estimate
 from megatron.sft.planning.memory_fit import fewest_gpus_text, gpu_memory, memory_settings
+from megatron.sft.planning.objective_checks import needs_pairs
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.planning.resolution import Resolution, checkpoint_bytes
 from megatron.sft.planning.run_time import full_rows, measured_rows, tokens_per_second
@@ -87,12 +88,15 @@ def _add_time(found: Resolution) -> None:
         return
     options = found.options
     load = measured_rows(found.rows) if found.rows is not None else full_rows(found.seq_length)
+    run = options.tokens_per_second, options.save, found.architecture, load, found.num_processes
     frozen = found.trained.lora is not None
-    speed, where = tokens_per_second(
-        options.tokens_per_second, options.save, found.architecture, load, found.num_processes, frozen
-    )
+    speed, where = tokens_per_second(*run, frozen, two_heads=needs_pairs(options.objective))
     tokens = found.train_iters * options.global_batch_size * load.tokens
     found.add("time", f"{clock(tokens / speed)} for {tokens / 1e9:,.3f} G tokens at {speed:,.0f} tokens/s ({where})")
+    if found.rows is not None and found.reference and not found.reference.logps:
+        # A forward pass is a third of a step.
+        tokens = found.rows.manifest["tokens"]
+        found.add("reference pass", f"{clock(tokens / speed / 3)} for {tokens / 1e9:,.3f} G tokens, once before the first step")
 
 
 def checkpoints_kept(options: TrainOptions, train_iters: int) -> int:

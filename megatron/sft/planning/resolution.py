@@ -19,7 +19,9 @@ from megatron.sft.hf.published_configs import unconverted
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.planning.adapter_base import base_of
 from megatron.sft.planning.memory import num_parameters
+from megatron.sft.planning.objective_checks import check_objective_fits, needs_reference, objective_problems, objective_words
 from megatron.sft.planning.options import TrainOptions, flag_of, shell_value, variable_of
+from megatron.sft.planning.reference_plan import ReferencePlan, plan_reference
 from megatron.sft.planning.run_plan import (
     RunPlan,
     architecture_of,
@@ -66,6 +68,7 @@ class Resolution:
     validation_rows: np.ndarray | None = None
     train_iters: int = 0
     warmup_iters: int = 0
+    reference: ReferencePlan | None = None
 
     @property
     def seq_length(self) -> int:
@@ -98,12 +101,14 @@ class Resolution:
 def resolve(mode: str, options: TrainOptions, num_processes: int) -> Resolution:
     """Check the settings against each other, the checkpoint and the data, in the order of a run's start.
 
-    mode: `train`, `resume`, or an empty string for whichever of the two OUTPUT_PATH calls for.
+    mode: `train`, `resume`, `reference`, or an empty string for whichever of the first two OUTPUT_PATH calls for.
     """
-    found = Resolution(options, num_processes, problems=list(number_problems(options)))
+    problems = [*number_problems(options), *objective_problems(options)]
+    found = Resolution(options, num_processes, problems=problems)
     _resolve_model(found, mode)
     _resolve_processes(found)
     _resolve_data(found)
+    _resolve_objective(found, mode)
     _resolve_steps(found)
     _resolve_disk(found)
     return found
@@ -185,14 +190,36 @@ def _resolve_data(found: Resolution) -> None:
     if found.rows is None:
         return
     manifest = found.rows.manifest
+    pairs = f" = {found.rows.num_pairs:,} pairs" if found.rows.num_pairs else ""
     found.add(
         "data",
         f"{prefix}: {len(found.rows):,} rows of up to {manifest['length']:,} tokens, {manifest['conversations']:,} "
-        f"conversations, {100 * manifest['trained_tokens'] / max(manifest['tokens'], 1):.1f} % of the tokens trained",
+        f"conversations{pairs}, {100 * manifest['trained_tokens'] / max(manifest['tokens'], 1):.1f} % of the tokens trained",
     )
     if found.architecture:
         source = found.start.manifest.get("source", {}) if found.start else {}
         found.attempt(check_data_fits, found.rows, found.options, found.architecture, source)
+
+
+def _resolve_objective(found: Resolution, mode: str) -> None:
+    options, rows, start = found.options, found.rows, found.start
+    if options.objective != "sft":
+        found.add("objective", objective_words(options))
+    if rows is None or start is None:
+        return
+    found.attempt(check_objective_fits, rows, options)
+    if not needs_reference(options.objective) or not rows.num_pairs:
+        return
+    try:
+        found.reference = plan_reference(options, rows, start, found.resume)
+    except UserError as error:
+        if mode != "reference":
+            found.problems.append(str(error))
+            return
+        found.reference = found.attempt(plan_reference, options, rows, start, found.resume, True)
+        found.add("replaced", str(error))
+    if found.reference:
+        found.add("reference", found.reference.words)
 
 
 def _resolve_steps(found: Resolution) -> None:

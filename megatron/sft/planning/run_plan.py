@@ -17,6 +17,7 @@ from megatron.sft.families.registry import read_architecture
 from megatron.sft.families.trained import Trained
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning.options import TrainOptions, variable_named
+from megatron.sft.planning.reference_plan import ReferencePlan
 from megatron.sft.runtime.errors import UserError
 
 
@@ -37,6 +38,7 @@ class RunPlan:
     warmup_iters: int
     wsd_decay_iters: int
     eval_iters: int
+    reference: ReferencePlan | None = None  # where the objective needs one
     trained: Trained = Trained()
     base: Checkpoint | None = None  # the weights under the adapters
 
@@ -95,6 +97,8 @@ def steps(options: TrainOptions, num_training_rows: int, data_parallel: int) -> 
 
 def starting_point(mode: str, options: TrainOptions) -> tuple[bool, Checkpoint]:
     """Whether the run continues one in OUTPUT_PATH, and the checkpoint that it begins from."""
+    if mode == "reference":
+        return False, open_checkpoint(options.load)
     there = verification.has_checkpoints(options.save)
     if mode == "train" and there:
         newest = next(iter(iterations(options.save)), "unknown")

@@ -28,21 +28,29 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def draw(curves: Sequence[Curve], output: Path, title: str, axis: str = "iteration", by_source: bool = False) -> None:
-    """Write the PNG: raw and smoothed losses, validation points, and the learning rate on the right-hand axis.
+    """Write the PNG: raw and smoothed losses, validation points, and the learning rate on the right-hand axis; below them the
+    margins of pairs' rewards.
 
     axis: of AXES. by_source: with the smoothed loss of every source of the data.
     """
     from matplotlib.figure import Figure
 
+    has_margins = any(curve.margins for curve in curves)
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-    axes = figure.subplots()
+    axes, *below = figure.subplots(1 + has_margins, sharex=True, squeeze=False, height_ratios=[2, 1][: 1 + has_margins])[:, 0]
     lr_axes = axes.twinx()
     for index, curve in enumerate(curves):
         style = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}
         _draw_run(axes, lr_axes, curve, style, len(curves) > 1, axis)
         if by_source:
             _draw_sources(axes, curve, index, len(curves), axis)
-    _add_labels(axes, lr_axes, curves, title, axis)
+        if below:
+            _draw_margins(below[0], curve, style, axis)
+    _add_labels(axes, lr_axes, curves, title)
+    (below or [axes])[-1].set_xlabel(AXES[axis])
+    if below:
+        below[0].set_ylabel("margin of the rewards")
+        below[0].grid(alpha=0.25)
     output.parent.mkdir(parents=True, exist_ok=True)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=DOTS_PER_INCH, format="png")
@@ -71,13 +79,22 @@ def _draw_sources(axes: Any, curve: Curve, run_index: int, num_runs: int, axis: 
         axes.plot(x, smoothed([loss for _, loss in points]), **style, linewidth=1.2, label=label)
 
 
-def _add_labels(axes: Any, lr_axes: Any, curves: Sequence[Curve], title: str, axis: str) -> None:
+def _draw_margins(axes: Any, curve: Curve, style: dict[str, Any], axis: str) -> None:
+    if len(curve.margins) != len(curve.iterations):  # another objective in a part of the run
+        return
+    axes.plot(curve.x(axis), curve.margins, color=style["color"], alpha=0.3, linewidth=0.8)
+    axes.plot(curve.x(axis), smoothed(curve.margins), **style, linewidth=1.8)
+    if len(curve.validation_margins) == len(curve.validation_iterations):
+        points = (curve.validation_x(axis), curve.validation_margins)
+        axes.plot(*points, "o", color=style["color"], markersize=6, markeredgecolor="black")
+
+
+def _add_labels(axes: Any, lr_axes: Any, curves: Sequence[Curve], title: str) -> None:
     losses = [loss for curve in curves for loss in curve.losses + curve.validation_losses]
     if min(losses) > 0 and max(losses) / min(losses) > 20:  # a linear axis would show only the first steps
         axes.set_yscale("log")
     axes.plot([], [], color="grey", linewidth=1.0, linestyle=":", label="learning rate (right)")
-    axes.set_xlabel(AXES[axis])
-    axes.set_ylabel("loss per trained token")
+    axes.set_ylabel("loss per pair" if all(curve.margins for curve in curves) else "loss per trained token")
     axes.set_title(title)
     axes.grid(alpha=0.25)
     axes.legend(loc="upper right", framealpha=0.9)

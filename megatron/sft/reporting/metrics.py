@@ -20,10 +20,11 @@ from megatron.sft.runtime.manifest import write_text
 class StepMetrics:
     """One training step, or the mean of the steps since the last line: `seconds` and all counts of tokens are of one step.
 
-    loss: per trained token. tokens: without padding. trained_tokens: those with a loss. sum_squared_lengths: over the step's
-    conversations, for the operations of attention. num_processes: those that share the work, one a GPU. skipped_steps: in the
-    whole run so far. source_losses: name of a data source to its mean loss per trained token and its trained tokens, of all
-    steps since the last line. loss_scale: of fp16. memory_bytes: the largest peak of a process.
+    loss: per trained token, or per pair. tokens: without padding. trained_tokens: those with a loss. sum_squared_lengths: over
+    the step's conversations, for the operations of attention. num_processes: those that share the work, one a GPU.
+    skipped_steps: in the whole run so far. source_losses: name of a data source to its mean loss per trained token and its
+    trained tokens, of all steps since the last line. loss_scale: of fp16. memory_bytes: the largest peak of a process. pairs:
+    means over the pairs, by TRL's names, with the two parts of the loss where it has an SFT part.
     """
 
     iteration: int
@@ -40,6 +41,7 @@ class StepMetrics:
     source_losses: dict[str, tuple[float, int]] = field(default_factory=dict)
     loss_scale: float | None = None
     memory_bytes: int = 0
+    pairs: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,16 +78,17 @@ class MetricsLog:
             "tokens_per_second": round(step.tokens / step.seconds, 2),
             "tflops_per_process": round(tflops, 4),
             "mfu": None if mfu is None else round(mfu, 4),
+            **step.pairs,
             "sources": {name: {"loss": loss, "trained_tokens": tokens} for name, (loss, tokens) in sources.items()},
         }
-        hidden = ("sum_squared_lengths", "num_processes", "source_losses")
+        hidden = ("sum_squared_lengths", "num_processes", "source_losses", "pairs")
         self._write({name: value for name, value in values.items() if name not in hidden and value not in (None, {})})
 
-    def validation(self, iteration: int, loss: float, trained_tokens: int) -> None:
-        """Write the mean loss per trained token on the validation rows after `iteration` steps."""
-        line = f"validation after iteration {iteration} | loss {loss:.4f} | {trained_tokens:,} trained tokens"
-        ranks.print_rank_0(line)
-        self._write({"iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens})
+    def validation(self, iteration: int, loss: float, trained_tokens: int, pairs: dict[str, float] | None = None) -> None:
+        """Write the mean loss on the validation rows after `iteration` steps, and the means over their pairs."""
+        parts = [f"validation after iteration {iteration}", f"loss {loss:.4f}", *_pair_parts(pairs or {})]
+        ranks.print_rank_0(" | ".join([*parts, f"{trained_tokens:,} trained tokens"]))
+        self._write({"iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens, **(pairs or {})})
 
     def close(self) -> None:
         """Flush and close the trackers."""
@@ -110,6 +113,7 @@ class MetricsLog:
             f"iteration {step.iteration:>{len(str(self.train_iters))}}/{self.train_iters}",
             f"epoch {self._epoch(step):.2f}",
             f"loss {step.loss:.4f}",
+            *_pair_parts(step.pairs),
             f"lr {step.lr:.2e}",
             f"grad norm {step.grad_norm:.2f}",
             f"{step.seconds:.2f} s",
@@ -143,6 +147,17 @@ class MetricsLog:
             self._warned = True
         else:
             self._unwritten, self._warned = "", False
+
+
+def _pair_parts(pairs: dict[str, float]) -> list[str]:
+    """What a log line says of pairs."""
+    if not pairs:
+        return []
+    accuracy, margin = pairs["rewards/accuracies"], pairs["rewards/margins"]
+    rewards = f"rewards {pairs['rewards/chosen']:+.4f} {pairs['rewards/rejected']:+.4f}, margin {margin:.4f}"
+    logps = f"log p {pairs['logps/chosen']:.1f} {pairs['logps/rejected']:.1f}"
+    sft = [f"SFT part {pairs['sft_loss']:.4f}"] if "sft_loss" in pairs else []
+    return [*sft, f"{rewards}, accuracy {100 * accuracy:.0f} %", logps]
 
 
 def forget_after(folder: Path, iteration: int) -> None:

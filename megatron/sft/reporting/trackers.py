@@ -36,6 +36,10 @@ _NAMES = {
 }
 
 
+# Fields of pairs, whose names in the trackers are TRL's, below `train/` or `validation/`.
+_PAIR_NAMES = ("rewards/", "logps/", "preference_loss", "sft_loss")
+
+
 class Tracker(Protocol):
     """Takes lines of metrics.jsonl, as dicts."""
 
@@ -47,6 +51,8 @@ class Tracker(Protocol):
 def tracked_values(values: dict[str, Any]) -> dict[str, float]:
     """The numbers of a line of metrics.jsonl by their names in the trackers."""
     tracked = {name: float(values[key]) for key, name in _NAMES.items() if values.get(key) is not None}
+    kind = "validation" if "validation_loss" in values else "train"
+    tracked |= {f"{kind}/{key}": float(value) for key, value in values.items() if key.startswith(_PAIR_NAMES)}
     sources = values.get("sources", {}).items()
     return tracked | {f"loss by source/{name}": float(source["loss"]) for name, source in sources}
 

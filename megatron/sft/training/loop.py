@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,6 +23,7 @@ from megatron.sft.training import nonfinite, state
 from megatron.sft.training.engine import Engine, StepResult
 from megatron.sft.training.feeder import Feeder
 from megatron.sft.training.log_window import Window
+from megatron.sft.training.pair_guard import AccuracyWatch, Guard
 from megatron.sft.training.saver import Saver
 
 # How long a save takes, for the time limit, until one was measured: bytes a parameter (weights, two moments, a 16-bit copy)
@@ -57,6 +59,7 @@ class Run:
         self._longest_step = 0.0
         self._longest_save = num_parameters(plan.architecture) * _STATE_BYTES / _DISK_BYTES_A_SECOND
         self._spikes = nonfinite.SpikeWatch()
+        self._accuracies = AccuracyWatch()
         self._source_names = source_names(plan.rows.manifest) if plan.rows.num_sources else []
 
     def train(self) -> int:
@@ -67,7 +70,7 @@ class Run:
         if self.iteration >= plan.train_iters and not pending:
             ranks.print_rank_0(f"nothing to do: the run has {plan.train_iters} steps and iteration {self.iteration} is saved")
             return 0
-        self.feeder = Feeder(plan)
+        self.feeder = Feeder(plan, plan.reference.logps if plan.reference else None)
         save = self.options.save
         trackers = open_trackers(save, self.iteration, options_record(self.options))
         num_rows = len(plan.training_rows)
@@ -79,8 +82,11 @@ class Run:
         if pending and not code:
             code = self._validate()
         window = Window(time.monotonic())
+        guard = Guard(plan, self.engine.objective)
         while self.iteration < plan.train_iters and not code:
             self._step(window)
+            if guard.is_due and (problem := guard.look(window)):
+                self._fail(problem)
             code = self._stop_requested()
             if code or self._due(self.options.log_interval, self._eval_interval, self.options.save_interval):
                 self._log(window)
@@ -194,8 +200,11 @@ class Run:
                 source_losses=totals.source_losses,
                 loss_scale=self._loss_scale(),
                 memory_bytes=totals.memory_bytes,
+                pairs=totals.pairs,
             )
         )
+        if totals.pairs and (warning := self._accuracies.look(totals.pairs["rewards/accuracies"])):
+            ranks.print_rank_0(f"warning: iteration {self.iteration}: {warning}")
         if warning := self._spikes.look(totals.loss):
             ranks.print_rank_0(f"warning: iteration {self.iteration}: {warning}")
 
@@ -215,10 +224,10 @@ class Run:
             if code := self._stop_requested():
                 return code
         assert sums is not None
-        loss, trained = type(part)(sums).reduce()
-        if not math.isfinite(loss):
-            ranks.print_rank_0(f"warning: the validation loss is {loss}: look at the validation rows, or at the weights")
-        self.log.validation(self.iteration, loss, trained)
+        means = replace(part, values=sums).reduced()
+        if not math.isfinite(means.loss):
+            ranks.print_rank_0(f"warning: the validation loss is {means.loss}: look at the validation rows, or at the weights")
+        self.log.validation(self.iteration, means.loss, means.trained_tokens, means.pairs)
         return 0
 
     def _save(self) -> None:

@@ -21,7 +21,7 @@ from megatron.sft.runtime import device, ranks
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.training.adapter_start import first_values
 from megatron.sft.training.engine import Engine
-from megatron.sft.training.same_run import check_same_run, data_record
+from megatron.sft.training.same_run import check_same_run, data_record, reference_record
 
 
 def run_slices(engine: Engine) -> list[ShardSlice]:
@@ -54,6 +54,7 @@ def run_manifest(engine: Engine, consumed_rows: int) -> dict[str, Any]:
             "optimizer": optimizer_record(engine.optimizer),
             "options": options_record(plan.options),
             "data": data_record(plan),
+            **({"reference": reference_record(plan)} if plan.reference else {}),
             "chat_template": plan.rows.manifest.get("chat_template"),
             "tool_use_template": plan.rows.manifest.get("tool_use_template"),
         },

@@ -9,8 +9,8 @@ import pytest
 
 from megatron.sft.chat.conversations import Example, RecordReader, renamed_columns
 from megatron.sft.chat.encoding import load_tokenizer
-from megatron.sft.chat.named_templates import chosen_template
 from megatron.sft.chat.template import ChatTemplate
+from megatron.sft.chat.template_settings import chosen_template
 from megatron.sft.runtime.errors import UserError
 from tests.support import tiny
 from tests.support.material import smollm2_folder
@@ -33,10 +33,10 @@ def trained(example: Example, name: str = "qwen") -> list[str]:
     return [rendered.text[start:end] for start, end in rendered.trained]
 
 
-def table_rows(title: str) -> list[list[str]]:
-    """The cells of the table of docs/data.md that has this column."""
+def table_rows(title: str, last: str = "trained") -> list[list[str]]:
+    """The cells of the table of docs/data.md that ends with these columns."""
     rows = [line for line in (tiny.ROOT / "docs/data.md").read_text().splitlines() if line.startswith("|")]
-    start = next(index for index, line in enumerate(rows) if f"| {title} | trained |" in line)
+    start = next(index for index, line in enumerate(rows) if f"| {title} | {last} |" in line)
     found = []
     for line in rows[start + 2 :]:
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]

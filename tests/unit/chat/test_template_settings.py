@@ -15,7 +15,7 @@ from megatron.sft import tokenize
 from megatron.sft.chat.corrections import EMPTY_THINK
 from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.chat.template import ChatTemplate, CorrectionNeeded
-from megatron.sft.chat.template_arguments import with_defaults
+from megatron.sft.chat.template_settings import with_defaults
 from megatron.sft.conversion.exported_files import read_named_template, write_chat_template
 from megatron.sft.data.tokenized import TokenizedRows
 from megatron.sft.runtime.errors import UserError

@@ -14,8 +14,8 @@ from megatron.sft import tokenize
 from megatron.sft.chat.conversations import Example, Messages, RecordReader
 from megatron.sft.chat.corrections import candidates, difference
 from megatron.sft.chat.encoding import Conversation, check_against_template, encode, load_tokenizer
-from megatron.sft.chat.named_templates import NAMES, chosen_template
 from megatron.sft.chat.template import ChatTemplate, CorrectionNeeded, RenderedText
+from megatron.sft.chat.template_settings import NAMES, chosen_template
 from megatron.sft.data.tokenized import TokenizedRows
 from megatron.sft.runtime.errors import UserError
 from tests.support.chat_material import bfcl_rows, mistral_tokenizer, trl_template

@@ -44,7 +44,7 @@ def kept(
     template = ChatTemplate(tokenizer_of(name), train_on=train_on)
     corpus = Corpus(Records(Input("records"), "records", "records", 1), template, RecordReader(), length, overlong)
     texts = []
-    for encoded in corpus:
+    for (encoded,) in corpus:
         assert len(encoded.tokens) <= length
         assert encoded.num_trained
         text, position = "", 0

@@ -45,7 +45,7 @@ def test_two_projections_of_one_input_and_the_layer_between_have_the_gradients_o
         torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-12)
 
 
-def test_what_is_not_used_further_gets_no_gradient_and_zero_tokens_work() -> None:
+def test_what_is_not_used_further_gets_no_gradient_and_an_input_without_tokens_passes() -> None:
     x, a, b = tensors((0, WIDTH), (RANK, WIDTH), (OUTPUTS, RANK))
     passed, low = project(x, a, Dropout(0.5, (3,)))
     add_product(passed @ torch.ones(WIDTH, OUTPUTS, dtype=torch.float64), low, b).sum().backward()

@@ -1,10 +1,12 @@
-"""Arguments of a chat template in addition to messages and functions, such as enable_thinking.
+"""What a user sets of the chat template: the template, by name or file, its date, and its arguments, such as enable_thinking.
 
-Those of one record are given to its rendering; those of all are set in the template's text, so that inference has them too.
+The arguments of one record are given to its rendering; those of all are set in the template's text, so that inference has them
+too. The named templates were written for this project to the formats that the families publish.
 """
 
 import json
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -12,12 +14,29 @@ from jinja2 import meta
 
 from megatron.sft.runtime.errors import UserError
 
+FOLDER = Path(__file__).with_name("templates")
+NAMES = ("chatml", "llama-2", "llama-3", "mistral", "qwen", "deepseek-r1")
+
 # What apply_chat_template and templates have under these names is not the data's to choose.
 RESERVED = {
     "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message",
     "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
     "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now", "raise_exception", "namespace", "self",
 }  # fmt: skip
+
+
+def chosen_template(name_or_file: str) -> str:
+    """The text of a template by its name or file; a `UserError` if it cannot be read or is empty."""
+    path = FOLDER / f"{name_or_file}.jinja" if name_or_file in NAMES else Path(name_or_file)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"CHAT_TEMPLATE is {name_or_file!r}, neither a name ({', '.join(NAMES)}) nor a readable file ({error}): correct it"
+        ) from None
+    if not text.strip():
+        raise UserError(f"CHAT_TEMPLATE is {name_or_file!r}, an empty file: give a template")
+    return text.removesuffix("\n")
 
 
 def read_date(text: str) -> date | None:
