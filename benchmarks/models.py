@@ -10,4 +10,6 @@ from megatron.sft.hf.published_configs import find_architecture
 def cut_architecture(arguments: argparse.Namespace) -> Architecture:
     """The architecture of --model, cut to --layers."""
     architecture, _ = find_architecture(arguments.model)
-    return replace(architecture, num_layers=arguments.layers) if arguments.layers else architecture
+    if not arguments.layers:
+        return architecture
+    return replace(architecture, num_layers=arguments.layers, layers=architecture.layers[: arguments.layers])

@@ -86,20 +86,22 @@ class _Kernels:
 
         if tuple(map(int, fla.__version__.split(".")[:2])) < _LEAST:
             raise ImportError(f"version {fla.__version__} does not share a key among values")
-        from fla.modules.convolution import causal_conv1d
-        from fla.modules.fused_norm_gate import rms_norm_gated
+        from fla.modules.causal_conv1d import causal_conv1d
+        from fla.modules.norm.fused_norm_gate import rms_norm_gated
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
         self._convolution, self._norm, self._rule = causal_conv1d, rms_norm_gated, chunk_gated_delta_rule
 
     def convolved(self, inputs: Tensor, weight: Tensor, runs: AttentionRuns) -> Tensor:
-        result = self._convolution(inputs.contiguous()[None], weight, activation="silu", cu_seqlens=runs.cu_seqlens)
+        starts = {"cu_seqlens": runs.cu_seqlens, "cu_seqlens_cpu": runs.host_cu_seqlens}
+        result = self._convolution(inputs.contiguous()[None], weight, activation="silu", **starts)
         output: Tensor = result[0] if isinstance(result, tuple) else result
         return output[0]
 
     def delta_rule(self, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, runs: AttentionRuns) -> Tensor:
         arrays = (array.contiguous()[None] for array in (query, key, value, decay, beta))
-        output, _ = self._rule(*arrays, use_qk_l2norm_in_kernel=True, cu_seqlens=runs.cu_seqlens)
+        starts = {"cu_seqlens": runs.cu_seqlens, "cu_seqlens_cpu": runs.host_cu_seqlens}
+        output, _ = self._rule(*arrays, use_qk_l2norm_in_kernel=True, **starts)
         result: Tensor = output[0]
         return result
 
