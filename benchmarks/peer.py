@@ -13,6 +13,7 @@ from megatron.sft.hf.published_configs import published_configs
 from megatron.sft.runtime.errors import UserError
 
 _ATTENTION = "packed_varlen"
+_WITH_DELTA_NETS = {"qwen3_5_text"}
 
 
 def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[list[float], list[float], list[float]]:
@@ -62,11 +63,17 @@ def _model(name: str, num_layers: int) -> Any:
     AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
     configs = published_configs()
     fields = dict(configs[name]) if name in configs else None
-    config = AutoConfig.for_model(**fields) if fields else AutoConfig.from_pretrained(name, trust_remote_code=False)
+    whole = AutoConfig.for_model(**fields) if fields else AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = whole.get_text_config()
+    config.tie_word_embeddings = whole.tie_word_embeddings
     config._attn_implementation = _ATTENTION
     config._experts_implementation = "grouped_mm"  # of mixtures: all experts in one product
     if num_layers:
         config.num_hidden_layers = num_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:num_layers]
+    if config.model_type in _WITH_DELTA_NETS:
+        _use_fla_convolution()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
@@ -77,6 +84,25 @@ def _model(name: str, num_layers: int) -> Any:
     _apply_liger_kernel_to_instance(model, **options)
     result: Any = model.train()
     return result
+
+
+def _use_fla_convolution() -> None:
+    """transformers takes the gated delta rule from flash-linear-attention, the convolution from a package without wheels."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5
+
+    try:
+        from fla.modules.causal_conv1d import causal_conv1d
+    except ImportError as error:
+        raise UserError(f"gated delta nets need a package ({error}): pip install 'flash-linear-attention>=0.6'") from None
+
+    def convolved(inputs: Tensor, weight: Tensor, bias: Tensor | None, activation: str, **kwargs: Any) -> Tensor:
+        """inputs [1, channels, t] to the same."""
+        result, _ = causal_conv1d(
+            inputs.transpose(1, 2), weight, bias, activation=activation, cu_seqlens=kwargs.get("cu_seq_lens_q")
+        )
+        return result.transpose(1, 2)
+
+    modeling_qwen3_5.causal_conv1d_fn = convolved
 
 
 def _with_adapters(model: Any, rank: int, in_float32: bool) -> Any:

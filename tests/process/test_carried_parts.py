@@ -90,6 +90,40 @@ def test_the_text_model_is_trained_and_the_rest_of_the_folder_is_exported_bit_fo
     assert all(torch.equal(whole[key], before[key]) for key in before)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["Qwen3_5", "Gemma3"])
+def test_adapters_of_the_text_model_fit_the_whole_model_in_peft(name: str, packed_rows: Path, tmp_path: Path) -> None:
+    """In Gemma 3's folder the text model has its old names, and its vision tower has modules named q_proj too."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    model = save_whole(tmp_path / "model", name)
+    if name == "Gemma3":
+        rewrite(model, lambda tensors: {old_name(key): tensor for key, tensor in tensors.items()})
+    tiny.run_module("convert", "--source", model, "--output", tmp_path / "checkpoint")
+    options = ["--load", tmp_path / "checkpoint", "--data-path", packed_rows, "--precision", "fp32", "--global-batch-size", "2"]
+    start = ["--lora-rank", "4", "--lr", "1e-2", "--train-iters", "2"]
+    tiny.launch(1, "train", "train", *options, *start, "--save", tmp_path / "run")
+    export = ["--load", tmp_path / "run", "--hf-dir", model]
+    tiny.run_module("export", *export, "--output", tmp_path / "adapter")
+    said = tiny.run_module("export", *export, "--output", tmp_path / "merged", "--merge", "--verify", "1")
+    assert "verified: logits as of the adapter" in said
+    base = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    factors = {key.replace(".default", "") for key, _ in adapted.named_parameters() if "lora_" in key}
+    assert factors == tiny.tensors(tmp_path / "adapter").keys()
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    ids = torch.arange(50)[None]
+    with torch.no_grad():
+        ours, theirs = merged(input_ids=ids).logits, adapted(input_ids=ids).logits
+        with adapted.disable_adapter():
+            assert (adapted(input_ids=ids).logits - theirs).abs().max() > 1e-2 * theirs.abs().max()
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    again = ["--lora-init-from", tmp_path / "adapter", "--lr", "0", "--min-lr", "0", "--train-iters", "1"]
+    tiny.launch(1, "train", "train", *options, *again, "--save", tmp_path / "again")
+    tiny.run_module("export", "--load", tmp_path / "again", "--hf-dir", model, "--output", tmp_path / "same")
+    tiny.assert_same_weights(tmp_path / "adapter", tmp_path / "same")
+
+
 def old_name(name: str) -> str:
     if name.startswith("model.language_model."):
         return "language_model.model." + name.removeprefix("model.language_model.")

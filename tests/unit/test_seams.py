@@ -152,6 +152,17 @@ SEAMS: dict[str, list[str]] = {
         "pg_collection",
     ],
     "megatron.core.fp8_utils.get_fp8_recipe": ["config"],
+    "megatron.core.transformer.transformer_config.TransformerConfig.hetereogenous_dist_checkpoint": [],
+    "megatron.core.transformer.transformer_layer.get_transformer_layer_offset": ["config", "vp_stage", "pp_rank"],
+    "megatron.core.transformer.utils.make_sharded_tensors_for_checkpoint": [
+        "state_dict",
+        "prefix",
+        "tensor_parallel_layers_axis_map",
+        "sharded_offsets",
+        "tp_group",
+        "dp_cp_group",
+    ],
+    "megatron.core.transformer.utils.ensure_metadata_has_dp_cp_group": ["metadata"],
     # Transformer Engine
     "transformer_engine.pytorch.module.base.TransformerEngineBaseModule.fp8_meta": [],
     "transformer_engine.pytorch.module.base.TransformerEngineBaseModule.init_fp8_meta_tensors": ["recipe"],
@@ -173,6 +184,19 @@ SEAMS: dict[str, list[str]] = {
     "sys._current_frames": [],
     "transformers.PretrainedConfig._attn_implementation": [],
     "liger_kernel.transformers._apply_liger_kernel_to_instance": ["model"],
+    "transformers.models.qwen3_5.modeling_qwen3_5.causal_conv1d_fn": [],
+    "fla.modules.causal_conv1d.causal_conv1d": ["x", "weight", "activation", "cu_seqlens", "cu_seqlens_cpu"],
+    "fla.modules.norm.fused_norm_gate.rms_norm_gated": ["x", "g", "weight", "bias", "activation", "eps"],
+    "fla.ops.gated_delta_rule.chunk_gated_delta_rule": [
+        "q",
+        "k",
+        "v",
+        "g",
+        "beta",
+        "use_qk_l2norm_in_kernel",
+        "cu_seqlens",
+        "cu_seqlens_cpu",
+    ],
 }
 
 # What the file that uses it says instead of the name.

@@ -57,19 +57,15 @@ class OutputHead(tensor_parallel.ColumnParallelLinear):
         scale = batch.gradient_scale
         if self.config.fp16 and torch.is_grad_enabled():
             scale = self.config.grad_scale_func(torch.ones((), device=hidden.device) if scale is None else scale)
-        targets, report = batch.targets, None
+        targets, report, rows = batch.targets, None, architecture.vocab_size
         if batch.weigh is not None:
             with torch.no_grad():
-                weighted, losses = weighted_cross_entropy(
-                    trained, weight, targets, architecture.vocab_size, self.tp_group, shape=shape
-                )
+                weighted, losses = weighted_cross_entropy(trained, weight, targets, rows, self.tp_group, shape=shape)
             weights, report = batch.weigh(losses)
             if not torch.is_grad_enabled():
                 return weighted, losses, report
             targets = replace(targets, weights=weights)
-        result = weighted_cross_entropy(
-            trained, weight, targets, architecture.vocab_size, self.tp_group, shared_here, scale, shape
-        )
+        result = weighted_cross_entropy(trained, weight, targets, rows, self.tp_group, shared_here, scale, shape)
         return *result, report
 
 

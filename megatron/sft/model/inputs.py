@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -22,6 +25,11 @@ class AttentionRuns:
     cu_seqlens: Tensor
     key_cu_seqlens: Tensor
     key_order: Tensor | None
+
+    @cached_property
+    def host_cu_seqlens(self) -> Tensor:
+        """`cu_seqlens` as int64 on the host; the same tensor every time, which kernels' caches go by."""
+        return torch.tensor([0, *accumulate(self.lengths)])
 
 
 @dataclass

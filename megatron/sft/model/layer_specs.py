@@ -16,7 +16,7 @@ from megatron.sft.families.weight_names import norm_names
 from megatron.sft.model.attention import PackedAttention
 from megatron.sft.model.config import has_transformer_engine
 from megatron.sft.model.decoder_layer import DecoderLayer
-from megatron.sft.model.delta_net import GatedDeltaNet
+from megatron.sft.model.delta_net.layer import GatedDeltaNet
 from megatron.sft.model.experts.sparse_mlp import SparseMLP
 from megatron.sft.model.norm import ProjectionNorm, ResidualNorm, ResidualSum, RMSNorm
 

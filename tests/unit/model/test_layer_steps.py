@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.sft.model import cross_entropy, delta_net
+from megatron.sft.model import cross_entropy
 from megatron.sft.model.attention import PackedAttention
+from megatron.sft.model.delta_net import steps as delta_net
 from megatron.sft.model.inputs import AttentionRuns
 from megatron.sft.model.norm import add_and_norm
 from megatron.sft.model.rotary import rotary_tables, rotate, split_and_rotate, with_query_tables
@@ -267,11 +268,6 @@ def test_the_gated_delta_rule_is_its_recurrence_and_conversations_do_not_share_a
     value = random(total, 2 * heads, dim, dtype=dtype, device=device)
     decay = -torch.rand(total, 2 * heads, device=device)
     beta = torch.rand(total, 2 * heads, device=device).to(dtype)
-    rule = (
-        delta_net._flash_linear_attention().delta_rule
-        if dtype == torch.bfloat16 and device == "cuda"
-        else delta_net._delta_rule
-    )
 
     def formula(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor) -> tuple[Tensor]:
         q, k = (heads / (heads.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt() for heads in (q, k))
@@ -286,7 +282,7 @@ def test_the_gated_delta_rule_is_its_recurrence_and_conversations_do_not_share_a
         return (torch.stack(outputs),)
 
     agree(
-        lambda *arrays: (rule(*arrays, runs),),
+        lambda *arrays: (delta_net.delta_rule(*arrays, runs),),
         formula,
         [query, key, value, decay, beta],
         20.0 if dtype == torch.float32 else 2.0,
