@@ -13,12 +13,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import peak_bytes
+from benchmarks.models import cut_architecture
 from benchmarks.rows import BenchmarkRows
 from megatron.sft.checkpoint.folder import Checkpoint
-from megatron.sft.hf.published_configs import find_architecture
 from megatron.sft.model import process_groups
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.planning.run_plan import RunPlan
+from megatron.sft.planning.trained_part import trained_part
 from megatron.sft.runtime import device
 
 
@@ -58,7 +59,7 @@ def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[l
 
 def benchmark_plan(arguments: argparse.Namespace, rows: BenchmarkRows) -> RunPlan:
     """A run of these rows, as `resolve` would make it of data on disk."""
-    architecture, _ = find_architecture(arguments.model)
+    architecture = cut_architecture(arguments)
     copies = arguments.layout.data_parallel(arguments.gpus)
     options = replace(
         TrainOptions(load=Path(), data_path=Path(), save=Path()),
@@ -68,6 +69,8 @@ def benchmark_plan(arguments: argparse.Namespace, rows: BenchmarkRows) -> RunPla
         recompute=arguments.recompute,
         optimizer_precision=arguments.optimizer_precision,
         optimizer_offload=arguments.optimizer_offload,
+        lora_rank=arguments.lora_rank,
+        objective="sft" if arguments.stack == "sft" else arguments.objective,
     )
     steps = arguments.warm_up + arguments.steps
     return RunPlan(
@@ -84,6 +87,7 @@ def benchmark_plan(arguments: argparse.Namespace, rows: BenchmarkRows) -> RunPla
         warmup_iters=1,
         wsd_decay_iters=1,
         eval_iters=0,
+        trained=trained_part(options, architecture),
     )
 
 

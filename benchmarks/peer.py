@@ -13,14 +13,20 @@ from megatron.sft.hf.published_configs import published_configs
 from megatron.sft.runtime.errors import UserError
 
 _ATTENTION = "packed_varlen"
+_WITH_DELTA_NETS = {"qwen3_5_text"}
 
 
 def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[list[float], list[float], list[float]]:
     """Seconds and losses of the timed steps, and `peak_bytes`. A step is forward and backward of all micro-batches,
     clipping and AdamW.
     """
-    model = _model(arguments.model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    model = _model(arguments.model, arguments.layers)
+    if arguments.peer_recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if arguments.lora_rank:
+        model = _with_adapters(model, arguments.lora_rank, in_float32=arguments.stack == "peer")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     seconds, losses = [], []
     size = arguments.micro_batches
     for step in range(arguments.warm_up + arguments.steps):
@@ -34,7 +40,7 @@ def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[l
             loss = model(**batch, num_items_in_batch=num_trained, use_cache=False).loss
             loss.backward()
             total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         torch.cuda.synchronize()
@@ -44,7 +50,7 @@ def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[l
     return seconds, losses, peak_bytes()
 
 
-def _model(name: str) -> Any:
+def _model(name: str, num_layers: int) -> Any:
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
     try:
@@ -57,16 +63,53 @@ def _model(name: str) -> Any:
     AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
     configs = published_configs()
     fields = dict(configs[name]) if name in configs else None
-    config = AutoConfig.for_model(**fields) if fields else AutoConfig.from_pretrained(name, trust_remote_code=False)
+    whole = AutoConfig.for_model(**fields) if fields else AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = whole.get_text_config()
+    config.tie_word_embeddings = whole.tie_word_embeddings
     config._attn_implementation = _ATTENTION
+    config._experts_implementation = "grouped_mm"  # of mixtures: all experts in one product
+    if num_layers:
+        config.num_hidden_layers = num_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:num_layers]
+    if config.model_type in _WITH_DELTA_NETS:
+        _use_fla_convolution()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     torch.set_default_dtype(torch.float32)
-    _apply_liger_kernel_to_instance(model)
+    # Its own experts would take the place of the grouped product.
+    options = {"swiglu": False} if getattr(config, "num_experts", None) else {}
+    _apply_liger_kernel_to_instance(model, **options)
     result: Any = model.train()
     return result
+
+
+def _use_fla_convolution() -> None:
+    """transformers takes the gated delta rule from flash-linear-attention, the convolution from a package without wheels."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5
+
+    try:
+        from fla.modules.causal_conv1d import causal_conv1d
+    except ImportError as error:
+        raise UserError(f"gated delta nets need a package ({error}): pip install 'flash-linear-attention>=0.6'") from None
+
+    def convolved(inputs: Tensor, weight: Tensor, bias: Tensor | None, activation: str, **kwargs: Any) -> Tensor:
+        """inputs [1, channels, t] to the same."""
+        result, _ = causal_conv1d(
+            inputs.transpose(1, 2), weight, bias, activation=activation, cu_seqlens=kwargs.get("cu_seq_lens_q")
+        )
+        return result.transpose(1, 2)
+
+    modeling_qwen3_5.causal_conv1d_fn = convolved
+
+
+def _with_adapters(model: Any, rank: int, in_float32: bool) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config, autocast_adapter_dtype=in_float32)
 
 
 def _batch(rows: BenchmarkRows, index: int) -> dict[str, Tensor | int]:

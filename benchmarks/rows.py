@@ -13,17 +13,20 @@ from megatron.sft.planning.options import TrainOptions
 
 @dataclass(frozen=True)
 class RowCounts:
-    """Of one row, without padding. squared: the sum of the squared conversation lengths, for the operations of attention."""
+    """Of one row, without padding. squared: the sum of the squared conversation lengths, for the operations of attention.
+    pairs: of two conversations each, in rows of pairs."""
 
     tokens: int
     trained: int
     squared: int
+    pairs: int = 0
 
 
 class BenchmarkRows:
     """The part of `TokenizedRows` that the feeder uses."""
 
     num_sources = 1
+    num_pairs = 0
 
     def __init__(self, rows: list[Row], counts: list[RowCounts], length: int) -> None:
         self.rows, self.counts, self.manifest = rows, counts, {"length": length}

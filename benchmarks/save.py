@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron.sft.checkpoint.folder import iteration_path, put_in_place, remove_old_checkpoints, unfinished_path
+from megatron.sft.checkpoint.folder import Kept, iteration_path, put_in_place, remove_old_checkpoints, unfinished_path
 from megatron.sft.checkpoint.shard_slice import ShardSlice
 from megatron.sft.checkpoint.staging import Staging
 from megatron.sft.checkpoint.writing import num_files, write_index, write_slices
@@ -76,7 +76,7 @@ def _save(folder: Path, iteration: int, slices: Sequence[ShardSlice], checksum: 
     put_in_place(folder, iteration, staged, {"files": write_index(staged, [written])})
     seconds = time.monotonic() - started
     module.sha256 = _SHA256
-    remove_old_checkpoints(folder, iteration, 1, 0)
+    remove_old_checkpoints(folder, iteration, Kept(last=1))
     assert iteration_path(folder, iteration).is_dir()
     return seconds
 

@@ -2,7 +2,11 @@
 
 `tools/benchmark_train [--model NAME|FOLDER] [--against peer,padded] …`; each stack runs in a separate process.
 ours: this project. padded: this project on rows of one padded conversation each. peer, the strongest stack without it:
-transformers with Liger's kernels and FlashAttention-2 (torch's varlen_attn), padding-free packing, pure bf16.
+transformers with Liger's kernels and FlashAttention-2 (torch's varlen_attn), padding-free packing, pure bf16; with --lora-rank
+PEFT's adapters on all linear layers, in float32 as PEFT makes them, or in bf16 (peer-bf16).
+
+With --objective dpo the rows are packed pairs with stored log-probabilities of a reference; peer is TRL's DPOTrainer on the
+same pairs, padded, with its fused head, Liger's layer kernels and precomputed references; sft is our SFT on the same rows.
 """
 
 import argparse
@@ -12,12 +16,13 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from benchmarks.gpu import gemm_tflops
-from benchmarks.rows import make_rows
+from benchmarks.models import cut_architecture
+from benchmarks.pair_rows import PairRows, make_pair_rows
+from benchmarks.rows import BenchmarkRows, make_rows
 from megatron.sft.families.flops import training_flops
-from megatron.sft.hf.published_configs import find_architecture
 from megatron.sft.model.layout import Layout
 from megatron.sft.runtime import device, ranks
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
@@ -25,7 +30,7 @@ from megatron.sft.runtime.errors import OneLineParser, UserError, run
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 # Six conversations that fill 16,384 tokens; weighted by tokens their mean length is 3,620.
 CONVERSATIONS = (5200, 4100, 3000, 2100, 1200, 784)
-STACKS = ("ours", "peer", "padded")
+STACKS = ("ours", "peer", "peer-bf16", "padded", "sft")
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Measurement:
     """One stack's result. seconds: the median of the timed steps. tokens, trained_tokens, flops: the means of a step, all GPUs.
 
     memory: the peak in GiB of the GPU with the most, of tensors and of what torch's allocator held for them. gemm_tflops: of a
-    large bf16 product on this card, which says how fast the card is. losses: of the timed steps.
+    large bf16 product on this card, which says how fast the card is. losses: of the timed steps. pairs: the mean of a step.
+    padding: the share of padding in what is computed.
     """
 
     stack: str
@@ -46,6 +52,8 @@ class Measurement:
     gemm_tflops: float
     losses: list[float]
     gpus: int = 1
+    pairs: float = 0
+    padding: float = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -73,9 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(prog="benchmark_train", description=__doc__)
     parser.add_argument("--model", default=MODEL, help="a model folder, its config.json, or a name in assets/models.json")
+    parser.add_argument("--layers", type=int, default=0, help="cut the model to its first layers, so that it fits")
     parser.add_argument("--row-length", type=int, default=16384)
     parser.add_argument("--conversations", default="", help="lengths in every row, or lognormal:MEAN; default: 6 that fill it")
     parser.add_argument("--trained", type=float, default=1.0, help="share of each conversation's tokens, at its end")
+    parser.add_argument("--objective", default="sft", choices=("sft", "dpo"))
+    parser.add_argument("--pair-means", default="256,320", help="--objective dpo: mean tokens of a prompt and of an answer")
+    parser.add_argument("--peer-pairs", type=int, default=4, help="--objective dpo: pairs in a micro-batch of the peer")
     parser.add_argument("--gpus", type=int, default=0, help="for our stack; default: those of one copy. The peer runs on one")
     for name in ("tensor-parallel", "pipeline-parallel", "context-parallel", "virtual-pipeline"):
         parser.add_argument(f"--{name}", type=int, default=1, help="size of this dimension for our stack")
@@ -87,6 +99,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recompute", default="none")
     parser.add_argument("--optimizer-precision", default="fp32")
     parser.add_argument("--optimizer-offload", action="store_true")
+    parser.add_argument("--expert-parallel", type=int, default=1, help="processes over which experts are spread")
+    parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
+    parser.add_argument("--peer-recompute", action="store_true", help="gradient checkpointing for the peer")
     parser.add_argument("--memory-gib", type=float, default=0, help="the most that torch may allocate")
     parser.add_argument("--against", default="peer", help=f"other stacks: {', '.join(STACKS[1:])}; '' for none")
     parser.add_argument("--profile", default="", help="file for a table of the kernels of one step")
@@ -98,15 +113,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parsed.context_parallel,
         sequence_parallel=parsed.tensor_parallel > 1,
         virtual_pipeline=parsed.virtual_pipeline,
+        expert_parallel=parsed.expert_parallel,
     )
-    parsed.gpus = parsed.gpus or parsed.layout.model_size
+    parsed.gpus = parsed.gpus or max(parsed.layout.model_size, parsed.expert_parallel)
     return parsed
 
 
 def _in_own_process(stack: str, gpus: int, argv: Sequence[str]) -> Measurement:
     """Run one stack as a process, or one for each GPU; its last line of output is the measurement."""
     command = [sys.executable, "-m", "benchmarks.train", *argv, "--stack", stack]
-    if stack != "peer" and gpus > 1:
+    if not stack.startswith("peer") and gpus > 1:
         launch = ["megatron.sft.launch", "--standalone", "--local-addr", "localhost", "--nproc-per-node", str(gpus), "-m"]
         command[2:2] = launch
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ)
@@ -122,8 +138,9 @@ def line(measured: Measurement, ours: Measurement) -> str:
     rate, peak = measured.flops / measured.seconds / 1e12 / measured.gpus, device.peak_tflops()
     share = f"{100 * rate / peak:.1f} % MFU | " if peak else ""
     ratio = ours.trained_tokens / ours.seconds / (measured.trained_tokens / measured.seconds)
+    pairs = f"{measured.pairs / measured.seconds:.2f} pairs/s | padding {100 * measured.padding:.1f} % | " if ours.pairs else ""
     return (
-        f"{measured.stack:<7}| {measured.seconds:.3f} s a step | {measured.tokens_per_second:,.0f} tokens/s | "
+        f"{measured.stack:<9}| {measured.seconds:.3f} s a step | {pairs}{measured.tokens_per_second:,.0f} tokens/s | "
         f"{measured.trained_tokens / measured.seconds:,.0f} trained tokens/s | {rate:.0f} TFLOP/s a GPU | {share}"
         f"peak {measured.memory_allocated:.1f} GiB (held {measured.memory_reserved:.1f}) | GEMM {measured.gemm_tflops:.0f} "
         f"TFLOP/s | loss {measured.losses[0]:.3f} -> {measured.losses[-1]:.3f} | ours / it {ratio:.2f}"
@@ -135,38 +152,74 @@ def measure(arguments: argparse.Namespace) -> Measurement:
     import torch
 
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    copies = 1 if arguments.stack == "peer" else arguments.layout.data_parallel(arguments.gpus)
+    is_peer = arguments.stack.startswith("peer")
+    copies = 1 if is_peer else arguments.layout.data_parallel(arguments.gpus)
     rows_a_step = arguments.micro_batches * copies
     if arguments.memory_gib:
         torch.cuda.set_per_process_memory_fraction(arguments.memory_gib * 2**30 / torch.cuda.mem_get_info()[1])
     gemm = gemm_tflops()
-    architecture, _ = find_architecture(arguments.model)
-    rows = make_rows(
-        arguments.row_length,
-        arguments.conversations or [size * arguments.row_length // 16384 for size in CONVERSATIONS],
-        arguments.trained,
-        architecture.vocab_size,
-        num_rows=8 * rows_a_step,
-        padded=arguments.stack == "padded",
-    )
+    architecture = cut_architecture(arguments)
+    rows = _rows(arguments, architecture.vocab_size, 8 * rows_a_step)
     torch.cuda.reset_peak_memory_stats()
-    if arguments.stack == "peer":
-        from benchmarks.peer import measure_steps
-    else:
-        from benchmarks.ours import measure_steps
-    seconds, losses, peaks = measure_steps(arguments, rows)
+    seconds, losses, peaks = _steps(arguments, rows)
     timed = [rows.counts[index] for index in rows.used(arguments.warm_up, arguments.steps, rows_a_step)]
-    return Measurement(
+    measured = Measurement(
         stack=arguments.stack,
         seconds=statistics.median(seconds),
         tokens=sum(row.tokens for row in timed) // arguments.steps,
         trained_tokens=sum(row.trained for row in timed) // arguments.steps,
-        flops=sum(training_flops(architecture, row.tokens, row.trained, row.squared) for row in timed) / arguments.steps,
+        flops=sum(
+            training_flops(architecture, row.tokens, row.trained, row.squared, bool(arguments.lora_rank)) for row in timed
+        )
+        / arguments.steps,
         memory_allocated=peaks[0] / 2**30,
         memory_reserved=peaks[1] / 2**30,
         gemm_tflops=gemm,
         losses=losses,
-        gpus=1 if arguments.stack == "peer" else arguments.gpus,
+        gpus=1 if is_peer else arguments.gpus,
+        pairs=sum(row.pairs for row in timed) / arguments.steps,
+    )
+    return _of_peers_pairs(measured, arguments, rows) if is_peer and isinstance(rows, PairRows) else measured
+
+
+def _rows(arguments: argparse.Namespace, vocabulary: int, num_rows: int) -> BenchmarkRows:
+    if arguments.objective == "dpo":
+        prompt, answer = map(int, arguments.pair_means.split(","))
+        return make_pair_rows(arguments.row_length, (prompt, answer), vocabulary, num_rows)
+    conversations = arguments.conversations or [size * arguments.row_length // 16384 for size in CONVERSATIONS]
+    padded = arguments.stack == "padded"
+    return make_rows(arguments.row_length, conversations, arguments.trained, vocabulary, num_rows, padded)
+
+
+def _steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[list[float], list[float], list[float]]:
+    if not arguments.stack.startswith("peer"):
+        from benchmarks import ours
+
+        return ours.measure_steps(arguments, rows)
+    if isinstance(rows, PairRows):
+        from benchmarks import peer_dpo
+
+        return peer_dpo.measure_steps(arguments, rows)
+    from benchmarks import peer
+
+    return peer.measure_steps(arguments, rows)
+
+
+def _of_peers_pairs(measured: Measurement, arguments: argparse.Namespace, rows: PairRows) -> Measurement:
+    """The peer has other pairs in a step than our rows, the same ones in sum: its tokens and operations in proportion."""
+    from benchmarks.peer_dpo import pairs_of_steps, peer_padding
+
+    pairs, _ = pairs_of_steps(arguments, rows)
+    timed = pairs[len(pairs) * arguments.warm_up // (arguments.warm_up + arguments.steps) :]
+    tokens = sum(sum(pair.lengths) for pair in timed) / arguments.steps
+    share = tokens / measured.tokens
+    return replace(
+        measured,
+        tokens=int(tokens),
+        trained_tokens=sum(len(pair.chosen) + len(pair.rejected) for pair in timed) // arguments.steps,
+        flops=measured.flops * share,
+        pairs=len(timed) / arguments.steps,
+        padding=peer_padding(arguments, rows),
     )
 
 

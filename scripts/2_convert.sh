@@ -12,6 +12,8 @@
 # EP=1                    expert-parallel size of a mixture of experts in the torch format
 # DTYPE                   of the weights: bf16, fp16 or fp32 (default: the source's). Values changed by a cast are counted
 # VERIFY=auto             compare logits with transformers afterwards: 1, 0, or auto (only below 4 GB of weights)
+# ROPE_SCALING=yarn       extend the positions of a Hugging Face model: yarn, linear or dynamic; the export's config.json has it too
+# ROPE_FACTOR=4           by how much; ROPE_ORIGINAL=N: the positions it was trained on (default max_position_embeddings)
 # HF_DIR=FOLDER           the original Hugging Face model, for a checkpoint written by another project
 # ITERATION=N             iteration of a checkpoint (default: the latest)
 # WITH_OPTIMIZER=1        keep the optimizer state of a training checkpoint (torch_dist to torch_dist)
@@ -23,6 +25,9 @@ help_or_arguments 1 4 "$@"
 source_dir=${1%/} tp=${2:-1} pp=${3:-1}
 options=(--ckpt-format "${CKPT_FORMAT:-torch_dist}" --verify "${VERIFY:-auto}" --expert-model-parallel-size "${EP:-1}")
 if [[ -n ${DTYPE-} ]]; then options+=(--dtype "$DTYPE"); fi
+if [[ -n ${ROPE_SCALING-} ]]; then options+=(--rope-scaling "$ROPE_SCALING"); fi
+if [[ -n ${ROPE_FACTOR-} ]]; then options+=(--rope-factor "$ROPE_FACTOR"); fi
+if [[ -n ${ROPE_ORIGINAL-} ]]; then options+=(--rope-original "$ROPE_ORIGINAL"); fi
 if [[ -n ${HF_DIR-} ]]; then options+=(--hf-dir "$HF_DIR"); fi
 if [[ -n ${ITERATION-} ]]; then options+=(--iteration "$ITERATION"); fi
 if [[ ${WITH_OPTIMIZER:-0} == 1 ]]; then options+=(--with-optimizer); fi

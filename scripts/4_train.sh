@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Train with settings from shell variables, or from a recipe in scripts/sft/, which ends by running this script.
 #
-#   bash scripts/4_train.sh [train|resume|plan]
-#   bash scripts/sft/RECIPE.sh [train|resume|plan]
+#   bash scripts/4_train.sh [train|resume|plan|reference]
+#   bash scripts/sft/RECIPE.sh [train|resume|plan|reference]
 #
-# train   start a new run; refused if OUTPUT_PATH has checkpoints
-# resume  continue a run; refused if OUTPUT_PATH has none
-# plan    print everything about the run without starting it
-# (none)  resume if there is a checkpoint, otherwise train: what a requeued job does
+# train      start a new run; refused if OUTPUT_PATH has checkpoints
+# resume     continue a run; refused if OUTPUT_PATH has none
+# plan       print everything about the run without starting it
+# reference  make the reference's log-probabilities of OBJECTIVE=dpo (again); the others make them if they are missing
+# (none)     resume if there is a checkpoint, otherwise train: what a requeued job does
 #
 # Required: PRETRAIN_CHECKPOINT_PATH (2_convert.sh), DATA_PATH (3_tokenize.sh) and OUTPUT_PATH. Every other setting has a default,
 # listed in docs/options.md. GPUS_PER_NODE (default: every GPU found; on CPU, TP x PP x CP) and NNODES set the number of processes.
@@ -24,8 +25,8 @@ source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/lib/common.sh" || exit 2
 help_or_arguments 0 1 "$@"
 mode=${1-}
 case $mode in
-  '' | train | resume | plan | settings) ;;
-  *) die "unknown argument '$mode': write train, resume or plan" ;;
+  '' | train | resume | plan | reference | settings) ;;
+  *) die "unknown argument '$mode': write train, resume, plan or reference" ;;
 esac
 if [[ ${MAX_RESTARTS:-0} != 0 ]]; then
   die "MAX_RESTARTS is '$MAX_RESTARTS': a failed run is no longer restarted in place. Unset it; SLURM jobs are requeued, elsewhere the same command resumes the run (docs/reliability.md)"
@@ -43,6 +44,13 @@ fi
 export MEGATRON_SFT_STARTED=${MEGATRON_SFT_STARTED:-$EPOCHSECONDS} # EXIT_AFTER_MINUTES counts from here
 trap '' PIPE                                                       # a reader that is gone, as after | head, ends nothing
 trap 'exit 75' TERM INT HUP USR1                                   # until the launcher handles the signals
+
+exported=" $(compgen -e | tr '\n' ' ')"
+# A recipe's number of steps gives way to EPOCHS that the user has typed.
+if [[ -n ${EPOCHS-} && ${TRAIN_ITERS:-0} != 0 && $exported == *" EPOCHS "* && $exported != *" TRAIN_ITERS "* ]]; then
+  printf 'EPOCHS=%s from the environment takes the place of TRAIN_ITERS=%s in the recipe\n' "$EPOCHS" "$TRAIN_ITERS"
+  TRAIN_ITERS=''
+fi
 
 # model_processes: the processes that hold one copy of the model, or several copies if the experts need more processes.
 model_processes() {
@@ -68,6 +76,7 @@ if ((processes == 0)); then processes=$(model_processes); fi
 
 arguments=()
 ensure_setup
+take_other_names
 while read -r variable flag; do
   if [[ -n ${!variable-} ]]; then arguments+=("$flag" "${!variable}"); fi
   if [[ $mode == settings && -n ${!variable-} ]]; then printf '%s=%s\n' "$variable" "${!variable}"; fi
@@ -78,7 +87,9 @@ if [[ $mode == settings ]]; then # what scripts/cluster/ needs to know about a r
 fi
 
 if [[ $mode == plan ]]; then
-  SETTINGS_FROM_ENVIRONMENT=$(compgen -e | tr '\n' ' ') PLANNED_PROCESSES=$((processes * ${NNODES:-1})) run_module plan "${arguments[@]}"
+  SETTINGS_FROM_ENVIRONMENT=$exported VARIABLES_SET=$(compgen -v | tr '\n' ' ') PLANNED_PROCESSES=$((processes * ${NNODES:-1})) run_module plan "${arguments[@]}"
   exit
 fi
+SETTINGS_FROM_ENVIRONMENT=$exported VARIABLES_SET=$(compgen -v | tr '\n' ' ')
+export SETTINGS_FROM_ENVIRONMENT VARIABLES_SET
 launch "$processes" train ${mode:+"$mode"} "${arguments[@]}"

@@ -4,7 +4,7 @@
 #   bash scripts/7_evaluate.sh HF_DIR TASKS [OPTION...]
 #   bash scripts/7_evaluate.sh before=HF_DIR after=HF_DIR TASKS   also writes a table of both as Markdown and PNG
 #
-# HF_DIR  a Hugging Face model folder, such as one written by 5_export.sh; NAME=HF_DIR names it in the table
+# HF_DIR  a Hugging Face model folder, such as one written by 5_export.sh, or a PEFT adapter; NAME=HF_DIR names it in the table
 # TASKS   a comma-separated list of data files (instruction/output or messages; the last answer is the reference, compared after
 #         </think>) and of lm-eval tasks (ceval, mmlu, gsm8k, arc, ...; pip install 'lm-eval[hf]')
 #

@@ -50,7 +50,9 @@ run_module plot "$out/checkpoints" --output "$out/loss.png" --title "Quickstart:
 step "Step 5 of 5: export the trained model to Hugging Face, and ask it the same questions again"
 bash scripts/5_export.sh "$out/checkpoints" "$model" "$out/export"
 evaluate "$out/export" "$out/after.json"
+bash tools/show_sample "${data%/*}/Tokenized-quickstart-quickstart-256_text_document" 0 --html "$out/trained_tokens.html" >/dev/null
 
 step "Done"
 run_module quickstart report --before "$out/before.json" --after "$out/after.json" --metrics "$out/checkpoints/metrics.jsonl" \
   --export "$out/export" --started "$started" --output "$out/report.json"
+printf 'Pictures: the loss %s, the trained tokens of a row %s\n' "$out/loss.png" "$out/trained_tokens.html"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.sft.checkpoint import folder as checkpoint_folder
+from megatron.sft.checkpoint.adapter_record import refuse_adapters
 from megatron.sft.conversion.logits import (
     TOLERANCE,
     difference_of,
@@ -17,6 +18,7 @@ from megatron.sft.conversion.logits import (
     transformers_logits,
     within,
 )
+from megatron.sft.conversion.source_record import rope_extension
 from megatron.sft.hf.folder import HFFolder
 from megatron.sft.model import process_groups
 from megatron.sft.model.layout import Layout
@@ -30,14 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.pipeline_model_parallel_size,
         sequence_parallel=arguments.sequence_parallel,
     )
-    source = HFFolder(arguments.hf_dir)
+    checkpoint = checkpoint_folder.open_checkpoint(arguments.load, arguments.iteration)
+    refuse_adapters(checkpoint)
+    source = HFFolder(arguments.hf_dir, rope_extension(checkpoint.manifest))
     conversations = random_conversations(source)
     with process_groups.parallel(layout):
-        checkpoint = checkpoint_folder.open_checkpoint(arguments.load, arguments.iteration)
         ours = megatron_logits(checkpoint, source, layout, conversations)
         if ours is None:
             return 0
-        theirs = transformers_logits(arguments.hf_dir, conversations)
+        theirs = transformers_logits(source, conversations)
         difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
         print(f"largest difference of logits: {difference:.3g} (largest logit {largest:.3g})")
         if not within(difference, largest, arguments.tolerance) and layout.model_size == 1:

@@ -5,6 +5,7 @@ python -m megatron.sft.convert --source SOURCE --output OUT --tensor-model-paral
 
 import argparse
 import os
+import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 
 from megatron.sft.checkpoint import folder as checkpoint_folder
+from megatron.sft.conversion.carried import write_carried
 from megatron.sft.conversion.checkpoint_writer import layout_record, requested_layout, write_parameters
 from megatron.sft.conversion.source_record import converted_config, dtype_record
+from megatron.sft.families.long_context import KINDS, RopeExtension
 from megatron.sft.families.parameters import DTYPE_OPTIONS
 from megatron.sft.families.weight_names import check_hf_names, weight_entries
 from megatron.sft.hf.download_record import check_weights
@@ -39,12 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if source.is_dir() and not (source / "config.json").exists() and _is_checkpoint(source):
         from megatron.sft.conversion.reshard import reshard
 
+        if arguments.rope_scaling:
+            raise UserError(f"ROPE_SCALING={arguments.rope_scaling} extends a Hugging Face model, {source} is a checkpoint")
         with whole_folder(arguments.output) as staged:
             reshard(source, staged, arguments)
         print(f"converted {source} to {arguments.output} ({_form(arguments)})")
         return 0
-    _from_hugging_face(HFFolder(source), arguments)
+    _from_hugging_face(HFFolder(source, _extension(arguments)), arguments)
     return 0
+
+
+def _extension(arguments: argparse.Namespace) -> RopeExtension | None:
+    if arguments.rope_scaling is None:
+        if arguments.rope_factor or arguments.rope_original:
+            raise UserError(f"ROPE_FACTOR and ROPE_ORIGINAL need ROPE_SCALING: one of {', '.join(KINDS)}")
+        return None
+    if arguments.rope_factor is None:
+        raise UserError(f"ROPE_SCALING={arguments.rope_scaling} needs ROPE_FACTOR, for example ROPE_FACTOR=4")
+    return RopeExtension(arguments.rope_scaling, arguments.rope_factor, arguments.rope_original)
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -81,7 +96,8 @@ def _from_hugging_face(source: HFFolder, arguments: argparse.Namespace) -> None:
         if _wants_verification(arguments.verify, source):
             _verify(source, staged)
     print(f"converted {source.path} to {output} ({_form(arguments)})")
-    print(f"next: scripts/3_tokenize.sh {source.path} DATA_FILE LENGTH")
+    command = f"bash scripts/3_tokenize.sh {shlex.quote(str(source.path))} DATA LENGTH"
+    print(f"then, with your DATA and a LENGTH such as 4096: {command}")
 
 
 def _check_tied(source: HFFolder, skipped: list[str]) -> None:
@@ -99,14 +115,15 @@ def _check_tied(source: HFFolder, skipped: list[str]) -> None:
 def _convert(source: HFFolder, layout: Layout, arguments: argparse.Namespace, output: Path) -> None:
     parameters = HFParameters(source, DTYPE_OPTIONS.get(arguments.dtype))
 
-    def finish() -> dict[str, Any]:
+    def finish(folder: Path) -> dict[str, Any]:
         report = parameters.caster.report()
         if report:
             print(report)
         names = [name for entry in weight_entries(source.architecture) for name in entry.hf]
         config = converted_config(source.config, source.architecture, arguments.dtype)
+        origin = {**source.manifest_entry(), "config": config, "weights_fingerprint": parameters.fingerprint()}
         return {
-            "source": {**source.manifest_entry(), "config": config, "weights_fingerprint": parameters.fingerprint()},
+            "source": {**origin, **write_carried(source, folder)},
             **dtype_record({name: parameters.hf_meta(name).dtype for name in names}),
             "tensor_crc32": parameters.crc32,
         }
@@ -119,10 +136,13 @@ def _convert(source: HFFolder, layout: Layout, arguments: argparse.Namespace, ou
 
 
 def _wants_verification(verify: str, source: HFFolder) -> bool:
-    if verify in ("0", "1"):
+    if verify in ("0", "1") and not (verify == "1" and source.dequantised):
         return verify == "1"
     if source.num_bytes >= VERIFY_BYTES:
         print(f"not compared with transformers: {source.num_bytes / 1e9:.1f} GB of weights (VERIFY=1 compares them)")
+        return False
+    if source.dequantised:
+        print("not compared with transformers, which computes with the 8-bit weights")
         return False
     import psutil  # type: ignore[import-untyped]
 
@@ -169,6 +189,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ckpt-format", choices=formats, default=checkpoint_folder.TORCH_DIST)
     parser.add_argument("--dtype", choices=list(DTYPE_OPTIONS), help="the source's unless given")
     parser.add_argument("--verify", choices=["auto", "0", "1"], default="0", help="compare logits with transformers")
+    parser.add_argument("--rope-scaling", choices=KINDS, help="extend the positions of a Hugging Face model")
+    parser.add_argument("--rope-factor", type=float, help="by how much")
+    parser.add_argument(
+        "--rope-original", type=int, help="positions it was trained on; its max_position_embeddings unless given"
+    )
     parser.add_argument("--with-optimizer", action="store_true", help="keep a training checkpoint's optimizer state")
     return parser.parse_args(argv)
 

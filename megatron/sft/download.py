@@ -8,8 +8,10 @@ user may have edited it (tokenizer files of models often are).
 """
 
 import argparse
+import contextlib
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
@@ -21,6 +23,7 @@ from megatron.sft.data.hub_records import Selection, open_records, write_records
 from megatron.sft.hf import hub
 from megatron.sft.hf.download_record import RECORD, check_arrived, download_facts
 from megatron.sft.hf.names import ASSETS, data_folder_name, model_folder_name, shown
+from megatron.sft.hf.published_configs import find_architecture
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import check_free_space, gigabytes, read_json, write_json
 
@@ -30,6 +33,7 @@ OTHER_FORMATS = (
     *("onnx/*", "openvino/*", "coreml/*", "original/*", "metal/*", "*.pth", "*.nemo", "flax_model*", "tf_model*"),
 )
 DUPLICATES_OF_SAFETENSORS = ("*.bin", "*.bin.index.json", "*.pt", "consolidated*")
+USUAL_LENGTH = 4096  # of rows, to begin with
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
@@ -214,8 +218,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     selection = Selection(arguments.split, arguments.config, dict(arguments.map_column))
     file = place_dataset(arguments.source, selection, arguments.revision, arguments.assets_dir, arguments.name)
-    print(f"next: bash scripts/3_tokenize.sh TOKENIZER_DIR {shown(file)} 16384")
+    print(_tokenize_line(file, arguments.assets_dir))
     return 0
+
+
+def _tokenize_line(file: Path, assets: Path) -> str:
+    """How to tokenise this file: with the model that was downloaded last, if there is one."""
+    models = [path.parent for path in (assets / "checkpoints").glob("*/tokenizer*.json")]
+    if not models:
+        return f"then, with a model's folder: bash scripts/3_tokenize.sh MODEL {shlex.quote(str(shown(file)))} {USUAL_LENGTH}"
+    model, length = max(models, key=lambda path: path.stat().st_mtime), USUAL_LENGTH
+    with contextlib.suppress(UserError):
+        length = min(length, find_architecture(str(model))[0].max_positions)
+    return f"next: {shlex.join(['bash', 'scripts/3_tokenize.sh', str(shown(model)), str(shown(file)), str(length)])}"
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from typing import Any
 from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.inference.answer_file import kept_values
 from megatron.sft.inference.backends import Decoding
-from megatron.sft.inference.chat_model import BACKENDS, DTYPES, ChatModel, check_control, check_model_folder, load_chat_model
+from megatron.sft.inference.chat_model import BACKENDS, DTYPES, ChatModel, check_control, load_chat_model
 from megatron.sft.inference.exact_match import exact_match
 from megatron.sft.inference.lm_eval_tasks import LmEvalModel, LmEvalSettings, check_tasks
+from megatron.sft.inference.model_folder import open_model_folder
 from megatron.sft.inference.scores import Score, draw, markdown, table_lines
 from megatron.sft.inference.serving import serve_hint
 from megatron.sft.reporting.curves import run_names
@@ -69,8 +70,10 @@ class Evaluation:
 
     def _fingerprint(self, task: str) -> str:
         """Of everything that decides the scores. Of the model's files size and time: a checksum would read all weights."""
-        files = sorted(path for path in self.folder.iterdir() if path.suffix in (".json", ".safetensors", ".jinja"))
-        model = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        found = open_model_folder(self.folder)
+        files = (path for folder in found.paths for path in sorted(folder.iterdir()))
+        kinds = (".json", ".safetensors", ".jinja")
+        model = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.suffix in kinds]
         data = sha256_of_file(Path(task)) if Path(task).is_file() else task
         decoding = {**asdict(self.decoding), "batch_size": 0}
         settings = {**asdict(self.settings), "batch_size": 0, "num_gpus": 0}
@@ -131,9 +134,9 @@ def _output(arguments: argparse.Namespace, name: str, task: str) -> Path:
 def _check(arguments: argparse.Namespace, models: Sequence[Path], tasks: Sequence[str], controls: list[str]) -> None:
     """`UserError` for everything that can be found wrong before a model is loaded."""
     for model in models:
-        check_model_folder(model)
+        found = open_model_folder(model)
         if any(controls):
-            tokenizer = load_tokenizer(model)
+            tokenizer = load_tokenizer(found.tokenizer)
             for control in controls:
                 check_control(tokenizer, control)
     for name in ("limit", "max_new_tokens", "batch_size", "num_gpus"):

@@ -4,8 +4,10 @@ python -m megatron.sft.generate HF_DIR "Sort these names: Tom Ada" --control "<t
 """
 
 import argparse
+import contextlib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,6 +21,7 @@ DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
 CHAT_HELP = """\
 /new              start a new conversation
 /control <TOKEN>  begin answers with this token; without one, with none
+/system <TEXT>    start a new conversation with this system prompt; without one, with the template's own
 Ctrl-C            stop an answer
 /quit or Ctrl-D   end"""
 
@@ -34,13 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load_chat_model(arguments.hf_dir, arguments.dtype, arguments.backend, arguments.seed, arguments.num_gpus)
     check_control(model.tokenizer, arguments.control)
     if given is None:
-        chat(model, arguments.control, decoding)
+        chat(model, arguments.control, decoding, arguments.system)
     elif is_file:
         output = arguments.output or Path(given).with_name(Path(given).stem + ".answers.jsonl")
         settings = {"model": str(arguments.hf_dir.resolve()), "seed": arguments.seed, "control": arguments.control}
+        settings |= {"system": arguments.system} if arguments.system else {}
         answer_file(model, Path(given), output, decoding, settings)
     else:
-        stream_answer(model, [{"role": "user", "content": given}], arguments.control, decoding)
+        stream_answer(model, [*_opening(arguments.system), {"role": "user", "content": given}], arguments.control, decoding)
     return 0
 
 
@@ -64,12 +68,34 @@ def stream_answer(chat_model: ChatModel, messages: Messages, control: str, decod
     return control + answer.text
 
 
-def chat(chat_model: ChatModel, control: str, decoding: Decoding) -> None:
+def _opening(system: str) -> Messages:
+    return [{"role": "system", "content": system}] if system else []
+
+
+@contextlib.contextmanager
+def _quiet_terminal() -> Iterator[None]:
+    """While open, what is typed is not shown, and forgotten: it would stand in the middle of an answer."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+    quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def chat(chat_model: ChatModel, control: str, decoding: Decoding, system: str = "") -> None:
     """A conversation on the terminal, until the input ends. A question without an answer is forgotten."""
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:
         print(CHAT_HELP)
-    messages: Messages = []
+    messages = _opening(system)
     while True:
         try:
             line = input(prompt).strip()
@@ -80,13 +106,19 @@ def chat(chat_model: ChatModel, control: str, decoding: Decoding) -> None:
             if command == "/quit":
                 return
             if command == "/new":
-                messages = []
+                messages = _opening(system)
+            elif command == "/system":
+                system = token.strip()
+                messages = _opening(system)
             elif command == "/control":
                 check_control(chat_model.tokenizer, token.strip())
                 control = token.strip()
+            elif re.fullmatch(r"/[a-z]+", command):
+                print(f"{command} is not a command:\n{CHAT_HELP}")
             elif line:
                 asked = [*messages, {"role": "user", "content": line}]
-                answer = stream_answer(chat_model, asked, control, decoding)
+                with _quiet_terminal():
+                    answer = stream_answer(chat_model, asked, control, decoding)
                 messages = [*asked, {"role": "assistant", "content": answer}]
         except KeyboardInterrupt:
             print(" [stopped: the question and this answer are forgotten]")
@@ -115,6 +147,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("hf_dir", type=Path)
     parser.add_argument("input", nargs="?", help="a question, or a data file; without it a chat on the terminal")
     parser.add_argument("--control", default="", help="text that every answer begins with, such as <think> or <short>")
+    parser.add_argument("--system", default="", help="system prompt of every conversation without one")
     parser.add_argument("--max-new-tokens", type=int, default=Decoding.max_new_tokens)
     parser.add_argument("--temperature", type=float, default=Decoding.temperature)
     parser.add_argument("--top-p", type=float, default=Decoding.top_p, help="draw from the likeliest of this share")

@@ -4,13 +4,16 @@ bash scripts/sft/RECIPE.sh plan     (or scripts/4_train.sh plan with the setting
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.sft.hf.names import shown
 from megatron.sft.planning.options import parse
+from megatron.sft.planning.plan_text import name_without_effect, setting_lines, table
 from megatron.sft.planning.planner import add_needs
-from megatron.sft.planning.resolution import Line, Resolution, resolve, setting_lines, table
+from megatron.sft.planning.resolution import Line, Resolution, resolve
 from megatron.sft.runtime.errors import run
 
 
@@ -25,14 +28,17 @@ def report(found: Resolution, settings: Sequence[Line]) -> str:
     """The plan for people: what follows, where the settings come from, what is wrong and what is to be done first."""
     recipe = found.options.recipe
     text = [f"plan of {recipe or 'the settings given'}"]
-    text.append(table([*found.lines, ("output", str(found.options.save)), *settings]))
     if found.problems:
         text.append("this run cannot start:")
         text += [f"  {number}. {problem}" for number, problem in enumerate(found.problems, 1)]
+    else:
+        command = shlex.join(["bash", str(shown(Path(recipe or "scripts/4_train.sh"))), "resume" if found.resume else "train"])
+        text.append(f"this run can {'continue' if found.resume else 'start'}: {command}")
     if found.to_do:
         model = found.options.load.name.partition("_Megatron_")[0]
         commands = header_commands(Path(recipe), model) if recipe else []
         text += ["do first:", *(f"  {command}" for command in commands or found.to_do)]
+    text.append(table([*found.lines, ("output", str(found.options.save)), *settings]))
     return "\n".join(text)
 
 
@@ -40,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _, options = parse(arguments)
     found = resolve("", options, int(os.environ.get("PLANNED_PROCESSES", "1")))
+    name_without_effect(found, os.environ)
     add_needs(found)
     exported = os.environ.get("SETTINGS_FROM_ENVIRONMENT", "").split()  # by scripts/4_train.sh
     print(report(found, setting_lines(options, arguments, exported)))

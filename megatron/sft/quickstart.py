@@ -150,6 +150,14 @@ def _write_model(folder: Path, seed: int) -> None:
     (folder / "model.safetensors").chmod(0o644)
 
 
+# The pages of the run are named by the script, which made them.
+OWN_DATA = """Your own model and data, for example (the fourth line trains; plan in its place says whether it fits):
+  bash scripts/1_download.sh model HuggingFaceTB/SmolLM2-135M-Instruct
+  bash scripts/2_convert.sh assets/checkpoints/HuggingFaceTB_SmolLM2_135M_Instruct 1 1
+  bash tools/new_recipe mine assets/checkpoints/HuggingFaceTB_SmolLM2_135M_Instruct my_chats.jsonl  # says how to tokenise
+  bash scripts/sft/mine.sh train"""
+
+
 @dataclass(frozen=True)
 class Report:
     """The quickstart's figures: shares of held-out questions answered correctly, the first and last logged loss, and where
@@ -185,7 +193,8 @@ def newcomer_lines(report: Report, after: dict[str, Any]) -> str:
         f"before training it was {100 * report.exact_match_before:.0f} %.\n"
         f"The model is in {report.export}. Talk to it:\n"
         f'  bash scripts/6_generate.sh {report.export} "{example}"\n'
-        f'  CONTROL="{THINK}" bash scripts/6_generate.sh {report.export} "{example}"'
+        f'  CONTROL="{THINK}" bash scripts/6_generate.sh {report.export} "{example}"\n'
+        f"{OWN_DATA}"
     )
 
 

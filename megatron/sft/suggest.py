@@ -1,19 +1,29 @@
 """Suggests parallel sizes and recomputation for a model on given GPUs. `bash tools/plan MODEL --gpus 8 --gpu-memory 80`
 
-MODEL is a folder with a config.json, that file, or a hub id that a recipe uses. Nothing is downloaded or started.
+MODEL is a folder with a config.json, that file, or a hub id, whose config.json is fetched unless a recipe uses the model.
 """
 
+import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.lora import LoRA, chosen_targets
+from megatron.sft.families.trained import Trained
+from megatron.sft.hf import hub
 from megatron.sft.hf.published_configs import find_architecture
-from megatron.sft.planning.layouts import Suggestion, suggest_layouts
+from megatron.sft.planning.layouts import Suggestion, largest_parts, suggest_layouts
 from megatron.sft.planning.memory import GIB, MemorySettings, num_parameters
 from megatron.sft.planning.memory_fit import CARDS
+from megatron.sft.planning.run_time import assumed_speed, full_rows
+from megatron.sft.reporting.metrics import clock
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 
+NUM_GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-def table(suggestions: list[Suggestion]) -> str:
-    """The suggestions as lines for people, with the settings to write into a recipe."""
+
+def table(suggestions: list[Suggestion], speed: float, tokens: float) -> str:
+    """The suggestions as lines, with the settings to write into a recipe. speed: tokens a second of the first one."""
     lines = []
     for suggestion in suggestions:
         layout = suggestion.layout
@@ -26,12 +36,102 @@ def table(suggestions: list[Suggestion]) -> str:
         words = [f"{name}={size}" for name, size in sizes.items() if size > 1]
         words += ["SEQUENCE_PARALLEL=1"] * layout.sequence_parallel + [f"RECOMPUTE={suggestion.recompute}"]
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in suggestion.memory.parts().items())
+        here = speed * suggestions[0].cost / suggestion.cost
+        time = f", {clock(tokens / here)} for {tokens / 1e6:,.0f} M tokens" if tokens else ""
         lines.append(f"  {' '.join(words)}  (DP {suggestion.data_parallel})")
-        lines.append(f"      {suggestion.memory.total / GIB:.1f} GiB: {parts}")
+        lines.append(f"      about {here / 1000:,.1f}k tokens/s{time}; {suggestion.memory.total / GIB:.1f} GiB: {parts}")
     return "\n".join(lines)
 
 
+def architecture_of(model: str) -> tuple[Architecture, str]:
+    """The architecture of a folder, file or hub id, and where it was read."""
+    try:
+        return find_architecture(model)
+    except UserError as unknown:
+        if not hub.is_id(model):
+            raise
+        try:
+            config = hub.fetch_config(model)
+        except UserError as error:
+            raise UserError(f"{unknown}; its config.json alone cannot be fetched: {error}") from None
+    from megatron.sft.families.registry import read_architecture
+
+    return read_architecture(config, f"config.json of {model}"), f"{model}'s config.json"
+
+
+def _settings(asked: argparse.Namespace, architecture: Architecture) -> MemorySettings:
+    lora = LoRA(asked.lora_rank, 32.0, *chosen_targets(architecture, "all")) if asked.lora_rank else None
+    return MemorySettings(
+        seq_length=asked.row_length,
+        micro_batch_size=asked.micro_batch_size,
+        precision=asked.precision,
+        optimizer_precision=asked.optimizer_precision,
+        optimizer_offload=asked.optimizer_offload,
+        trained=Trained(lora),
+    )
+
+
+def fewest_gpus(architecture: Architecture, gpu_bytes: int, settings: MemorySettings, batch: int) -> int | None:
+    """The fewest GPUs of this size on which some layout fits."""
+    fits = (count for count in NUM_GPUS if suggest_layouts(architecture, count, gpu_bytes, settings, batch, 1))
+    return next(fits, None)
+
+
+def what_helps(architecture: Architecture, asked: argparse.Namespace, gpu_bytes: int, settings: MemorySettings) -> str:
+    """What is too large on these GPUs, and only those changes with which something fits."""
+    count, batch = asked.gpus, asked.global_batch_size
+    total, parts = largest_parts(architecture, count, settings, batch)
+    shown = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts[:3])
+    advice = []
+    if (fewest := fewest_gpus(architecture, gpu_bytes, settings, batch)) and fewest > count:
+        advice.append(f"--gpus {fewest}")
+    shorter = [length for length in (16384, 8192, 4096, 2048, 1024) if length < settings.seq_length]
+    changes = {f"--row-length {length}": replace(settings, seq_length=length) for length in shorter}
+    offloaded, small = replace(settings, optimizer_offload=True), replace(settings, optimizer_precision="bf16")
+    changes |= {"--optimizer-offload": offloaded, "--optimizer-precision bf16": small}
+    changes["--optimizer-offload --optimizer-precision bf16"] = replace(offloaded, optimizer_precision="bf16")
+    for words, changed in changes.items():
+        if words.startswith("--row-length") and any("--row-length" in each for each in advice):
+            continue  # the longest that fits is there
+        if suggest_layouts(architecture, count, gpu_bytes, changed, batch, 1):
+            advice.append(words)
+    if not asked.lora_rank:
+        lora = Trained(LoRA(16, 32.0, *chosen_targets(architecture, "all")))
+        if suggest_layouts(architecture, count, gpu_bytes, replace(settings, trained=lora), batch, 1):
+            advice.append("--lora-rank 16 (adapters)")
+    takes = f"the least is {total / GIB:.1f} GiB a GPU ({shown})"
+    return f"{takes}: " + (f"take {', or '.join(advice)}" if advice else "take larger GPUs")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    asked = _parse(argv)
+    for name in ("gpus", "gpu_memory", "row_length", "micro_batch_size", "global_batch_size"):
+        if getattr(asked, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(asked, name)}: it must be at least 1")
+    architecture, where = architecture_of(asked.model)
+    # A card of 80 GB on its label has 79.1 GiB in nvidia-smi, one of 141 GB 139.8.
+    gpu_bytes = int(CARDS.get(f"{asked.gpu_memory:g} GB", asked.gpu_memory) * GIB)
+    settings = _settings(asked, architecture)
+    trained = f"adapters of rank {asked.lora_rank}" if asked.lora_rank else "all weights"
+    print(
+        f"{where}: {num_parameters(architecture) / 1e6:,.1f} M parameters, {trained}, on {asked.gpus} "
+        f"GPU{'s' * (asked.gpus > 1)} of {gpu_bytes / GIB:.1f} GiB, "
+        f"rows of {asked.row_length:,} tokens, {asked.global_batch_size} rows a step"
+    )
+    found = suggest_layouts(architecture, asked.gpus, gpu_bytes, settings, asked.global_batch_size)
+    if not found:
+        problem = f"nothing fits {asked.gpus} GPU{'s' * (asked.gpus > 1)} of {gpu_bytes / GIB:.1f} GiB"
+        raise UserError(f"{problem}: {what_helps(architecture, asked, gpu_bytes, settings)}")
+    fewest = fewest_gpus(architecture, gpu_bytes, settings, asked.global_batch_size)
+    print(f"the fewest GPUs of this size: {fewest}")
+    print("layouts that fit, estimated fastest first (an H100 at 40 % of its peak, divided by what recomputation and")
+    print("communication cost; for another card set TOKENS_PER_SECOND in plan):")
+    speed = assumed_speed(architecture, full_rows(asked.row_length), asked.gpus, bool(asked.lora_rank)) / found[0].cost
+    print(table(found, speed, asked.tokens * 1e6))
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="plan", description=__doc__, allow_abbrev=False)
     parser.add_argument("model")
     parser.add_argument("--gpus", type=int, default=8)
@@ -42,33 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp8", "fp32"), default="bf16")
     parser.add_argument("--optimizer-precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--optimizer-offload", action="store_true")
-    asked = parser.parse_args(argv)
-    for name in ("gpus", "gpu_memory", "row_length", "micro_batch_size", "global_batch_size"):
-        if getattr(asked, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(asked, name)}: it must be at least 1")
-    architecture, where = find_architecture(asked.model)
-    # A card of 80 GB on its label has 79.1 GiB in nvidia-smi, one of 141 GB 139.8.
-    gpu_bytes = int(CARDS.get(f"{asked.gpu_memory:g} GB", asked.gpu_memory) * GIB)
-    settings = MemorySettings(
-        seq_length=asked.row_length,
-        micro_batch_size=asked.micro_batch_size,
-        precision=asked.precision,
-        optimizer_precision=asked.optimizer_precision,
-        optimizer_offload=asked.optimizer_offload,
-    )
-    print(
-        f"{where}: {num_parameters(architecture) / 1e6:,.1f} M parameters on {asked.gpus} GPUs of {gpu_bytes / GIB:.1f} GiB, "
-        f"rows of {asked.row_length:,} tokens, {asked.global_batch_size} rows a step"
-    )
-    found = suggest_layouts(architecture, asked.gpus, gpu_bytes, settings, asked.global_batch_size)
-    if not found:
-        raise UserError(
-            f"nothing fits {asked.gpus} GPU{'s' * (asked.gpus > 1)} of {gpu_bytes / GIB:.1f} GiB: take more GPUs, shorter "
-            "rows, --optimizer-precision bf16 or --optimizer-offload"
-        )
-    print("layouts that fit, estimated fastest first:")
-    print(table(found))
-    return 0
+    parser.add_argument("--lora-rank", type=int, default=0, help="adapters of this rank; 0 trains all weights")
+    parser.add_argument("--tokens", type=float, default=0, help="millions of tokens to train on, for the time")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@
 Writes Tokenized-<data>-<tokenizer>-<length>_text_document.bin, .idx and .json next to the data.
 """
 
+import contextlib
 import errno
 import json
 import os
+import re
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -37,8 +40,11 @@ from megatron.sft.data.report import (
     units_name,
 )
 from megatron.sft.data.store import ConversationStore
-from megatron.sft.data.tokenized import FORMAT, REBUILD, TokenizedRows, data_file, is_finished, token_dtype
+from megatron.sft.data.tokenized import FORMAT, TokenizedRows, is_finished, token_dtype
+from megatron.sft.families.registry import read_architecture
+from megatron.sft.hf.names import shown
 from megatron.sft.hf.tokenizer import auto_tokenizer_note
+from megatron.sft.planning.small_runs import check_positions, data_notes
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import read_json, sha256_of_file, sha256_of_text
 
@@ -77,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # End as an error would, so that temporary files are removed.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     check_tokenizer_folder(options.tokenizer)
+    _check_length(options)
     template = chosen_template(options.chat_template) if options.chat_template else ""
     sources = [validated_source(input) for input in options.inputs]
     fingerprint = _fingerprint(options, sources, template)
@@ -92,9 +99,32 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             folder = options.prefix.parent
             raise UserError(f"no space left in {folder}: free some, or use --output-prefix; nothing was written") from None
-    has_pairs = read_json(data_file(options.prefix, "json"), "manifest of tokenised data", REBUILD).get("pairs")
-    print(f"next: {'OBJECTIVE=dpo ' if has_pairs else ''}scripts/4_train.sh")
+    _say_next(options)
     return 0
+
+
+def _say_next(options: Options) -> None:
+    """What the data is too small for, and the command that comes next."""
+    manifest = TokenizedRows(options.prefix).manifest
+    for note in data_notes(manifest["rows"], manifest["conversations"]):
+        print(f"note: {note}")
+    model, source = options.tokenizer, options.inputs[0].name
+    if not (model / "config.json").is_file() or len(options.inputs) > 1:
+        print(f"then: set DATA_PATH={options.prefix} in a recipe of scripts/sft/")
+    else:
+        name = re.sub(r"[^\w.-]+", "_", f"{options.inputs[0].short_name}_{model.name}")
+        command = ["bash", "tools/new_recipe", name, shown(model), source, str(options.seq_length)]
+        print(f"next: {shlex.join(command)}")
+
+
+def _check_length(options: Options) -> None:
+    """Rows longer than the model's positions are refused now; a model that is not known here is checked when it trains."""
+    path = options.tokenizer / "config.json"
+    with contextlib.suppress(UserError):
+        architecture = read_architecture(read_json(path, "model configuration", ""), str(path))
+        path = options.tokenizer
+    if path == options.tokenizer:
+        check_positions(options.seq_length, architecture, f"{path / 'config.json'}")
 
 
 def parse_options(argv: Sequence[str] | None) -> Options:

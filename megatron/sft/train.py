@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron.sft.planning.options import TrainOptions, parse
-from megatron.sft.runtime import console, watchdog
+from megatron.sft.runtime import console, ranks, watchdog
 from megatron.sft.runtime.errors import UserError, cause_of, run
-from megatron.sft.runtime.signals import LOST_PEER, StopRequest
+from megatron.sft.runtime.signals import LOST_PEER, RESUME, StopRequest, name_of
 
 # What gloo and the store say when the process at the other end has died: an effect; the cause is reported by that process.
 _LOST_PEER = re.compile(r"Connection (closed|reset) by|Broken pipe|Connection refused|recvValue failed")
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _train(mode, options, arguments, stop)
     except BaseException as error:
+        ranks.end_line()
         if not _LOST_PEER.search(str(error)):
             watchdog.report_failure(f"rank {os.environ.get('RANK', '0')}: {cause_of(error)}")
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
@@ -52,24 +53,42 @@ def _train(mode: str, options: TrainOptions, arguments: Sequence[str], stop: Sto
     # Imported here: torch takes seconds, and signals are listened to from the first moment.
     from megatron.sft.model import process_groups
     from megatron.sft.planning import input_checks
-    from megatron.sft.planning.resolution import resolve, setting_lines, table
-    from megatron.sft.runtime import device, output_lock, ranks
+    from megatron.sft.planning.plan_text import name_without_effect, setting_lines, table
+    from megatron.sft.planning.resolution import resolve
+    from megatron.sft.runtime import device, output_lock
 
     device.prepare()
     found = resolve(mode, options, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
+    name_without_effect(found, os.environ)
     plan = found.plan()
     ranks.print_rank_0(table([*found.lines, ("output", str(options.save)), *setting_lines(options, arguments)]))
     input_checks.check(plan)
-    hold = output_lock.held(options.save, options.save / ".lock") if ranks.is_rank_0() else contextlib.nullcontext()
+    writes = mode != "reference" and ranks.is_rank_0()
+    hold = output_lock.held(options.save, options.save / ".lock") if writes else contextlib.nullcontext()
     from megatron.sft.model.config import describe_kernels
 
     ranks.print_rank_0(f"  computing with {describe_kernels(options.precision)}")
     with hold, process_groups.parallel(plan.layout, options.seed, options.distributed_timeout_minutes):
         from megatron.sft.checkpoint.verification import checked_run
+        from megatron.sft.training import same_run
         from megatron.sft.training.loop import Run
+        from megatron.sft.training.reference import StoppedError, with_logps
 
         if plan.resume and options.verify_checkpoint:
             plan = replace(plan, start=checked_run(plan.start))
+        if plan.resume:
+            same_run.check_same_run(plan.start, plan)
+        if plan.reference:
+            if mode == "reference" and plan.reference.logps:
+                ranks.print_rank_0(f"nothing to do: {plan.reference.words}")
+            try:
+                plan = replace(plan, reference=with_logps(plan, stop))
+            except StoppedError as error:
+                why = name_of(error.args[0])
+                ranks.print_rank_0(f"stopped by {why}: the same command continues from there (status {RESUME})")
+                return RESUME
+        if mode == "reference":
+            return 0
         return Run(plan, stop).train()
 
 

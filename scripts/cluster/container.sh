@@ -93,6 +93,12 @@ run_apptainer() {
 
 case ${CONTAINER:-none} in none | pyxis) CONTAINER=$(runtime) ;; esac
 IMAGE=${CONTAINER_IMAGE:-megatron-sft}
+case $CONTAINER in docker | podman)
+  if [[ $IMAGE != */* ]] && ! "$CONTAINER" image inspect "$IMAGE" >/dev/null 2>&1; then
+    die "image $IMAGE is not on this machine: build it with $CONTAINER build -t $IMAGE $ROOT, or set CONTAINER_IMAGE"
+  fi
+  ;;
+esac
 MOUNTS=$(container_mounts)
 container_settings >/dev/null # creates the home folder
 case $CONTAINER in

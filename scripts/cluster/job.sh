@@ -97,7 +97,7 @@ trap ask_to_stop USR1
 [[ -n ${OUTPUT_PATH-} ]] || die "OUTPUT_PATH is not set: set it to the folder of this run"
 if [[ -n ${ARRAY-} && -n ${SLURM_ARRAY_TASK_ID-} ]]; then use_array_task "$SLURM_ARRAY_TASK_ID"; fi
 # A restart resumes: it would refuse the argument train, as the first start has saved checkpoints.
-if ((${SLURM_RESTART_COUNT:-0})); then mode=''; fi
+if ((${SLURM_RESTART_COUNT:-0})) && [[ $mode != reference ]]; then mode=''; fi
 starts=$OUTPUT_PATH/slurm_starts.txt
 before=$(saved_iteration)
 claim_output
@@ -110,6 +110,9 @@ run_step
 case $status in
   0) say "finished" && exit 0 ;;
   2) say "not requeued: fix the error above first" && exit 2 ;;
-  "$RESUME_ME") requeue "saved and stopped on request" ;;
+  "$RESUME_ME")
+    if [[ -e $OUTPUT_PATH/stopped-by-request ]]; then say "stopped by stop-now: not requeued, submit again to resume" && exit 75; fi
+    requeue "saved and stopped on request"
+    ;;
   *) requeue "the run ended with status $status" ;;
 esac

@@ -19,9 +19,17 @@ die() {
   exit 2
 }
 
+# take_other_names: SAVE_INTERVAL is another name of SAVE_INTERVALS.
+take_other_names() {
+  if [[ -z ${SAVE_INTERVAL-} ]]; then return; fi
+  [[ -z ${SAVE_INTERVALS-} || $SAVE_INTERVALS == "$SAVE_INTERVAL" ]] || die "SAVE_INTERVAL=$SAVE_INTERVAL and SAVE_INTERVALS=$SAVE_INTERVALS are one setting: set one of them"
+  export SAVE_INTERVALS=$SAVE_INTERVAL
+}
+take_other_names # before a recipe gives its own
+
 # usage: print the calling script's header comment.
 usage() {
-  sed -n '2,/^[^#]/{/^#/!q; /^#SBATCH/d; s/^# \{0,1\}//p;}' "$0"
+  sed -n '2,/^[^#]/{/^#/!q; /^# shellcheck /q; /^#SBATCH/d; s/^# \{0,1\}//p;}' "$0"
 }
 
 # help_or_arguments MINIMUM MAXIMUM "$@": -h prints the usage and exits; a wrong number of arguments exits with its first line.

@@ -66,12 +66,12 @@ install_locked() {
   if [[ -n ${MEGATRON_SFT_CONSTRAINTS-} ]]; then index+=(--constraint "$MEGATRON_SFT_CONSTRAINTS"); fi
   echo "setting up $VENV for $file: $("$VENV/bin/python" --version), $torch; this happens once (log: $SETUP_STATE/install.log)" >&2
   if [[ -n $made_with && ! -e /dev/nvidia0 && -z ${TORCH_INDEX_URL-} && $torch == torch==2.13.0 ]]; then
-    echo "no GPU here: if pip fetches CUDA packages, stop it and set TORCH_INDEX_URL to PyTorch's index of CPU builds" >&2
+    echo "no GPU here: if pip downloads nvidia packages (some GB), stop it with Ctrl-C and set TORCH_INDEX_URL to the index of CPU builds that PyTorch's installation page names" >&2
   fi
   # NVIDIA's containers set PIP_CONSTRAINT to pins that forbid newer requirements; our constraints still pin torch.
   env -u PIP_CONSTRAINT -u PIP_USER -u PIP_TARGET -u PIP_PREFIX "$VENV/bin/python" -m pip install --progress-bar off \
     --constraint "$SETUP_STATE/constraints.txt" "${index[@]}" -r "$ROOT/requirements.txt" -r "$ROOT/$file" "$torch" \
-    >>"$SETUP_STATE/install.log" 2>&1 || install_failed "could not install $file into $VENV"
+    2>&1 | tee -a "$SETUP_STATE/install.log" | { grep --line-buffered -E '^ *Downloading .*\([0-9.]+ [MG]B\)' >&2 || true; } || install_failed "could not install $file into $VENV"
   requirements_stamp requirements.txt >"$VENV/requirements.txt.stamp"
   requirements_stamp "$file" >"$VENV/$file.stamp"
   rm -f "$SETUP_STATE/unfinished"

@@ -31,7 +31,7 @@ source "$lib/common.sh" || exit 2
 : "${MICRO_BATCH_SIZE:=1}"
 : "${GLOBAL_BATCH_SIZE:=32}"
 : "${EPOCHS:=5}"
-: "${LR_WARMUP_ITERS:=50}"
+: "${LR_WARMUP_FRACTION:=0.05}"
 : "${LR:=1e-5}"
 : "${MIN_LR:=1e-6}"
 : "${LR_DECAY_STYLE:=cosine}"

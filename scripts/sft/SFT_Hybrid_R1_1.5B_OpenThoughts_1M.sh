@@ -49,7 +49,7 @@ esac
 : "${MICRO_BATCH_SIZE:=1}"
 : "${GLOBAL_BATCH_SIZE:=128}" # the published model was trained on 64 A100
 : "${TRAIN_ITERS:=17000}"
-: "${LR_WARMUP_ITERS:=850}" # 5 % of the steps
+: "${LR_WARMUP_FRACTION:=0.05}" # 850 of 17,000 steps
 : "${LR:=1e-5}"
 : "${MIN_LR:=1e-6}"
 : "${LR_DECAY_STYLE:=cosine}"

@@ -19,7 +19,7 @@ source "$lib/common.sh" || exit 2
 : "${MICRO_BATCH_SIZE:=8}"
 : "${GLOBAL_BATCH_SIZE:=8}"
 : "${TRAIN_ITERS:=600}"
-: "${LR_WARMUP_ITERS:=30}"
+: "${LR_WARMUP_FRACTION:=0.05}"
 : "${LR:=3e-3}" # for random initial weights; a pretrained model needs about a hundredth of this
 : "${MIN_LR:=1.5e-4}"
 : "${WEIGHT_DECAY:=0.01}"
@@ -27,7 +27,7 @@ source "$lib/common.sh" || exit 2
 : "${PRECISION:=fp32}"
 
 : "${SPLIT:=98,2,0}"
-: "${LOG_INTERVAL:=10}"
+: "${LOG_INTERVAL:=20}"
 : "${SAVE_INTERVALS:=200}"
 : "${EVAL_INTERVAL:=100}"
 

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tests.support import tiny
+from megatron.sft.runtime.signals import StopRequest
+from tests.support import pair_material, tiny
 
 if TYPE_CHECKING:
     from megatron.sft.planning.run_plan import RunPlan
@@ -33,7 +34,9 @@ GLOBAL_BATCH, MICRO_BATCH = 8, 2
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained; every layout of a variant must give the losses of one process. engine: Transformer Engine, if there."""
+    """What is trained; every layout of a variant must give the losses of one process. engine: Transformer Engine, if there.
+    objective: settings of one that is trained on pairs, against another model as the reference.
+    """
 
     name: str
     tolerance: float
@@ -41,6 +44,7 @@ class Variant:
     model: str = "plain"
     average: str = "token"
     engine: bool = False
+    objective: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,20 @@ FOUR = [
     Layout("CP4", 4, {_CP: 4}),
     Layout("CP2 x PP2 x VPP2", 4, {_CP: 2, _PP: 2, _VPP: 2}),
     Layout("PP4", 4, {_PP: 4}),
+    Layout("TP2 x PP2", 4, {_TP: 2, _PP: 2}),
 ]
+# Every part of the mechanism: a reference, an SFT part, places of tokens in their answers, numbers of tokens.
+DPO = "--objective dpo --dpo-loss sigmoid_norm --dpo-beta 2 --sft-weight 0.3 --dpo-ld-alpha 0.5"
 EXACT = Variant("fp32", 1e-6)
 ON_CPU = [
     EXACT,
     Variant("fp32, by conversation", 1e-6, average="conversation"),
     Variant("fp32, window", 1e-6, model="window"),
     Variant("fp32, experts", 1e-6, model="experts"),
+    Variant("pairs", 1e-6, objective=DPO),
+    Variant("pairs, window", 1e-6, model="window", objective="--objective orpo"),
+    Variant("pairs, experts", 1e-6, model="experts", objective=DPO),
+    Variant("pairs, adapters", 1e-6, objective=f"{DPO} --lora-rank 4"),
 ]
 ON_GPU = [
     Variant("bf16", 1e-2, precision="bf16"),
@@ -90,6 +101,8 @@ ON_GPU = [
     Variant("fp32 with TE", 1e-4, engine=True),
     Variant("bf16, window, with TE", 1e-2, precision="bf16", model="window", engine=True),
     Variant("bf16, experts, with TE", 1e-2, precision="bf16", model="experts", engine=True),
+    Variant("fp32, pairs", 1e-4, objective=DPO),
+    Variant("bf16, pairs, with TE", 1e-2, precision="bf16", engine=True, objective=DPO),
 ]
 
 
@@ -141,6 +154,12 @@ def save_models(folder: Path, names: set[str]) -> None:
         tiny.run_module("convert", "--hf-dir", folder / f"{name}_hf", "--output", folder / name)
 
 
+def save_reference(folder: Path, name: str) -> None:
+    """Another model near that one, converted."""
+    pair_material.save_changed(folder / f"{name}_hf", folder / f"{name}_reference_hf", by=0.02)
+    tiny.run_module("convert", "--hf-dir", folder / f"{name}_reference_hf", "--output", folder / f"{name}_reference")
+
+
 def rows(length: int, longest: int, num_pairs: int) -> list[list[tiny.Conversation]]:
     """Random rows of conversations of up to `longest` tokens, some of a single one, and one of `num_pairs` conversations of two
     tokens, which are shorter than context parallelism's chunks."""
@@ -153,13 +172,35 @@ def rows(length: int, longest: int, num_pairs: int) -> list[list[tiny.Conversati
     return made
 
 
+def pair_rows(length: int, longest: int) -> list[list[pair_material.Pair]]:
+    """Random rows of pairs, some of a single long pair, and one of pairs with answers of one or two tokens."""
+    made = pair_material.random_pair_rows(40, length, longest=longest // 2)
+    random = np.random.default_rng(2)
+    for number in (3, 11, 19, 27):
+        tokens = random.integers(0, tiny.VOCAB_SIZE, length).tolist()
+        made[number] = [pair_material.Pair(tokens[:10], tokens[10 : length // 2], tokens[-length // 2 + 30 :])]
+    made[5] = [pair_material.Pair(p[:1], p[1:2], p[2:]) for p in random.integers(0, tiny.VOCAB_SIZE, (length // 5, 4)).tolist()]
+    return made
+
+
+def write_data(folder: Path, on_cpu: bool) -> None:
+    """The rows that all runs train on."""
+    sizes = SHORT_ROWS if on_cpu else LONG_ROWS
+    tiny.write_rows(folder / "rows", rows(*sizes), sizes[0], JOINED)
+    pair_material.write_pair_rows(folder / "pairs", pair_rows(*sizes[:2]), sizes[0])
+
+
 def plan_of(run: Run, steps: int, folder: Path) -> "RunPlan":
     """What the user's settings would give."""
     from megatron.sft.planning.options import parse
     from megatron.sft.planning.resolution import plan_run
 
     variant = run.variant
-    arguments = ["train", "--load", str(folder / variant.model), "--data-path", str(folder / "rows")]
+    arguments = ["train", "--load", str(folder / variant.model)]
+    arguments += ["--data-path", str(folder / ("pairs" if variant.objective else "rows")), *variant.objective.split()]
+    if variant.objective.startswith("--objective dpo"):
+        arguments += ["--reference", str(folder / f"{variant.model}_reference")]
+        arguments += ["--reference-logps", str(folder / f"logps of {variant.name}, {run.layout.name}")]
     arguments += ["--save", str(folder / "none"), "--precision", variant.precision, "--loss-average", variant.average]
     arguments += ["--lr", "1e-3", "--min-lr", "1e-4", "--train-iters", str(steps), "--split", "80,20,0"]
     arguments += ["--global-batch-size", str(GLOBAL_BATCH), "--micro-batch-size", str(MICRO_BATCH)]
@@ -172,11 +213,13 @@ def train(run: Run, plan: "RunPlan") -> None:
     from megatron.sft.training import state
     from megatron.sft.training.engine import Engine
     from megatron.sft.training.feeder import Feeder
+    from megatron.sft.training.reference import with_logps
 
     os.environ["MEGATRON_SFT_TE"] = "1" if run.variant.engine else "0"
+    logps = with_logps(plan, StopRequest()).logps if plan.reference else None
     engine = Engine(plan)
     state.load_start(engine)
-    feeder = Feeder(plan)
+    feeder = Feeder(plan, logps)
     for step in range(plan.train_iters):
         result = engine.train_step(feeder.training(step * GLOBAL_BATCH))
         run.losses.append(result.loss.reduce()[0])
@@ -240,8 +283,9 @@ def compare(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_models(folder, {variant.model for variant in variants})
-        sizes = SHORT_ROWS if on_cpu else LONG_ROWS
-        tiny.write_rows(folder / "rows", rows(*sizes), sizes[0], JOINED)
+        for name in {variant.model for variant in variants if variant.objective.startswith(DPO)}:
+            save_reference(folder, name)
+        write_data(folder, on_cpu)
         runs = [Run(variant, layout) for layout in [ONE, *layouts] for variant in variants if _fits(variant, layout)]
         if only is not None:
             runs = [run for run in runs if run.layout == ONE or run.layout.name in only[run.variant.name]]

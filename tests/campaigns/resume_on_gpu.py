@@ -10,7 +10,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.support import tiny
+from tests.support import pair_material, tiny
 
 # Attention's backward pass on a GPU adds in changing order, so that equal runs differ by rounding.
 TOLERANCE = 2e-3
@@ -26,12 +26,26 @@ KINDS = {
     "selective": ["--recompute", "selective"],
     "fp8 selective": ["--precision", "fp8", "--recompute", "selective"],
     "full": ["--recompute", "full"],
+    "adapters": ["--lora-rank", "8", "--lora-dropout", "0.1"],
+    "adapters, fp32": ["--lora-rank", "8", "--precision", "fp32", "--lora-plus", "4"],
+    "adapters, fp8 full": ["--lora-rank", "8", "--precision", "fp8", "--recompute", "full", "--lora-dropout", "0.1"],
+    "adapters, 16 bits": ["--lora-rank", "8", "--optimizer-precision", "bf16", "--recompute", "selective"],
+    "frozen": ["--freeze", "embedding,attention,layers 0"],
+    "frozen, 16 bits": ["--freeze", "mlp,norms", "--optimizer-precision", "bf16", "--recompute", "full"],
 }
+# On pairs, whose first step must have the loss without a margin, to the precision's tolerance, or the run stops.
+DPO = ["--objective", "dpo", "--micro-batch-size", "2", "--dpo-beta", "0.5", "--lr", "1e-4", "--min-lr", "1e-5"]
+KINDS |= {f"pairs, {kind}": [*DPO, *KINDS[kind]] for kind in ("bf16", "fp32", "fp16", "fp8", "fp8 delayed", "full")}
+KINDS["pairs, adapters"] = [*DPO, "--lora-rank", "8"]
 
 
 def train(folder: Path, save: Path, *options: str) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step."""
-    arguments = ["--load", folder / "model", "--data-path", folder / "rows", "--save", save, "--train-iters", 6]
+    on_pairs = "--objective" in options
+    arguments = ["--load", folder / "model", "--save", save, "--train-iters", 6]
+    arguments += ["--data-path", folder / ("pairs" if on_pairs else "rows")]
+    if on_pairs:  # several kinds at once
+        arguments += ["--reference-logps", folder / f"logps {save.name.removesuffix(' again')}"]
     arguments += ["--save-interval", 3, "--lr", 1e-3, "--min-lr", 1e-4, "--global-batch-size", 4, *options]
     tiny.run_on_gpu(0, "megatron.sft.train", *arguments)
     lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
@@ -69,6 +83,7 @@ def check(names: list[str]) -> None:
         tiny.save_random(Qwen2ForCausalLM(config), folder / "hf")
         tiny.run_module("convert", "--hf-dir", folder / "hf", "--output", folder / "model")
         tiny.write_rows(folder / "rows", tiny.random_rows(24, 256), 256)
+        pair_material.write_pair_rows(folder / "pairs", pair_material.random_pair_rows(24, 256), 256)
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for kind, result in zip(names, pool.map(lambda kind: difference(folder, kind), names), strict=True):
                 print(f"{kind:<20} {result[0]}", flush=True)

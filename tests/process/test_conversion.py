@@ -32,19 +32,43 @@ def test_both_formats_export_to_the_source_bit_for_bit(tiny_llama: Path, tmp_pat
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+def test_an_extended_context_is_trained_and_goes_into_the_export(spelling: str, tmp_path: Path) -> None:
+    model = tiny.save_family(tmp_path / "model", "qwen3_tied")
+    config = json.loads((model / "config.json").read_text())
+    if spelling == "rope_scaling":
+        config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+        (model / "config.json").write_text(json.dumps(config))
+    options = ["--rope-scaling", "yarn", "--rope-factor", "4", "--rope-original", "40", "--verify", "1"]
+    output = tiny.run_module("convert", "--source", model, "--output", tmp_path / "checkpoint", *options)
+    assert "verified: logits as transformers'" in output
+    output = tiny.run_module("convert", "--source", model, "--output", tmp_path / "checkpoint", *options)
+    assert "nothing to do" in output
+    tiny.run_module("compare_logits", "--load", tmp_path / "checkpoint", "--hf-dir", model)
+    output = tiny.run_module("export", "--load", tmp_path / "checkpoint", "--hf-dir", model, "--output", tmp_path / "exported")
+    assert "positions are extended as in the conversion, yarn by 4" in output
+    exported = json.loads((tmp_path / "exported" / "config.json").read_text())
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40}
+    assert scaling.items() <= exported[spelling].items() and exported["max_position_embeddings"] == 160
+    tiny.assert_same_weights(tmp_path / "exported", model)
+    refused = ["--source", tmp_path / "exported", "--output", tmp_path / "again"]
+    assert "has RoPE scaling of type 'yarn' already" in tiny.run_module("convert", *refused, *options, status=2)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "olmo3", "qwen3_5"])
 def test_megatron_cores_own_loader_reads_a_converted_checkpoint(family: str, tmp_path: Path) -> None:
     """It finds every tensor under the name and in the shape that its model asks for, and gets the source's values."""
     from megatron.core import dist_checkpointing
 
     from megatron.sft import convert
-    from megatron.sft.families.weight_names import weight_entries, whole_parameters
+    from megatron.sft.families.weight_names import weight_entries
     from megatron.sft.hf.folder import HFFolder
     from megatron.sft.hf.parameters import HFParameters
     from megatron.sft.model import process_groups
     from megatron.sft.model.config import transformer_config
     from megatron.sft.model.gpt import build_model
     from megatron.sft.model.layout import Layout
+    from megatron.sft.model.live_weights import whole_weights
 
     source = HFFolder(tiny.save_family(tmp_path / "model", family))
     assert convert.main(["--source", str(source.path), "--output", str(tmp_path / "checkpoint")]) == 0
@@ -54,7 +78,9 @@ def test_megatron_cores_own_loader_reads_a_converted_checkpoint(family: str, tmp
         state = {name: part for name, part in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
         loaded = dist_checkpointing.load(state, str(tmp_path / "checkpoint" / "iter_0000001"))
         model.load_state_dict(loaded, strict=False)
-    whole, original = whole_parameters(model, architecture), HFParameters(source, None)
+        # Experts are parts of one parameter, whose memory has been filled.
+        whole = whole_weights(model, architecture)
+    original = HFParameters(source, None)
     for entry in weight_entries(architecture):
         assert torch.equal(whole[entry.megatron], original.read(entry)), entry.megatron
 

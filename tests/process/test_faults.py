@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron.sft.data.row_order import RowOrder, split_rows
 from tests.campaigns.kill_campaign import Campaign
 from tests.campaigns.signal_campaign import POISON, poison, try_out
-from tests.support import tiny
+from tests.support import pair_material, tiny
 from tests.support.real_runs import STEPS, Material, RealRun, assert_same_run, make_material
 
 pytestmark = pytest.mark.alone
@@ -26,8 +27,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     return make_material(tmp_path_factory.mktemp("faults"))
 
 
-def test_killed_runs_end_as_if_no_one_had_killed_them(material: Material) -> None:
-    campaign = Campaign(material, "1x1", seed=1)
+@pytest.mark.parametrize("layout", ["1x1", "TP2 with adapters"])
+def test_killed_runs_end_as_if_no_one_had_killed_them(material: Material, layout: str) -> None:
+    campaign = Campaign(material, layout, seed=1)
     campaign.run(2)
     assert campaign.kills.total() >= 2
 
@@ -44,6 +46,10 @@ def test_killed_runs_end_as_if_no_one_had_killed_them(material: Material) -> Non
 )
 def test_a_fault_loses_nothing(material: Material, fault: str, moment: str) -> None:
     try_out(material, fault, moment, "1x1")
+
+
+def test_a_fault_loses_no_adapters(material: Material) -> None:
+    try_out(material, "SIGTERM", "step", "TP2 with adapters")
 
 
 def test_a_run_ends_before_its_time_limit_with_everything_saved(material: Material, tmp_path: Path) -> None:
@@ -91,6 +97,24 @@ def test_numbers_that_are_not_finite_are_traced_to_their_conversation(material: 
     from megatron.sft.data.tokenized import TokenizedRows
 
     assert tiny.VOCAB_SIZE - 1 in TokenizedRows(poisoned.data)[int(found[1])].tokens
+
+
+def test_numbers_that_are_not_finite_are_traced_to_their_pair(material: Material, tmp_path: Path) -> None:
+    """The reference is not poisoned: it is another reading of the weights."""
+    rows = pair_material.random_pair_rows(48, 128)
+    training, _ = split_rows(len(rows), 0.9, 0.1, seed=1234)
+    number = int(RowOrder(training, seed=1234).row_at(4 * 2))
+    last = tiny.VOCAB_SIZE - 1
+    for row in rows:
+        for pair in row:
+            for tokens in (pair.prompt, pair.chosen, pair.rejected):
+                tokens[:] = [min(token, last - 1) for token in tokens]
+    rows[number][1].rejected[0] = last
+    data = pair_material.write_pair_rows(tmp_path / "pairs", rows, 128)
+    run = RealRun(Material(material.checkpoint, data, tmp_path), tmp_path / "run", "DP2", ["--objective", "dpo"])
+    assert run.start(POISON).finish() == 2
+    found = f"iteration 3: the gradient is not finite (norm nan): row {number}, pair 2 of {len(rows[number])} of {data} ("
+    assert found in run.output.splitlines()[-1], run.output
 
 
 def test_a_skipped_step_changes_nothing_but_the_position(material: Material, tmp_path: Path) -> None:

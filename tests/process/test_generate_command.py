@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,32 @@ def test_chat_switches_the_mode_and_starts_again():
     assert done.returncode == 0, done.stderr
     refusal = "control token '<thnk>' is not in the model's vocabulary: it has <short> <think> </think>"
     assert done.stdout.splitlines() == [TAUGHT[0][1], TAUGHT[1][2], refusal]
+
+
+# Puts the system prompt before the first question, so that together they are a question that was taught.
+SYSTEM_FIRST = """{%- set first = messages[0]['content'] ~ ' ' if messages[0]['role'] == 'system' else '' -%}
+{%- for m in messages if m['role'] != 'system' -%}
+{{ '<|im_start|>' ~ m['role'] ~ '\\n' ~ (first if loop.first else '') ~ m['content'] ~ '<|im_end|>\\n' }}
+{%- endfor -%}{{ '<|im_start|>assistant\\n' if add_generation_prompt }}"""
+
+
+def test_a_system_prompt_is_given_to_a_prompt_a_chat_and_a_file(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(taught_folder(), folder)
+    (folder / "chat_template.jinja").write_text(SYSTEM_FIRST)
+    system, (names, short, _) = "Sort these names:", TAUGHT[0]
+    question = names.removeprefix(f"{system} ")
+    given = ("--system", system, "--control", "<short>")
+    assert generate(folder, question, *given).stdout == short + "\n"
+    lines = [question, "/hlep", "/system", names, f"/system {system}", question, "/quit"]
+    said = generate(folder, *given, text="\n".join(lines)).stdout.splitlines()
+    assert said[:2] == [short, "/hlep is not a command:"] and said[-2:] == [short, short]
+    data = tmp_path / "data.jsonl"
+    own = [{"role": "system", "content": "Sort these"}, {"role": "user", "content": f"names: {question}"}]
+    data.write_text(json.dumps({"instruction": question}) + "\n" + json.dumps({"messages": own}) + "\n")
+    assert generate(folder, data, *given).returncode == 0
+    answers = [json.loads(line)["answer"] for line in (tmp_path / "data.answers.jsonl").read_text().splitlines()]
+    assert answers == [short, short]
 
 
 @pytest.mark.parametrize(

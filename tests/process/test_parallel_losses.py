@@ -20,6 +20,19 @@ def test_shared_rows_and_interleaved_stages_give_the_losses_of_one_process() -> 
         _check(run, one)
 
 
+@pytest.mark.timeout(900)
+def test_pairs_give_the_losses_of_one_process_in_every_layout() -> None:
+    """On CPU: a layout of every kind with pairs, whose reference's log-probabilities are made in that layout too."""
+    names = ["TP2", "PP2", "DP2", "TP2 + SP", "CP2", "PP2 x VPP2", "TP2 x PP2", "CP2 x TP2 + SP"]
+    only = {"pairs": names, "pairs, experts": ["EP2"], "pairs, window": ["CP2"], "pairs, adapters": ["TP2 + SP", "CP2 x PP2"]}
+    variants = [one for one in parallel_losses.ON_CPU if one.name in only]
+    layouts = [*parallel_losses.TWO, *parallel_losses.FOUR]
+    pairs = parallel_losses.compare(variants, layouts, steps=4, on_cpu=True, only=only)
+    assert len(pairs) == len(names) + 4
+    for run, one in pairs:
+        _check(run, one)
+
+
 @pytest.mark.gpu
 def test_the_cpu_and_a_gpu_with_and_without_transformer_engine_give_the_same_losses() -> None:
     for run, on_cpu in parallel_losses.compare_devices(steps=10):
@@ -34,6 +47,8 @@ ON_TWO_GPUS = {
     "fp32 with TE": ["TP2 + SP", "PP2 x VPP2"],
     "bf16, window, with TE": ["CP2"],
     "bf16, experts, with TE": ["EP2"],
+    "fp32, pairs": ["CP2"],
+    "bf16, pairs, with TE": ["TP2 + SP", "CP2"],
 }
 
 

@@ -12,18 +12,16 @@ import pytest
 from tests.support import tiny
 from tests.support.fork_server import SERVER
 
-RECIPES = tiny.ROOT / "scripts" / "sft"
+RECIPES = {path.stem: path for folder in ("sft", "dpo") for path in sorted((tiny.ROOT / "scripts" / folder).glob("*.sh"))}
 HYBRID = "SFT_Hybrid_R1_{}_OpenThoughts_1M"
 HYBRID_SIZES = ("1.5B", "7B", "14B", "32B", "Llama_8B")
 QWEN_SIZES = ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
 # (recipe, MODEL_SIZE, recipe whose head says what that size fits)
 CASES = [(HYBRID.format(size), size, HYBRID.format("1.5B")) for size in HYBRID_SIZES]
-CASES += [("SFT_Qwen2.5", size, "SFT_Qwen2.5") for size in QWEN_SIZES]
-CASES += [
-    (path.stem, "", path.stem)
-    for path in sorted(RECIPES.glob("*.sh"))
-    if path.stem != "SFT_Quickstart" and path.stem not in {case[0] for case in CASES}
-]
+# The recipes of any size, and the size that their heads' commands are about.
+OF_ANY_SIZE = {"SFT_Qwen2.5": "1.5B", "SFT_LoRA": "7B", "DPO_Qwen2.5": "3B"}
+CASES += [(name, size, name) for name in OF_ANY_SIZE for size in QWEN_SIZES]
+CASES += [(name, "", name) for name in RECIPES if name not in {"SFT_Quickstart", *(case[0] for case in CASES)}]
 
 
 def plan(recipe: Path, **variables: object) -> tuple[int, str]:
@@ -52,7 +50,7 @@ def line(output: str, name: str) -> str:
 def test_a_recipe_is_planned_before_its_model_and_data_are_there(
     recipe: str, size: str, promising: str, tmp_path: Path
 ) -> None:
-    path = RECIPES / f"{recipe}.sh"
+    path = RECIPES[recipe]
     variables = {"MODEL_SIZE": size} if size else {}
     status, output = plan(path, ASSETS_DIR=tmp_path, OUTPUT_PATH=tmp_path / "run", **variables)
     assert status == 2
@@ -61,10 +59,10 @@ def test_a_recipe_is_planned_before_its_model_and_data_are_there(
     first = output.partition("do first:")[2]
     assert "bash scripts/1_download.sh model " in first
     # The commands come from the recipe's head, where that is about this size's model.
-    assert ("bash scripts/3_tokenize.sh assets/" in first) == (recipe != "SFT_Qwen2.5" or size == "1.5B")
+    assert ("bash scripts/3_tokenize.sh assets/" in first) == (OF_ANY_SIZE.get(recipe, size) == size)
     assert re.match(r"\d+\.\d GiB .*RECOMPUTE=(none|selective|full) .*: weights \d", line(output, "memory of a GPU"))
     # A recipe's head promises what plan prints, of each size that it names.
-    head = (RECIPES / f"{promising}.sh").read_text().partition("#SBATCH")[0]
+    head = RECIPES[promising].read_text().partition("#SBATCH")[0]
     promised = f"# Fits with {size} (memory by plan): " if size else "# Fits (memory by plan): "
     assert f"{promised}{line(output, 'fits')}\n" in head
 

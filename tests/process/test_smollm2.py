@@ -1,11 +1,15 @@
 """The whole way with a real pretrained chat model: SmolLM2-135M-Instruct, its tokenizer, real rows, and its answers."""
 
 import json
+import os
+import random
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.support import material, tiny
+from tests.support.fork_server import SERVER
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +65,57 @@ def test_six_steps_lower_the_loss_and_it_still_knows_paris(model: Path, checkpoi
     tiny.run_module("export", "--load", tmp_path / "run", "--hf-dir", model, "--output", tmp_path / "trained")
     answer = tiny.run_module("generate", tmp_path / "trained", "What is the capital of France?", "--max-new-tokens", 24)
     assert "Paris" in answer
+
+
+WORDS = "river stone apple cloud green winter paper music table horse silver bread summer garden window yellow market forest"
+WORDS += " candle island mirror pocket rocket tiger basket castle dragon engine finger hammer jacket kitten ladder monkey"
+
+
+def write_last_words(path: Path, seed: int, num_rows: int) -> Path:
+    """A task that the model does not do by itself: the last of four words, and nothing else."""
+    draw = random.Random(seed)
+    chosen = [draw.sample(WORDS.split(), 4) for _ in range(num_rows)]
+    turns = [(("system", "List."), ("user", f"Last of {', '.join(words)}"), ("assistant", words[-1])) for words in chosen]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in turns]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def script(name: str, *arguments: object, **settings: object) -> str:
+    """Run a script with settings in its environment; returns what it printed."""
+    done = subprocess.run(
+        ["bash", tiny.ROOT / "scripts" / name, *map(str, arguments)],
+        env={**os.environ, **SERVER.python(), **{variable: str(value) for variable, value in settings.items()}},
+        capture_output=True,
+        text=True,
+        timeout=tiny.TIMEOUT_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_adapters_learn_a_task_as_well_as_all_weights_do(model: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """By exact match on questions that were not trained on: none before, all but one or two after."""
+    script("3_tokenize.sh", model, write_last_words(tmp_path / "train.jsonl", 1, 48), 112)
+    (data,) = tmp_path.glob("Tokenized-*.bin")
+    questions = write_last_words(tmp_path / "questions.jsonl", 2, 16)
+    settings = {"DATA_PATH": data.with_suffix(""), "PRETRAIN_CHECKPOINT_PATH": checkpoint, "PRECISION": "fp32"}
+    settings |= {"TRAIN_ITERS": 8, "GLOBAL_BATCH_SIZE": 3, "MICRO_BATCH_SIZE": 1, "SAVE_INTERVALS": 100}
+    kinds: dict[str, dict[str, object]] = {
+        "adapters": {"LORA_RANK": 8, "LR": "2e-3", "MIN_LR": "5e-4", "MERGE": 1},
+        "weights": {"LR": "1e-4", "MIN_LR": "3e-5"},
+    }
+    right = {"before": _num_right(model, questions, tmp_path / "before.json")}
+    for name, own in kinds.items():
+        script("4_train.sh", "train", **settings, **own, OUTPUT_PATH=tmp_path / name)
+        script("5_export.sh", tmp_path / name, model, tmp_path / f"{name}_hf", **own)
+        right[name] = _num_right(tmp_path / f"{name}_hf", questions, tmp_path / f"{name}.json")
+    assert right["before"] == 0 and min(right["adapters"], right["weights"]) >= 14, right
+    sizes = [sum(file.stat().st_size for file in (tmp_path / name).rglob("*.distcp")) for name in kinds]
+    assert sizes[0] < 0.03 * sizes[1]
+
+
+def _num_right(model: Path, questions: Path, output: Path) -> int:
+    printed = script("7_evaluate.sh", model, questions, MAX_NEW_TOKENS=6, OUTPUT=output)
+    return int(printed.partition(" of 16")[0].rpartition("(")[2])

@@ -78,7 +78,8 @@ def test_real_rows_become_packed_rows_and_the_numbers_add_up(tmp_path: Path) -> 
     assert f"packed {conversations} conversations into {manifest['rows']} rows ({fill:.1f} % full)" in lines
     assert f"trained {share:.1f} % of {manifest['tokens']:,} tokens" in lines
     assert "not used: field 'id' of 600 records" in lines
-    assert lines[-1] == "next: scripts/4_train.sh"
+    assert lines[-1].startswith("next: bash tools/new_recipe ") and lines[-1].endswith(f"{data} 512")
+    assert lines[-2].startswith(f"note: few rows ({manifest['rows']}: 1 step of the default GLOBAL_BATCH_SIZE=128): take ")
     assert sum(line.startswith("---- sample") for line in lines) == 2
     assert f"[[{rows[0]['output']}<|im_end|>]]" in result.stdout
     assert "\x1b[" not in result.stdout

@@ -71,7 +71,7 @@ def track(folder: Path, iteration: int, **environment: str) -> tuple[str, list[l
     )
     log = folder / "told.jsonl"
     log.unlink(missing_ok=True)
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "SWANLAB_", "MLFLOW_"))}
     variables |= {"PYTHONPATH": f"{tiny.ROOT}", "STAND_IN_LOG": str(log), **environment}
     line = [sys.executable, "-c", program]
     done = subprocess.run(line, env=variables, capture_output=True, text=True, timeout=120)
@@ -130,3 +130,40 @@ def test_picture_is_drawn_next_to_the_run_and_its_failure_is_said_once(
     picture.redraw()
     picture.close()
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+SWANLAB = """
+import json, os
+def record(what, **values):
+    with open(os.environ["STAND_IN_LOG"], "a") as file: file.write(json.dumps([what, values]) + chr(10))
+def init(project, experiment_name, config, logdir, mode, id=None, resume=None):
+    record("init", project=project, name=experiment_name, id=id, resume=resume, mode=mode, config=config)
+def log(data, step): record("log", step=step, **data)
+def finish(): record("finish")
+"""
+
+
+def test_swanlab_continues_its_experiment_where_it_can(tmp_path: Path) -> None:
+    (tmp_path / "stand_in").mkdir()
+    (tmp_path / "stand_in" / "swanlab.py").write_text(SWANLAB)
+    path = f"{tiny.ROOT}:{tmp_path / 'stand_in'}"
+    _, told = track(tmp_path, 0, PYTHONPATH=path, SWANLAB_API_KEY="very-secret")
+    _, again = track(tmp_path, 3, PYTHONPATH=path, SWANLAB_API_KEY="very-secret")
+    assert [what for what, _ in told] == ["init", "log", "log", "log", "finish"]
+    assert told[0][1]["id"] == again[0][1]["id"] and len(told[0][1]["id"]) == 21 and told[0][1]["resume"] == "allow"
+    assert told[1][1] == {"step": 1, "train/loss": 1.0, "loss by source/a": 2.0} and again[1][1]["step"] == 4
+    _, offline = track(tmp_path, 0, PYTHONPATH=path, SWANLAB_MODE="offline")
+    assert offline[0][1]["mode"] == "offline" and offline[0][1]["id"] is None
+    assert track(tmp_path, 0, PYTHONPATH=path) == ("", []), "not imported unless asked for"
+    assert not any(b"very-secret" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_mlflow_gets_every_step_once(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow", reason="needs mlflow-skinny")
+    store = {"MLFLOW_TRACKING_URI": f"file:{tmp_path / 'store'}", "MLFLOW_ALLOW_FILE_STORE": "true"}
+    said, _ = track(tmp_path, 0, **store)
+    again, _ = track(tmp_path, 1, **store)  # steps 2 and 3 are done again
+    [losses] = (tmp_path / "store").rglob("metrics/train/loss")
+    lines = [line.split() for line in losses.read_text().splitlines()]
+    assert [(int(step), float(loss)) for _, loss, step in lines] == [(1, 1.0), (2, 1 / 2), (3, 1 / 3), (4, 1 / 4)]
+    assert said.splitlines()[0] == again.splitlines()[0] and said.startswith("MLflow: run ")

@@ -46,6 +46,12 @@ requeues() { grep -c '^scontrol requeue 30077$' "$CALLS" || true; }
   [[ $(requeues) == 1 && $output == *"iteration 10 is saved: requeued"* ]]
 }
 
+@test "a run that was asked to stop by stop-now is not requeued" {
+  mkdir -p "$OUTPUT_PATH" && touch "$OUTPUT_PATH/stopped-by-request"
+  SAVES=10 ENDS=75 run -75 bash "$recipe"
+  [[ $(requeues) == 0 && $output == *"submit again to resume"* ]]
+}
+
 @test "a crash is requeued, but only so often while nothing new is saved" {
   for start in 1 2; do
     ENDS=1 SAVES=7 run -1 bash "$recipe"

@@ -1,6 +1,8 @@
 """Compares converted models with transformers in one parallel layout: logits, and the gradients of one training step.
 
-torchrun … conversion_worker.py TP PP EP SP FOLDER [CHECKPOINTS]: for every model of FOLDER, whose checkpoint has its name.
+torchrun … conversion_worker.py TP PP EP SP FOLDER CHECKPOINTS NAME...: models of FOLDER, whose checkpoints have their names. A
+line gives the largest difference of logits, the largest relative one of a parameter's gradient, and how much the logits of a
+conversation change when its neighbors in the row do.
 """
 
 import sys
@@ -16,32 +18,30 @@ from megatron.sft.checkpoint.folder import open_checkpoint
 from megatron.sft.compare_logits import megatron_logits, transformers_logits
 from megatron.sft.data.tokenized import Row
 from megatron.sft.families.rules import tensor_parallel_part
-from megatron.sft.families.weight_names import checkpoint_name, weight_entries
 from megatron.sft.hf.folder import HFFolder
 from megatron.sft.model import process_groups
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.runtime import device
 
-LENGTHS = (40, 3, 61)
+# Below and above the windows and the original positions of the tiny models.
+LENGTHS = (40, 30, 61)
 
 
 def main() -> None:
     tp, pp, ep, sp = map(int, sys.argv[1:5])
     layout = Layout(tp, pp, sequence_parallel=bool(sp), expert_parallel=ep)
-    folders = sorted(path for path in Path(sys.argv[5]).iterdir() if path.is_dir())
     with process_groups.parallel(layout):
-        for folder in folders:
-            checkpoint = Path(sys.argv[6]) / folder.name
-            if not checkpoint.exists():
-                continue
+        for name in sys.argv[7:]:
+            folder, checkpoint = Path(sys.argv[5]) / name, Path(sys.argv[6]) / name
             source = HFFolder(folder)
             if ep > 1 and source.architecture.moe is None:
                 continue
             check_layout(layout, source.architecture)
             difference = logits_difference(checkpoint, source, layout)
-            worst, name = gradient_difference(checkpoint, source, layout)
+            worst, parameter = gradient_difference(checkpoint, source, layout)
+            leaked = influence(checkpoint, source, layout)
             if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-                print(f"result {folder.name} {difference:.3g} {worst:.3g} {name}", flush=True)
+                print(f"result {name} {difference:.3g} {worst:.3g} {leaked:.3g} {parameter}", flush=True)
 
 
 def conversations(source: HFFolder) -> list[np.ndarray]:
@@ -54,8 +54,21 @@ def logits_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> flo
     ours = megatron_logits(open_checkpoint(checkpoint), source, layout, conversations(source))
     difference = 0.0
     if ours is not None:
-        difference = float((ours - transformers_logits(source.path, conversations(source))).abs().max())
+        difference = float((ours - transformers_logits(source, conversations(source))).abs().max())
     return largest(difference)
+
+
+def influence(checkpoint: Path, source: HFFolder, layout: Layout) -> float:
+    """The largest change of a conversation's logits when the conversations before and after it in the row are others."""
+    row = conversations(source)
+    others = [(part + 1) % source.architecture.vocab_size for part in row]
+    middle = slice(len(row[0]), len(row[0]) + len(row[1]))
+    found = []
+    for before, after in ((row[0], row[2]), (others[0], others[2])):
+        logits = megatron_logits(open_checkpoint(checkpoint), source, layout, [before, row[1], after])
+        found.append(None if logits is None else logits[middle])
+    one, other = found
+    return largest(0.0 if one is None or other is None else float((one - other).abs().max()))
 
 
 def largest(value: float) -> float:
@@ -73,6 +86,7 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
     from megatron.sft.checkpoint.model_shards import load_weights
     from megatron.sft.model.config import transformer_config
     from megatron.sft.model.gpt import build_model
+    from megatron.sft.model.live_weights import live_weights
     from megatron.sft.training.batches import make_micro_batch
 
     architecture = source.architecture
@@ -84,8 +98,8 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
     row = packed_row(source)
     batch = make_micro_batch([row], layout.tensor_parallel, "token", device.current())
 
-    def loss(output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        summed, _ = output
+    def loss(output: tuple[torch.Tensor, torch.Tensor, None]) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        summed, *_ = output
         return summed, batch.loss_count.to(torch.int), {"loss": summed.detach()}
 
     def step(batches: Iterator[Any], stage: Any) -> tuple[torch.Tensor, Any]:
@@ -102,15 +116,9 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
         forward_only=False,
     )
     expected = transformers_gradients(source, row)
-    entries = {entry.megatron: entry for entry in weight_entries(architecture)}
-    experts = architecture.moe.num_experts // layout.expert_parallel if architecture.moe else 0
-    first = (model.decoder.layers[0].layer_number - 1, experts * parallel_state.get_expert_model_parallel_rank())
     worst, worst_name = 0.0, "-"
-    for live_name, parameter in model.named_parameters():
-        name = checkpoint_name(live_name, *first, architecture.moe is not None)
-        if name == "output_layer.weight" and architecture.tied_embeddings:
-            name = "embedding.word_embeddings.weight"
-        entry = entries[name]
+    for weight in live_weights(model, architecture, layout):
+        entry, name = weight.entry, weight.entry.megatron
         whole = entry.rule.to_megatron(architecture, *(expected[hf] for hf in entry.hf))
         if "embedding" in name or "output_layer" in name:
             whole = torch.cat([whole, whole.new_zeros(layout.padded_vocab_size(architecture) - len(whole), whole.shape[1])])
@@ -118,7 +126,9 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
         if entry.expert is not None:
             rank, size = parallel_state.get_expert_tensor_parallel_rank(), layout.expert_tensor_parallel
         theirs = tensor_parallel_part(entry.rule, whole, rank, size)
-        ours = parameter.main_grad
+        ours = weight.parameter.main_grad
+        if ours.shape != weight.values.shape:  # of several experts
+            ours = ours[(weight.values.data_ptr() - weight.parameter.data_ptr()) // weight.values.nbytes]
         difference = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-6))
         if difference > worst:
             worst, worst_name = difference, name

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tests.support import tiny
 
 Check = Callable[[Path, Path], str]
 Script = Callable[[Path, Path], tuple[dict[str, str], list[str]]]
+LORA_RANK = 2
 EVERY = ("flip", "cut", "grow", "blank", "remove", "replace")
 
 
@@ -70,8 +71,11 @@ def make(folder: Path) -> Material:
         add_groups(prefix)
     run = folder / "run"
     options = ("--precision", "fp32", "--train-iters", 4, "--save-interval", 2, "--global-batch-size", 8)
-    tiny.run_module("train", "train", "--load", converted, "--data-path", data, "--save", run, *options)
+    inputs, adapters = ("--load", converted, "--data-path", data), folder / "adapters"
+    tiny.run_module("train", "train", *inputs, "--save", run, *options)
+    tiny.run_module("train", "train", *inputs, "--save", adapters, *options, "--lora-rank", LORA_RANK)
     made = [*run_cases(run, converted, data), *start_cases(converted, classic, data, model)]
+    made += adapter_cases(adapters, converted, data)
     return Material([*made, data_case(data, other_data, converted), *model_cases(folder, model, other_model)])
 
 
@@ -94,12 +98,12 @@ def names_below(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in files)
 
 
-def plan_of(mode: str, load: Path, data: Path, save: Path) -> Any:
+def plan_of(mode: str, load: Path, data: Path, save: Path, lora_rank: int = 0) -> Any:
     from megatron.sft.planning.options import TrainOptions
     from megatron.sft.planning.resolution import plan_run
 
     options = TrainOptions(load=load, data_path=data, save=save, train_iters=4, global_batch_size=8, precision="fp32")
-    return plan_run(mode, options, num_processes=1)
+    return plan_run(mode, replace(options, lora_rank=lora_rank), num_processes=1)
 
 
 def train_script(mode: str, load: Path, data: Path, save: Path) -> tuple[dict[str, str], list[str]]:
@@ -136,6 +140,37 @@ def run_cases(run: Path, converted: Path, data: Path) -> list[Case]:
             "tracker of a run: the newest checkpoint is taken", run, [tracker], ("flip", "cut", "remove", "replace"),
             lambda folder, out: resumed(folder, 4), {tracker: run.parent / "other_tracker"},
         ),
+    ]  # fmt: skip
+
+
+def adapter_cases(run: Path, converted: Path, data: Path) -> list[Case]:
+    """A checkpoint of adapters, and the weights under them, which every resumed run reads again."""
+    from megatron.sft.checkpoint import verification
+    from megatron.sft.planning import input_checks
+    from tests.campaigns.damage_campaign import quietly
+
+    def resumed(folder: Path, out: Path) -> str:
+        def check() -> None:
+            taken = verification.checked_run(plan_of("resume", converted, data, folder, LORA_RANK).start)
+            if taken.iteration != 2:
+                raise RuntimeError(f"iteration {taken.iteration} was taken, not 2")
+
+        return quietly(check)
+
+    def on_base(folder: Path, out: Path) -> str:
+        return quietly(lambda: input_checks.check(plan_of("resume", folder, data, run, LORA_RANK)))
+
+    names = [f"iter_0000004/{name}" for name in names_below(run / "iter_0000004")]
+    others = {name: run / "iter_0000002" / Path(name).name for name in names}
+    base = [f"iter_0000001/{file}" for file in names_below(converted / "iter_0000001")]
+    swapped = {file: converted / base[(number + 1) % len(base)] for number, file in enumerate(base)}
+    named = ("iter_0000001 ", "latest_checkpointed_iteration.txt", "manifest.json")
+    return [
+        Case(
+            "newest checkpoint of adapters: the one before is taken", run, names, (*EVERY, "add"),
+            resumed, others, ("iter_0000004/__",), falls_back=True,
+        ),
+        Case("weights under adapters, resuming", converted, base, EVERY, on_base, swapped, named),
     ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Converts every model of a folder in many layouts and both formats and exports it again: a line for each that is its source.
 
-python tests/support/export_grid.py FOLDER OUT; the torch_dist checkpoints stay in OUT under the models' names.
+python tests/support/export_grid.py FOLDER OUT [NAME...]; the torch_dist checkpoints stay in OUT under the models' names. Models
+that are named are converted in all layouts, the others in `SAMPLE`.
 """
 
 import json
@@ -14,14 +15,15 @@ from tests.support import tiny
 
 # TP, PP, EP; five layers, so PP 2 to 4 are uneven.
 LAYOUTS = [(tp, pp, 1) for tp in (1, 2, 4) for pp in (1, 2, 4)] + [(1, 1, 4), (2, 3, 2)]
+SAMPLE = [(1, 1, 1), (4, 2, 1)]
 
 
 def main() -> None:
-    models, out = Path(sys.argv[1]), Path(sys.argv[2])
+    models, out, everywhere = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     for model in sorted(path for path in models.iterdir() if path.is_dir()):
         experts = "moe" in model.name or "mixtral" in model.name
         for form in ("torch_dist", "torch"):
-            for layout in LAYOUTS:
+            for layout in LAYOUTS if model.name in everywhere else SAMPLE:
                 # torch_dist is the same whatever the layout.
                 if (layout[2] > 1 and not experts) or (form == "torch_dist" and layout != (1, 1, 1)):
                     continue

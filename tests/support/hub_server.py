@@ -3,6 +3,7 @@
 HF_ENDPOINT is set to its address in the process under test. It can refuse, hide, break off and count.
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -31,10 +32,15 @@ class HubRepository:
 
 
 class Hub:
-    """Context manager: `repositories` maps `models/ID` and `datasets/ID`; `requests` counts (method, path)."""
+    """Context manager: `repositories` maps `models/ID` and `datasets/ID`; `requests` counts (method, path).
 
-    def __init__(self, repositories: dict[str, HubRepository]) -> None:
+    writer: the token of the user `owner`, who may make repositories and upload.
+    """
+
+    def __init__(self, repositories: dict[str, HubRepository], writer: str | None = None) -> None:
         self.repositories = repositories
+        self.writer = writer
+        self.uploads: dict[str, bytes] = {}
         self.requests: Counter[tuple[str, str]] = Counter()
         hub = self
 
@@ -73,18 +79,81 @@ class _HubHandler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
         self.hub.requests[self.command, path] += 1
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.body = self._received()
+        if path in ("api/whoami-v2", "api/repos/create"):
+            self.answer_owner(path)
+            return
         if path.startswith("api/"):
             kind, *words = path.removeprefix("api/").split("/")
         else:
             kind = "datasets" if path.startswith("datasets/") else "models"
             words = path.removeprefix("datasets/").split("/")
         for length in (2, 1):
-            repository = self.hub.repositories.get(f"{kind}/{'/'.join(words[:length])}")
+            repository = self.hub.repositories.get(f"{kind}/{'/'.join(words[:length]).removesuffix('.git')}")
             if repository is not None:
                 self.answer_for(repository, "/".join(words[:length]), words[length:])
                 return
         self.refuse(401, "RepoNotFound", "Invalid username or password.")
+
+    def _received(self) -> bytes:
+        """The request's body, which may come in chunks."""
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def do_PUT(self) -> None:
+        """An upload of a large file, by its checksum."""
+        path = urlsplit(self.path).path
+        self.hub.requests[self.command, path.strip("/")] += 1
+        content = self._received()
+        self.hub.uploads[hashlib.sha256(content).hexdigest()] = content
+        self.send_json({})
+
+    def answer_owner(self, path: str) -> None:
+        """Who the token belongs to, and a new repository of that owner."""
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if self.hub.writer is None or token != self.hub.writer:
+            self.refuse(401, "", "Invalid username or password.")
+        elif path == "api/whoami-v2":
+            self.send_json({"type": "user", "name": "owner", "orgs": []})
+        else:
+            asked = json.loads(self.body)
+            id = f"{asked.get('organization') or 'owner'}/{asked['name']}"
+            if f"models/{id}" in self.hub.repositories:
+                self.refuse(409, "", "You already created this model repo", url=f"{self.hub.address}/{id}")
+                return
+            private = asked.get("private") or asked.get("visibility") == "private"  # by version of huggingface_hub
+            self.hub.repositories[f"models/{id}"] = HubRepository({}, token=token if private else None)
+            self.send_json({"url": f"{self.hub.address}/{id}", "id": id})
+
+    def take_upload(self, repository: HubRepository, action: str) -> None:
+        """The three questions of an upload: how to send each file, where large ones go, and the commit of all."""
+        if action == "preupload":
+            files = [
+                {"path": name, "uploadMode": "lfs" if name.endswith(".safetensors") else "regular", "shouldIgnore": False}
+                for name in (file["path"] for file in json.loads(self.body)["files"])
+            ]
+            self.send_json({"files": files})
+        elif action == "batch":
+            objects = [
+                {**thing, "actions": {"upload": {"href": f"{self.hub.address}/upload/{thing['oid']}"}}}
+                for thing in json.loads(self.body)["objects"]
+            ]
+            self.send_json({"transfer": "basic", "objects": objects})
+        else:
+            for line in self.body.splitlines():
+                entry = json.loads(line)
+                value = entry["value"]
+                if entry["key"] == "file":
+                    repository.files[value["path"]] = base64.b64decode(value["content"])
+                elif entry["key"] == "lfsFile":
+                    repository.files[value["path"]] = self.hub.uploads[value["oid"]]
+            self.send_json({"success": True, "commitOid": COMMIT, "commitUrl": f"{self.hub.address}/owner/x/commit/{COMMIT}"})
 
     def answer_for(self, repository: HubRepository, id: str, words: list[str]) -> None:
         if repository.token and self.headers.get("Authorization") != f"Bearer {repository.token}":
@@ -94,6 +163,10 @@ class _HubHandler(BaseHTTPRequestHandler):
                 self.refuse(401, "RepoNotFound", "Invalid username or password.")
             return
         action, revision, path = (words[0] if words else "revision"), (words[1:2] or ["main"])[0], "/".join(words[2:])
+        upload = "batch" if self.path.endswith("/info/lfs/objects/batch") else action
+        if self.command == "POST" and upload in ("preupload", "batch", "commit"):
+            self.take_upload(repository, upload)
+            return
         if revision not in ("main", repository.commit):
             self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         elif action == "revision":
@@ -170,8 +243,8 @@ class _HubHandler(BaseHTTPRequestHandler):
             return
         self.wfile.write(part)
 
-    def refuse(self, status: int, code: str, message: str) -> None:
-        body = json.dumps({"error": message}).encode()
+    def refuse(self, status: int, code: str, message: str, **more: str) -> None:
+        body = json.dumps({"error": message, **more}).encode()
         self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("X-Error-Message", message)

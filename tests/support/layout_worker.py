@@ -1,7 +1,7 @@
 """Continues saved runs in every parallel layout of as many processes as it is started in, for test_checkpoint_layouts.py.
 
-torchrun … layout_worker.py TARGETS SOURCES OUT CONVERTED DATA: names of layouts of LAYOUTS separated by commas, the folder with
-a run saved in each source layout, where to write.
+torchrun … layout_worker.py TARGETS SOURCES OUT CONVERTED DATA [OPTION…]: names of layouts of LAYOUTS separated by commas, the
+folder with a run saved in each source layout, where to write, more options of the runs.
 """
 
 import json
@@ -33,7 +33,8 @@ OPTIONS += ["--global-batch-size", "8", "--micro-batch-size", "2"]
 
 
 def main() -> None:
-    targets, sources, out, converted, data = sys.argv[1].split(","), *map(Path, sys.argv[2:])
+    targets, sources, out, converted, data = sys.argv[1].split(","), *map(Path, sys.argv[2:6])
+    more = sys.argv[6:]
     with device.process_group():
         for target in targets:
             for source in sorted(sources.iterdir()):
@@ -41,7 +42,7 @@ def main() -> None:
                 if ranks.is_rank_0():
                     keep_first_checkpoint(source, run)
                 torch.distributed.barrier()
-                arguments = ["--load", converted, "--data-path", data, "--save", run, *OPTIONS, *LAYOUTS[target][1]]
+                arguments = ["--load", converted, "--data-path", data, "--save", run, *OPTIONS, *LAYOUTS[target][1], *more]
                 losses = continue_run([str(argument) for argument in arguments], run)
                 if ranks.is_rank_0():
                     (run / "losses.json").write_text(json.dumps(losses))

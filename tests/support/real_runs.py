@@ -18,6 +18,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "DP2": (2, []),
     "TP2": (2, ["--tensor-model-parallel-size", "2"]),
     "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
+    # Dropout takes the random generators' state.
+    "TP2 with adapters": (2, ["--tensor-model-parallel-size", "2", "--lora-rank", "4", "--lora-dropout", "0.2"]),
 }
 # 12 quick steps, with a validation after every 4 and a checkpoint after every 2.
 STEPS = 12

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.architecture import Architecture, Layer, Rope
 from megatron.sft.reporting.metrics import StepMetrics
 
 SHAPE = Architecture(
@@ -16,10 +16,10 @@ SHAPE = Architecture(
     vocab_size=100,
     max_positions=64,
     norm_epsilon=1e-6,
-    rope_theta=1e4,
     tied_embeddings=False,
     qkv_bias=True,
     torch_dtype=torch.float32,
+    layers=(Layer(rope=Rope(theta=1e4, dim=4)),) * 2,
 )
 RECORD = StepMetrics(
     iteration=5,

@@ -66,7 +66,9 @@ def save_random(model: "object", folder: Path, dtype: "object" = None) -> Path:
         for name, parameter in model.named_parameters():  # type: ignore[attr-defined]
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
-                parameter.copy_(1 + 0.2 * noise)
+                parameter.copy_(parameter.mean().round() + 0.2 * noise)  # around 0 where a norm adds 1 to its weight
+            elif "conv1d" in name:
+                parameter.copy_(0.5 * noise)
             else:
                 parameter.copy_(noise * (0.5 if name.endswith("bias") else 0.1))
     if dtype is not None:
@@ -245,14 +247,26 @@ def save_family(folder: Path, family: str) -> Path:
     name, changes = FAMILIES[family]
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
     sizes |= {"num_hidden_layers": 5, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 512}
+    # transformers gives the embedding of the padding token no gradient.
+    sizes |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     config = getattr(transformers, f"{name}Config")(**{**sizes, "tie_word_embeddings": False, **changes})
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config)
     return save_random(model, folder, torch.bfloat16 if family.endswith("_bf16") else None)
 
 
 _LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
+_DELTA_NET = {
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    # With less a head's tiny result is normed up, and with it what transformers' own float32 is off (1e-3 of the logits).
+    "rms_norm_eps": 5e-2,
+}
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen2": ("Qwen2", {}),
+    "qwen2_4_layers": ("Qwen2", {"num_hidden_layers": 4}),
     "qwen2_tied_bf16": ("Qwen2", {"tie_word_embeddings": True}),
     "llama2_bf16": ("Llama", {"num_key_value_heads": 8, "rms_norm_eps": 1e-5}),
     "llama3": ("Llama", {"rope_parameters": {**_LLAMA3_ROPE, "original_max_position_embeddings": 8192}}),
@@ -285,4 +299,57 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": False, "head_dim": 16},
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}),
+    "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "seed_oss": ("SeedOss", {"head_dim": 16, "attention_out_bias": True, "attention_dropout": 0.0, "residual_dropout": 0.0}),
+    "smollm3": ("SmolLM3", {}),
+    "granite": (
+        "Granite",
+        {"embedding_multiplier": 12.0, "logits_scaling": 4.0, "residual_multiplier": 0.22, "attention_multiplier": 0.25},
+    ),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 16, "use_bias": True}),
+    "hunyuan_v1_dense": (
+        "HunYuanDenseV1",
+        {"head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}},
+    ),
+    "ministral3": (
+        "Ministral3",
+        {"head_dim": 16, "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "olmo2": ("Olmo2", {"head_dim": 16}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "sliding_window": 24,
+            "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": _YARN},
+        },
+    ),
+    "phi3": (
+        "Phi3",
+        {
+            "sliding_window": 24,
+            "original_max_position_embeddings": 48,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.5, 2.0],
+                "long_factor": [1.0, 4.0, 9.0],
+            },
+        },
+    ),
+    "glm4": ("Glm4", {"head_dim": 16}),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "head_dim": 16,
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 24,
+            "tie_word_embeddings": True,
+            "final_logit_softcapping": 3.0,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "num_hidden_layers": 6,
+        },
+    ),
+    "qwen3_5": ("Qwen3_5Text", {"head_dim": 32, **_DELTA_NET}),
+    "qwen3_next": ("Qwen3Next", {"head_dim": 32, **_DELTA_NET, "num_experts": 0}),
 }

@@ -56,7 +56,7 @@ def traced(found: Callable[[Any], bool]) -> Iterator[set[str]]:
         if event != "return" or not name.startswith(PACKAGE):
             return
         path = name.removeprefix(PACKAGE)
-        if path in files or path.endswith("__init__.py") or path.startswith(("runtime/", "model/kernels/")):
+        if path in files or path.endswith("__init__.py") or path.startswith(("runtime/", "kernels/")):
             return
         values = [argument, *(value for key, value in frame.f_locals.items() if key != "self")]
         if any(inside(value, found) for value in values):

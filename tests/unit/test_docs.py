@@ -40,6 +40,6 @@ def test_every_script_and_recipe_that_a_page_names_is_there(page: Path) -> None:
 
 def test_every_recipe_is_named_in_the_readme() -> None:
     readme = (tiny.ROOT / "README.md").read_text()
-    for recipe in RECIPES.glob("*.sh"):
+    for recipe in RECIPES.values():
         size = re.fullmatch(r"SFT_Hybrid_R1_(.+)_OpenThoughts_1M", recipe.stem)
         assert recipe.name in readme or (size and f"…_{size[1]}_…" in readme), recipe.name

@@ -60,6 +60,7 @@ SEAMS: dict[str, list[str]] = {
         "window_size",
     ],
     "torch.UntypedStorage.resize_": [],
+    "torch.nn.Module.forward": [],
     "torch.optim.adam.Adam.exp_avg_sq": [],
     "torch.cuda.cudart": [],
     # torchrun
@@ -79,7 +80,6 @@ SEAMS: dict[str, list[str]] = {
     "megatron.core.extensions.transformer_engine": [],
     "megatron.core.tensor_parallel.layers.fused_weight_gradient_mlp_cuda": [],
     "megatron.core.tensor_parallel.layers._grad_accum_fusion_available": [],
-    "megatron.core.transformer.moe.moe_utils.te_general_gemm": [],
     "megatron.core.optimizer.optimizer.MegatronOptimizer.get_grad_norm": ["self"],
     "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBuffer.numel_unpadded": [],
     "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucket.numel_unpadded": [],
@@ -95,7 +95,6 @@ SEAMS: dict[str, list[str]] = {
     ],
     "megatron.core.pipeline_parallel.p2p_communication.P2PCommunicator.__init__": ["pp_group", "config"],
     "megatron.core.transformer.transformer_layer.TransformerLayer.forward": [],
-    "megatron.core.transformer.transformer_layer.TransformerLayer.is_moe_layer": [],
     "megatron.core.transformer.attention.Attention.num_query_groups_per_partition": [],
     "megatron.core.transformer.attention.Attention.hidden_size_per_attention_head": [],
     "megatron.core.transformer.transformer_layer.TransformerLayerSubmodules.sharded_state_dict_keys_map": [],
@@ -108,7 +107,9 @@ SEAMS: dict[str, list[str]] = {
     "megatron.core.distributed.DistributedDataParallel.zero_out_wgrad": [],
     "megatron.core.distributed.DistributedDataParallel.main_grad": [],
     "megatron.core.tensor_parallel.layers.set_tensor_model_parallel_attributes": ["tensor", "is_parallel", "dim", "stride"],
+    "megatron.core.tensor_parallel.layers.linear_with_frozen_weight": ["input", "weight"],
     "megatron.core.distributed.finalize_model_grads.sequence_parallel": [],
+    "megatron.core.distributed.DistributedDataParallel.allreduce": [],
     "megatron.core.optimizer.optimizer.ChainedOptimizer.chained_optimizers": [],
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.is_stub_optimizer": [],
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.gbuf_ranges": [],
@@ -120,6 +121,10 @@ SEAMS: dict[str, list[str]] = {
     "megatron.core.optimizer.distrib_optimizer.Adam": [],
     "megatron.core.optimizer.is_te_min_version": ["version"],
     "megatron.core.optimizer.optimizer_config.OptimizerConfig.use_precision_aware_optimizer_no_fp8_or_ds_fp8": [],
+    "megatron.core.optimizer.get_standard_config_overrides": ["config"],
+    "megatron.core.optimizer.optimizer_config.ParamKey": ["name"],
+    "megatron.core.optimizer_param_scheduler.ParamGroupOverride.max_lr": [],
+    "megatron.core.optimizer_param_scheduler.get_canonical_lr_for_logging": ["param_groups"],
     "megatron.core.optimizer.optimizer.MegatronOptimizer.get_main_grads_for_grad_norm": ["self"],
     "megatron.core.optimizer.optimizer.MegatronOptimizer.get_grad_stats_parallel_group": ["self"],
     "megatron.core.tensor_parallel.model_parallel_cuda_manual_seed": ["seed", "inference_rng_tracker"],
@@ -147,6 +152,17 @@ SEAMS: dict[str, list[str]] = {
         "pg_collection",
     ],
     "megatron.core.fp8_utils.get_fp8_recipe": ["config"],
+    "megatron.core.transformer.transformer_config.TransformerConfig.hetereogenous_dist_checkpoint": [],
+    "megatron.core.transformer.transformer_layer.get_transformer_layer_offset": ["config", "vp_stage", "pp_rank"],
+    "megatron.core.transformer.utils.make_sharded_tensors_for_checkpoint": [
+        "state_dict",
+        "prefix",
+        "tensor_parallel_layers_axis_map",
+        "sharded_offsets",
+        "tp_group",
+        "dp_cp_group",
+    ],
+    "megatron.core.transformer.utils.ensure_metadata_has_dp_cp_group": ["metadata"],
     # Transformer Engine
     "transformer_engine.pytorch.module.base.TransformerEngineBaseModule.fp8_meta": [],
     "transformer_engine.pytorch.module.base.TransformerEngineBaseModule.init_fp8_meta_tensors": ["recipe"],
@@ -168,6 +184,19 @@ SEAMS: dict[str, list[str]] = {
     "sys._current_frames": [],
     "transformers.PretrainedConfig._attn_implementation": [],
     "liger_kernel.transformers._apply_liger_kernel_to_instance": ["model"],
+    "transformers.models.qwen3_5.modeling_qwen3_5.causal_conv1d_fn": [],
+    "fla.modules.causal_conv1d.causal_conv1d": ["x", "weight", "activation", "cu_seqlens", "cu_seqlens_cpu"],
+    "fla.modules.norm.fused_norm_gate.rms_norm_gated": ["x", "g", "weight", "bias", "activation", "eps"],
+    "fla.ops.gated_delta_rule.chunk_gated_delta_rule": [
+        "q",
+        "k",
+        "v",
+        "g",
+        "beta",
+        "use_qk_l2norm_in_kernel",
+        "cu_seqlens",
+        "cu_seqlens_cpu",
+    ],
 }
 
 # What the file that uses it says instead of the name.
@@ -175,6 +204,7 @@ USED_AS = {
     "__init__": "P2PCommunicator",
     "forward_backward_pipelining_with_interleaving": "get_forward_backward_func",
     "forward_backward_pipelining_without_interleaving": "get_forward_backward_func",
+    "linear_with_frozen_weight": "requires_grad_",  # it follows from it
 }
 
 

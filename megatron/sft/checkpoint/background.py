@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,14 @@ import torch
 from torch.distributed import PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _get_default_store
 
-from megatron.sft.checkpoint.folder import iteration_path, put_in_place, remove_old_checkpoints, unfinished_path
+from megatron.sft.checkpoint.folder import (
+    Kept,
+    iteration_path,
+    put_in_place,
+    remove_old_checkpoints,
+    unfinished_path,
+    write_best,
+)
 from megatron.sft.checkpoint.shard_slice import ShardSlice
 from megatron.sft.checkpoint.writing import CancelledError, WrittenPart, part_from_json, write_index, write_slices
 from megatron.sft.runtime.errors import cause_of
@@ -66,7 +74,7 @@ class SaveResult:
 class SaveTask:
     """One save in this process. `result` is set on rank 0 when the save has ended, well or with an error.
 
-    timeout_seconds: how long rank 0 waits at least for the parts of the others.
+    timeout_seconds: how long rank 0 waits at least for the parts of the others. omitted: as `write_index` takes it.
     """
 
     def __init__(
@@ -75,18 +83,18 @@ class SaveTask:
         iteration: int,
         slices: list[ShardSlice],
         manifest: dict[str, Any],
-        keep_last: int,
-        keep_every: int,
+        kept: Kept,
         mailbox: StoreMailbox,
         timeout_seconds: float,
+        omitted: Mapping[str, int],
     ) -> None:
         self.iteration = iteration
         self.result: dict[str, Any] | None = None
         self.stalled_seconds = 0.0
         self._root, self._manifest = root, manifest
-        self._keep_last, self._keep_every = keep_last, keep_every
+        self._kept = kept
         self._slices = slices
-        self._mailbox, self._timeout = mailbox, timeout_seconds
+        self._mailbox, self._timeout, self._omitted = mailbox, timeout_seconds, omitted
         self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._cancelled = threading.Event()
         self._reported = False
@@ -141,16 +149,23 @@ class SaveTask:
 
     def _assemble(self, folder: Path, own: WrittenPart) -> None:
         parts = [own, *(self._part(rank) for rank in range(1, self._world))]
-        files = write_index(folder, parts)
+        files = write_index(folder, parts, self._omitted)
         put_in_place(self._root, self.iteration, folder, {**self._manifest, "files": files})
         notes = []
         try:
-            removed = remove_old_checkpoints(self._root, self.iteration, self._keep_last, self._keep_every)
+            if best := self._best():
+                write_best(self._root, *best)
+            removed = remove_old_checkpoints(self._root, self.iteration, self._kept)
             if removed:
                 notes = [f"removed {', '.join(iteration_path(self._root, i).name for i in removed)} (KEEP_LAST)"]
         except OSError as error:
-            notes = [f"warning: an old checkpoint could not be removed: {cause_of(error)}"]
+            notes = [f"warning: an old checkpoint could not be removed, or the best one not be named: {cause_of(error)}"]
         self._end(notes=notes)
+
+    def _best(self) -> tuple[int, float] | None:
+        """The best checkpoint and its validation loss, by the manifest."""
+        watch = self._manifest["training"].get("watch", {})
+        return (watch["best"], watch["best_loss"]) if watch.get("best") is not None else None
 
     def _part(self, rank: int) -> WrittenPart:
         """What rank `rank` has written; waits for it."""

@@ -4,13 +4,16 @@ A checkpoint is written under a temporary name and renamed; its manifest, with a
 folder with a manifest is whole, and the tracker never names one that is not.
 """
 
+import json
 import os
 import shutil
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.sft.hf.names import similar_folder
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import (
     check_free_space,
@@ -27,6 +30,7 @@ from megatron.sft.runtime.manifest import (
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
+BEST = "best_checkpoint.json"  # names the checkpoint with the lowest validation loss, which KEEP_LAST spares
 TORCH_DIST, TORCH = "torch_dist", "torch"
 
 
@@ -68,11 +72,18 @@ def open_checkpoint(root: Path, iteration: int | None = None) -> Checkpoint:
     Only the manifest is read. A missing checkpoint and a damaged manifest are a `UserError`.
     """
     if not root.is_dir():
-        raise UserError(f"checkpoint folder {root} does not exist: run scripts/2_convert.sh, or correct the path")
+        raise UserError(
+            f"checkpoint folder {root} does not exist{similar_folder(root)}: run scripts/2_convert.sh, or correct the path"
+        )
     if root.name.startswith("iter_") and root.name[5:].isdecimal() and not (root / TRACKER).exists():
         return _open(root, int(root.name[5:]))
     if iteration is None:
         iteration = latest_iteration(root)
+        if iteration is None and (root / "config.json").is_file():
+            raise UserError(
+                f"{root} is a Hugging Face folder: convert it with bash scripts/2_convert.sh {root} 1 1, and give "
+                f"{root}_Megatron_TP1PP1"
+            )
         if iteration is None:
             raise UserError(f"{root} has no {TRACKER}: is it a folder of Megatron checkpoints?")
     path = iteration_path(root, iteration)
@@ -107,9 +118,13 @@ def verify_files(checkpoint: Checkpoint) -> None:
     check_sums(files, advice)
 
 
-def flush_and_hash(folder: Path) -> dict[str, dict[str, Any]]:
-    """Flush all files of an unfinished checkpoint, and their folders, to the disk; returns what the manifest says of them."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+def flush_and_hash(folder: Path, known: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """Flush all files of an unfinished checkpoint, and their folders, to the disk; returns what the manifest says of them.
+
+    known: names of files that were flushed before, to skip.
+    """
+    found = (path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(path for path in found if str(path.relative_to(folder)) not in known)
     with ThreadPoolExecutor() as pool:
         sums = list(pool.map(_flushed_sum, paths))
     for parent in {path.parent for path in paths}:
@@ -172,6 +187,19 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def write_best(root: Path, iteration: int, validation_loss: float) -> None:
+    """Name the best checkpoint."""
+    write_json(root / BEST, {"iteration": iteration, "validation_loss": validation_loss})
+
+
+def best_iteration(root: Path) -> int | None:
+    """The iteration that `write_best` named; None if there is none, or if the file is damaged."""
+    try:
+        return int(json.loads((root / BEST).read_text(encoding="utf-8"))["iteration"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 # A checkpoint takes this times the bytes of its tensors: headers, index, blocks of the file system.
 _OVERHEAD = 1.01
 
@@ -187,14 +215,24 @@ def checkpoints_to_delete(iterations_there: list[int], newest: int, keep_last: i
     return [i for i in older[keep_last - 1 :] if not (keep_every > 0 and i % keep_every == 0)]
 
 
-def remove_old_checkpoints(root: Path, newest: int, keep_last: int, keep_every: int) -> list[int]:
-    """Delete checkpoints by the rule of `checkpoints_to_delete`; returns their iterations.
+@dataclass(frozen=True)
+class Kept:
+    """Which checkpoints stay when a newer one is whole: as `checkpoints_to_delete` takes them, and those in `spared`."""
+
+    last: int = 0
+    every: int = 0
+    spared: frozenset[int] = frozenset()
+
+
+def remove_old_checkpoints(root: Path, newest: int, kept: Kept) -> list[int]:
+    """Delete checkpoints by the rule of `checkpoints_to_delete` but the best one; returns their iterations.
 
     Call it when `newest` is whole and the tracker names it.
     """
     # A checkpoint without a manifest is damaged or another program's: it neither counts nor is touched.
     whole = [i for i in iterations(root) if (iteration_path(root, i) / MANIFEST).is_file()]
-    deleted = checkpoints_to_delete(whole, newest, keep_last, keep_every)
+    spared = kept.spared | {best_iteration(root)}
+    deleted = [i for i in checkpoints_to_delete(whole, newest, kept.last, kept.every) if i not in spared]
     for iteration in deleted:
         # Renamed first: an interrupted removal leaves nothing that looks like a checkpoint.
         path = iteration_path(root, iteration)

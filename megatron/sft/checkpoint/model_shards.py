@@ -19,19 +19,19 @@ from megatron.sft.checkpoint.torch_format import EMBEDDING, OUTPUT, padded
 from megatron.sft.checkpoint.writing import CONTENT_METADATA
 from megatron.sft.families.registry import read_architecture
 from megatron.sft.families.rules import tensor_parallel_part
-from megatron.sft.families.weight_names import checkpoint_name, weight_entries
 from megatron.sft.model.layout import Layout
+from megatron.sft.model.live_weights import is_adapter, live_weights
 from megatron.sft.runtime.errors import UserError
 
 
 def model_tensors(modules: Iterable[Any]) -> list[ShardedTensor]:
-    """megatron-core's descriptions of all parameters of this process; their data are the parameters' own memory."""
+    """megatron-core's descriptions of this process's weights without adapters; their data are the parameters' own memory."""
     found: list[ShardedTensor] = []
     with torch.no_grad():
         for module in modules:
             state = module.sharded_state_dict(metadata=dict(CONTENT_METADATA))  # it adds a process group
             # The state of FP8 layers, which another backend's layers do not have, is saved by checkpoint/fp8_state.py.
-            state = {key: value for key, value in state.items() if not _is_extra_state(key, value)}
+            state = {key: value for key, value in state.items() if not (is_adapter(key) or _is_extra_state(key, value))}
             for tensor in nested_values(state):
                 # A gate and an up projection are one parameter here and lie apart in the checkpoint.
                 found += nested_values(tensor.build()) if isinstance(tensor, ShardedTensorFactory) else [tensor]
@@ -122,18 +122,11 @@ def load_weights(checkpoint: Checkpoint, chunks: Sequence[nn.Module], layout: La
 @torch.no_grad()
 def _fill_from_whole(model: Any, source: StoredParameters, layout: Layout) -> None:
     architecture = source.architecture
-    entries = {entry.megatron: entry for entry in weight_entries(architecture)}
-    experts = architecture.moe.num_experts // layout.expert_parallel if architecture.moe else 0
-    first_layer = model.decoder.layers[0].layer_number - 1
-    first_expert = experts * parallel_state.get_expert_model_parallel_rank()
-    for live_name, parameter in model.named_parameters():
-        name = checkpoint_name(live_name, first_layer, first_expert, architecture.moe is not None)
-        # The last stage's copy of a tied embedding.
-        name = EMBEDDING if name == OUTPUT and architecture.tied_embeddings else name
-        whole = source.read(entries[name])
-        if name in (EMBEDDING, OUTPUT):
+    for weight in live_weights(model, architecture, layout):
+        entry, whole = weight.entry, source.read(weight.entry)
+        if entry.megatron in (EMBEDDING, OUTPUT):
             whole = padded(whole, layout.padded_vocab_size(architecture))
         rank, size = parallel_state.get_tensor_model_parallel_rank(), layout.tensor_parallel
-        if entries[name].expert is not None:
+        if entry.expert is not None:
             rank, size = parallel_state.get_expert_tensor_parallel_rank(), layout.expert_tensor_parallel
-        parameter.copy_(tensor_parallel_part(entries[name].rule, whole, rank, size))
+        weight.values.copy_(tensor_parallel_part(entry.rule, whole, rank, size))

@@ -4,9 +4,11 @@ To save it for any layout, megatron-core first gathers all of it on every data-p
 that its share consists of, so nothing is gathered, and experts that are spread over processes need no special case.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -16,6 +18,10 @@ from torch import Tensor, nn
 
 from megatron.sft.checkpoint.model_shards import is_saved_copy, slices_of_range, tensors_by_parameter
 from megatron.sft.checkpoint.shard_slice import ShardSlice
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.sizes import weight_shape
+from megatron.sft.families.weight_names import weight_entries
+from megatron.sft.runtime import device
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 PREFIX = "optimizer.state"
@@ -42,13 +48,22 @@ class Share:
     @torch.no_grad()
     def fill(self, tensors: dict[str, Tensor], step: int) -> None:
         """Replace all KINDS by float32 tensors of the same length, and the number of steps taken."""
-        held, state = self._held()
+        _, state = self._held()
         if "step" in state:
             # torch's AdamW counts its steps next to the moments.
             state["step"].fill_(float(step))
         for kind in ("exp_avg", "exp_avg_sq"):
             state[kind].copy_(tensors[kind].view_as(state[kind]))
-        master = tensors["param"].to(held.device).view_as(held)
+        self.fill_master(tensors["param"])
+
+    @torch.no_grad()
+    def fill_master(self, values: Tensor) -> None:
+        """Replace the float32 master weights, [stop - start]."""
+        held, state = self._held()
+        if not state and hasattr(self.optimizer.optimizer, "allocate"):  # training.adamw.InPlaceAdamW: lower halves are state
+            self.optimizer.optimizer.initialize_state(held)
+            held, state = self._held()
+        master = values.to(held.device).view_as(held)
         if "master_param" not in state:
             held.copy_(master)
         elif state["master_param"].dtype == torch.int16:
@@ -117,6 +132,20 @@ def optimizer_slices(optimizer: Any, tensors: list[ShardedTensor]) -> list[Shard
     return slices
 
 
+def values_without_state(architecture: Architecture, frozen: frozenset[str]) -> dict[str, int]:
+    """How many values of each stored tensor of the optimizer's state are of frozen weights, which have no state.
+
+    A stored tensor has a weight of all layers. frozen: names in the family's table.
+    """
+    counts: Counter[str] = Counter()
+    for entry in weight_entries(architecture) if frozen else ():
+        if entry.megatron in frozen:
+            counts.update(
+                {f"{PREFIX}.{kind}.{entry.stored_key}": prod(weight_shape(architecture, entry.rule)) for kind in KINDS}
+            )
+    return counts
+
+
 def _slices(share: Share, parts: list[ShardedTensor], kind: str, flat: Callable[[], Tensor]) -> Iterator[ShardSlice]:
     """The slices of the share's state of one kind, whose values are those of `flat()`, [stop - start]."""
     for part, first, last in slices_of_range(share.parameter, parts, share.start, share.stop):
@@ -143,9 +172,24 @@ def load_optimizer(
         share.fill(loaded, int(record["step"]))
 
 
+def fill_master_weights(optimizer: Any, tensors: list[ShardedTensor], read: Callable[[list[ShardSlice]], None]) -> None:
+    """Set the master weights alone; `read` fills slices of them in CPU memory."""
+    all_shares = list(shares(optimizer))
+    parts = tensors_by_parameter(tensors, {share.parameter: None for share in all_shares})
+    for share in all_shares:
+        values = {"param": torch.zeros(share.stop - share.start)}
+        read(list(_slices(share, parts[share.parameter], "param", partial(values.__getitem__, "param"))))
+        share.fill_master(values["param"])
+
+
 def optimizer_record(optimizer: Any) -> dict[str, Any]:
-    """What is not a tensor of a parameter's shape: the number of steps taken, and fp16's loss scale with its counters."""
-    record: dict[str, Any] = {"step": _step(inner_optimizers(optimizer))}
+    """What is not a tensor of a parameter's shape: the number of steps taken, and fp16's loss scale with its counters.
+
+    Every rank must call it: one that holds nothing trained has counted no steps.
+    """
+    steps = torch.tensor(_step(inner_optimizers(optimizer)), device=device.current())
+    torch.distributed.all_reduce(steps, op=torch.distributed.ReduceOp.MAX)
+    record: dict[str, Any] = {"step": int(steps)}
     for inner in inner_optimizers(optimizer):
         if inner.grad_scaler is not None:
             scaler = inner.grad_scaler.state_dict()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron.sft.checkpoint import torch_file
-from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture
 from megatron.sft.families.parameters import Parameters
 from megatron.sft.families.rules import join_tensor_parallel, tensor_parallel_part
 from megatron.sft.families.weight_names import WeightEntry, checkpoint_name, weight_entries
@@ -28,6 +28,7 @@ EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 # Classic Megatron-LM builds these layers with Transformer Engine and expects their extra state, None without FP8.
 _ENGINE_LAYERS = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention")
+_ENGINE_DELTA_NET = ("self_attention.in_proj", "self_attention.out_proj")
 _ENGINE_MLP = ("mlp.linear_fc1", "mlp.linear_fc2")
 _EXPERT = re.compile(r"\.experts\.experts\.(\d+)\.")
 
@@ -102,9 +103,13 @@ def padded(rows: Tensor, num_rows: int) -> Tensor:
 
 
 def _engine_states(architecture: Architecture, layout: Layout, stage: int) -> dict[str, None]:
-    modules = _ENGINE_LAYERS if architecture.moe else (*_ENGINE_LAYERS, *_ENGINE_MLP)
-    layers = range(layout.stage_layers(architecture)[stage])
-    state: dict[str, None] = {f"decoder.layers.{n}.{module}._extra_state": None for n in layers for module in modules}
+    counts = layout.stage_layers(architecture)
+    state: dict[str, None] = {}
+    for number in range(counts[stage]):
+        layer = architecture.layers[sum(counts[:stage]) + number]
+        mixer = _ENGINE_DELTA_NET if layer.mixer == GATED_DELTA_NET else _ENGINE_LAYERS
+        modules = mixer if layer.experts else (*mixer, *_ENGINE_MLP)
+        state.update({f"decoder.layers.{number}.{module}._extra_state": None for module in modules})
     if stage == layout.pipeline_parallel - 1:
         state.update({"decoder.final_layernorm._extra_state": None, "output_layer._extra_state": None})
     return state
@@ -146,7 +151,7 @@ class TorchFormatParameters:
             first_expert = expert_rank * (moe.num_experts // self.layout.expert_parallel) if moe else 0
             for name, value in content["model"].items():
                 if isinstance(value, Tensor) and not name.endswith(("_extra_state", "inv_freq")):
-                    name = checkpoint_name(name, first_layer, first_expert, moe is not None)
+                    name = checkpoint_name(name, self.architecture, first_layer, first_expert)
                     # The first expert-parallel rank's copy of what all of them hold.
                     self._parts.setdefault(name, {}).setdefault(tensor_rank, value)
 
@@ -230,7 +235,7 @@ def _num_layers(state: dict[str, Any]) -> int:
 
 def _check_arguments(folder: Path, architecture: Architecture, arguments: Any, notes: list[str]) -> None:
     """Compare the checkpoint's arguments with the model's, where the shapes of tensors do not show a difference."""
-    expected = {"rotary_base": architecture.rope_theta, "norm_epsilon": architecture.norm_epsilon}
+    expected = {"rotary_base": architecture.ropes[0].theta, "norm_epsilon": architecture.norm_epsilon}
     expected |= {"num_attention_heads": architecture.num_heads, "num_query_groups": architecture.num_kv_heads}
     for name, value in expected.items():
         stored = getattr(arguments, name, None)
@@ -246,8 +251,8 @@ def _check_arguments(folder: Path, architecture: Architecture, arguments: Any, n
 def _megatron_arguments(architecture: Architecture, layout: Layout, iteration: int) -> argparse.Namespace:
     stage_layers = layout.stage_layers(architecture)
     uneven = len(set(stage_layers)) > 1
-    window = (architecture.sliding_window - 1, 0) if architecture.sliding_window else None
-    moe = architecture.moe
+    moe, rope = architecture.moe, architecture.ropes[0]
+    llama3 = rope.scaling if rope.scaling and rope.scaling.kind == "llama3" else None
     return argparse.Namespace(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -256,8 +261,8 @@ def _megatron_arguments(architecture: Architecture, layout: Layout, iteration: i
         group_query_attention=architecture.num_kv_heads != architecture.num_heads,
         num_query_groups=architecture.num_kv_heads,
         kv_channels=architecture.head_dim,
-        qk_layernorm=architecture.qk_norm,
-        window_size=window,
+        qk_layernorm=architecture.query_key_norm is not None,
+        window_size=(architecture.windows[0] - 1, 0) if architecture.windows else None,
         num_experts=moe.num_experts if moe else None,
         moe_ffn_hidden_size=moe.ffn_hidden_size if moe else None,
         moe_router_topk=moe.experts_per_token if moe else 2,
@@ -270,14 +275,14 @@ def _megatron_arguments(architecture: Architecture, layout: Layout, iteration: i
         vocab_file=None,
         add_position_embedding=False,
         position_embedding_type="rope",
-        rotary_base=int(architecture.rope_theta),
-        rotary_percent=1.0,
-        use_rope_scaling=architecture.rope_scaling is not None,
-        rope_scaling_factor=architecture.rope_scaling.factor if architecture.rope_scaling else 8.0,
+        rotary_base=int(rope.theta),
+        rotary_percent=rope.dim / architecture.head_dim,
+        use_rope_scaling=llama3 is not None,
+        rope_scaling_factor=llama3.factor if llama3 else 8.0,
         normalization="RMSNorm",
         norm_epsilon=architecture.norm_epsilon,
         swiglu=True,
-        add_bias_linear=False,
+        add_bias_linear=architecture.output_bias and architecture.mlp_bias,
         add_qkv_bias=architecture.qkv_bias,
         untie_embeddings_and_output_weights=not architecture.tied_embeddings,
         tensor_model_parallel_size=layout.tensor_parallel,

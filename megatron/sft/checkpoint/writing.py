@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -199,10 +199,15 @@ def _own_storage(part: ShardSlice) -> Tensor:
     return values.view(part.sizes)
 
 
-def write_index(folder: Path, parts: Sequence[WrittenPart]) -> dict[str, dict[str, Any]]:
-    """Write `.metadata`, `metadata.json` and `common.pt`; returns all files of the checkpoint for its manifest."""
+def write_index(
+    folder: Path, parts: Sequence[WrittenPart], omitted: Mapping[str, int] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Write `.metadata`, `metadata.json` and `common.pt`; returns all files of the checkpoint for its manifest.
+
+    omitted: how many values of which tensors the checkpoint does not have.
+    """
     files = {name: record for part in parts for name, record in part.files.items()}
-    index = _index([stored for part in parts for stored in part.slices])
+    index = _index([stored for part in parts for stored in part.slices], omitted or {})
     contents = {
         metadata_file.FILE: pickle.dumps(index),
         "metadata.json": json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode(),
@@ -217,8 +222,8 @@ def write_index(folder: Path, parts: Sequence[WrittenPart]) -> dict[str, dict[st
     return files
 
 
-def _index(slices: Sequence[StoredSlice]) -> Metadata:
-    """torch's index of the slices, which must make up every tensor exactly."""
+def _index(slices: Sequence[StoredSlice], omitted: Mapping[str, int]) -> Metadata:
+    """torch's index of the slices, which must make up every tensor exactly, but for what is omitted."""
     tensors: dict[str, TensorStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     for part in slices:
@@ -229,6 +234,6 @@ def _index(slices: Sequence[StoredSlice]) -> Metadata:
         places[MetadataIndex(part.key, offsets)] = _StorageInfo(part.file, part.first_byte, part.num_bytes)
     assert len(places) == len(slices), "a part of a tensor was written twice"
     for key, tensor in tensors.items():
-        written = sum(prod(chunk.sizes) for chunk in tensor.chunks)
-        assert written == prod(tensor.size), f"{written} of {prod(tensor.size)} values of {key} were written"
+        written, expected = sum(prod(chunk.sizes) for chunk in tensor.chunks), prod(tensor.size) - omitted.get(key, 0)
+        assert written == expected, f"{written} of {expected} values of {key} were written"
     return Metadata({**tensors}, storage_data=places)

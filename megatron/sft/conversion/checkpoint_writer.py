@@ -12,7 +12,7 @@ import torch
 from megatron.sft.checkpoint.folder import TORCH, flush_and_hash, put_in_place, unfinished_path
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.parameters import Parameters, WatchedParameters
-from megatron.sft.families.weight_names import weight_entries, whole_parameters
+from megatron.sft.families.weight_names import weight_entries
 from megatron.sft.hf.folder import architecture_record
 from megatron.sft.model import process_groups
 from megatron.sft.model.layout import Layout
@@ -39,11 +39,12 @@ def write_parameters(
     ckpt_format: str,
     output: Path,
     iteration: int,
-    finish: Callable[[], dict[str, Any]],
+    finish: Callable[[Path], dict[str, Any]],
 ) -> None:
     """Write a checkpoint of whole parameters to the empty folder `output`.
 
-    `finish()` is called when all were read; it returns what the manifest says of their source.
+    `finish(folder)` is called when all were read; it returns what the manifest says of their source, and may write further
+    files into the folder, which is not finished yet.
     """
     watched = WatchedParameters(parameters, weight_entries(architecture), "convert")
     check_free_space(output, int(1.01 * watched.num_bytes), f"the checkpoint of {architecture.family}")
@@ -56,11 +57,13 @@ def write_parameters(
         files = flush_and_hash(staged)
     else:
         files = _write_torch_dist(staged, architecture, watched)
+    stated = finish(staged)
+    files |= flush_and_hash(staged, known=files)
     manifest = {
         "checkpoint_format": ckpt_format,
         "shape": architecture_record(architecture),
         "layout": layout_record(layout),
-        **finish(),
+        **stated,
         "files": files,
     }
     put_in_place(output, iteration, staged, manifest)
@@ -75,10 +78,11 @@ def _write_torch_dist(folder: Path, architecture: Architecture, parameters: Para
     from megatron.sft.checkpoint.writing import write_index, write_slices
     from megatron.sft.model.config import transformer_config
     from megatron.sft.model.gpt import build_model
+    from megatron.sft.model.live_weights import whole_weights
 
     with process_groups.parallel(Layout()), torch.device("meta"):
         config = transformer_config(architecture, Layout())
-        live = whole_parameters(build_model(architecture, Layout(), config), architecture)
+        live = whole_weights(build_model(architecture, Layout(), config), architecture)
     entries = list(weight_entries(architecture))
     # Layers and experts are leading dimensions of the stored tensor; the last entry of a key is the last of them.
     counts = {entry.stored_key: tuple(index + 1 for index in entry.place) for entry in entries}

@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron.sft.checkpoint.folder import Checkpoint
-from megatron.sft.conversion.source_record import dtype_fields
+from megatron.sft.conversion.source_record import dtype_fields, edited_config, rope_extension
 from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.config_fields import text_fields
+from megatron.sft.families.long_context import extended_config
 from megatron.sft.families.parameters import DTYPE_OPTIONS
+from megatron.sft.hf.block_scales import unquantised_config
 from megatron.sft.hf.folder import copy_companions, dtype_name
 from megatron.sft.hf.tokenizer_files import read_chat_template
+from megatron.sft.planning.objective_checks import objective_words
+from megatron.sft.planning.options import options_of_record
 from megatron.sft.runtime.manifest import read_json, write_json, write_text
 
 CURVE = "loss.png"
@@ -20,6 +25,7 @@ EXTRA_TEMPLATES = "additional_chat_templates"  # of a tokenizer with several, be
 _RECIPE = (
     "train_iters", "epochs", "global_batch_size", "micro_batch_size", "seq_length", "lr", "min_lr", "lr_decay_style",
     "lr_warmup_iters", "lr_warmup_fraction", "weight_decay", "clip_grad", "precision", "loss_average", "seed",
+    "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_scaling", "lora_plus", "lora_init_from", "freeze",
 )  # fmt: skip
 
 
@@ -89,21 +95,31 @@ def _listed(config: dict[str, Any] | None) -> dict[str, str]:
 
 
 def _edit_config(checkpoint: Checkpoint, architecture: Architecture, dtype: str | None, path: Path) -> None:
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    changes: dict[str, Any] = {}
-    if config["vocab_size"] != architecture.vocab_size:
-        changes["vocab_size"] = architecture.vocab_size
-    fields = dtype_fields(config)
+    original: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config = unquantised_config(original, str(path))
+    if config != original:
+        print("config.json: the quantization entry is gone, because the weights are not in 8 bits any more")
+    extension = rope_extension(checkpoint.manifest)
+    if extension:
+        config = extended_config(config, extension, str(path))
+        print(f"config.json: positions are extended as in the conversion, {extension.kind} by {extension.factor:g}")
+    flat = {**text_fields(config), **config}
+    fields = dtype_fields(flat)
     # The dtype that the export or the conversion was asked for; where the original's two fields disagree, the weights'.
-    converted = checkpoint.manifest.get("source", {}).get("config", {})
+    source = checkpoint.manifest.get("source", {}).get("config", {})
+    converted = {**text_fields(source), **source}
     stated = {converted.get(field) for field in fields}
     wanted = stated.pop() if len(stated) == 1 else checkpoint.manifest.get("hf_dtype")
     wanted = dtype_name(DTYPE_OPTIONS[dtype]) if dtype else wanted
-    if wanted:
-        changes |= {field: wanted for field in fields if config.get(field) != wanted}
-    if changes:
-        write_json(path, {**config, **changes})
-        print(f"config.json: {', '.join(f'{name} is now {value}' for name, value in changes.items())}")
+    differs = any(flat.get(field) != wanted for field in fields)
+    edited = edited_config(config, architecture, wanted if wanted and differs else None)
+    if edited == original:
+        return
+    write_json(path, edited)
+    after = {**text_fields(edited), **edited}
+    changed = [name for name in ("vocab_size", "dtype", "torch_dtype") if after.get(name) != flat.get(name)]
+    if changed:
+        print(f"config.json: {', '.join(f'{name} is now {after[name]}' for name in changed)}")
 
 
 def _edit_end_tokens(training: dict[str, Any], folder: Path) -> None:
@@ -113,7 +129,8 @@ def _edit_end_tokens(training: dict[str, Any], folder: Path) -> None:
     config: dict[str, Any] = read_json(path, "generation configuration", "take the original") if path.exists() else {}
     known = config.get("eos_token_id")
     if known is None:
-        known = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+        model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        known = {**text_fields(model), **model}.get("eos_token_id")
     existing = [known] if isinstance(known, int) else list(known or [])
     missing = [token for token in ends if token not in existing]
     if missing:
@@ -121,6 +138,17 @@ def _edit_end_tokens(training: dict[str, Any], folder: Path) -> None:
         tokens = [*missing, *existing]
         write_json(path, {**config, "eos_token_id": tokens[0] if len(tokens) == 1 else tokens})
         print(f"generation_config.json: generation also stops at token {', '.join(map(str, missing))}, as trained")
+
+
+# What a model card calls them.
+_OBJECTIVES = {
+    "sft": "Supervised fine-tuning",
+    "dft": "Dynamic fine-tuning",
+    "dpo": "Direct preference optimization",
+    "simpo": "Simple preference optimization",
+    "orpo": "Odds-ratio preference optimization",
+    "cpo": "Contrastive preference optimization",
+}
 
 
 def _find_curve(checkpoint: Checkpoint, run_folder: Path) -> Path | None:
@@ -133,20 +161,27 @@ def _model_card(checkpoint: Checkpoint, training: dict[str, Any], run_folder: Pa
     source = checkpoint.manifest.get("source", {})
     base = source.get("config", {}).get("_name_or_path") or Path(source.get("path", hf_dir)).name
     data, options = training.get("data", {}), training.get("options", {})
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
-    lines += [f"# {base}, fine-tuned", "", f"Supervised fine-tuning of `{base}` with Megatron-SFT.", ""]
+    adapted = "adapter" in checkpoint.manifest
+    lines = ["---", f"library_name: {'peft' if adapted else 'transformers'}", "pipeline_tag: text-generation", "---", ""]
+    objective = str(options.get("objective", "sft"))
+    what = _OBJECTIVES.get(objective, objective) + (" with LoRA adapters" if adapted else "")
+    lines += [f"# {base}, fine-tuned", "", f"{what} of `{base}` with Megatron-SFT.", ""]
     lines += ["## Data", "", f"`{Path(str(data.get('prefix', 'unknown'))).name}`", ""]
-    counts = {name: data[name] for name in ("rows", "conversations", "tokens", "trained_tokens") if name in data}
+    counts = {name: data[name] for name in ("rows", "pairs", "conversations", "tokens", "trained_tokens") if name in data}
     lines += [f"- {name.replace('_', ' ')}: {value:,}" for name, value in counts.items()]
     lines += [f"- checksum (SHA-256): `{data['bin_sha256']}`"] if "bin_sha256" in data else []
     lines += ["", "## Training", "", f"- steps: {checkpoint.iteration:,} of {training.get('train_iters', 0):,}"]
     lines += [f"- rows seen: {training['consumed_rows']:,}"] if "consumed_rows" in training else []
     loss = _last_loss(checkpoint, run_folder)
     lines += [f"- loss at the last step: {loss:.4f}"] if loss is not None else []
+    if objective != "sft":
+        lines += [f"- objective: {objective_words(options_of_record(options))}"]
+    if "reference" in training:
+        lines += [f"- reference: `{Path(training['reference']['checkpoint']['path']).parent.name}`"]
     if options.get("recipe"):
         lines += [f"- recipe: `{Path(options['recipe']).name}`"]
     lines += ["", "| setting | value |", "|---|---|"]
-    lines += [f"| {name.replace('_', '-')} | {options[name]} |" for name in _RECIPE if name in options]
+    lines += [f"| {name.replace('_', '-')} | {options[name]} |" for name in _RECIPE if options.get(name) not in (None, "")]
     if curve:
         lines += ["", f"![loss]({CURVE})"]
     return "\n".join(lines) + "\n"

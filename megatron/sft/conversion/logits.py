@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ def compare_whole(checkpoint: checkpoint_folder.Checkpoint, source: HFFolder) ->
     One model is in memory at a time, in float32.
     """
     conversations = random_conversations(source)
-    theirs = transformers_logits(source.path, conversations)
+    theirs = transformers_logits(source, conversations)
     gc.collect()
     with process_groups.parallel(Layout()):
         ours = megatron_logits(checkpoint, source, Layout(), conversations)
@@ -60,7 +59,7 @@ def layer_table(checkpoint: checkpoint_folder.Checkpoint, source: HFFolder, conv
     ours: list[torch.Tensor] = []
     theirs: list[torch.Tensor] = []
     megatron_logits(checkpoint, source, Layout(), conversations, hidden=ours)
-    transformers_logits(source.path, conversations, hidden=theirs)
+    transformers_logits(source, conversations, hidden=theirs)
     lines = ["layer  largest difference  largest value"]
     per_layer = len(ours)
     for index, state in enumerate(ours):
@@ -122,14 +121,19 @@ def megatron_logits(
 
 
 def transformers_logits(
-    hf_dir: Path, conversations: list[np.ndarray], hidden: list[torch.Tensor] | None = None
+    source: HFFolder, conversations: list[np.ndarray], hidden: list[torch.Tensor] | None = None
 ) -> torch.Tensor:
     """Logits of transformers in float32, each conversation by itself: [tokens of all conversations, vocabulary]."""
-    from transformers import AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
 
-    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, trust_remote_code=False).eval()
+    from megatron.sft.hf.auto_model import auto_class
+
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
+    if source.extension:
+        options["config"] = CONFIG_MAPPING[source.config["model_type"]].from_dict(source.config)
+    model = auto_class(source.config).from_pretrained(source.path, **options).eval()
     if hidden is not None:
-        for layer in model.model.layers:
+        for layer in getattr(model.model, "language_model", model.model).layers:
             layer.register_forward_hook(_keep_output(hidden))
     with torch.no_grad():
         parts = [model(torch.from_numpy(ids)[None], use_cache=False).logits[0] for ids in conversations]

@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron.sft.checkpoint.adapter_record import refuse_adapters
 from megatron.sft.checkpoint.folder import TORCH_DIST, TRACKER, Checkpoint, iteration_path, open_checkpoint, verify_files
 from megatron.sft.checkpoint.reading import stored_parameters
+from megatron.sft.conversion.carried import FILE as CARRIED
 from megatron.sft.conversion.checkpoint_writer import requested_layout, write_parameters
 from megatron.sft.conversion.source_record import converted_config, read_dtype_record, source_model
 from megatron.sft.families.architecture import Architecture
@@ -21,6 +23,7 @@ from megatron.sft.runtime.manifest import check_free_space, write_text
 def reshard(source: Path, output: Path, arguments: argparse.Namespace) -> None:
     """Write the checkpoint of `source` to `output`, an empty folder, in the form that `arguments` (of convert) ask for."""
     checkpoint = open_checkpoint(source, arguments.iteration)
+    refuse_adapters(checkpoint)
     verify_files(checkpoint)
     architecture, original = source_model(checkpoint, arguments.hf_dir if arguments.source else None)
     layout = requested_layout(arguments)
@@ -33,7 +36,9 @@ def reshard(source: Path, output: Path, arguments: argparse.Namespace) -> None:
     dtype = DTYPE_OPTIONS.get(arguments.dtype)
     parameters: Parameters = stored if dtype is None else CastParameters(stored, dtype, caster)
 
-    def finish() -> dict[str, Any]:
+    def finish(folder: Path) -> dict[str, Any]:
+        if (checkpoint.path / CARRIED).is_file():
+            shutil.copyfile(checkpoint.path / CARRIED, folder / CARRIED)
         for line in (*getattr(stored, "notes", ()), *filter(None, [caster.report()])):
             print(line)
         return _manifest(checkpoint, original, architecture, arguments.dtype)

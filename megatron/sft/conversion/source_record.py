@@ -8,11 +8,15 @@ import torch
 
 from megatron.sft.checkpoint.folder import MANIFEST, Checkpoint
 from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.config_fields import text_fields
+from megatron.sft.families.long_context import RopeExtension
 from megatron.sft.families.parameters import DTYPE_OPTIONS
 from megatron.sft.families.registry import read_architecture
 from megatron.sft.families.weight_names import check_hf_names
 from megatron.sft.hf.folder import HFFolder, dtype_name
 from megatron.sft.runtime.errors import UserError
+
+_DTYPE_FIELDS = ("dtype", "torch_dtype")
 
 
 def source_model(checkpoint: Checkpoint, hf_dir: Path | None) -> tuple[Architecture, HFFolder | None]:
@@ -36,17 +40,34 @@ def source_model(checkpoint: Checkpoint, hf_dir: Path | None) -> tuple[Architect
 
 def converted_config(config: dict[str, Any], architecture: Architecture, dtype: str | None) -> dict[str, Any]:
     """config.json as it describes the converted model: with the vocabulary rows that were added, and in the given dtype."""
-    result = dict(config)
-    if architecture.vocab_size != config["vocab_size"]:
-        result["vocab_size"] = architecture.vocab_size
-    if dtype is not None:
-        result |= dict.fromkeys(dtype_fields(result), dtype_name(DTYPE_OPTIONS[dtype]))
+    return edited_config(config, architecture, dtype_name(DTYPE_OPTIONS[dtype]) if dtype else None)
+
+
+def edited_config(config: dict[str, Any], architecture: Architecture, dtype: str | None) -> dict[str, Any]:
+    """config.json with the architecture's vocabulary and in that dtype, in text_config where there is one; None: as it is."""
+    text, result = dict(text_fields(config)), dict(config)
+    if architecture.vocab_size != read_architecture(config, "config.json").vocab_size:
+        text["vocab_size"] = architecture.vocab_size
+    if text_fields(config) is config:
+        result = text
+    else:
+        result["text_config"] = text
+        if dtype and (stated := [field for field in _DTYPE_FIELDS if field in text]):
+            text |= dict.fromkeys(stated, dtype)
+    if dtype:
+        result |= dict.fromkeys(dtype_fields(result), dtype)
     return result
+
+
+def rope_extension(manifest: Mapping[str, Any]) -> RopeExtension | None:
+    """How the conversion extended the original model's positions."""
+    record = manifest.get("source", {}).get("rope_extension")
+    return RopeExtension(**record) if record else None
 
 
 def dtype_fields(config: Mapping[str, Any]) -> list[str]:
     """The fields of a config.json with the weights' dtype: of transformers 5, of older versions, or both."""
-    return [field for field in ("dtype", "torch_dtype") if field in config] or ["dtype"]
+    return [field for field in _DTYPE_FIELDS if field in config] or ["dtype"]
 
 
 def dtype_record(dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:

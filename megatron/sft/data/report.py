@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.data.corpus import Corpus
@@ -135,13 +136,13 @@ def packed_units(totals: dict[str, Any]) -> str:
 def print_sample(number: int, tokenizer: Any, unit: Unit) -> None:
     masks = [np.repeat(np.arange(len(one.mask_run_lengths)) % 2 == 1, one.mask_run_lengths) for one in unit]
     color = color_wanted()
-    print(f"---- sample {number}: {sum(map(len, masks))} tokens; {legend(color)} ----")
+    tqdm.write(f"---- sample {number}: {sum(map(len, masks))} tokens; {legend(color)} ----")
     if len(unit) == 1:
-        print(sample_text(tokenizer, unit[0].tokens, masks[0], color), flush=True)
+        tqdm.write(sample_text(tokenizer, unit[0].tokens, masks[0], color))
         return
     for heading, tokens, trained in pair_parts([(one.tokens, mask) for one, mask in zip(unit, masks, strict=True)]):
         print(f"-- {heading} --")
-        print(sample_text(tokenizer, tokens, trained, color), flush=True)
+        tqdm.write(sample_text(tokenizer, tokens, trained, color))
 
 
 def print_corpus(corpus: Corpus) -> None:

@@ -45,6 +45,7 @@ class Row:
     trained: np.ndarray  # [n] bool; True: the loss is taken on predicting this token
     conversation_lengths: np.ndarray  # [c] int64, sums to n
     sources: np.ndarray | None = None  # [c] int16, see `TokenizedRows.sources`
+    reference: np.ndarray | None = None  # [trained tokens] float32, a reference's log-probability of each
 
     @property
     def spans(self) -> np.ndarray:
@@ -86,6 +87,11 @@ class TokenizedRows:
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
+        if data_file(prefix, "json").is_file() and not any(data_file(prefix, ending).exists() for ending in ("bin", "idx")):
+            raise UserError(
+                f"{data_file(prefix, 'json')} has no .bin and .idx next to it: if it is chat data, tokenise it with bash "
+                f"scripts/3_tokenize.sh MODEL {data_file(prefix, 'json')} LENGTH, and give the prefix that it prints"
+            )
         self.manifest: dict[str, Any] = read_json(data_file(prefix, "json"), "manifest of tokenised data", REBUILD)
         check_data_manifest(data_file(prefix, "json"), self.manifest, FORMAT)
         check_sizes(self.files, REBUILD)
@@ -139,6 +145,12 @@ class TokenizedRows:
     def num_sources(self) -> int:
         """The number of sources if each conversation's is known, else 0."""
         return len(self.manifest["sources"]) if "sources" in self.manifest["files"] else 0
+
+    @cached_property
+    def trained_per_row(self) -> np.ndarray:
+        """[rows] int64, the number of trained tokens of each row."""
+        trained = np.where((self._index.modes & MODE_TRAINED) != 0, self._index.lengths, 0)
+        return np.add.reduceat(trained, self._index.documents[:-1], dtype=np.int64)
 
     @cached_property
     def _first_conversations(self) -> np.ndarray:

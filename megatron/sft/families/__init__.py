@@ -1,4 +1,4 @@
-"""Model families as tables: what config.json may say, and which Megatron weight holds which Hugging Face tensors.
+"""What a model family is made of: an architecture read from config.json, and a table of its weights on both sides.
 
-A family is one file of a few lines; no family knows another.
+What one family has and another has not is data, in the room `tables`.
 """

@@ -1,7 +1,7 @@
-"""What config.json says of a model, in one form for all families: sizes, the pieces of a layer, and how positions are rotated.
+"""What config.json says of a model, in one form for all families: sizes, the pieces of a layer, and what differs by layer.
 
-A new kind of model needs a new field here, with a default that means "as before"; its family sets it, `model/config.py` builds
-it, and export compares it between checkpoint and original.
+A new kind of model needs a new field here, with a default that means "as before"; its table sets it, `model/` builds it,
+and export compares it between checkpoint and original.
 """
 
 from dataclasses import dataclass
@@ -11,23 +11,96 @@ import torch
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of RoPE's long wavelengths (`rope_type: llama3`); config.json's names, see families/rope.py."""
+    """A change of RoPE's frequencies for long contexts: config.json's `rope_type` and what its formula takes.
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    original: positions of the first training (original_max_position_embeddings); for `dynamic`, max_position_embeddings.
+    low, high: llama3's low_freq_factor and high_freq_factor, yarn's beta_slow and beta_fast. share: of the head's dimensions
+    that `proportional` rotates. short, long: longrope's factors of each pair of dimensions.
+    """
+
+    kind: str
+    factor: float = 1.0
+    original: int = 0
+    low: float = 0.0
+    high: float = 0.0
+    truncated: bool = True
+    share: float = 1.0
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
+
+    @property
+    def by_length(self) -> bool:
+        """True if the frequencies depend on the length of a conversation."""
+        return self.kind in ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How queries and keys are rotated. dim: the dimensions of a head that are, from its first on.
+
+    attention_factor: cosines and sines are multiplied by it. query_beta: a query at position p is multiplied by
+    1 + query_beta * log(1 + floor(p / original)) as well (Llama 4's scaling), original: `query_original`.
+    """
+
+    theta: float
+    dim: int
+    attention_factor: float = 1.0
+    scaling: RopeScaling | None = None
+    query_beta: float = 0.0
+    query_original: int = 0
+
+
+ATTENTION, GATED_DELTA_NET = "attention", "gated_delta_net"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What may differ from one layer to the next. mixer: what carries information from token to token.
+
+    window: tokens that a token attends to, itself and those just before it; None: all before it. rope: None where positions
+    are not marked. experts: a mixture of experts in place of the MLP.
+    """
+
+    mixer: str = ATTENTION
+    window: int | None = None
+    rope: Rope | None = None
+    experts: bool = False
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """The mixture of experts that replaces every layer's MLP."""
+    """The mixture of experts that replaces a layer's MLP."""
 
     num_experts: int
     experts_per_token: int
     ffn_hidden_size: int
     # The weights of a token's experts sum to 1, so softmax before or after choosing the experts gives the same.
     normalized: bool
+
+
+@dataclass(frozen=True)
+class DeltaNetConfig:
+    """Sizes of a gated delta net: each key head serves num_value_heads / num_key_heads value heads that follow one another."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int  # tokens that the convolution before it reads
+
+    @property
+    def values_per_key(self) -> int:
+        return self.num_value_heads // self.num_key_heads
+
+    @property
+    def input_rows(self) -> int:
+        """Outputs of the input projection: query, key, value and gate of each head, and its two step sizes."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * (2 * self.value_dim + 2)
+
+    @property
+    def convolved_rows(self) -> int:
+        """Query, key and value, which the convolution takes."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
 
 
 @dataclass(frozen=True)
@@ -44,12 +117,49 @@ class Architecture:
     vocab_size: int
     max_positions: int
     norm_epsilon: float
-    rope_theta: float
     tied_embeddings: bool
-    qkv_bias: bool
     torch_dtype: torch.dtype
-    rope_scaling: RopeScaling | None = None
-    # Tokens that a token attends to: itself and those just before it. None: all before it.
-    sliding_window: int | None = None
-    qk_norm: bool = False
+    layers: tuple[Layer, ...]
     moe: MoEConfig | None = None
+    delta_net: DeltaNetConfig | None = None
+    # Biases of query, key and value, of the attention's output, of the MLP.
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    # Queries and keys are normed: each head's ("head"), each head's after rotation ("rotated head"), or all heads of a token
+    # as one vector ("projection").
+    query_key_norm: str | None = None
+    # Where a layer's norms stand: before attention and MLP ("before"), after them ("after"), or both.
+    norms: str = "before"
+    # A norm multiplies by 1 + weight.
+    zero_centered_norm: bool = False
+    # silu, gelu_tanh, or clamped_silu (gpt-oss).
+    activation: str = "silu"
+    # Hugging Face's side has pairs of rotated dimensions as neighbours; Megatron parameters have them half of `Rope.dim` apart.
+    interleaved_rope: bool = False
+    # The attention's result is multiplied by the sigmoid of a further projection.
+    attention_gate: bool = False
+    # Each head may attend to nothing, with a learnt score.
+    attention_sinks: bool = False
+    # Scores are multiplied by it; None: 1 / sqrt(head_dim).
+    attention_scale: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    # Logits x become cap * tanh(x / cap).
+    logit_cap: float | None = None
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The different rotations of the layers, in the order in which they first occur."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.layers if layer.rope is not None))
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The different windows of the layers."""
+        return tuple(dict.fromkeys(layer.window for layer in self.layers if layer.window is not None))
+
+    @property
+    def layers_differ(self) -> bool:
+        """True if some layers have other weights than others: then checkpoints hold each layer under its number."""
+        return len({(layer.mixer, layer.experts) for layer in self.layers}) > 1

@@ -26,6 +26,15 @@ IMMATERIAL = {
     "prefix", "tokenizer_class", "model_max_length", "chunk_size_feed_forward", "num_beams", "max_length", "do_sample",
     "temperature", "top_p", "top_k", "repetition_penalty", "length_penalty", "unsloth_fixed", "unsloth_version",
 }  # fmt: skip
+# Fields of a model with other parts that its text model has too.
+SHARED = ("tie_word_embeddings", "dtype", "torch_dtype")
+# Fields of such a model next to text_config that say nothing of its text model: other parts, and ids of their tokens.
+_WRAPPER = {
+    "model_type", "text_config", "vision_config", *SHARED, "image_token_id", "video_token_id", "vision_start_token_id",
+    "vision_end_token_id", "image_token_index", "boi_token_index", "eoi_token_index", "mm_tokens_per_image",
+    "multimodal_projector_bias", "projector_hidden_act", "spatial_merge_size", "vision_feature_layer",
+    "language_model_only", "attn_implementation",
+}  # fmt: skip
 # Refused with another reason than that they are unknown.
 _REASONS = {
     "quantization_config": "the weights are quantised: take the model in its original precision",
@@ -42,7 +51,8 @@ def check_fields(
     ignored. `where` names the file in messages.
     """
     model_type = config.get("model_type")
-    for field, wanted in {**FIXED, **fixed}.items():
+    own = {*used, *immaterial}
+    for field, wanted in {**{name: value for name, value in FIXED.items() if name not in own}, **fixed}.items():
         value = config.get(field)
         if value is not None and value != wanted:
             raise UserError(f"{where}: {field}={value!r} is not supported for {model_type} (only {wanted!r})")
@@ -55,6 +65,28 @@ def check_fields(
         if reason is None:
             reason = f"it is not known for {model_type} and could change what the model computes; delete it if it does not"
         raise UserError(f"{where}: {field}={_short(value)} is not supported: {reason}")
+
+
+def text_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that has the text model's sizes: text_config, or all of it."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
+def flat_config(config: dict[str, Any], model_type: str, where: str) -> dict[str, Any]:
+    """The text model's config.json out of that of a model with other parts; what they share at the top counts most.
+
+    model_type: of the text model, unless its own says another.
+    """
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        raise UserError(f"{where}: {config.get('model_type')} without a text_config: is it the model's own config.json?")
+    for field in sorted(config.keys() - _WRAPPER - IMMATERIAL):
+        if config[field] not in (None, False, [], {}, ""):
+            reason = _REASONS.get(field, "it is not known next to text_config; delete it if it changes nothing for text")
+            raise UserError(f"{where}: {field}={_short(config[field])} is not supported: {reason}")
+    shared = {name: config[name] for name in SHARED if config.get(name) is not None}
+    return {"model_type": model_type, **text, **shared}
 
 
 def _short(value: Any) -> str:

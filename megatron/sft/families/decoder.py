@@ -1,18 +1,30 @@
-"""Rules that families share: a decoder with RMSNorm, grouped-query attention, and a gated MLP or experts.
+"""The table of weights of a decoder: which Megatron parameter holds which Hugging Face tensors, from the pieces it is made of.
 
-A family that differs in one part combines these functions with its own rules (see mixtral.py).
+A family's table may give other names than those in `NAMES`.
 """
 
-from megatron.sft.families.architecture import Architecture
-from megatron.sft.families.rules import QKV, GateUp, Rename, Rule
+from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
+from megatron.sft.families.rules import QKV, FusedQKV, GateUp, GroupedRows, Rename, Rule
 
+# Modules of a layer on Hugging Face's side, as Llama, Qwen and OLMo have them. `qkv`, `gate_up`: one tensor for several
+# projections, where a family has one. `block`, `expert_…`: where experts lie, and the matrices of one.
+NAMES = {
+    "input_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "attention_output_norm": "post_attention_layernorm",
+    "mlp_output_norm": "post_feedforward_layernorm",
+    "query_norm": "self_attn.q_norm",
+    "key_norm": "self_attn.k_norm",
+    "qkv": "",
+    "gate_up": "",
+    "block": "mlp",
+    "expert_gate": "gate_proj",
+    "expert_up": "up_proj",
+    "expert_down": "down_proj",
+    "delta_input": "in_proj_qkv in_proj_z in_proj_b in_proj_a",
+}
 _HF = "model.layers.{layer}."
 _MEGATRON = "decoder.layers.{layer}."
-
-
-def table(architecture: Architecture) -> tuple[Rule, ...]:
-    """The whole table of a dense model: biases, norms of query and key, and an output layer where the architecture has them."""
-    return (*outer(architecture), *attention(architecture), *mlp())
 
 
 def outer(architecture: Architecture) -> tuple[Rule, ...]:
@@ -24,43 +36,97 @@ def outer(architecture: Architecture) -> tuple[Rule, ...]:
     return rules if architecture.tied_embeddings else (*rules, Rename("output_layer.weight", "lm_head.weight", tp_dim=0))
 
 
-def attention(architecture: Architecture) -> tuple[Rule, ...]:
-    """A layer's attention with its norm, under megatron-core's name for a norm that is fused with linear_qkv."""
-    ours, theirs = f"{_MEGATRON}self_attention.", f"{_HF}self_attn."
-    rules: tuple[Rule, ...] = (
-        Rename(f"{ours}linear_qkv.layer_norm_weight", f"{_HF}input_layernorm.weight"),
-        QKV(f"{ours}linear_qkv.weight", *_projections("weight")),
-        Rename(f"{ours}linear_proj.weight", f"{theirs}o_proj.weight", tp_dim=1),
-    )
-    if architecture.qkv_bias:
-        rules += (QKV(f"{ours}linear_qkv.bias", *_projections("bias")),)
-    if architecture.qk_norm:
-        rules += tuple(Rename(f"{ours}{name}_layernorm.weight", f"{theirs}{name}_norm.weight") for name in "qk")
+def of_layer(architecture: Architecture, layer: Layer, names: dict[str, str]) -> tuple[Rule, ...]:
+    """A layer's table. `names`: as NAMES."""
+    mixer = _delta_net if layer.mixer == GATED_DELTA_NET else _attention
+    block = _experts if layer.experts else _mlp
+    rules = (*mixer(architecture, names), *block(architecture, names))
+    if architecture.norms == "before":
+        return rules
+    for ours, name in (("post_attention_layernorm", "attention_output_norm"), ("post_mlp_layernorm", "mlp_output_norm")):
+        rules += (Rename(f"{_MEGATRON}{ours}.weight", f"{_HF}{names[name]}.weight"),)
     return rules
 
 
-def _projections(kind: str) -> tuple[str, str, str]:
-    attention = f"{_HF}self_attn."
-    return f"{attention}q_proj.{kind}", f"{attention}k_proj.{kind}", f"{attention}v_proj.{kind}"
+def _norm_before(architecture: Architecture, ours: str, name: str) -> tuple[Rule, ...]:
+    return () if architecture.norms == "after" else (Rename(f"{_MEGATRON}{ours}", f"{_HF}{name}.weight"),)
 
 
-def mlp() -> tuple[Rule, ...]:
-    """A layer's MLP with its norm, under megatron-core's name for a norm that is fused with linear_fc1."""
-    ours, theirs = f"{_MEGATRON}mlp.", f"{_HF}mlp."
+def _attention(architecture: Architecture, names: dict[str, str]) -> tuple[Rule, ...]:
+    """A layer's attention with its norm, under megatron-core's name for a norm that is fused with linear_qkv."""
+    ours, theirs = f"{_MEGATRON}self_attention.", f"{_HF}self_attn."
+
+    def qkv(kind: str) -> Rule:
+        if names["qkv"]:
+            return FusedQKV(f"{ours}linear_qkv.{kind}", f"{theirs}{names['qkv']}.{kind}")
+        return QKV(f"{ours}linear_qkv.{kind}", f"{theirs}q_proj.{kind}", f"{theirs}k_proj.{kind}", f"{theirs}v_proj.{kind}")
+
+    rules: tuple[Rule, ...] = (
+        *_norm_before(architecture, "self_attention.linear_qkv.layer_norm_weight", names["input_norm"]),
+        qkv("weight"),
+        Rename(f"{ours}linear_proj.weight", f"{theirs}o_proj.weight", tp_dim=1),
+    )
+    if architecture.qkv_bias:
+        rules += (qkv("bias"),)
+    if architecture.output_bias:
+        rules += (Rename(f"{ours}linear_proj.bias", f"{theirs}o_proj.bias"),)
+    if architecture.query_key_norm:
+        tp_dim = 0 if architecture.query_key_norm == "projection" else None
+        for letter, name in (("q", "query_norm"), ("k", "key_norm")):
+            rules += (Rename(f"{ours}{letter}_layernorm.weight", f"{_HF}{names[name]}.weight", tp_dim=tp_dim),)
+    if architecture.attention_sinks:
+        rules += (Rename(f"{ours}core_attention.softmax_offset", f"{theirs}sinks", tp_dim=0),)
+    return rules
+
+
+def _delta_net(architecture: Architecture, names: dict[str, str]) -> tuple[Rule, ...]:
+    """A layer's gated delta net with its norm. Its rows are grouped by key head: query, key, values, gates, step sizes."""
+    sizes = architecture.delta_net
+    assert sizes is not None
+    ours, theirs, heads = f"{_MEGATRON}self_attention.", f"{_HF}linear_attn.", sizes.num_key_heads
+    key, values, steps = sizes.key_dim, sizes.values_per_key * sizes.value_dim, sizes.values_per_key
+    inputs = tuple(f"{theirs}{name}.weight" for name in names["delta_input"].split())
+    # Four tensors of one kind each but for the first, or two that are grouped by key head already.
+    apart = ((key, key, values), (values,), (steps,), (steps,))
+    blocks = apart if len(inputs) == 4 else ((2 * key + 2 * values,), (2 * steps,))
     return (
-        Rename(f"{ours}linear_fc1.layer_norm_weight", f"{_HF}post_attention_layernorm.weight"),
-        GateUp(f"{ours}linear_fc1.weight", f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight"),
-        Rename(f"{ours}linear_fc2.weight", f"{theirs}down_proj.weight", tp_dim=1),
+        *_norm_before(architecture, "self_attention.in_proj.layer_norm_weight", names["input_norm"]),
+        GroupedRows(f"{ours}in_proj.weight", inputs, blocks, heads),
+        GroupedRows(f"{ours}conv1d.weight", (f"{theirs}conv1d.weight",), ((key, key, values),), heads),
+        Rename(f"{ours}A_log", f"{theirs}A_log", tp_dim=0),
+        Rename(f"{ours}dt_bias", f"{theirs}dt_bias", tp_dim=0),
+        Rename(f"{ours}out_norm.weight", f"{theirs}norm.weight"),
+        Rename(f"{ours}out_proj.weight", f"{theirs}out_proj.weight", tp_dim=1),
     )
 
 
-def experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    """A layer's mixture of experts with its norm. Hugging Face's names: of the module (`block`), of an expert's matrices."""
-    ours, theirs = f"{_MEGATRON}mlp.", f"{_HF}{block}."
+def _mlp(architecture: Architecture, names: dict[str, str]) -> tuple[Rule, ...]:
+    """A layer's MLP with its norm, under megatron-core's name for a norm that is fused with linear_fc1."""
+    ours, theirs = f"{_MEGATRON}mlp.", f"{_HF}mlp."
+
+    def gate_up(kind: str) -> Rule:
+        if names["gate_up"]:
+            return Rename(f"{ours}linear_fc1.{kind}", f"{theirs}{names['gate_up']}.{kind}", tp_dim=0, num_fused=2)
+        return GateUp(f"{ours}linear_fc1.{kind}", f"{theirs}gate_proj.{kind}", f"{theirs}up_proj.{kind}")
+
+    rules: tuple[Rule, ...] = (
+        *_norm_before(architecture, "mlp.linear_fc1.layer_norm_weight", names["mlp_norm"]),
+        gate_up("weight"),
+        Rename(f"{ours}linear_fc2.weight", f"{theirs}down_proj.weight", tp_dim=1),
+    )
+    if architecture.mlp_bias:
+        rules += (gate_up("bias"), Rename(f"{ours}linear_fc2.bias", f"{theirs}down_proj.bias"))
+    return rules
+
+
+def _experts(architecture: Architecture, names: dict[str, str]) -> tuple[Rule, ...]:
+    """A layer's mixture of experts with its norm."""
+    ours, theirs = f"{_MEGATRON}mlp.", f"{_HF}{names['block']}."
     expert, hf_expert = f"{ours}experts.experts.{{expert}}.", f"{theirs}experts.{{expert}}."
+    gate, up, down = (f"{hf_expert}{names[name]}.weight" for name in ("expert_gate", "expert_up", "expert_down"))
     return (
-        Rename(f"{_MEGATRON}pre_mlp_layernorm.weight", f"{_HF}post_attention_layernorm.weight"),
+        *_norm_before(architecture, "pre_mlp_layernorm.weight", names["mlp_norm"]),
         Rename(f"{ours}router.weight", f"{theirs}gate.weight"),
-        GateUp(f"{expert}linear_fc1.weight", f"{hf_expert}{gate}.weight", f"{hf_expert}{up}.weight"),
-        Rename(f"{expert}linear_fc2.weight", f"{hf_expert}{down}.weight", tp_dim=1),
+        GateUp(f"{expert}linear_fc1.weight", gate, up),
+        Rename(f"{expert}linear_fc2.weight", down, tp_dim=1),
     )

@@ -4,27 +4,66 @@ Counted as usual in the field: two operations per multiply-add, three times the 
 for recomputation, norms and activations. Attention counts the pairs that a causal mask over each conversation lets through.
 """
 
-from megatron.sft.families.architecture import Architecture
+from collections import Counter
+
+from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
 
 
-def training_flops(architecture: Architecture, tokens: int, trained_tokens: int, sum_squared_lengths: int) -> float:
+def training_flops(
+    architecture: Architecture, tokens: int, trained_tokens: int, sum_squared_lengths: int, frozen: bool = False
+) -> float:
     """Operations of one forward and backward pass of the whole model over these tokens.
+
+    frozen: the weights are, so that they get no gradients: two times the forward pass. Adapters' own operations, below 1 % of
+    the model's at usual ranks, are not counted.
 
     tokens: all tokens without padding. trained_tokens: those that the output head computes logits for.
     sum_squared_lengths: the sum over conversations of their length squared.
     """
-    projections = architecture.hidden_size * architecture.head_dim * 2 * (architecture.num_heads + architecture.num_kv_heads)
-    mlp = 3 * architecture.hidden_size * architecture.ffn_hidden_size
-    if architecture.moe:
+    weights, states, attention = 0.0, 0.0, 0.0
+    for layer, count in Counter(architecture.layers).items():
+        weights += count * _matrix_elements(architecture, layer)
+        if layer.mixer == GATED_DELTA_NET:
+            states += count * _state_elements(architecture)
+            continue
+        seen: float = sum_squared_lengths
+        if layer.window:
+            # A window of w lets at most w tokens be seen: L^2 / 2 becomes w * (L - w / 2) at most.
+            seen = min(seen, 2 * layer.window * tokens)
+        # Scores and their use: 4 * heads * head_dim for each of L^2 / 2 pairs, three times.
+        attention += 6.0 * count * architecture.num_heads * architecture.head_dim * seen
+    of_weight = 4.0 if frozen else 6.0
+    head = of_weight * architecture.hidden_size * architecture.vocab_size * trained_tokens
+    return of_weight * weights * tokens + 6.0 * states * tokens + head + attention
+
+
+def _matrix_elements(architecture: Architecture, layer: Layer) -> int:
+    """Elements of the matrices of one layer that a token is multiplied with."""
+    hidden = architecture.hidden_size
+    if layer.mixer == GATED_DELTA_NET:
+        sizes = architecture.delta_net
+        assert sizes is not None
+        mixer = hidden * (sizes.input_rows + sizes.num_value_heads * sizes.value_dim)
+    else:
+        queries = architecture.num_heads * (2 if architecture.attention_gate else 1)
+        mixer = hidden * architecture.head_dim * (queries + architecture.num_heads + 2 * architecture.num_kv_heads)
+    if layer.experts:
         moe = architecture.moe
-        expert = 3 * architecture.hidden_size * moe.ffn_hidden_size
-        mlp = moe.experts_per_token * expert + moe.num_experts * architecture.hidden_size
-    linear = 6.0 * architecture.num_layers * (projections + mlp) * tokens
-    head = 6.0 * architecture.hidden_size * architecture.vocab_size * trained_tokens
-    seen = sum_squared_lengths
-    if architecture.sliding_window:
-        # A window of w lets at most w tokens be seen: L^2 / 2 becomes w * (L - w / 2) at most.
-        seen = min(seen, 2 * architecture.sliding_window * tokens)
-    # Scores and their use: 4 * heads * head_dim for each of L^2 / 2 pairs, three times.
-    attention = 6.0 * architecture.num_layers * architecture.num_heads * architecture.head_dim * seen
-    return linear + head + attention
+        assert moe is not None
+        return mixer + moe.experts_per_token * 3 * hidden * moe.ffn_hidden_size + moe.num_experts * hidden
+    return mixer + 3 * hidden * architecture.ffn_hidden_size
+
+
+def _state_elements(architecture: Architecture) -> int:
+    """Multiply-adds of a token with the state of a gated delta net, and in its convolution.
+
+    Each value head reads its state for the key and for the query, lets it decay and adds to it, as megatron-core counts.
+    """
+    sizes = architecture.delta_net
+    assert sizes is not None
+    return 4 * sizes.num_value_heads * sizes.key_dim * sizes.value_dim + sizes.kernel * sizes.convolved_rows
+
+
+def head_forward_flops(architecture: Architecture, trained_tokens: int) -> float:
+    """Operations of the output head alone, forward, over these tokens: what a loss of pairs adds to a step."""
+    return 2.0 * architecture.hidden_size * architecture.vocab_size * trained_tokens

@@ -1,25 +1,51 @@
 """The families by `model_type`, and the `Architecture` that a config.json describes.
 
 To add a family:
-1. a file with MODEL_TYPE, config.json's `model_type`, and `rules(architecture)`, its table of weights (often `decoder.table`);
-2. whatever differs from the defaults in `_OPTIONAL`: names that config.json may have, defaults of transformers' class, pieces;
-3. its name in `FAMILIES`, and a tiny random model in FAMILIES of the tests' tiny.py, which is compared with transformers'.
+1. a file in the room `tables` with MODEL_TYPES, config.json's `model_type`s, and whatever differs from `_OPTIONAL`;
+2. its name in `TABLES`, and a tiny random model in FAMILIES of the tests' tiny.py, which is compared with transformers'.
 A field of config.json that the family does not list is refused by name, so read the model's own config.json.
 """
 
+from collections.abc import Collection, Iterable
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from megatron.sft.families import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
-from megatron.sft.families.architecture import Architecture
-from megatron.sft.families.config_fields import check_fields
-from megatron.sft.families.rope import read_rope
+from megatron.sft.families import decoder
+from megatron.sft.families.architecture import ATTENTION, Architecture, DeltaNetConfig, Layer, MoEConfig
+from megatron.sft.families.config_fields import check_fields, flat_config, text_fields
+from megatron.sft.families.layers import read_layers
+from megatron.sft.families.missing import what_is_missing
+from megatron.sft.families.rope import rope_parameters
 from megatron.sft.families.rules import Rule
 from megatron.sft.runtime.errors import UserError
+from megatron.sft.tables import (
+    ernie4_5,
+    gemma3,
+    glm4,
+    granite,
+    hunyuan_v1_dense,
+    llama,
+    mistral,
+    mixtral,
+    olmo,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_5,
+    qwen3_moe,
+    seed_oss,
+    smollm3,
+)
 
-FAMILIES: dict[str, ModuleType] = {family.MODEL_TYPE: family for family in (llama, mistral, mixtral, qwen2, qwen3, qwen3_moe)}
+TABLES: tuple[ModuleType, ...] = (
+    llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, qwen3_5, gemma3, phi3, glm4, olmo, seed_oss, smollm3, granite,
+    ernie4_5, hunyuan_v1_dense,
+)  # fmt: skip
+FAMILIES: dict[str, ModuleType] = {model_type: table for table in TABLES for model_type in table.MODEL_TYPES}
+# model_type of a model that has other parts besides the text model -> the text model's, unless its own text_config says it.
+WRAPPERS: dict[str, str] = {name: table.MODEL_TYPES[0] for table in TABLES for name in getattr(table, "WRAPPERS", ())}
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -28,12 +54,30 @@ _OPTIONAL: dict[str, Any] = {
     "USED": set(),  # fields that the family reads itself
     "IMMATERIAL": set(),  # fields that do not change what the model computes
     "DEFAULTS": {},  # field -> the default of transformers' class, for fields that a config.json may lack
-    "QKV_BIAS": False,
-    "QK_NORM": False,
+    "WRAPPERS": (),  # model_types of models that hold such a text model in text_config
+    "CARRIED": (),  # prefixes of the tensors that are not trained, only carried to the export
+    "NAMES": {},  # modules with other names than in `decoder.NAMES`
+    "PIECES": {},  # fields of `Architecture` that all models of the family have
+    "pieces": None,  # function: config -> fields of `Architecture` that config.json decides
     "SLIDING_WINDOW": False,  # the field sliding_window has a meaning
-    "ROPE_SCALING": set(),  # supported values of rope_type besides default
-    "moe": None,  # function: config -> `MoEConfig`
+    "ROPE_THETA": 10000.0,  # the base where config.json has none
+    "PARTIAL_ROTARY": None,  # the rotated share of a head where config.json has none; None: the family rotates all of it
+    "ROPE_FIELDS": (),  # RoPE parameters that other families do not know
+    "ROPE_ALIASES": {},  # old names of rope_type
+    "layer_types": None,  # function: config -> the type of each layer, where config.json does not say
+    "ropes": None,  # function: config -> RoPE parameters by type of layer
+    "rotated": None,  # function: config -> whether each layer rotates queries and keys
+    "experts": None,  # function: config -> whether each layer has experts; else all do where `moe` is there
+    "moe": None,  # function: config -> fields of `MoEConfig`
+    "delta_net": None,  # function: config -> fields of `DeltaNetConfig`
+    "OF_TYPE": {},  # model_type -> what of the above is otherwise for it, where a file has several
 }
+
+
+def read_table(family: str) -> dict[str, Any]:
+    """What the family's file defines, with the defaults of `_OPTIONAL`."""
+    table = {name: getattr(FAMILIES[family], name, default) for name, default in _OPTIONAL.items()}
+    return {**table, **table["OF_TYPE"].get(family, {})}
 
 
 def read_architecture(config: dict[str, Any], where: str) -> Architecture:
@@ -41,30 +85,83 @@ def read_architecture(config: dict[str, Any], where: str) -> Architecture:
 
     A `UserError` for another model_type, and for every field or value that is unknown or not supported.
     """
-    model_type = config.get("model_type")
-    family = FAMILIES.get(str(model_type))
-    if family is None:
-        raise UserError(f"{where}: model_type {model_type!r} is not supported: choose one of {', '.join(sorted(FAMILIES))}")
-    facts = {name: getattr(family, name, default) for name, default in _OPTIONAL.items()}
-    windowed = {"sliding_window"} if facts["SLIDING_WINDOW"] else set()
-    check_fields(config, where, {*facts["USED"], *windowed}, facts["FIXED"], facts["IMMATERIAL"])
+    wrapper = WRAPPERS.get(str(config.get("model_type")))
+    text = flat_config(config, wrapper, where) if wrapper else config
+    model_type = str(text.get("model_type"))
+    if model_type not in FAMILIES:
+        names = ", ".join(sorted({*FAMILIES, *WRAPPERS}))
+        raise UserError(
+            f"{where}: model_type {text.get('model_type')!r} is not supported: {what_is_missing(config)}; choose one of {names}"
+        )
+    table = read_table(model_type)
+    windowed = {"sliding_window"} if table["SLIDING_WINDOW"] else set()
+    partial = {"partial_rotary_factor"} if table["PARTIAL_ROTARY"] is not None else set()
+    check_fields(text, where, {*table["USED"], *windowed, *partial}, table["FIXED"], table["IMMATERIAL"])
     try:
-        return _read({**facts["DEFAULTS"], **config}, where, family.MODEL_TYPE, facts)
+        return _read({**table["DEFAULTS"], **text}, where, model_type, table)
     except KeyError as error:
         raise UserError(f"{where}: the field {error.args[0]!r} is missing: is it the model's own config.json?") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where}: a field has a value of the wrong kind ({error}): take the model's own file") from None
 
 
+def carried_names(config: dict[str, Any], names: Iterable[str]) -> set[str]:
+    """Those of a folder's tensors that are not trained, but carried from source to export: other parts of the model."""
+    prefixes = read_table(_text_type(config))["CARRIED"]
+    return {name for name in names if name.startswith(prefixes)}
+
+
+def text_prefixes(config: dict[str, Any], names: Collection[str]) -> dict[str, str]:
+    """Where the text model is one part of several: prefix in a family's table -> prefix on disk; {} where they are the same.
+
+    transformers 5 writes the first of these forms, older versions the second.
+    """
+    forms = ({"model.": "model.language_model."}, {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."})
+    if str(config.get("model_type")) in WRAPPERS:
+        for form in forms:
+            if f"{form['model.']}embed_tokens.weight" in names:
+                return form
+    return {}
+
+
+def config_notes(config: dict[str, Any]) -> list[str]:
+    """What of a config.json is not used here, for the user: a dropout, and RoPE parameters that transformers does not read."""
+    text = text_fields(config)
+    found = [name for name in ("attention_dropout", "residual_dropout") if text.get(name)]
+    notes = [f"config.json: {name}={text[name]} is not used: fine-tuning here has no dropout" for name in found]
+    parameters = rope_parameters(text)
+    factors = [name for name in ("attn_factor",) if parameters.get(name) is not None]
+    notes += [f"config.json: the RoPE parameter {name}={parameters[name]} is not used, as in transformers" for name in factors]
+    if config.get("auto_map"):
+        notes.append(
+            "config.json: auto_map names Python code in the folder, which is not run: transformers' own model is meant"
+        )
+    return notes
+
+
+def _text_type(config: dict[str, Any]) -> str:
+    """The text model's model_type."""
+    wrapper = WRAPPERS.get(str(config.get("model_type")))
+    return str(text_fields(config).get("model_type", wrapper) if wrapper else config.get("model_type"))
+
+
 def family_rules(architecture: Architecture) -> tuple[Rule, ...]:
-    """The family's table of weights, with `{layer}` and `{expert}` in the names."""
-    rules: tuple[Rule, ...] = FAMILIES[architecture.family].rules(architecture)
-    return rules
+    """The whole table of weights, with `{layer}` and `{expert}` in the names: outside layers, then of each kind of layer."""
+    of_layers = [rule for layer in dict.fromkeys(architecture.layers) for rule in layer_rules(architecture, layer)]
+    return tuple(dict.fromkeys([*decoder.outer(architecture), *of_layers]))
 
 
-def _read(config: dict[str, Any], where: str, family: str, facts: dict[str, Any]) -> Architecture:
+def layer_rules(architecture: Architecture, layer: Layer) -> tuple[Rule, ...]:
+    """The table of weights of such a layer."""
+    return decoder.of_layer(architecture, layer, {**decoder.NAMES, **read_table(architecture.family)["NAMES"]})
+
+
+def _read(config: dict[str, Any], where: str, family: str, table: dict[str, Any]) -> Architecture:
     num_heads, hidden_size = int(config["num_attention_heads"]), int(config["hidden_size"])
-    rope_theta, rope_scaling = read_rope(config, where, facts["ROPE_SCALING"])
+    layers = read_layers(config, table, where)
+    # `dynamic` scaling continues beyond the positions that config.json names.
+    stretches = [layer.rope.scaling.factor for layer in layers if layer.rope and layer.rope.scaling]
+    dynamic = any(layer.rope.scaling.kind == "dynamic" for layer in layers if layer.rope and layer.rope.scaling)
     architecture = Architecture(
         family=family,
         num_layers=int(config["num_hidden_layers"]),
@@ -74,22 +171,20 @@ def _read(config: dict[str, Any], where: str, family: str, facts: dict[str, Any]
         num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
         head_dim=int(config.get("head_dim") or hidden_size // num_heads),
         vocab_size=int(config["vocab_size"]),
-        max_positions=int(config["max_position_embeddings"]),
+        max_positions=int(int(config["max_position_embeddings"]) * (max(stretches) if dynamic else 1)),
         norm_epsilon=float(config["rms_norm_eps"]),
-        rope_theta=rope_theta,
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=facts["QKV_BIAS"],
         torch_dtype=_dtype(config, where),
-        rope_scaling=rope_scaling,
-        sliding_window=_sliding_window(config) if facts["SLIDING_WINDOW"] else None,
-        qk_norm=facts["QK_NORM"],
-        moe=facts["moe"](config) if facts["moe"] else None,
+        layers=layers,
+        moe=MoEConfig(**table["moe"](config)) if table["moe"] else None,
+        delta_net=DeltaNetConfig(**table["delta_net"](config)) if table["delta_net"] else None,
+        **{**table["PIECES"], **(table["pieces"](config) if table["pieces"] else {})},
     )
-    _check_numbers(architecture, config, where)
+    _check_numbers(architecture, where)
     return architecture
 
 
-def _check_numbers(architecture: Architecture, config: dict[str, Any], where: str) -> None:
+def _check_numbers(architecture: Architecture, where: str) -> None:
     sizes = {name: value for name, value in architecture.__dict__.items() if type(value) is int}
     for name, value in sizes.items():
         if value < 1:
@@ -98,19 +193,21 @@ def _check_numbers(architecture: Architecture, config: dict[str, Any], where: st
         raise UserError(
             f"{where}: {architecture.num_heads} attention heads cannot share {architecture.num_kv_heads} KV heads evenly"
         )
-    layer_types = config.get("layer_types")
-    wanted = "full_attention" if architecture.sliding_window is None else "sliding_attention"
-    if layer_types is not None and any(kind != wanted for kind in layer_types):
-        raise UserError(f"{where}: layer_types with other than {wanted!r} in all layers is not supported")
-    moe = architecture.moe
+    moe, delta_net = architecture.moe, architecture.delta_net
     if moe and not 1 < moe.experts_per_token <= moe.num_experts:
         raise UserError(f"{where}: num_experts_per_tok={moe.experts_per_token} of {moe.num_experts} is not supported")
-
-
-def _sliding_window(config: dict[str, Any]) -> int | None:
-    window = config.get("sliding_window")
-    # A window as long as the longest row is the same as none.
-    return None if window is None or int(window) >= int(config["max_position_embeddings"]) else int(window)
+    if delta_net and delta_net.num_value_heads % delta_net.num_key_heads:
+        raise UserError(
+            f"{where}: {delta_net.num_value_heads} value heads cannot share {delta_net.num_key_heads} key heads evenly"
+        )
+    for name in ("embedding_scale", "residual_scale", "logit_scale", "attention_scale", "logit_cap"):
+        scale = getattr(architecture, name)
+        if scale is not None and not scale > 0:
+            raise UserError(f"{where}: {name} is {scale}: is it the model's own config.json?")
+    if architecture.interleaved_rope and (len(architecture.ropes) > 1 or architecture.query_key_norm):
+        raise UserError(f"{where}: interleaved RoPE with several bases or normed queries is not supported")
+    if not any(layer.mixer == ATTENTION for layer in architecture.layers):
+        raise UserError(f"{where}: no layer has attention: is it the model's own config.json?")
 
 
 def _dtype(config: dict[str, Any], where: str) -> torch.dtype:

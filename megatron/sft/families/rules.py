@@ -64,7 +64,7 @@ class QKV:
     """Query, key and value projections (weights or biases) in one parameter, grouped by KV head.
 
     Megatron stores the query heads of each KV head, then its key, then its value, so a tensor-parallel rank's part is one
-    contiguous chunk: [KV heads x (query heads per KV head + 2) x head_dim, hidden size].
+    contiguous chunk: [KV heads x (query heads per KV head + 2) x head_dim, hidden size]. See `join_heads`.
     """
 
     megatron: str
@@ -79,16 +79,77 @@ class QKV:
         return (self.query, self.key, self.value)
 
     def to_megatron(self, architecture: Architecture, *tensors: Tensor) -> Tensor:
-        rest = tensors[0].shape[1:]
-        shape = (architecture.num_kv_heads, -1, architecture.head_dim, *rest)  # [KV heads, heads of each, dim, ...]
-        return torch.cat([tensor.reshape(shape) for tensor in tensors], dim=1).reshape(-1, *rest)
+        return join_heads(architecture, *tensors)
 
     def to_hf(self, architecture: Architecture, parameter: Tensor) -> tuple[Tensor, ...]:
-        rest = parameter.shape[1:]
-        grouped = parameter.reshape(architecture.num_kv_heads, -1, architecture.head_dim, *rest)
-        parts = grouped.split([architecture.num_heads // architecture.num_kv_heads, 1, 1], dim=1)
-        query, key, value = (part.reshape(-1, *rest) for part in parts)
-        return query, key, value
+        return split_heads(architecture, parameter)
+
+
+@dataclass(frozen=True)
+class FusedQKV:
+    """The same parameter of one Hugging Face tensor: all queries, then all keys, then all values."""
+
+    megatron: str
+    name: str
+    tp_dim: int | None = 0
+    num_fused: int = 1
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def to_megatron(self, architecture: Architecture, *tensors: Tensor) -> Tensor:
+        heads, dim = (architecture.num_heads, architecture.num_kv_heads), architecture.head_dim
+        return join_heads(architecture, *tensors[0].split([heads[0] * dim, heads[1] * dim, heads[1] * dim]))
+
+    def to_hf(self, architecture: Architecture, parameter: Tensor) -> tuple[Tensor, ...]:
+        return (torch.cat(split_heads(architecture, parameter)),)
+
+
+def join_heads(architecture: Architecture, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """[KV heads x (query heads of each + 2) x head_dim, ...] of three projections.
+
+    Where the attention has a gate, each query head is followed by its gate in `query`, and the gates follow the queries of a
+    KV head in the result, as megatron-core has them. Interleaved rotated dimensions are put half of `Rope.dim` apart.
+    """
+    rest = query.shape[1:]
+    groups, dim = architecture.num_kv_heads, architecture.head_dim
+    queries = query.reshape(groups, architecture.num_heads // groups, -1, dim, *rest).transpose(1, 2)  # [groups, 1 or 2, heads]
+    heads = [_halved(architecture, queries[:, :1].flatten(1, 2)), queries[:, 1:].flatten(1, 2)]
+    heads += [_halved(architecture, key.reshape(groups, 1, dim, *rest)), value.reshape(groups, 1, dim, *rest)]
+    return torch.cat(heads, dim=1).reshape(-1, *rest)
+
+
+def split_heads(architecture: Architecture, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three projections of `join_heads`."""
+    rest = parameter.shape[1:]
+    groups, dim = architecture.num_kv_heads, architecture.head_dim
+    num_queries = architecture.num_heads // groups
+    gates = num_queries if architecture.attention_gate else 0
+    grouped = parameter.reshape(groups, -1, dim, *rest)
+    query, gate, key, value = grouped.split([num_queries, gates, 1, 1], dim=1)
+    query = _interleaved(architecture, query)
+    if gates:
+        query = torch.stack([query, gate], dim=2)
+    return query.reshape(-1, *rest), _interleaved(architecture, key).reshape(-1, *rest), value.reshape(-1, *rest)
+
+
+def _halved(architecture: Architecture, heads: Tensor) -> Tensor:
+    """[groups, heads, head_dim, ...] with pairs of rotated dimensions (2 i, 2 i + 1) put to (i, i + half)."""
+    if not architecture.interleaved_rope:
+        return heads
+    rotated = architecture.ropes[0].dim
+    pairs = heads[:, :, :rotated].unflatten(2, (-1, 2)).transpose(2, 3).flatten(2, 3)
+    return torch.cat([pairs, heads[:, :, rotated:]], dim=2)
+
+
+def _interleaved(architecture: Architecture, heads: Tensor) -> Tensor:
+    """The inverse of `_halved`."""
+    if not architecture.interleaved_rope:
+        return heads
+    rotated = architecture.ropes[0].dim
+    pairs = heads[:, :, :rotated].unflatten(2, (2, -1)).transpose(2, 3).flatten(2, 3)
+    return torch.cat([pairs, heads[:, :, rotated:]], dim=2)
 
 
 @dataclass(frozen=True)
@@ -111,6 +172,41 @@ class GateUp:
     def to_hf(self, architecture: Architecture, parameter: Tensor) -> tuple[Tensor, ...]:
         gate, up = parameter.chunk(2, dim=0)
         return gate, up
+
+
+@dataclass(frozen=True)
+class GroupedRows:
+    """Hugging Face tensors in one parameter whose rows are grouped by head, so that a tensor-parallel rank's part is one chunk.
+
+    blocks: for each tensor the rows of a head in each of the blocks that lie one below the other in it; a parameter has, head
+    by head, the rows of all blocks.
+    """
+
+    megatron: str
+    names: tuple[str, ...]
+    blocks: tuple[tuple[int, ...], ...]
+    num_heads: int
+    tp_dim: int | None = 0
+    num_fused: int = 1
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return self.names
+
+    def to_megatron(self, architecture: Architecture, *tensors: Tensor) -> Tensor:
+        rest = tensors[0].shape[1:]
+        parts = [
+            block.reshape(self.num_heads, -1, *rest)
+            for tensor, rows in zip(tensors, self.blocks, strict=True)
+            for block in tensor.split([self.num_heads * count for count in rows])
+        ]
+        return torch.cat(parts, dim=1).reshape(-1, *rest)
+
+    def to_hf(self, architecture: Architecture, parameter: Tensor) -> tuple[Tensor, ...]:
+        rest = parameter.shape[1:]
+        grouped = parameter.reshape(self.num_heads, -1, *rest)
+        parts = iter(grouped.split([count for rows in self.blocks for count in rows], dim=1))
+        return tuple(torch.cat([next(parts).reshape(-1, *rest) for _ in rows]) for rows in self.blocks)
 
 
 def tensor_parallel_part(rule: Rule, parameter: Tensor, rank: int, size: int) -> Tensor:

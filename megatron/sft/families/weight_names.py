@@ -7,17 +7,20 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron.sft.families.architecture import Architecture
-from megatron.sft.families.registry import family_rules
+from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, Architecture, Layer
+from megatron.sft.families.registry import family_rules, layer_rules
 from megatron.sft.families.rules import Rule
 from megatron.sft.runtime.errors import UserError
 
-# Names of live modules -> names of the tables: norms, which are separate modules without Transformer Engine (the second only
-# before a dense MLP), experts as modules, and experts whose matrices lie in one module.
-_INPUT_NORM = (".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight")
-_MLP_NORM = (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")
+# Names of live modules -> names of the tables: norms, which are separate modules without Transformer Engine (the one before
+# experts is a module everywhere), experts as modules, and experts whose matrices lie in one module.
+INPUT_NORM = {
+    ATTENTION: ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+    GATED_DELTA_NET: ("input_layernorm.", "self_attention.in_proj.layer_norm_"),
+}
+MLP_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
 _LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 _GROUPED_EXPERT = re.compile(r"\.experts\.(linear_fc[12])\.weight(\d+)$")
 _LAYER = re.compile(r"(?<=decoder\.layers\.)(\d+)\.")
@@ -35,51 +38,51 @@ class WeightEntry:
     hf: tuple[str, ...]
     layer: int | None = None
     expert: int | None = None
+    stacked: bool = True
 
     @property
     def stored_key(self) -> str:
-        """The tensor's name in a distributed checkpoint: without layer and expert, which are indices in the tensor."""
-        return _EXPERT.sub("", _LAYER.sub("", self.megatron))
+        """The tensor's name in a distributed checkpoint: without layer and expert, which are indices in the tensor.
+
+        Where layers do not have the same weights (not `stacked`), each is its own tensor.
+        """
+        return _EXPERT.sub("", _LAYER.sub("", self.megatron) if self.stacked else self.megatron)
 
     @property
     def place(self) -> tuple[int, ...]:
         """The parameter's leading indices in the stored tensor: () or (layer,) or (layer, expert)."""
-        return tuple(index for index in (self.layer, self.expert) if index is not None)
+        return tuple(index for index in (self.layer if self.stacked else None, self.expert) if index is not None)
 
 
 def weight_entries(architecture: Architecture) -> Iterator[WeightEntry]:
     """Every parameter of the whole model: those outside the layers first, then layer by layer."""
-    rules = family_rules(architecture)
-    for rule in (rule for rule in rules if "{layer}" not in rule.megatron):
+    for rule in (rule for rule in family_rules(architecture) if "{layer}" not in rule.megatron):
         yield WeightEntry(rule, rule.megatron, rule.hf)
     num_experts = architecture.moe.num_experts if architecture.moe else 0
-    for layer in range(architecture.num_layers):
-        for rule in (rule for rule in rules if "{layer}" in rule.megatron):
+    stacked = not architecture.layers_differ
+    rules: dict[Layer, tuple[Rule, ...]] = {kind: layer_rules(architecture, kind) for kind in set(architecture.layers)}
+    for layer, kind in enumerate(architecture.layers):
+        for rule in rules[kind]:
             for expert in range(num_experts) if "{expert}" in rule.megatron else (None,):
                 names = tuple(name.format(layer=layer, expert=expert) for name in rule.hf)
-                yield WeightEntry(rule, rule.megatron.format(layer=layer, expert=expert), names, layer, expert)
+                yield WeightEntry(rule, rule.megatron.format(layer=layer, expert=expert), names, layer, expert, stacked)
 
 
-def checkpoint_name(module_name: str, first_layer: int = 0, first_expert: int = 0, experts: bool = False) -> str:
-    """The table's name of a live parameter. `first_layer`, `first_expert`: of this process, counted over the whole model.
+def norm_names(layer: Layer) -> dict[str, str]:
+    """Modules of norms in such a layer -> what they are called in a checkpoint, both with the point before `weight`."""
+    return dict((INPUT_NORM[layer.mixer],) if layer.experts else (INPUT_NORM[layer.mixer], MLP_NORM))
 
-    `experts`: the layers have a mixture of experts, whose norm is not fused with a linear layer.
-    """
-    for separate, fused in (_INPUT_NORM,) if experts else (_INPUT_NORM, _MLP_NORM):
-        if module_name.endswith(separate):
-            module_name = module_name.removesuffix(separate) + fused
+
+def checkpoint_name(module_name: str, architecture: Architecture, first_layer: int = 0, first_expert: int = 0) -> str:
+    """The table's name of a live parameter. `first_layer`, `first_expert`: of this process, counted over the whole model."""
+    in_layer = _LAYER.search(module_name)
+    if in_layer:
+        for separate, fused in norm_names(architecture.layers[int(in_layer[1]) + first_layer]).items():
+            if module_name.endswith(f".{separate}weight"):
+                module_name = module_name.removesuffix(f"{separate}weight") + f"{fused}weight"
     module_name = _LOCAL_EXPERT.sub(lambda m: f".experts.experts.{int(m[1]) + first_expert}.", module_name)
     module_name = _GROUPED_EXPERT.sub(lambda m: f".experts.experts.{int(m[2]) + first_expert}.{m[1]}.weight", module_name)
     return _LAYER.sub(lambda match: f"{int(match[1]) + first_layer}.", module_name)
-
-
-def whole_parameters(model: nn.Module, architecture: Architecture) -> dict[str, nn.Parameter]:
-    """The parameters of an unsplit model by the table's names. The model must have exactly the parameters of the table."""
-    experts = architecture.moe is not None
-    parameters = {checkpoint_name(name, experts=experts): parameter for name, parameter in model.named_parameters()}
-    expected = {entry.megatron for entry in weight_entries(architecture)}
-    assert parameters.keys() == expected, sorted(parameters.keys() ^ expected)[:10]
-    return parameters
 
 
 def checked_to_megatron(entry: WeightEntry, architecture: Architecture, tensors: list[Tensor], where: str) -> Tensor:

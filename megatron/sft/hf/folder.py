@@ -1,5 +1,6 @@
 """Hugging Face model folders: config.json, and safetensors read tensor by tensor and written in shards with an index."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor
 
 from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.config_fields import text_fields
 from megatron.sft.families.fused_experts import FusedExperts, fused_block, fused_experts
-from megatron.sft.families.registry import read_architecture
+from megatron.sft.families.long_context import RopeExtension, extended_config
+from megatron.sft.families.registry import carried_names, config_notes, read_architecture, text_prefixes
+from megatron.sft.hf.block_scales import block_size, dequantised, scales_of, unquantised_config
 from megatron.sft.hf.safetensors_file import SafetensorsFile, write_file
 from megatron.sft.hf.tokenizer_files import chat_template_sha256, num_tokens, tokenizer_sha256
 from megatron.sft.runtime.errors import UserError
@@ -26,26 +30,53 @@ MAX_SHARD_BYTES = 5_000_000_000
 class HFFolder:
     """A Hugging Face model on disk, opened for reading; a damaged or incomplete one is a `UserError`.
 
-    `architecture` has a vocabulary row for every token of the tokenizer; `rows_on_disk` are the embedding's. Experts that lie
-    fused in one tensor have the names of single ones here; `fused_block` is their module then. `notes`: for the user.
+    `architecture` has a vocabulary row for every token of the tokenizer; `rows_on_disk` are the embedding's. Tensors have the
+    names of the family's table here: experts that lie fused in one tensor, whose module is `fused_block` then, and the text
+    model of a folder with other parts, whose `prefixes` differ. `carried`: names of the other parts' tensors. Weights in 8 bits
+    with scales are what they stand for. `config` has no quantization entry. `notes`: for the user.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, extension: RopeExtension | None = None) -> None:
+        """extension: of the positions, which `config` then has."""
         if not path.is_dir():
             raise UserError(f"model folder {path} does not exist: run scripts/1_download.sh model ID, or correct the path")
         self.path = path
+        if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+            raise UserError(
+                f"{path} is a PEFT adapter, not a model: give the model that it belongs to; LORA_INIT_FROM={path} continues it"
+            )
         self.config: dict[str, Any] = read_json(
             path / "config.json", "model configuration", "give a Hugging Face model folder (scripts/1_download.sh)"
         )
         if not isinstance(self.config, dict):
             raise UserError(f"{path / 'config.json'} is not a model configuration: take the model's own file")
+        self.extension = extension
+        self._blocks = block_size(self.config)
+        stated = self.config
+        self.config = unquantised_config(extended_config(self.config, extension, str(path / "config.json")), str(path))
+        self.dequantised = "quantization_config" in {**text_fields(stated), **stated} and self.config != stated
         on_disk = read_architecture(self.config, str(path / "config.json"))
         self.rows_on_disk = on_disk.vocab_size
         self.architecture: Architecture = replace(on_disk, vocab_size=max(on_disk.vocab_size, num_tokens(path)))
-        self.notes: list[str] = []
+        self.notes: list[str] = config_notes(self.config)
         self._files = self._find_files()
+        self._scales, only_scales = scales_of({name: file.entries[name] for name, file in self._files.items()}, str(path))
+        if self._scales and not self.dequantised:
+            raise UserError(f"{path}: weights are in 8 bits, config.json does not say so: take the model's own file")
+        self._scale_files = {name: self._files.pop(name) for name in only_scales}
         self._parts: dict[str, tuple[str, int, int, int]] = {}  # name -> fused tensor, expert, part of how many
         self._renamed: dict[str, str] = {}
+        self.carried = sorted(carried_names(self.config, self._files))
+        self._carried_files = {name: self._files.pop(name) for name in self.carried}
+        self.prefixes = text_prefixes(self.config, self._files)
+        for name in list(self._files):
+            for prefix, there in self.prefixes.items():
+                if name.startswith(there):
+                    self._renamed[prefix + name.removeprefix(there)] = name
+                    self._files[prefix + name.removeprefix(there)] = self._files.pop(name)
+                    break
+        if self._scales:
+            self.notes.append(f"{len(self._scales):,} weights are in 8 bits: they are read as bfloat16, times their scales")
         self.fused_block = fused_block(self._files) if self.architecture.moe else None
         if self.fused_block:
             self._split_fused(fused_experts(self.architecture, self.fused_block))
@@ -112,7 +143,7 @@ class HFFolder:
 
     @property
     def weight_files(self) -> list[Path]:
-        return sorted({file.path for file in self._files.values()})
+        return sorted({file.path for file in (*self._files.values(), *self._carried_files.values())})
 
     @property
     def num_bytes(self) -> int:
@@ -121,17 +152,28 @@ class HFFolder:
 
     def dtype_and_shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         if name not in self._parts:
-            return self._files[name].entries[self._renamed.get(name, name)]
+            file = self._carried_files.get(name) or self._files[name]
+            on_disk = self._renamed.get(name, name)
+            dtype, shape = file.entries[on_disk]
+            return (torch.bfloat16 if on_disk in self._scales else dtype), shape
         fused, _, _, num_parts = self._parts[name]
         dtype, (_, rows, columns) = self._files[name].entries[fused]
         return dtype, (rows // num_parts, columns)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor in its dtype on disk, mapped from the file."""
+        """One tensor, also a carried one, mapped from the file unless it is in 8 bits there."""
         if name not in self._parts:
-            return self._files[name].tensor(self._renamed.get(name, name))
+            file = self._carried_files.get(name) or self._files[name]
+            on_disk = self._renamed.get(name, name)
+            stored = file.tensor(on_disk)
+            if on_disk not in self._scales:
+                return stored
+            return dequantised(stored, self._scale(self._scales[on_disk]), self._blocks)
         fused, expert, part, num_parts = self._parts[name]
         return self._files[name].tensor(fused)[expert].chunk(num_parts)[part]
+
+    def _scale(self, name: str) -> Tensor:
+        return self._scale_files[name].tensor(name)
 
     def manifest_entry(self) -> dict[str, Any]:
         """What a manifest says of the source: the configuration, and checksums of tokenizer and chat template."""
@@ -141,6 +183,9 @@ class HFFolder:
             "tokenizer_sha256": tokenizer_sha256(self.path),
             "chat_template_sha256": chat_template_sha256(self.path),
             **({"fused_experts": self.fused_block} if self.fused_block else {}),
+            **({"rope_extension": asdict(self.extension)} if self.extension else {}),
+            **({"prefixes": self.prefixes} if self.prefixes else {}),
+            **({"dequantised": True} if self.dequantised else {}),
         }
 
 
@@ -190,4 +235,7 @@ def architecture_record(architecture: Architecture) -> dict[str, Any]:
     """An `Architecture` as JSON values, under the names that manifests have had since format 1."""
     record: dict[str, Any] = json.loads(json.dumps(asdict(architecture), default=lambda value: dtype_name(value)))
     record["mixture"] = record.pop("moe")
+    # Layers in groups of equal ones that follow one another: how many, and what they are.
+    groups = itertools.groupby(record.pop("layers"))
+    record["layers"] = [[len(list(equal)), layer] for layer, equal in groups]
     return record

@@ -1,15 +1,18 @@
-"""Talks to the model hub, as the only module: lists a repository's files, fetches them, and explains the hub's errors."""
+"""Talks to the model hub, as the only module: lists a repository's files, fetches, uploads, and explains its errors."""
 
 import errno
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.manifest import read_json
 
 if not sys.stderr.isatty():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
@@ -89,6 +92,38 @@ def _fetch_snapshot(repository: Repository, names: list[str], folder: Path) -> N
         # snapshot_download takes names as patterns; brackets are the only pattern characters in file names.
         allow_patterns=[name.replace("[", "[[]") for name in names],
     )
+
+
+def is_id(text: str) -> bool:
+    """Whether a text can be a repository of the hub."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
+
+
+def fetch_config(id: str) -> dict[str, Any]:
+    """A model's config.json, a few kilobytes. A `UserError` if it cannot be had."""
+    with explained("model", id, "main"):
+        path = huggingface_hub.hf_hub_download(id, "config.json")
+    config: dict[str, Any] = read_json(Path(path), "model configuration", "check the model's page")
+    return config
+
+
+def check_push(id: str) -> None:
+    """Whether a model can be pushed to `id` with the token in use, before the work that makes it. A `UserError` if not."""
+    if not is_id(id):
+        raise UserError(f"PUSH_TO is {id!r}: give OWNER/NAME")
+    if not huggingface_hub.get_token():
+        raise UserError(f"PUSH_TO={id} needs a token that may write: set HF_TOKEN, or unset PUSH_TO")
+    with explained("model", id, "main"):
+        huggingface_hub.HfApi().whoami()
+
+
+def push_folder(folder: Path, id: str) -> str:
+    """Upload a model's folder in one commit; a new repository is private. Returns its address."""
+    with explained("model", id, "main"):
+        api = huggingface_hub.HfApi()
+        api.create_repo(id, private=True, exist_ok=True)
+        api.upload_folder(repo_id=id, folder_path=folder, commit_message=f"Upload {folder.name}")
+    return f"{endpoint()}/{id}"
 
 
 def _is_of_the_network(error: BaseException) -> bool:

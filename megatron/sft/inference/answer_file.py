@@ -44,6 +44,13 @@ def read_questions(path: Path, with_reference: bool) -> list[Question]:
     return questions
 
 
+def _with_system(messages: Messages, system: str) -> Messages:
+    """The messages after a system prompt, unless they have one."""
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
 def answer_file(chat_model: ChatModel, data: Path, output: Path, decoding: Decoding, settings: dict[str, Any]) -> None:
     """Write the records of `data`, in order, as JSON lines with two more fields: `answer`, and `finished`, which is false where
     the token limit cut the answer.
@@ -71,7 +78,7 @@ def answer_file(chat_model: ChatModel, data: Path, output: Path, decoding: Decod
         print(f"answered {len(answers):,} of {len(questions):,}", file=sys.stderr, flush=True)
 
     if missing:
-        conversations = [questions[index].messages for index in missing]
+        conversations = [_with_system(questions[index].messages, str(settings.get("system", ""))) for index in missing]
         chat_model.answers(conversations, str(settings["control"]), decoding, progress)
     answered = [
         {**record.fields, "answer": answers[index].text, "finished": answers[index].finished}

@@ -14,6 +14,7 @@ from megatron.sft.chat.conversations import Messages
 from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.chat.template import ChatTemplate
 from megatron.sft.inference.backends import Backend, Decoding
+from megatron.sft.inference.model_folder import ModelFolder, open_model_folder
 from megatron.sft.runtime.errors import UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -94,41 +95,33 @@ def check_control(tokenizer: Any, control: str) -> None:
         raise UserError(f"control token {control!r} is not in the model's vocabulary: it has {known}")
 
 
-def check_model_folder(folder: Path) -> None:
-    """`UserError` if there is no Hugging Face model in a folder."""
-    if not folder.is_dir():
-        raise UserError(f"model folder {folder} does not exist: run scripts/5_export.sh, or correct the path")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json: give a model folder, such as scripts/5_export.sh writes")
-
-
 def load_chat_model(
     folder: Path, dtype: str = "auto", backend: str = "transformers", seed: int = 1234, num_gpus: int = 1
 ) -> ChatModel:
-    """Load a model folder. No code from the folder is run and no network is used.
+    """Load a model folder, or an adapter with the model that it names. No code from the folder is run and no network is used.
 
     dtype: of DTYPES; auto is the folder's. backend: of BACKENDS. seed: for sampling. num_gpus: for vLLM; transformers uses one.
     """
     if backend not in BACKENDS:
         raise UserError(f"BACKEND={backend} is not known: give {' or '.join(BACKENDS)}")
-    check_model_folder(folder)
-    tokenizer = load_tokenizer(folder)
-    stop_ids = _stop_ids(tokenizer, folder)
+    found = open_model_folder(folder)
+    tokenizer = load_tokenizer(found.tokenizer)
+    stop_ids = _stop_ids(tokenizer, found)
     if backend == "vllm":
         from megatron.sft.inference import vllm_backend
 
-        return ChatModel(tokenizer, vllm_backend.load(folder, dtype, seed, num_gpus, stop_ids), stop_ids)
+        return ChatModel(tokenizer, vllm_backend.load(found, dtype, seed, num_gpus, stop_ids), stop_ids)
     from megatron.sft.inference import transformers_backend
 
-    return ChatModel(tokenizer, transformers_backend.load(folder, dtype, seed, tokenizer, stop_ids), stop_ids)
+    return ChatModel(tokenizer, transformers_backend.load(found, dtype, seed, tokenizer, stop_ids), stop_ids)
 
 
-def _stop_ids(tokenizer: Any, folder: Path) -> tuple[int, ...]:
-    """The folder's end tokens, and those that the chat template writes after an answer, which training teaches."""
+def _stop_ids(tokenizer: Any, folder: ModelFolder) -> tuple[int, ...]:
+    """The end tokens of model and adapter, and those that the chat template writes after an answer, which training teaches."""
     template = ChatTemplate(tokenizer)
     with contextlib.suppress(UserError):  # a template that cannot be trained with can still be used here
         template.render([{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}])
-    stop_ids = {*_eos_ids(folder / "generation_config.json"), *_eos_ids(folder / "config.json")}
+    stop_ids = {*_eos_ids(folder.tokenizer / "generation_config.json"), *_eos_ids(folder.model / "config.json")}
     stop_ids |= {*template.end_of_turn_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
     if not stop_ids:
         raise UserError(f"{tokenizer.name_or_path} names no end token: set eos_token in tokenizer_config.json")

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron.sft.inference.model_folder import adapter_rank, open_model_folder
 from megatron.sft.inference.scores import Score
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError, first_line
@@ -81,13 +82,18 @@ class LmEvalModel:
 
     def _load(self, lm_eval: Any) -> Any:
         settings = self.settings
-        arguments: dict[str, Any] = {"pretrained": str(self.folder), "dtype": settings.dtype}
+        found = open_model_folder(self.folder)
+        arguments: dict[str, Any] = {"pretrained": str(found.model), "dtype": settings.dtype}
         if settings.backend == "vllm":
             if self.control:
                 raise UserError(f"CONTROL={self.control} works with BACKEND=transformers only: unset one of them")
-            arguments |= {"tensor_parallel_size": settings.num_gpus, "seed": settings.seed}
+            arguments |= {"tensor_parallel_size": settings.num_gpus, "seed": settings.seed, "tokenizer": str(found.tokenizer)}
+            if found.adapter:
+                arguments |= {"lora_local_path": str(found.adapter), "max_lora_rank": max(8, adapter_rank(found.adapter))}
             return lm_eval.api.registry.get_model("vllm")(**arguments)
         tokenizer = self._tokenizer()
+        if found.adapter:
+            arguments["peft"] = str(found.adapter)
         return lm_eval.api.registry.get_model("hf")(
             **arguments,
             tokenizer=tokenizer,
@@ -101,7 +107,7 @@ class LmEvalModel:
         """The model's tokenizer; its chat template ends the prompt with the control token."""
         from megatron.sft.chat.encoding import load_tokenizer
 
-        tokenizer = load_tokenizer(self.folder, template_needed=self.settings.chat_template)
+        tokenizer = load_tokenizer(open_model_folder(self.folder).tokenizer, template_needed=self.settings.chat_template)
         if self.control:
             tokenizer.chat_template += "{% if add_generation_prompt %}{{ " + repr(self.control) + " }}{% endif %}"
         return tokenizer

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron.sft.hf.auto_model import auto_class
 from megatron.sft.inference.backends import Decoding
+from megatron.sft.inference.model_folder import ModelFolder, with_adapter
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.manifest import read_json
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class _Streamer:
         pass
 
 
-def load(folder: Path, dtype: str, seed: int, tokenizer: Any, stop_ids: Sequence[int]) -> TransformersBackend:
+def load(folder: ModelFolder, dtype: str, seed: int, tokenizer: Any, stop_ids: Sequence[int]) -> TransformersBackend:
     """Load onto the GPU if there is one. No code from the folder is run and no network is used.
 
     dtype: of `chat_model.DTYPES`. `UserError` if transformers cannot load the folder.
@@ -72,12 +74,18 @@ def load(folder: Path, dtype: str, seed: int, tokenizer: Any, stop_ids: Sequence
     torch.manual_seed(seed)
     transformers.utils.logging.disable_progress_bar()
     try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), local_files_only=True, trust_remote_code=False
+        config = read_json(folder.model / "config.json", "model configuration", "export or download the model again")
+        model: Any = auto_class(config).from_pretrained(
+            folder.model,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # for a damaged folder transformers raises errors of any type
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model {folder} cannot be loaded ({reason}): export or download it again") from None
+        raise UserError(f"model {folder.model} cannot be loaded ({reason}): export or download it again") from None
+    if folder.adapter:
+        model = with_adapter(model, folder.adapter)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     # Replaces the folder's sampling settings: answers are greedy unless a temperature is asked for.
     model.generation_config = transformers.GenerationConfig(eos_token_id=list(stop_ids), pad_token_id=pad_id)

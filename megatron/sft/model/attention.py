@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron.sft.model.inputs import AttentionRuns, PackedRows
@@ -34,11 +36,20 @@ class PackedAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        *,
+        window: int | None = None,
+        sinks: bool = False,
     ) -> None:
+        """window: tokens that one attends to, itself included; None: all. sinks: a learnt score of each head for nothing."""
         super().__init__(config=config)
         # (tokens before the own one, 0); -1 before it means all.
-        self.window = config.window_size or (-1, 0)
+        self.window = (-1 if window is None else window - 1, 0)
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if sinks:
+            size = config.num_attention_heads // parallel_state.get_tensor_model_parallel_world_size()
+            self.softmax_offset = torch.nn.Parameter(torch.zeros(size, dtype=config.params_dtype))
+            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
 
     def forward(
         self,
@@ -58,7 +69,9 @@ class PackedAttention(MegatronModule):
         if runs.key_order is not None:
             key, value = _gathered(key, value, runs.key_order)
         # Flash attention computes in 16 bits only.
-        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        if self.softmax_offset is not None:
+            context = self._with_sinks(query, key, value, runs)
+        elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
             context = self._varlen(query, key, value, runs)
         else:
             context = self._run_by_run(query, key, value, runs)
@@ -78,13 +91,35 @@ class PackedAttention(MegatronModule):
             contexts.append(context[0].transpose(0, 1))
         return torch.cat(contexts)
 
-    def _mask(self, length: int, key_length: int, device: torch.device) -> dict[str, Any]:
+    def _with_sinks(self, query: Tensor, key: Tensor, value: Tensor, runs: AttentionRuns) -> Tensor:
+        """Softmax over the scores and one more, the head's sink, whose share goes nowhere; one conversation after another."""
+        assert self.softmax_offset is not None
+        contexts = []
+        for q, k, v in zip(query.split(runs.lengths), key.split(runs.key_lengths), value.split(runs.key_lengths), strict=True):
+            k, v = (heads.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for heads in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", q, k).float() * self.softmax_scale
+            mask = self._mask(len(q), len(k), q.device, explicit=True)["attn_mask"]
+            sinks = self.softmax_offset.float()[:, None, None].expand(-1, len(q), 1)
+            shares = torch.cat([scores.masked_fill(~mask, float("-inf")), sinks], dim=-1).softmax(dim=-1)[..., :-1]
+            contexts.append(torch.einsum("hqk,khd->qhd", shares.to(v.dtype), v))
+        return torch.cat(contexts)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        """megatron-core's description of the sinks, if there are any: split over tensor-parallel ranks."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        group = parallel_state.get_tensor_model_parallel_group()
+        data_parallel = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
+        return make_sharded_tensors_for_checkpoint(
+            state, prefix, {"softmax_offset": 0}, sharded_offsets, tp_group=group, dp_cp_group=data_parallel
+        )
+
+    def _mask(self, length: int, key_length: int, device: torch.device, explicit: bool = False) -> dict[str, Any]:
         """Causal for queries that stand at the end of the keys, and with a window no further back than it reaches.
 
-        A mask is [length, key_length], True where seen.
+        A mask is [length, key_length], True where seen; unless `explicit` none is made where "causal" says it.
         """
         before = self.window[0]
-        if length == key_length and (before < 0 or length <= before + 1):
+        if not explicit and length == key_length and (before < 0 or length <= before + 1):
             return {"is_causal": True}
         distance = torch.arange(key_length - length, key_length, device=device)[:, None] - torch.arange(
             key_length, device=device

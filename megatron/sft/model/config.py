@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron.sft.families.architecture import Architecture
@@ -74,9 +73,15 @@ def transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_norm,
-        # megatron-core counts the tokens before the own one.
-        window_size=(architecture.sliding_window - 1, 0) if architecture.sliding_window else None,
+        # It sums gradients of these norms over TP, which is wrong where they are split (`ProjectionNorm`).
+        qk_layernorm=architecture.query_key_norm in ("head", "rotated head"),
+        layernorm_zero_centered_gamma=architecture.zero_centered_norm,
+        attention_output_gate=architecture.attention_gate,
+        softmax_scale=architecture.attention_scale,
+        softmax_type="learnable" if architecture.attention_sinks else "vanilla",
+        # Layers of more than one kind lie in a checkpoint under their numbers.
+        hetereogenous_dist_checkpoint=architecture.layers_differ,
+        **_window_fields(architecture),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=params_dtype,
@@ -97,6 +102,17 @@ def transformer_config(
         **_recompute_fields(recompute),
         **(_fp8_fields(fp8_recipe, architecture) if precision == "fp8" else {}),
     )
+
+
+def _window_fields(architecture: Architecture) -> dict[str, Any]:
+    """For Transformer Engine's attention; `PackedAttention` gets its layer's window from the layer's spec."""
+    if not architecture.windows:
+        return {}
+    # megatron-core counts the tokens before the own one.
+    fields: dict[str, Any] = {"window_size": (architecture.windows[0] - 1, 0)}
+    if any(layer.window is None for layer in architecture.layers):
+        fields["window_attn_skip_freq"] = [int(layer.window is not None) for layer in architecture.layers]
+    return fields
 
 
 def _parallel_fields(architecture: Architecture, layout: Layout, params_dtype: torch.dtype) -> dict[str, Any]:
@@ -128,9 +144,6 @@ def _moe_fields(architecture: Architecture, layout: Layout) -> dict[str, Any]:
     moe = architecture.moe
     if moe is None:
         return {}
-    if not hasattr(moe_utils, "te_general_gemm"):
-        # Without Transformer Engine the router looks for a name that megatron-core then forgot to define.
-        moe_utils.te_general_gemm = None
     return {
         "num_moe_experts": moe.num_experts,
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
@@ -139,7 +152,6 @@ def _moe_fields(architecture: Architecture, layout: Layout) -> dict[str, Any]:
         "moe_router_pre_softmax": not moe.normalized,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
-        "moe_grouped_gemm": has_transformer_engine(),
         "expert_model_parallel_size": layout.expert_parallel,
         "expert_tensor_parallel_size": layout.expert_tensor_parallel,
     }

@@ -8,73 +8,111 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron.sft.model.rotary import rotate, split_and_rotate, split_heads
-from megatron.sft.model.swiglu import swiglu, write_swiglu
+from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
+from megatron.sft.model.experts.sparse_mlp import SparseMLP
+from megatron.sft.model.inputs import PackedRows
+from megatron.sft.model.norm import RMSNorm
+from megatron.sft.model.recomputation import recompute
+from megatron.sft.model.rotary import rotate, split_and_rotate, split_heads, tables_of
+from megatron.sft.model.swiglu import output_gate, swiglu, write_swiglu
 
 
 class DecoderLayer(TransformerLayer):
-    """Attention and MLP (or experts), each after a norm and added to the residual."""
+    """Attention (or a gated delta net) and MLP (or experts), each normed before, after or both, and added to the residual."""
+
+    def __init__(self, *args: Any, architecture: Architecture, facts: Layer, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.facts, self.architecture = facts, architecture
+        self.rope_index = architecture.ropes.index(facts.rope) if facts.rope else None
+        if architecture.norms != "before":
+            size, eps = self.config.hidden_size, self.config.layernorm_epsilon
+            self.post_attention_layernorm = RMSNorm(self.config, size, eps)
+            self.post_mlp_layernorm = RMSNorm(self.config, size, eps)
 
     def forward(
-        self, hidden_states: Tensor, *_: Any, rotary_pos_emb: Tensor, packed_seq_params: PackedSeqParams, **__: Any
+        self, hidden_states: Tensor, *_: Any, rotary_pos_emb: Tensor, packed_seq_params: PackedRows, **__: Any
     ) -> tuple[Tensor, None]:
         """hidden_states [t / TP with sequence parallelism, 1, hidden size] to the same.
 
-        rotary_pos_emb: `rotary_tables` of the micro-batch, for all its t tokens (on this context-parallel rank).
+        rotary_pos_emb: tables of the micro-batch for all its t tokens (on this context-parallel rank), for each of the
+        architecture's `ropes` (see `SFTModel`).
         """
-        recompute = self.training and torch.is_grad_enabled() and self.config.recompute_granularity == "selective"
+        again = self.training and torch.is_grad_enabled() and self.config.recompute_granularity == "selective"
+        # Where nothing is normed before, the layers' inputs are the residual itself.
+        norms_again = again and self.architecture.norms != "after"
         residual, normed = self.input_layernorm(hidden_states)
-        qkv, _ = self.self_attention.linear_qkv(normed)  # [t, 1, groups * (heads / groups + 2) * head_dim]
-        if recompute:
-            _recompute(normed, qkv, partial(self.input_layernorm.write, residual.detach()))
-        attended = self._attend(qkv.squeeze(1), rotary_pos_emb, packed_seq_params)
+        # [t, 1, groups * (heads / groups + 2) * head_dim], or what a gated delta net starts from
+        projected = self._input_projection(normed)[0]
+        if norms_again:
+            recompute(normed, projected, partial(self.input_layernorm.write, residual.detach()))
+        attended = self._after(self._mix(projected, rotary_pos_emb, packed_seq_params), "post_attention_layernorm")
         residual, normed = self.pre_mlp_layernorm(residual, attended)
-        if self.is_moe_layer:
+        if isinstance(self.mlp, SparseMLP):
             output, _ = self.mlp(normed)
-            return residual + output, None
-        gate_up, _ = self.mlp.linear_fc1(normed)
-        active = swiglu(gate_up)
-        output, _ = self.mlp.linear_fc2(active)
-        if recompute:
-            _recompute(normed, gate_up, partial(self.pre_mlp_layernorm.write, residual.detach()))
-            _recompute(active, output, partial(write_swiglu, gate_up.detach()))
-        return residual + output, None
+            return residual + self._after((output, None), "post_mlp_layernorm"), None
+        kind = self.architecture.activation
+        gate_up, inner_bias = self.mlp.linear_fc1(normed)
+        if norms_again:
+            recompute(normed, gate_up, partial(self.pre_mlp_layernorm.write, residual.detach()))
+        if inner_bias is not None:
+            gate_up = gate_up + inner_bias
+        active = swiglu(gate_up, kind)
+        output, outer_bias = self.mlp.linear_fc2(active)
+        if again:
+            recompute(active, output, partial(write_swiglu, gate_up.detach(), kind=kind))
+        return residual + self._after((output, outer_bias), "post_mlp_layernorm"), None
 
-    def _attend(self, qkv: Tensor, tables: Tensor, packed: PackedSeqParams) -> Tensor:
+    @property
+    def _input_projection(self) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+        is_delta_net = self.facts.mixer == GATED_DELTA_NET
+        projection: Callable[..., Any] = self.self_attention.in_proj if is_delta_net else self.self_attention.linear_qkv
+        return projection
+
+    def _after(self, output_and_bias: tuple[Tensor, Tensor | None], norm: str) -> Tensor:
+        """What a sub-layer's output becomes before it is added to the residual."""
+        output, bias = output_and_bias
+        if bias is not None:
+            output = output + bias
+        if self.architecture.norms != "before":
+            output = getattr(self, norm)(output)
+        scale = self.architecture.residual_scale
+        return output if scale == 1.0 else output * scale
+
+    def _mix(self, projected: Tensor, tables: Tensor, packed: PackedRows) -> tuple[Tensor, Tensor | None]:
+        """Attention or gated delta net, with its output projection: (output, its bias)."""
+        if self.facts.mixer == GATED_DELTA_NET:
+            assert packed.runs is not None
+            mixed: tuple[Tensor, Tensor | None] = self.self_attention.mix(projected, packed.runs)
+            return mixed
+        if self.rope_index is not None and len(self.architecture.ropes) > 1:
+            tables = tables[self.rope_index]
         attention = self.self_attention
-        num_groups, head_dim = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
-        if attention.q_layernorm is None:
-            query, key, value = split_and_rotate(qkv, tables, num_groups, head_dim)
-        else:
-            query, key, value = split_heads(qkv, num_groups, head_dim)
-            query = rotate(attention.q_layernorm(query), tables)
-            key = rotate(attention.k_layernorm(key), tables)
-            value = value.contiguous()
+        query, key, value, gates = self._heads(projected.squeeze(1), None if self.rope_index is None else tables)
         context = attention.core_attention(
             query, key, value, None, attn_mask_type=attention.attn_mask_type, packed_seq_params=packed
         )
-        output, _ = attention.linear_proj(context.reshape(context.shape[0], 1, -1))
-        return output
+        context = context.reshape(context.shape[0], -1)
+        if gates is not None:
+            context = output_gate(context, gates)
+        result: tuple[Tensor, Tensor | None] = attention.linear_proj(context[:, None])
+        return result
 
-
-def _recompute(output: Tensor, before: Tensor, write: Callable[[Tensor], None]) -> None:
-    """Free the memory of `output` and have `write(output)` fill it again when the gradient of `before` is there.
-
-    `before` is what was made from `output` (which its backward pass reads); nothing else may read `output` until then.
-    """
-    target = output.data  # without autograd's count of changes
-    size = target.untyped_storage().size()
-    target.untyped_storage().resize_(0)
-    # Emptied when used: autograd keeps the hook, and what it holds, until the whole backward pass is over.
-    needed = [(target, write)]
-
-    def fill(_: Tensor) -> None:
-        target, write = needed.pop()
-        target.untyped_storage().resize_(size)
-        write(target)
-
-    before.register_hook(fill)
+    def _heads(self, qkv: Tensor, tables: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys and values [t, heads, dim], normed and rotated as the architecture has it, and the output's gates."""
+        attention = self.self_attention
+        num_groups, head_dim = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
+        norms = self.architecture.query_key_norm
+        if norms is None and tables is not None and not self.architecture.attention_gate:
+            return *split_and_rotate(qkv, tables, num_groups, head_dim), None
+        num_queries = attention.num_attention_heads_per_partition // num_groups
+        query, gates, key, value = split_heads(qkv, num_groups, head_dim, num_queries)
+        heads = {"q": query, "k": key}
+        rotated = norms == "rotated head"
+        for letter, module in (("q", attention.q_layernorm), ("k", attention.k_layernorm)):
+            normed = heads[letter] if norms is None or rotated else module(heads[letter])
+            turned = normed if tables is None else rotate(normed, tables_of(tables, letter == "q"))
+            heads[letter] = module(turned) if rotated else turned.contiguous()
+        return heads["q"], heads["k"], value.contiguous(), gates

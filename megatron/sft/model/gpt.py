@@ -1,33 +1,33 @@
 """Builds the model: the one place that knows megatron-core's GPTModel and how its layers are put together here."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.rope import inverse_frequencies
-from megatron.sft.model.attention import PackedAttention
-from megatron.sft.model.config import has_transformer_engine
-from megatron.sft.model.cross_entropy import weighted_cross_entropy
-from megatron.sft.model.decoder_layer import DecoderLayer
-from megatron.sft.model.inputs import MicroBatch
+from megatron.sft.families.trained import Trained
+from megatron.sft.model.cross_entropy import LogitShape, weighted_cross_entropy
+from megatron.sft.model.inputs import MicroBatch, PackedRows
+from megatron.sft.model.layer_specs import stage_layers
 from megatron.sft.model.layout import Layout
-from megatron.sft.model.norm import ResidualNorm, RMSNorm
-from megatron.sft.model.rotary import rotary_tables
+from megatron.sft.model.lora.adapters import add_adapters, freeze
+from megatron.sft.model.rotary import rotary_tables, with_query_tables
 from megatron.sft.runtime import device
+
+# The summed loss whose gradient is taken, every trained token's -log p, and the report of `MicroBatch.weigh` if there is one.
+HeadResult = tuple[Tensor, Tensor, Tensor | None]
 
 
 class OutputHead(tensor_parallel.ColumnParallelLinear):
@@ -37,8 +37,8 @@ class OutputHead(tensor_parallel.ColumnParallelLinear):
     """
 
     def forward(
-        self, hidden: Tensor, weight: Tensor, batch: MicroBatch, vocab_size: int, logits: bool
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        self, hidden: Tensor, weight: Tensor, batch: MicroBatch, architecture: Architecture, logits: bool
+    ) -> Tensor | HeadResult:
         """hidden: [t / TP with sequence parallelism, 1, hidden size]. Returns what `SFTModel.forward` does."""
         if self.sequence_parallel:
             # Each rank's head gives a part of the gradient; the gather's backward sums the parts and scatters.
@@ -46,17 +46,27 @@ class OutputHead(tensor_parallel.ColumnParallelLinear):
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
         hidden = hidden.squeeze(1)  # [t, hidden]
+        shape = LogitShape(architecture.logit_scale, architecture.logit_cap)
         if logits:
-            local = hidden @ weight.t()
+            local = shape.of(hidden @ weight.t())
             whole: Tensor = tensor_parallel.gather_from_tensor_model_parallel_region(local, group=self.tp_group)
-            return whole[:, :vocab_size]
+            return whole[:, : architecture.vocab_size]
         trained = hidden.index_select(0, batch.targets.hidden_indices)  # [n, hidden]
         shared_here = self.weight is None  # tied, and the embedding lies on this stage
         # What the backward pass will start with: the weight's gradient is made before.
         scale = batch.gradient_scale
-        if self.config.fp16:
+        if self.config.fp16 and torch.is_grad_enabled():
             scale = self.config.grad_scale_func(torch.ones((), device=hidden.device) if scale is None else scale)
-        return weighted_cross_entropy(trained, weight, batch.targets, vocab_size, self.tp_group, shared_here, scale)
+        targets, report, rows = batch.targets, None, architecture.vocab_size
+        if batch.weigh is not None:
+            with torch.no_grad():
+                weighted, losses = weighted_cross_entropy(trained, weight, targets, rows, self.tp_group, shape=shape)
+            weights, report = batch.weigh(losses)
+            if not torch.is_grad_enabled():
+                return weighted, losses, report
+            targets = replace(targets, weights=weights)
+        result = weighted_cross_entropy(trained, weight, targets, rows, self.tp_group, shared_here, scale, shape)
+        return *result, report
 
 
 class SFTModel(GPTModel):
@@ -65,16 +75,20 @@ class SFTModel(GPTModel):
     def __init__(self, *args: Any, architecture: Architecture, **kwargs: Any) -> None:
         # megatron-core's own rotary positions know Llama 3.1's scaling at its first values only.
         super().__init__(*args, position_embedding_type="none", **kwargs)
-        self.true_vocab_size = architecture.vocab_size
-        # No buffer: Float16Module would round it.
-        self.inverse_frequencies = inverse_frequencies(architecture, device.current())
+        self.architecture = architecture
+        # No buffers: Float16Module would round them. None where they depend on the lengths of conversations.
+        self.inverse_frequencies = [
+            None if rope.scaling and rope.scaling.by_length else inverse_frequencies(rope, device.current())
+            for rope in architecture.ropes
+        ]
+        # Set where recomputation, or a stage that trains nothing, needs a gradient of what a frozen embedding gives.
+        self.starts_gradient = False
         if self.post_process:
             # GPTModel makes its output layer itself; only what it computes is changed.
             self.output_layer.__class__ = OutputHead
 
-    def forward(self, batch: MicroBatch, logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """On the last pipeline stage the summed loss and each trained token's (`weighted_cross_entropy`), on the others hidden
-        states [t, 1, hidden].
+    def forward(self, batch: MicroBatch, logits: bool = False) -> Tensor | HeadResult:
+        """On the last pipeline stage the `HeadResult`, on the others hidden states [t, 1, hidden].
 
         logits=True gives [t, vocabulary] instead of the loss, gathered over TP and without padded rows, for comparisons.
         """
@@ -83,30 +97,52 @@ class SFTModel(GPTModel):
             return hidden
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        result: Tensor | tuple[Tensor, Tensor] = self.output_layer(hidden, weight, batch, self.true_vocab_size, logits)
+        result: Tensor | HeadResult = self.output_layer(hidden, weight, batch, self.architecture, logits)
         return result
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
-        return decoder_input, rotary_tables(position_ids[0], self.inverse_frequencies), *rest
+        scale = self.architecture.embedding_scale
+        if decoder_input is not None and scale != 1.0:
+            # In the precision of the weights, as in transformers.
+            decoder_input = decoder_input * torch.tensor(scale, dtype=decoder_input.dtype).item()
+        if self.starts_gradient and self.pre_process and self.training and torch.is_grad_enabled():
+            decoder_input.requires_grad_()
+        return decoder_input, self._tables(position_ids[0], kwargs["packed_seq_params"]), *rest
+
+    def _tables(self, positions: Tensor, packed: PackedRows) -> Tensor:
+        """`rotary_tables` of the architecture's only rotation, or [rotations, ...] of several."""
+        tables = []
+        for rope, frequencies in zip(self.architecture.ropes, self.inverse_frequencies, strict=True):
+            if frequencies is None:
+                lengths = torch.from_numpy(packed.token_lengths).to(positions.device, non_blocking=True)
+                frequencies = inverse_frequencies(rope, positions.device, lengths)
+            table = rotary_tables(positions, frequencies, rope.attention_factor)
+            if rope.query_beta:
+                table = with_query_tables(table, positions, rope.query_beta, rope.query_original)
+            tables.append(table)
+        return tables[0] if len(tables) == 1 else torch.stack(tables)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # GPTModel would form all logits here; the head takes the hidden states.
         return hidden_states
 
 
-def build_model(architecture: Architecture, layout: Layout, config: TransformerConfig, chunk: int = 0) -> SFTModel:
-    """This process's part of the model, its parameters not yet set: load a checkpoint or `weights` into it.
+def build_model(
+    architecture: Architecture, layout: Layout, config: TransformerConfig, chunk: int = 0, trained: Trained | None = None
+) -> SFTModel:
+    """This process's part of the model, its parameters not yet set: load a checkpoint into it.
 
-    chunk: which one, where the layout puts several on each pipeline stage. Needs megatron-core's parallel state to have the
-    sizes of `layout`. Under `torch.device("meta")` it takes no memory.
+    chunk: which one, where the layout puts several on each pipeline stage. trained: with its adapters, and without gradients
+    for what is frozen; everything unless given. Needs megatron-core's parallel state to have the sizes of `layout`. Under
+    `torch.device("meta")` it takes no memory.
     """
     vp_stage = chunk if layout.virtual_pipeline > 1 else None
     pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
     post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     model = SFTModel(
         config=config,
-        transformer_layer_spec=_layers(config, vp_stage),
+        transformer_layer_spec=stage_layers(architecture, config, vp_stage),
         vocab_size=layout.padded_vocab_size(architecture),
         max_sequence_length=architecture.max_positions,
         pre_process=pre_process,
@@ -116,11 +152,18 @@ def build_model(architecture: Architecture, layout: Layout, config: TransformerC
         architecture=architecture,
     )
     _mark_split_parameters(model)
+    if trained is not None and trained.lora is not None:
+        add_adapters(model, architecture, layout, trained.lora)
+    elif trained is not None:
+        freeze(model, architecture, layout, trained)
+    if pre_process and not model.embedding.word_embeddings.weight.requires_grad:
+        trains_nothing = not any(parameter.requires_grad for parameter in model.parameters())
+        model.starts_gradient = config.recompute_granularity == "full" or trains_nothing
     for module in model.modules():
         # Transformer Engine's layers add their weight gradients to main_grad inside the GEMM. megatron-core's switch for it
         # would ask for Apex, which only its own layers need.
         if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
+            module.fuse_wgrad_accumulation = all(weight.requires_grad for weight in module.parameters(recurse=False))
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     return model if on_meta else model.to(device.current())
 
@@ -139,33 +182,3 @@ def _mark_split_parameters(model: torch.nn.Module) -> None:
             continue
         if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
-
-
-def _layers(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
-    )
-    layer.module = DecoderLayer
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = ResidualNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
-    attention.q_layernorm = attention.k_layernorm = RMSNorm if config.qk_layernorm else None
-    if has_transformer_engine():
-        from megatron.core.extensions import transformer_engine as engine
-
-        attention.linear_qkv, attention.linear_proj = engine.TEColumnParallelLinear, engine.TERowParallelLinear
-        windowed_part = config.context_parallel_size > 1 and config.window_size is not None
-        if config.params_dtype != torch.float32 and not windowed_part:
-            # It has no packed attention in float32, nor a window on a part of the row.
-            attention.core_attention = engine.TEDotProductAttention
-        if not config.num_moe_experts:
-            dense = layer.submodules.mlp.submodules
-            dense.linear_fc1, dense.linear_fc2 = engine.TEColumnParallelLinear, engine.TERowParallelLinear
-    if config.num_moe_experts:
-        # The name that Transformer Engine's layer gives it: before experts the norm is not part of a linear layer.
-        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-        if has_transformer_engine():
-            layer.submodules.mlp = get_moe_module_spec(
-                use_te=True, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
-            )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)

@@ -76,6 +76,8 @@ def check_layout(layout: Layout, architecture: Architecture) -> None:
     tensor_parallel = layout.tensor_parallel
     width = architecture.moe.ffn_hidden_size if architecture.moe else architecture.ffn_hidden_size
     sizes = {"attention heads": architecture.num_heads, "KV heads": architecture.num_kv_heads}
+    if architecture.delta_net:
+        sizes["key heads of gated delta nets"] = architecture.delta_net.num_key_heads
     if layout.expert_parallel == 1:
         sizes["MLP width"] = width
     works = [n for n in range(1, architecture.num_kv_heads + 1) if all(size % n == 0 for size in sizes.values())]
@@ -88,6 +90,11 @@ def check_layout(layout: Layout, architecture: Architecture) -> None:
     if layout.pipeline_parallel > architecture.num_layers:
         raise UserError(
             f"PP={layout.pipeline_parallel} is more than the model's {architecture.num_layers} layers: choose PP up to that"
+        )
+    if architecture.delta_net and layout.context_parallel > 1:
+        raise UserError(
+            f"CP={layout.context_parallel} is not possible with the gated delta nets of {architecture.family}, whose state "
+            "goes through the whole conversation: take CONTEXT_PARALLEL_SIZE=1, and TP with SEQUENCE_PARALLEL=1 for long rows"
         )
     _check_virtual_pipeline(layout, architecture)
     _check_experts(layout, architecture)

@@ -8,9 +8,12 @@ import os
 from pathlib import Path
 
 from megatron.sft.checkpoint.folder import MANIFEST, Checkpoint
+from megatron.sft.data.reference_logps import MAKE_AGAIN
 from megatron.sft.data.tokenized import REBUILD, TokenizedRows
 from megatron.sft.families.architecture import Architecture
-from megatron.sft.planning.run_plan import RunPlan
+from megatron.sft.model.layout import check_layout
+from megatron.sft.planning.reference_plan import ReferencePlan
+from megatron.sft.planning.run_plan import RunPlan, architecture_of, check_data_fits
 from megatron.sft.runtime.checksum_cache import check_once
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import check_sizes, listed_files
@@ -21,12 +24,18 @@ CHECKED = "MEGATRON_SFT_INPUTS_CHECKED"
 
 
 def check(plan: RunPlan) -> None:
-    """Check data and, for a new run, the start checkpoint, unless the launcher has done so. A difference is a `UserError`."""
+    """Check data, the start checkpoint of a new run, and the weights under adapters, unless the launcher has done so.
+
+    A difference is a `UserError`.
+    """
     if os.environ.get(CHECKED) == "1":
         return
     check_rows(plan.rows, plan.options.save)
-    if not plan.resume:
-        check_checkpoint(plan.start, plan.architecture, plan.options.verify_checkpoint)
+    weights = plan.base if plan.resume else plan.start
+    if weights is not None:
+        check_checkpoint(weights, plan.architecture, plan.options.verify_checkpoint)
+    if plan.reference:
+        check_reference(plan, plan.reference)
 
 
 def check_rows(rows: TokenizedRows, save: Path) -> None:
@@ -37,6 +46,25 @@ def check_rows(rows: TokenizedRows, save: Path) -> None:
     prefix = rows.prefix
     caches = (prefix.with_name(f".{prefix.name}.checked.json"), save / ".data.checked.json")
     check_once(rows.files, REBUILD, caches)
+
+
+def check_reference(plan: RunPlan, reference: ReferencePlan) -> None:
+    """Compare the checksums of the reference's log-probabilities; where they are to be made, those of its checkpoint, which
+    must fit the data and the layout."""
+    options = plan.options
+    if reference.logps is not None:
+        prefix = reference.logps.prefix
+        caches = (prefix.with_name(f".{prefix.name}.checked.json"), options.save / ".reference.checked.json")
+        check_once(reference.logps.files, MAKE_AGAIN, caches)
+    elif reference.checkpoint is not None and options.reference:
+        checkpoint = reference.checkpoint
+        architecture = architecture_of(checkpoint)
+        try:
+            check_layout(plan.layout, architecture)
+            check_data_fits(plan.rows, options, architecture, checkpoint.manifest.get("source", {}))
+        except UserError as error:
+            raise UserError(f"REFERENCE {options.reference}: {error}") from None
+        check_checkpoint(checkpoint, architecture, options.verify_checkpoint)
 
 
 def check_checkpoint(checkpoint: Checkpoint, architecture: Architecture, checksums: bool = True) -> None:

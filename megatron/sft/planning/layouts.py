@@ -49,6 +49,22 @@ def suggest_layouts(
     return suggestions[:count]
 
 
+def largest_parts(
+    architecture: Architecture, num_gpus: int, settings: MemorySettings, global_batch_size: int
+) -> tuple[int, list[tuple[str, int]]]:
+    """The least that any layout on `num_gpus` GPUs takes of each, and its parts, the largest first."""
+    least: MemoryEstimate | None = None
+    for layout in _layouts(architecture, num_gpus, settings):
+        data_parallel = num_gpus // layout.model_size
+        num_micro_batches = max(1, global_batch_size // (data_parallel * settings.micro_batch_size))
+        here = replace(settings, num_micro_batches=num_micro_batches, recompute="full")
+        found = estimate(architecture, layout, data_parallel, here)
+        least = found if least is None or found.total < least.total else least
+    if least is None:
+        return 0, []
+    return least.total, sorted(least.parts().items(), key=lambda part: -part[1])
+
+
 def _layouts(architecture: Architecture, num_gpus: int, settings: MemorySettings) -> Iterator[Layout]:
     context_sizes = (1, 2, 4, 8)
     expert_sizes = (1, 2, 4, 8) if architecture.moe else (1,)

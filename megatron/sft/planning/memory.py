@@ -3,10 +3,17 @@
 docs/performance.md compares the estimates with measured peaks.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
-from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
+from megatron.sft.families.registry import layer_rules
+from megatron.sft.families.sizes import weight_shape
+from megatron.sft.families.trained import Trained
 from megatron.sft.model.layout import HEAD_CHUNK_TOKENS, Layout
+from megatron.sft.planning.trained_sizes import stage_trained, unkept_inputs
 
 GIB = 2**30
 # In the order of their cost in time.
@@ -32,6 +39,7 @@ class MemorySettings:
     recompute: str = "none"
     optimizer_precision: str = "fp32"
     optimizer_offload: bool = False
+    trained: Trained = Trained()
 
 
 @dataclass(frozen=True)
@@ -84,37 +92,50 @@ def cheapest_recompute(
 
 def num_parameters(architecture: Architecture) -> int:
     """Number of weights of the whole model, tied embeddings counted once."""
-    split, whole, expert = _layer_parameters(architecture)
     embeddings = architecture.vocab_size * architecture.hidden_size * (1 if architecture.tied_embeddings else 2)
-    return architecture.num_layers * (split + whole + expert) + embeddings + architecture.hidden_size
+    return sum(_parameters(architecture, architecture.layers)) + embeddings + architecture.hidden_size
 
 
 def stage_parameters(architecture: Architecture, layout: Layout, stage: int) -> tuple[int, int]:
     """Weights on one process of a pipeline stage: those that every data-parallel copy holds, and those of its experts."""
-    split, whole, expert = _layer_parameters(architecture)
-    layers = layout.stage_layers(architecture)[stage]
+    split, whole, expert = _parameters(architecture, _stage_layers(architecture, layout, stage))
     last = layout.pipeline_parallel - 1
     embedding = layout.padded_vocab_size(architecture) // layout.tensor_parallel * architecture.hidden_size
-    dense = layers * (split // layout.tensor_parallel + whole)
+    dense = split // layout.tensor_parallel + whole
     if stage == 0:
         dense += embedding
     if stage == last:
         dense += architecture.hidden_size  # the last norm
         if not architecture.tied_embeddings or last > 0:  # tied stages hold a copy each
             dense += embedding
-    return dense, layers * expert // (layout.expert_parallel * layout.expert_tensor_parallel)
+    return dense, expert // (layout.expert_parallel * layout.expert_tensor_parallel)
 
 
-def _layer_parameters(architecture: Architecture) -> tuple[int, int, int]:
-    """Of one layer: weights that TP splits, weights that every process holds, weights of all experts together."""
-    hidden, head_dim = architecture.hidden_size, architecture.head_dim
-    split = hidden * head_dim * 2 * (architecture.num_heads + architecture.num_kv_heads)
-    split += head_dim * (architecture.num_heads + 2 * architecture.num_kv_heads) if architecture.qkv_bias else 0
-    whole = 2 * hidden + (2 * head_dim if architecture.qk_norm else 0)
-    if architecture.moe is None:
-        return split + 3 * hidden * architecture.ffn_hidden_size, whole, 0
-    experts = architecture.moe.num_experts * 3 * hidden * architecture.moe.ffn_hidden_size
-    return split, whole + architecture.moe.num_experts * hidden, experts
+def _stage_layers(architecture: Architecture, layout: Layout, stage: int) -> tuple[Layer, ...]:
+    counts = layout.stage_layers(architecture)
+    return architecture.layers[sum(counts[:stage]) : sum(counts[: stage + 1])]
+
+
+def _parameters(architecture: Architecture, layers: Sequence[Layer]) -> tuple[int, int, int]:
+    """Of these layers: weights that TP splits, weights that every process holds, weights of all experts together."""
+    of_each = [[size * count for size in _layer_parameters(architecture, kind)] for kind, count in Counter(layers).items()]
+    split, whole, expert = (sum(sizes) for sizes in zip(*of_each, strict=True))
+    return split, whole, expert
+
+
+def _layer_parameters(architecture: Architecture, layer: Layer) -> tuple[int, int, int]:
+    """The three of one layer, by the family's table."""
+    split = whole = expert = 0
+    for rule in layer_rules(architecture, layer):
+        size = prod(weight_shape(architecture, rule))
+        if "{expert}" in rule.megatron:
+            assert architecture.moe is not None
+            expert += size * architecture.moe.num_experts
+        elif rule.tp_dim is None:
+            whole += size
+        else:
+            split += size
+    return split, whole, expert
 
 
 def _stage_estimate(
@@ -124,18 +145,25 @@ def _stage_estimate(
     copies = data_parallel * layout.context_parallel
     expert_copies = max(1, copies * layout.tensor_parallel // (layout.expert_parallel * layout.expert_tensor_parallel))
     for_weight, for_gradient, for_optimizer = _bytes_per_parameter(settings)
+    trained_dense, trained_expert = dense, expert
+    if not settings.trained.everything:
+        trained_dense, trained_expert = stage_trained(architecture, layout, settings.trained, stage)
     tokens = settings.seq_length * settings.micro_batch_size // layout.context_parallel
     in_flight = _micro_batches_in_flight(layout, settings.num_micro_batches, stage)
-    layers = layout.stage_layers(architecture)[stage]
-    layer = layer_tensors(architecture, layout, settings)
-    one_micro_batch = layers * tokens * sum(kept_tensors(layer, settings.recompute).values())
+    kinds = Counter(_stage_layers(architecture, layout, stage))
+    tensors = {kind: layer_tensors(architecture, layout, settings, kind) for kind in kinds}
+    unneeded = unkept_inputs(architecture, settings.trained)
+    kept = {kind: sum(kept_tensors(tensors[kind], settings.recompute, unneeded).values()) for kind in kinds}
+    one_micro_batch = tokens * sum(count * kept[kind] for kind, count in kinds.items())
     weights = for_weight * (dense + expert)
+    if settings.trained.lora is not None:
+        weights += for_weight * (trained_dense + trained_expert)
     if settings.precision == "fp8":
         # Two copies of the linear layers' weights in 8 bits, as rows and as columns.
-        split, _, _ = _layer_parameters(architecture)
-        weights += 2 * (layers * split // layout.tensor_parallel + expert)
+        split, _, _ = _parameters(architecture, _stage_layers(architecture, layout, stage))
+        weights += 2 * (split // layout.tensor_parallel + expert)
     activations = in_flight * one_micro_batch
-    working = _largest_layer_tensors(layer, settings.recompute) * tokens
+    working = max(_largest_layer_tensors(layer, settings.recompute) for layer in tensors.values()) * tokens
     unit = _element_bytes(settings)
     if stage == layout.pipeline_parallel - 1:
         # The last layer's output, its norm, its trained tokens and their gradient, on all TP ranks alike.
@@ -146,8 +174,8 @@ def _stage_estimate(
     return MemoryEstimate(
         stage=stage,
         weights=int(weights),
-        gradients=int(for_gradient * (dense + expert)),
-        optimizer=int(for_optimizer * (dense / copies + expert / expert_copies)),
+        gradients=int(for_gradient * (trained_dense + trained_expert)),
+        optimizer=int(for_optimizer * (trained_dense / copies + trained_expert / expert_copies)),
         activations=int(activations * (1 + _FRAGMENTS)),
         working=int(working),
         reserve=_CONTEXT_BYTES + _NCCL_BYTES * sum(size > 1 for size in dimensions),
@@ -181,51 +209,93 @@ def _element_bytes(settings: MemorySettings) -> int:
     return 4 if settings.precision == "fp32" else 2
 
 
-def layer_tensors(architecture: Architecture, layout: Layout, settings: MemorySettings) -> dict[str, float]:
-    """Bytes a token of what one layer's forward pass keeps for its backward pass, on one process.
+def layer_tensors(architecture: Architecture, layout: Layout, settings: MemorySettings, layer: Layer) -> dict[str, float]:
+    """Bytes a token of what such a layer's forward pass keeps for its backward pass, on one process.
 
     The norms keep their input, the linear layers theirs, the attention its query, key, value, result and logarithms of sums,
     SwiGLU its input. Under sequence parallelism what lies between the parallel parts is split over TP too.
     """
     tensor_parallel = layout.tensor_parallel
     unit = _element_bytes(settings)
-    linear = 1 if settings.precision == "fp8" else unit  # inputs of linear layers are kept in 8 bits
+    # Inputs of linear layers are kept in 8 bits, but for adapters.
+    linear = 1 if settings.precision == "fp8" and settings.trained.lora is None else unit
     hidden = architecture.hidden_size / (tensor_parallel if layout.sequence_parallel else 1)
-    query = architecture.num_heads * architecture.head_dim / tensor_parallel
-    key_value = architecture.num_kv_heads * architecture.head_dim / tensor_parallel
+    mixer = _delta_net_tensors if layer.mixer == GATED_DELTA_NET else _attention_tensors
     tensors = {
         "layer input": unit * hidden + 4,
         "attention norm": linear * hidden,
+        **mixer(architecture, tensor_parallel, unit, linear),
+        "residual": unit * hidden + 4,
+        "MLP norm": linear * hidden,
+    }
+    if architecture.norms == "after":
+        # The layers' inputs are those of the linear layers as well.
+        tensors |= {"attention norm": 0, "MLP norm": 0}
+    if architecture.norms != "before":
+        tensors |= {"attention output": unit * hidden + 4, "MLP output": unit * hidden + 4}
+    if not layer.experts:
+        width = architecture.ffn_hidden_size / tensor_parallel
+        return {**tensors, "gate and up": 2 * unit * width, "activation": linear * width}
+    # Each token goes to several experts, wherever they are: its row, and what they make of it, as often.
+    moe = architecture.moe
+    assert moe is not None
+    chosen = moe.experts_per_token
+    width = chosen * moe.ffn_hidden_size / layout.expert_tensor_parallel
+    # Scores, the choice, and where rows come from and go to. Between processes rows cannot be made again.
+    routed = {"router": 12.0 * moe.num_experts + 32.0 * chosen, "MLP norm": unit * hidden}
+    rows = "rows of experts" if layout.expert_parallel == 1 else "rows of other processes"
+    return {**tensors, **routed, rows: chosen * unit * hidden, "gate and up": 2 * unit * width, "activation": unit * width}
+
+
+def _attention_tensors(architecture: Architecture, tensor_parallel: int, unit: int, linear: int) -> dict[str, float]:
+    query = architecture.num_heads * architecture.head_dim / tensor_parallel
+    key_value = architecture.num_kv_heads * architecture.head_dim / tensor_parallel
+    tensors = {
         "query": unit * query,
         "key and value": 2 * unit * key_value,
         "attention result": unit * query + 4 * architecture.num_heads / tensor_parallel,
         "attention result in 8 bits": linear * query if linear != unit else 0,
-        "residual": unit * hidden + 4,
-        "MLP norm": linear * hidden,
     }
-    if architecture.moe is None:
-        width = architecture.ffn_hidden_size / tensor_parallel
-        return {**tensors, "gate and up": 2 * unit * width, "activation": linear * width}
-    # Each token goes to several experts, wherever they are: its row, and what they make of it, as often.
-    chosen = architecture.moe.experts_per_token
-    width = chosen * architecture.moe.ffn_hidden_size / layout.expert_tensor_parallel
-    routed = {"rows of experts": chosen * 2 * unit * hidden, "router": 12.0 * architecture.moe.num_experts}
-    return {**tensors, **routed, "gate and up": 2 * unit * width, "activation": linear * width}
+    if architecture.attention_gate:
+        tensors |= {"gate": unit * query, "gated result": linear * query}
+    return tensors
 
 
-def kept_tensors(layer: dict[str, float], recompute: str) -> dict[str, float]:
-    """Those of `layer_tensors` that a layer keeps with this word for RECOMPUTE."""
+def _delta_net_tensors(architecture: Architecture, tensor_parallel: int, unit: int, linear: int) -> dict[str, float]:
+    """The convolution keeps its input, the delta rule query, key, value and step sizes, the gated norm its input and gate."""
+    sizes = architecture.delta_net
+    assert sizes is not None
+    values = sizes.num_value_heads * sizes.value_dim / tensor_parallel
+    convolved = sizes.convolved_rows / tensor_parallel
+    # The delta rule keeps normed queries and keys, and a 64 x 64 matrix of each value head and chunk of 64 tokens.
+    queries_keys = 2 * sizes.num_key_heads * sizes.key_dim / tensor_parallel
+    return {
+        "projected": unit * sizes.input_rows / tensor_parallel,
+        "convolved": unit * convolved,
+        "normed queries and keys": unit * queries_keys,
+        "chunks": unit * 64 * sizes.num_value_heads / tensor_parallel,
+        "step sizes": 12.0 * sizes.num_value_heads / tensor_parallel,
+        "delta result": unit * values,
+        "gated result": linear * values,
+    }
+
+
+def kept_tensors(layer: dict[str, float], recompute: str, unneeded: frozenset[str] = frozenset()) -> dict[str, float]:
+    """Those of `layer_tensors` that a layer keeps with this word for RECOMPUTE, without those that no gradient needs."""
     if recompute == "full":
         return {"layer input": layer["layer input"]}
-    again = {"attention norm", "MLP norm", "activation"} if recompute == "selective" else set()
-    if "rows of experts" in layer:
-        again -= {"MLP norm", "activation"}  # experts are left as they are
+    layer = {name: size for name, size in layer.items() if name not in unneeded}
+    again = {"attention norm", "MLP norm", "activation", "rows of experts"} if recompute == "selective" else set()
+    if "router" in layer:
+        again -= {"MLP norm"}  # the router and the rows are made of it
     return {name: size for name, size in layer.items() if name not in again}
 
 
 def _largest_layer_tensors(layer: dict[str, float], recompute: str) -> float:
     """Bytes a token that one layer's backward pass takes in addition to what is kept: gradients, and recomputed tensors."""
     gradients = layer["gate and up"] + layer["activation"] + layer["MLP norm"]
+    # The gradients of experts' results and of their rows.
+    gradients += 2 * max(layer.get("rows of experts", 0.0), layer.get("rows of other processes", 0.0))
     again = sum(layer.values()) - sum(kept_tensors(layer, recompute).values())
     # Norms and activation are computed again one at a time.
     return gradients + (again if recompute == "full" else min(again, layer["activation"]))

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.trained import Trained
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning.memory import GIB, MemorySettings, cheapest_recompute, estimate
 from megatron.sft.planning.options import TrainOptions
@@ -40,7 +41,7 @@ def _fewest_gpus(
     return None
 
 
-def memory_settings(options: TrainOptions, seq_length: int, data_parallel: int) -> MemorySettings:
+def memory_settings(options: TrainOptions, seq_length: int, data_parallel: int, trained: Trained) -> MemorySettings:
     """The argument of `estimate` for a run's settings."""
     return MemorySettings(
         seq_length=seq_length,
@@ -50,6 +51,7 @@ def memory_settings(options: TrainOptions, seq_length: int, data_parallel: int) 
         recompute=options.recompute,
         optimizer_precision=options.optimizer_precision,
         optimizer_offload=options.optimizer_offload,
+        trained=trained,
     )
 
 

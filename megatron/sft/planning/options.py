@@ -1,14 +1,29 @@
 """The settings of a training run: one table of shell variable, option, default and meaning."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron.sft.runtime.errors import UserError
 
-MODES = ("train", "resume")
+MODES = ("train", "resume", "reference")
+OBJECTIVES = ("sft", "dft", "dpo", "simpo", "orpo", "cpo")
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "sigmoid_norm", "robust", "cdpo", "exo", "nca", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
+    "discopop",
+)  # fmt: skip
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+# Asked for often enough to get advice instead of a list of what there is.
+_OTHER_OBJECTIVES = {
+    "kto": "KTO is not built: with a better and a worse answer to a question take OBJECTIVE=dpo with DPO_LOSS=bco_pair or "
+    "apo_zero, which look at each answer by itself; with good answers alone, OBJECTIVE=sft",
+    "rm": "reward models are not built: OBJECTIVE=dpo trains on the same pairs without one",
+    "ppo": "reinforcement learning is not built: OBJECTIVE=dpo trains on pairs of answers",
+}
+_OTHER_OBJECTIVES |= {"reward": _OTHER_OBJECTIVES["rm"], "reward_model": _OTHER_OBJECTIVES["rm"]}
+_OTHER_OBJECTIVES |= {"grpo": _OTHER_OBJECTIVES["ppo"], "rloo": _OTHER_OBJECTIVES["ppo"]}
 
 
 def _setting(variable: str, meaning: str, default: Any = MISSING, choices: tuple[str, ...] = (), option: str = "") -> Any:
@@ -51,6 +66,31 @@ class TrainOptions:
         "LOSS_AVERAGE", "what weighs the same in the loss: every trained token, or every conversation",
         "token", ("token", "conversation"))
 
+    objective: str = _setting(
+        "OBJECTIVE", "what is trained: answers, answers weighed by their own probability (dft), or pairs of a chosen and a "
+        "rejected answer, with a reference (dpo) or without one", "sft", OBJECTIVES)
+    dpo_loss: str = _setting("DPO_LOSS", "loss of a pair with OBJECTIVE=dpo (docs/preferences.md)", "sigmoid", DPO_LOSSES)
+    dpo_beta: float = _setting(
+        "DPO_BETA", "how strongly pairs hold the model to the reference: rewards are this times the log-ratios", 0.1)
+    dpo_label_smoothing: float = _setting(
+        "DPO_LABEL_SMOOTHING", "share of the pairs taken as wrongly ordered: for DPO_LOSS=robust, cdpo, exo, for simpo and cpo",
+        0.0)
+    dpo_f_divergence: str = _setting(
+        "DPO_F_DIVERGENCE", "what holds the model to the reference", "reverse_kl", DIVERGENCES)
+    dpo_f_alpha: float = _setting("DPO_F_ALPHA", "alpha of DPO_F_DIVERGENCE=alpha_divergence", 0.5)
+    dpo_ld_alpha: float = _setting(
+        "DPO_LD_ALPHA", "weight of an answer's tokens past the length of the pair's shorter answer", 1.0)
+    dpo_discopop_tau: float = _setting("DPO_DISCOPOP_TAU", "temperature of DPO_LOSS=discopop", 0.05)
+    simpo_gamma: float = _setting("SIMPO_GAMMA", "margin of the rewards that OBJECTIVE=simpo aims at", 0.5)
+    sft_weight: float = _setting(
+        "SFT_WEIGHT", "weight of the SFT loss of the chosen answers, added to the loss of the pairs; -1 takes the objective's "
+        "own: 1 for orpo and cpo, 0 for dpo and simpo", -1.0)
+    reference: str = _setting(
+        "REFERENCE", "OBJECTIVE=dpo: the checkpoint that the model is held to, if not the one it starts from", "")
+    reference_logps: str = _setting(
+        "REFERENCE_LOGPS", "prefix of the .bin and .json with the reference's log-probabilities, which are made if missing; "
+        "not set: next to the data", "")
+
     precision: str = _setting(
         "PRECISION", "of forward and backward; fp8 needs Transformer Engine", "bf16", ("bf16", "fp16", "fp8", "fp32"))
     fp8_recipe: str = _setting(
@@ -81,6 +121,23 @@ class TrainOptions:
         "RECOMPUTE", "what is recomputed in the backward pass to save memory: nothing, norms and activation functions, "
         "whole layers, or the cheapest of these that fits", "none", ("none", "selective", "full", "auto"))
 
+    lora_rank: int = _setting("LORA_RANK", "rank of the adapters (LoRA) that are trained; 0 trains the weights themselves", 0)
+    lora_alpha: float = _setting("LORA_ALPHA", "scale of the adapters, divided by the rank; 0 takes twice the rank", 0.0)
+    lora_dropout: float = _setting("LORA_DROPOUT", "share of the adapters' inputs that are set to 0 in training", 0.0)
+    lora_targets: str = _setting(
+        "LORA_TARGETS", "what gets adapters: all (attention and dense MLP), attention, mlp, experts, or names of Hugging "
+        "Face's modules such as q_proj,v_proj; separate several with commas", "all")
+    lora_scaling: str = _setting(
+        "LORA_SCALING", "LORA_ALPHA divided by the rank, or by its square root", "alpha/r", ("alpha/r", "rslora"))
+    lora_plus: float = _setting("LORA_PLUS", "factor of the learning rate of the adapters' B; 1 is plain LoRA", 1.0)
+    lora_init_from: str = _setting("LORA_INIT_FROM", "PEFT folder of an adapter to continue, with its rank and targets", "")
+    freeze: str = _setting(
+        "FREEZE", "what is not trained: embedding, head, norms, attention, mlp, experts, router, layers 0-11, or a pattern of "
+        "Hugging Face's names; separate several with commas", "")
+    train_router: str = _setting(
+        "TRAIN_ROUTER", "whether a mixture's router is trained; auto: with all weights, not with adapters",
+        "auto", ("auto", "1", "0"))
+
     gpu_memory_gib: float = _setting(
         "GPU_MEMORY_GIB", "memory of a GPU in GiB, for plan and RECOMPUTE=auto; 0 takes the GPU found", 0.0)
     tokens_per_second: float = _setting(
@@ -98,9 +155,20 @@ class TrainOptions:
         "VERIFY_CHECKPOINT", "compare every file of a checkpoint with its checksum before loading it (1 or 0)", True)
     resume_with: str = _setting(
         "RESUME_WITH", "what may differ from the saved run, at the same position: data, tokenizer, seq_length, "
-        "global_batch_size, seed, split, loss_average; separate several with commas", "")
+        "global_batch_size, seed, split, loss_average, objective, reference; separate several with commas", "")
     eval_interval: int = _setting("EVAL_INTERVAL", "steps between validations, where SPLIT has validation rows", 100)
     eval_iters: int = _setting("EVAL_ITERS", "global batches a validation; 0 takes all validation rows once", 0)
+    validate_at_start: bool = _setting(
+        "VALIDATE_AT_START", "validate before the first step too: a wrong template or tokenizer shows at once (1 or 0)", False)
+    early_stop_patience: int = _setting(
+        "EARLY_STOP_PATIENCE", "end the run after this many validations in a row without a lower loss; 0 never does", 0)
+    loss_ceiling: float = _setting(
+        "LOSS_CEILING", "end a run that has diverged, with status 2 and without saving it: its training loss stays above "
+        "this; 0 sets none", 0.0)
+    loss_ceiling_patience: int = _setting("LOSS_CEILING_PATIENCE", "steps in a row above LOSS_CEILING that end the run", 10)
+    export_every: int = _setting(
+        "EXPORT_EVERY", "steps between Hugging Face folders (PEFT folders of adapters) that are written to OUTPUT_PATH/exports "
+        "while training continues; these steps are saved; 0 writes none", 0)
     on_nan: str = _setting(
         "ON_NAN", "what to do with a step whose loss or gradient is not finite: stop the run, or skip the step",
         "stop", ("stop", "skip"))
@@ -137,13 +205,22 @@ def options_record(options: "TrainOptions") -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
+def options_of_record(record: Mapping[str, Any]) -> "TrainOptions":
+    """The settings that `options_record` was made of. Those that it lacks, of a run of an older version, get their defaults."""
+    values: dict[str, Any] = {}
+    for setting in fields(TrainOptions):
+        value = record.get(flag_of(setting)[2:].replace("-", "_"), setting.default)
+        values[setting.name] = Path() if value is MISSING else Path(value) if setting.type is Path else value
+    return TrainOptions(**values)
+
+
 def parse(arguments: Sequence[str] | None = None) -> tuple[str, TrainOptions]:
     """The mode (`train`, `resume`, or an empty string: resume if there is a checkpoint, else train) and the settings.
 
     A `UserError` names the variable, not the option, since variables are what users type.
     """
     parser = _Parser(prog="train", description="Supervised fine-tuning with megatron-core.", allow_abbrev=False)
-    parser.add_argument("mode", nargs="?", default="", choices=("", *MODES), metavar="train|resume")
+    parser.add_argument("mode", nargs="?", default="", choices=("", *MODES), metavar="train|resume|reference")
     for setting in fields(TrainOptions):
         kind = setting.type
         required = setting.default is MISSING
@@ -151,7 +228,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, TrainOptions]:
         parser.add_argument(
             flag_of(setting),
             dest=setting.name,
-            type=_flag if kind is bool else kind,
+            type=_flag if kind is bool else _objective if setting.name == "objective" else kind,
             default=None if required else setting.default,
             choices=setting.metadata["choices"] or None,
             help=meaning,
@@ -172,6 +249,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (docs/options.md lists the settings)")
 
 
+def _objective(text: str) -> str:
+    if advice := _OTHER_OBJECTIVES.get(text.lower().replace("-", "_")):
+        raise argparse.ArgumentTypeError(advice)
+    return text
+
+
 def _flag(text: str) -> bool:
     if text.lower() in ("1", "true", "yes", "on"):
         return True
@@ -185,7 +268,8 @@ def as_markdown() -> str:
     lines = [
         "# Settings of a training run",
         "",
-        "Set them as shell variables in a recipe (`scripts/sft/*.sh`), in the environment, or with `sbatch --export`.",
+        "Set them as shell variables in a recipe (`scripts/sft/*.sh`, `scripts/dpo/*.sh`), in the environment, or with "
+        "`sbatch --export`.",
         "This page is made by `python -m megatron.sft.options --markdown`.",
         "",
         "| variable | option | default | meaning |",

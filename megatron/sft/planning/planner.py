@@ -1,5 +1,6 @@
 """What a run will need, for people: memory, disk and time, added to what its resolution says."""
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 from megatron.sft.planning import input_checks
 from megatron.sft.planning.memory import GIB, cheapest_recompute, estimate
 from megatron.sft.planning.memory_fit import fewest_gpus_text, gpu_memory, memory_settings
+from megatron.sft.planning.objective_checks import needs_pairs
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.planning.resolution import Resolution, checkpoint_bytes
 from megatron.sft.planning.run_time import full_rows, measured_rows, tokens_per_second
@@ -20,10 +22,11 @@ CHECKED_BYTES = 2 << 30
 
 def add_needs(found: Resolution) -> None:
     """Add checksums of small inputs, memory of a GPU, disk and time to the lines, and what does not fit to the problems."""
-    start, architecture = found.start, found.architecture
-    if start and architecture and start.manifest.get("files"):
-        files = {start.path / name: facts for name, facts in start.manifest["files"].items()}
-        _check_sums(found, files, input_checks.check_checkpoint, start, architecture)
+    architecture = found.architecture
+    for checkpoint in filter(None, {id(each): each for each in (found.start, found.base)}.values()):
+        if architecture and checkpoint.manifest.get("files"):
+            files = {checkpoint.path / name: facts for name, facts in checkpoint.manifest["files"].items()}
+            _check_sums(found, files, input_checks.check_checkpoint, checkpoint, architecture)
     if found.rows is not None:
         _check_sums(found, found.rows.files, input_checks.check_rows, found.rows, found.options.save)
     _add_memory(found)
@@ -44,7 +47,7 @@ def _add_memory(found: Resolution) -> None:
     architecture, layout, options = found.architecture, found.layout, found.options
     if architecture is None or not found.data_parallel or not found.seq_length or options.micro_batch_size < 1:
         return
-    settings = memory_settings(options, found.seq_length, found.data_parallel)
+    settings = memory_settings(options, found.seq_length, found.data_parallel, found.trained)
     gpu_bytes, where = gpu_memory(options)
     recompute, chosen = options.recompute, ""
     if recompute == "auto":
@@ -54,7 +57,8 @@ def _add_memory(found: Resolution) -> None:
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needed.parts().items())
     stage = f" on pipeline stage {needed.stage}" if layout.pipeline_parallel > 1 else ""
     found.add("memory of a GPU", f"{needed.total / GIB:.1f} GiB{stage} with RECOMPUTE={recompute}{chosen}: {parts}")
-    found.add("fits", fewest_gpus_text(architecture, layout, settings, options.global_batch_size))
+    if found.layout_fits:
+        found.add("fits", fewest_gpus_text(architecture, layout, settings, options.global_batch_size))
     if gpu_bytes:
         found.add("GPU", f"{gpu_bytes / GIB:.1f} GiB, {where}")
     if gpu_bytes and not needed.fits(gpu_bytes):
@@ -71,7 +75,7 @@ def _add_disk(found: Resolution) -> None:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    size = checkpoint_bytes(found.options, found.architecture)
+    size = checkpoint_bytes(found.options, found.architecture, found.trained)
     kept = checkpoints_kept(found.options, found.train_iters)
     found.add("disk", f"{gigabytes(size)} a checkpoint, {kept} kept: {gigabytes(kept * size)} of {gigabytes(free)} free")
     if size <= free < kept * size:  # no room for even one is found with the settings
@@ -86,9 +90,18 @@ def _add_time(found: Resolution) -> None:
         return
     options = found.options
     load = measured_rows(found.rows) if found.rows is not None else full_rows(found.seq_length)
-    speed, where = tokens_per_second(options.tokens_per_second, options.save, found.architecture, load, found.num_processes)
+    run = options.tokens_per_second, options.save, found.architecture, load, found.num_processes
+    frozen = found.trained.lora is not None
+    speed, where = tokens_per_second(*run, frozen, two_heads=needs_pairs(options.objective))
     tokens = found.train_iters * options.global_batch_size * load.tokens
+    if where.startswith("an assumed") and os.environ.get("MEGATRON_SFT_DEVICE") == "cpu":
+        found.add("time", f"for {tokens / 1e9:,.3f} G tokens not known on a CPU: the first steps show it")
+        return
     found.add("time", f"{clock(tokens / speed)} for {tokens / 1e9:,.3f} G tokens at {speed:,.0f} tokens/s ({where})")
+    if found.rows is not None and found.reference and not found.reference.logps:
+        # A forward pass is a third of a step.
+        tokens = found.rows.manifest["tokens"]
+        found.add("reference pass", f"{clock(tokens / speed / 3)} for {tokens / 1e9:,.3f} G tokens, once before the first step")
 
 
 def checkpoints_kept(options: TrainOptions, train_iters: int) -> int:

@@ -3,31 +3,42 @@
 `plan` and the start of a run print the same lines.
 """
 
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import numpy as np
 
+from megatron.sft.checkpoint.adapter_record import read_lora_record, refuse_adapters
 from megatron.sft.checkpoint.folder import TRACKER, Checkpoint
 from megatron.sft.data.tokenized import TokenizedRows, data_file, data_prefix
 from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.trained import Trained
+from megatron.sft.hf.names import similar_folder
 from megatron.sft.hf.published_configs import unconverted
 from megatron.sft.model.layout import Layout, check_layout
+from megatron.sft.planning.adapter_base import base_of
 from megatron.sft.planning.memory import num_parameters
-from megatron.sft.planning.options import TrainOptions, flag_of, shell_value, variable_of
+from megatron.sft.planning.objective_checks import check_objective_fits, needs_reference, objective_problems, objective_words
+from megatron.sft.planning.options import TrainOptions
+from megatron.sft.planning.reference_plan import ReferencePlan, check_made_here, plan_reference
 from megatron.sft.planning.run_plan import (
     RunPlan,
     architecture_of,
     check_data_fits,
     eval_iters,
+    exported_model,
     layout_for,
     number_problems,
     split,
     starting_point,
     steps,
+    untokenized,
+    validation_problems,
 )
+from megatron.sft.planning.small_runs import run_notes
+from megatron.sft.planning.trained_part import check_same_training, describe, lr_hint, trained_part
+from megatron.sft.planning.trained_sizes import num_trained
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import check_free_space
@@ -52,13 +63,17 @@ class Resolution:
     start: Checkpoint | None = None
     resume: bool = False
     architecture: Architecture | None = None
+    trained: Trained = Trained()
+    base: Checkpoint | None = None
     layout: Layout = Layout()
+    layout_fits: bool = True  # the model
     data_parallel: int = 0
     rows: TokenizedRows | None = None
     training_rows: np.ndarray | None = None
     validation_rows: np.ndarray | None = None
     train_iters: int = 0
     warmup_iters: int = 0
+    reference: ReferencePlan | None = None
 
     @property
     def seq_length(self) -> int:
@@ -91,12 +106,14 @@ class Resolution:
 def resolve(mode: str, options: TrainOptions, num_processes: int) -> Resolution:
     """Check the settings against each other, the checkpoint and the data, in the order of a run's start.
 
-    mode: `train`, `resume`, or an empty string for whichever of the two OUTPUT_PATH calls for.
+    mode: `train`, `resume`, `reference`, or an empty string for whichever of the first two OUTPUT_PATH calls for.
     """
-    found = Resolution(options, num_processes, problems=list(number_problems(options)))
+    problems = [*number_problems(options), *objective_problems(options)]
+    found = Resolution(options, num_processes, problems=problems)
     _resolve_model(found, mode)
     _resolve_processes(found)
     _resolve_data(found)
+    _resolve_objective(found, mode)
     _resolve_steps(found)
     _resolve_disk(found)
     return found
@@ -112,13 +129,18 @@ def _resolve_model(found: Resolution, mode: str) -> None:
     if not (options.save / TRACKER).exists() and not options.load.is_dir() and mode != "resume":
         known = found.attempt(unconverted, options.load)
         found.architecture, where, command = known or (None, "", "")
-        found.problems.append(f"PRETRAIN_CHECKPOINT_PATH {options.load} does not exist: make it with scripts/2_convert.sh")
+        near = similar_folder(options.load)
+        found.problems.append(
+            f"PRETRAIN_CHECKPOINT_PATH {options.load} does not exist{near}: make it with scripts/2_convert.sh"
+        )
         found.to_do.append(command)
         found.add("start", f"not there yet{f', sizes from {where}' if where else ''}")
     elif begin := found.attempt(starting_point, mode, options):
         found.resume, found.start = begin
         found.architecture = found.attempt(architecture_of, found.start)
         found.add("start", f"{'resume' if found.resume else 'train'} from {found.start.path}")
+        if options.export_every:
+            found.attempt(exported_model, found.start)
     if found.architecture:
         sizes = found.architecture
         found.add(
@@ -126,6 +148,30 @@ def _resolve_model(found: Resolution, mode: str) -> None:
             f"{sizes.family}, {sizes.num_layers} layers x {sizes.hidden_size}, vocabulary {sizes.vocab_size:,}, "
             f"{num_parameters(sizes) / 1e6:,.1f} M parameters",
         )
+        _resolve_trained(found, sizes)
+
+
+def _resolve_trained(found: Resolution, architecture: Architecture) -> None:
+    saved = read_lora_record(found.start) if found.start and found.resume else None
+    trained = found.attempt(trained_part, found.options, architecture, saved)
+    if trained is None:
+        return
+    found.trained = trained
+    found.add("trained", describe(architecture, trained))
+    if hint := lr_hint(found.options, trained):
+        found.add("hint", hint)
+    if found.start is None:
+        return
+    num_problems = len(found.problems)
+    if found.resume:
+        found.attempt(check_same_training, found.start, trained, architecture)
+    elif trained.lora is None:
+        found.attempt(refuse_adapters, found.start)
+    if trained.lora is None or len(found.problems) > num_problems:
+        return
+    found.base = found.attempt(base_of, found.start, found.options, found.resume)
+    if found.base and found.resume:
+        found.add("base", str(found.base.path))
 
 
 def _resolve_processes(found: Resolution) -> None:
@@ -134,6 +180,9 @@ def _resolve_processes(found: Resolution) -> None:
     num_problems = len(found.problems)
     if found.architecture:
         found.attempt(check_layout, layout, found.architecture)
+        found.layout_fits = len(found.problems) == num_problems
+        if not found.layout_fits:
+            found.to_do.clear()  # converting to this layout would be refused too
     found.add(
         "processes",
         f"{found.num_processes} = TP {layout.tensor_parallel} x PP {layout.pipeline_parallel} x CP "
@@ -147,21 +196,47 @@ def _resolve_data(found: Resolution) -> None:
     prefix = data_prefix(found.options.data_path)
     if not data_file(prefix, "json").exists():
         found.problems.append(f"DATA_PATH {prefix} does not exist: make it with scripts/3_tokenize.sh")
-        found.to_do.append(f"bash scripts/3_tokenize.sh TOKENIZER DATA {found.options.seq_length or 'LENGTH'}")
+        found.to_do.append(untokenized(prefix, found.options))
         found.add("data", "not there yet")
         return
     found.rows = found.attempt(TokenizedRows, prefix)
     if found.rows is None:
         return
     manifest = found.rows.manifest
+    pairs = f" = {found.rows.num_pairs:,} pairs" if found.rows.num_pairs else ""
     found.add(
         "data",
         f"{prefix}: {len(found.rows):,} rows of up to {manifest['length']:,} tokens, {manifest['conversations']:,} "
-        f"conversations, {100 * manifest['trained_tokens'] / max(manifest['tokens'], 1):.1f} % of the tokens trained",
+        f"conversations{pairs}, {100 * manifest['trained_tokens'] / max(manifest['tokens'], 1):.1f} % of the tokens trained",
     )
     if found.architecture:
         source = found.start.manifest.get("source", {}) if found.start else {}
         found.attempt(check_data_fits, found.rows, found.options, found.architecture, source)
+
+
+def _resolve_objective(found: Resolution, mode: str) -> None:
+    options, rows, start = found.options, found.rows, found.start
+    if options.objective != "sft":
+        found.add("objective", objective_words(options))
+    if mode == "reference" and not needs_reference(options.objective):
+        found.problems.append(f"OBJECTIVE={options.objective} takes no reference: it is OBJECTIVE=dpo that does")
+    if rows is None or start is None:
+        return
+    found.attempt(check_objective_fits, rows, options)
+    if not needs_reference(options.objective) or not rows.num_pairs:
+        return
+    try:
+        found.reference = plan_reference(options, rows, start, found.resume)
+        if mode == "reference" and found.reference.logps:
+            check_made_here(found.reference.logps, found.layout)
+    except UserError as error:
+        if mode != "reference":
+            found.problems.append(str(error))
+            return
+        found.reference = found.attempt(plan_reference, options, rows, start, found.resume, True)
+        found.add("replaced", str(error))
+    if found.reference:
+        found.add("reference", found.reference.words)
 
 
 def _resolve_steps(found: Resolution) -> None:
@@ -170,6 +245,7 @@ def _resolve_steps(found: Resolution) -> None:
         found.training_rows, found.validation_rows = parts
         num_rows = len(parts[0])
         found.add("rows", f"{num_rows:,} for training, {len(parts[1]):,} for validation")
+        found.problems += validation_problems(options, len(parts[1]))
     no_batch = min(options.micro_batch_size, options.global_batch_size) < 1
     if no_batch or not found.data_parallel or not (num_rows or options.train_iters):
         return
@@ -183,52 +259,32 @@ def _resolve_steps(found: Resolution) -> None:
     micro_batches = options.global_batch_size // (options.micro_batch_size * found.data_parallel)
     found.add(
         "a step",
-        f"{options.global_batch_size} rows = {micro_batches} micro-batches of {options.micro_batch_size} on each of "
-        f"{found.data_parallel} data-parallel copies",
+        f"{options.global_batch_size} rows{_conversations(found)} = {micro_batches} micro-batches of "
+        f"{options.micro_batch_size} on each of {found.data_parallel} data-parallel copies",
     )
+    if found.training_rows is not None and found.validation_rows is not None:
+        for note in run_notes(options, (num_rows, len(found.validation_rows)), found.train_iters, found.data_parallel):
+            found.add("hint", note)
+
+
+def _conversations(found: Resolution) -> str:
+    """About how many conversations a step has, in words."""
+    if found.rows is None:
+        return ""
+    number = found.options.global_batch_size * found.rows.manifest["conversations"] / len(found.rows)
+    return f" (about {number:,.0f} conversations)"
 
 
 def _resolve_disk(found: Resolution) -> None:
     """A run that cannot write its first checkpoint is not started."""
     done = found.start.iteration if found.start and found.resume else 0
     if found.architecture and found.train_iters > done:
-        size = checkpoint_bytes(found.options, found.architecture)
+        size = checkpoint_bytes(found.options, found.architecture, found.trained)
         found.attempt(check_free_space, found.options.save, size, "a checkpoint of this run")
 
 
-def checkpoint_bytes(options: TrainOptions, architecture: Architecture) -> int:
-    """What one checkpoint takes on disk: the weights, the float32 weights and both moments."""
-    return num_parameters(architecture) * (16 if options.precision == "fp32" else 14)
-
-
-def setting_lines(options: TrainOptions, arguments: Sequence[str], exported: Sequence[str] = ()) -> list[Line]:
-    """Every setting with its value, grouped by its origin: `exported` variables, the recipe or command, the default."""
-    groups: dict[str, list[str]] = {"environment": [], "recipe" if options.recipe else "command": [], "defaults": []}
-    from_environment, from_recipe, by_default = groups.values()
-    for setting in fields(TrainOptions):
-        name = variable_of(setting)
-        text = f"{name}={shell_value(getattr(options, setting.name))}"
-        if flag_of(setting) not in arguments:
-            by_default.append(text)
-        elif name in exported and name != "RECIPE":
-            from_environment.append(text)
-        else:
-            from_recipe.append(text)
-    return [(where, " ".join(group)) for where, group in groups.items() if group]
-
-
-def table(lines: Sequence[Line]) -> str:
-    """Names and values in two columns, at most 132 characters wide."""
-    width = max(len(name) for name, _ in lines)
-    wrapped = [
-        textwrap.fill(
-            f"{name:<{width}}  {value}",
-            132,
-            initial_indent="  ",
-            subsequent_indent=" " * (width + 4),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for name, value in lines
-    ]
-    return "\n".join(wrapped)
+def checkpoint_bytes(options: TrainOptions, architecture: Architecture, trained: Trained) -> int:
+    """What a checkpoint takes on disk: the weights (or adapters alone), and float32 weights and moments of what is trained."""
+    of_weight = 4 if options.precision == "fp32" else 2
+    num_weights = num_parameters(architecture) if trained.lora is None else num_trained(architecture, trained)
+    return num_weights * of_weight + num_trained(architecture, trained) * 12

@@ -1,9 +1,12 @@
 """A run with everything decided before it starts, and the rules by which the numbers follow from the settings."""
 
+import glob
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +17,11 @@ from megatron.sft.data.row_order import split_rows
 from megatron.sft.data.tokenized import TokenizedRows
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.registry import read_architecture
+from megatron.sft.families.trained import Trained
+from megatron.sft.hf.names import shown
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning.options import TrainOptions, variable_named
+from megatron.sft.planning.reference_plan import ReferencePlan
 from megatron.sft.runtime.errors import UserError
 
 
@@ -36,6 +42,9 @@ class RunPlan:
     warmup_iters: int
     wsd_decay_iters: int
     eval_iters: int
+    reference: ReferencePlan | None = None  # where the objective needs one
+    trained: Trained = Trained()
+    base: Checkpoint | None = None  # the weights under the adapters
 
     @property
     def num_micro_batches(self) -> int:
@@ -92,6 +101,8 @@ def steps(options: TrainOptions, num_training_rows: int, data_parallel: int) -> 
 
 def starting_point(mode: str, options: TrainOptions) -> tuple[bool, Checkpoint]:
     """Whether the run continues one in OUTPUT_PATH, and the checkpoint that it begins from."""
+    if mode == "reference":
+        return False, open_checkpoint(options.load)
     there = verification.has_checkpoints(options.save)
     if mode == "train" and there:
         newest = next(iter(iterations(options.save)), "unknown")
@@ -104,6 +115,30 @@ def starting_point(mode: str, options: TrainOptions) -> tuple[bool, Checkpoint]:
     if there:
         return True, verification.newest_checkpoint(options.save)
     return False, open_checkpoint(options.load)
+
+
+def exported_model(checkpoint: Checkpoint) -> Path:
+    """The Hugging Face folder that the checkpoint was converted from, for EXPORT_EVERY, which writes folders like it."""
+    source = Path(str(checkpoint.manifest.get("source", {}).get("path", "")))
+    if not (source / "config.json").is_file():
+        raise UserError(
+            f"EXPORT_EVERY needs the model that {checkpoint.path} was converted from, and {source} is not there: bring it "
+            "back, or unset EXPORT_EVERY and export later with scripts/5_export.sh"
+        )
+    return source
+
+
+def untokenized(prefix: Path, options: TrainOptions) -> str:
+    """The command that makes tokenised data, with what the names of scripts/3_tokenize.sh say of its input."""
+    model = options.load.name.partition("_Megatron_")[0]
+    named = re.fullmatch(rf"Tokenized-(.+)-{re.escape(model)}-(\d+)_text_document", prefix.name)
+    if not model or not named:
+        return f"bash scripts/3_tokenize.sh TOKENIZER DATA {options.seq_length or 'LENGTH'}"
+    data = next((path for path in sorted(prefix.parent.glob(f"{glob.escape(named[1])}.*"))), prefix.parent / f"{named[1]}.json")
+    others = sorted(prefix.parent.glob(f"Tokenized-{glob.escape(named[1])}-{glob.escape(model)}-*_text_document.json"))
+    there = f" (or DATA_PATH={others[0].with_suffix('')}, which is there, with its SEQ_LENGTH)" if others else ""
+    command = ["bash", "scripts/3_tokenize.sh", shown(options.load.with_name(model)), shown(data), named[2]]
+    return shlex.join(map(str, command)) + there
 
 
 def architecture_of(checkpoint: Checkpoint) -> Architecture:
@@ -125,7 +160,7 @@ def check_data_fits(rows: TokenizedRows, options: TrainOptions, architecture: Ar
     if length > architecture.max_positions:
         raise UserError(
             f"rows of {length} tokens in {rows.prefix}.json, the model has {architecture.max_positions} positions: "
-            "rerun scripts/3_tokenize.sh with a smaller length"
+            f"rerun scripts/3_tokenize.sh with a length of at most {architecture.max_positions}"
         )
     if rows.manifest["max_token_id"] >= architecture.vocab_size:
         raise UserError(
@@ -154,6 +189,19 @@ def number_problems(options: TrainOptions) -> Iterator[str]:
         yield f"TRAIN_ITERS={options.train_iters} and EPOCHS={options.epochs} give no steps: set one above 0"
     if not 0 <= options.min_lr <= options.lr:
         yield f"MIN_LR={options.min_lr} must lie between 0 and LR={options.lr}"
+    for name in ("early_stop_patience", "loss_ceiling", "export_every"):
+        if getattr(options, name) < 0:
+            yield f"{variable_named(name)} is {getattr(options, name)}: it must be 0 (off) or more"
+    if options.loss_ceiling_patience < 1:
+        yield f"LOSS_CEILING_PATIENCE is {options.loss_ceiling_patience}: it must be at least 1"
+
+
+def validation_problems(options: TrainOptions, num_validation_rows: int) -> Iterator[str]:
+    """Settings that need validation rows where there are none."""
+    asked = {"VALIDATE_AT_START": options.validate_at_start, "EARLY_STOP_PATIENCE": options.early_stop_patience}
+    if not num_validation_rows:
+        for name in (name for name, value in asked.items() if value):
+            yield f"{name} needs validation rows and SPLIT={options.split} leaves none: set SPLIT=99,1,0, or unset {name}"
 
 
 def split(options: TrainOptions, continues_group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

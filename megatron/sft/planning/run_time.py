@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron.sft.data.tokenized import MODE_FIRST, Index, TokenizedRows, data_file, read_index
 from megatron.sft.families.architecture import Architecture
-from megatron.sft.families.flops import training_flops
+from megatron.sft.families.flops import head_forward_flops, training_flops
 from megatron.sft.reporting.curves import METRICS
 from megatron.sft.runtime import device
 
@@ -47,19 +47,35 @@ def conversation_lengths(index: Index) -> np.ndarray:
 
 
 def tokens_per_second(
-    given: float, run_folder: Path, architecture: Architecture, load: RowLoad, num_processes: int
+    given: float,
+    run_folder: Path,
+    architecture: Architecture,
+    load: RowLoad,
+    num_processes: int,
+    frozen: bool = False,
+    two_heads: bool = False,
 ) -> tuple[float, str]:
-    """Tokens a second of all processes together, and the source of that figure in words."""
+    """Tokens a second of all processes together, and the source of that figure in words. two_heads: the output head computes
+    every trained token twice in the forward pass."""
     if given:
         return given, "TOKENS_PER_SECOND"
     if measured := _logged_speed(run_folder / METRICS):
         return measured, f"the median of {run_folder / METRICS}"
     peak = device.peak_tflops()
     tokens, trained, squares = map(round, (load.tokens, load.trained_tokens, load.sum_squared_lengths))
-    operations = training_flops(architecture, tokens, trained, squares) / max(tokens, 1)
+    operations = training_flops(architecture, tokens, trained, squares, frozen)
+    operations += head_forward_flops(architecture, trained) if two_heads else 0.0
+    operations /= max(tokens, 1)
     speed = ASSUMED_MFU * (peak or H100_TFLOPS) * 1e12 / operations * num_processes
     which = "this GPU's" if peak else "an H100's"
     return speed, f"an assumed {ASSUMED_MFU:.0%} of {which} {peak or H100_TFLOPS:.0f} TFLOP/s; set TOKENS_PER_SECOND"
+
+
+def assumed_speed(architecture: Architecture, load: RowLoad, num_gpus: int, frozen: bool = False) -> float:
+    """Tokens a second of H100s at the assumed share of their peak."""
+    tokens, trained, squares = map(round, (load.tokens, load.trained_tokens, load.sum_squared_lengths))
+    operations = training_flops(architecture, tokens, trained, squares, frozen) / max(tokens, 1)
+    return ASSUMED_MFU * H100_TFLOPS * 1e12 / operations * num_gpus
 
 
 def _logged_speed(path: Path) -> float | None:

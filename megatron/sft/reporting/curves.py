@@ -12,6 +12,7 @@ from typing import Any
 from megatron.sft.runtime.errors import UserError
 
 METRICS = "metrics.jsonl"
+MARGINS = "rewards/margins"  # a field of its lines
 
 
 @dataclass
@@ -19,7 +20,8 @@ class Curve:
     """One run's metrics at its logged iterations.
 
     tokens: of one step, there the mean since the last logged one. speeds: tokens a second, where logged. sources: (iteration,
-    loss) by the name of the data source. validation_losses: without those that were not finite.
+    loss) by the name of the data source. validation_losses: without those that were not finite. margins, validation_margins: of
+    the rewards of pairs, next to the losses; empty where there are none.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Curve:
     sources: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     validation_iterations: list[int] = field(default_factory=list)
     validation_losses: list[float] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    validation_margins: list[float] = field(default_factory=list)
 
     def x(self, axis: str) -> list[float]:
         """The logged steps on an axis: `iteration`, `epoch`, or `tokens`, in millions since the beginning of the run."""
@@ -82,12 +86,16 @@ def _add(curve: Curve, values: dict[str, Any]) -> None:
         if values["validation_loss"] is not None:  # null where it was not finite
             curve.validation_iterations.append(iteration)
             curve.validation_losses.append(float(values["validation_loss"]))
+            if MARGINS in values:
+                curve.validation_margins.append(float(values[MARGINS]))
         return
     curve.losses.append(float(values["loss"]))
     curve.iterations.append(iteration)
     curve.lrs.append(float(values.get("lr", "nan")))
     curve.epochs.append(float(values.get("epoch", "nan")))
     curve.tokens.append(int(values.get("tokens", 0)))
+    if MARGINS in values:
+        curve.margins.append(float(values[MARGINS]))
     if "tokens_per_second" in values:
         curve.speeds.append(float(values["tokens_per_second"]))
     for name, source in values.get("sources", {}).items():

@@ -11,7 +11,9 @@ from megatron.sft.runtime.manifest import write_bytes
 
 COLOURS = ("#1f5fa8", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490")
 DASHES = ("-", "--", "-.", (0, (1, 1)))  # of one colour's runs, once there are more runs than colours
-SIZE_INCHES, DOTS_PER_INCH = (9.0, 5.0), 120
+# Pages show a picture at about 500 pixels: few inches make large letters there.
+SIZE_INCHES, DOTS_PER_INCH = (7.0, 4.2), 160
+VALIDATION_COLOUR = "#c2410c"  # of a single run
 SMOOTHING_SHARE = 1 / 25  # of the steps, in one mean
 AXES = {"iteration": "iteration", "epoch": "epoch", "tokens": "tokens (million)"}
 
@@ -28,21 +30,31 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def draw(curves: Sequence[Curve], output: Path, title: str, axis: str = "iteration", by_source: bool = False) -> None:
-    """Write the PNG: raw and smoothed losses, validation points, and the learning rate on the right-hand axis.
+    """Write the PNG: raw and smoothed losses, validation points, and the learning rate on the right-hand axis; below them the
+    margins of pairs' rewards.
 
     axis: of AXES. by_source: with the smoothed loss of every source of the data.
     """
     from matplotlib.figure import Figure
 
+    has_margins = any(curve.margins for curve in curves)
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-    axes = figure.subplots()
+    axes, *below = figure.subplots(1 + has_margins, sharex=True, squeeze=False, height_ratios=[2, 1][: 1 + has_margins])[:, 0]
     lr_axes = axes.twinx()
+    if axis == "iteration":
+        axes.xaxis.get_major_locator().set_params(integer=True)
     for index, curve in enumerate(curves):
         style = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}
         _draw_run(axes, lr_axes, curve, style, len(curves) > 1, axis)
         if by_source:
             _draw_sources(axes, curve, index, len(curves), axis)
-    _add_labels(axes, lr_axes, curves, title, axis)
+        if below:
+            _draw_margins(below[0], curve, style, axis)
+    _add_labels(axes, lr_axes, curves, title)
+    (below or [axes])[-1].set_xlabel(AXES[axis])
+    if below:
+        below[0].set_ylabel("reward margin")
+        below[0].grid(alpha=0.25)
     output.parent.mkdir(parents=True, exist_ok=True)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=DOTS_PER_INCH, format="png")
@@ -58,8 +70,19 @@ def _draw_run(axes: Any, lr_axes: Any, curve: Curve, style: dict[str, Any], is_o
     if curve.validation_losses:
         validation = label.replace("loss", "validation loss")
         points = (curve.validation_x(axis), curve.validation_losses)
-        axes.plot(*points, "o", color=colour, markersize=6, markeredgecolor="black", label=validation)
-    lr_axes.plot(x, curve.lrs, color=colour, alpha=0.6, linewidth=1.0, linestyle=":")
+        own = colour if is_one_of_several else VALIDATION_COLOUR
+        axes.plot(*points, "o-", color=own, markersize=4, linewidth=1.2, label=validation)
+        _write_last(axes, points[0][-1], points[1][-1], own, above=points[1][-1] >= curve.losses[-1])
+    ends_above = bool(curve.validation_losses) and final_loss(curve) > curve.validation_losses[-1]
+    _write_last(axes, x[-1], final_loss(curve), colour, above=ends_above)
+    lr_axes.plot(x, curve.lrs, color="grey" if not is_one_of_several else colour, alpha=0.5, linewidth=0.8, linestyle=":")
+
+
+def _write_last(axes: Any, x: float, loss: float, colour: str, above: bool) -> None:
+    """The number at the end of a curve, which an axis does not show."""
+    vertical = {"xytext": (0, 6), "va": "bottom"} if above else {"xytext": (0, -6), "va": "top"}
+    text = {"color": colour, "fontsize": "small", "fontweight": "bold", "ha": "right"}
+    axes.annotate(f"{loss:.3g}", (x, loss), textcoords="offset points", **vertical, **text)
 
 
 def _draw_sources(axes: Any, curve: Curve, run_index: int, num_runs: int, axis: str) -> None:
@@ -71,19 +94,33 @@ def _draw_sources(axes: Any, curve: Curve, run_index: int, num_runs: int, axis: 
         axes.plot(x, smoothed([loss for _, loss in points]), **style, linewidth=1.2, label=label)
 
 
-def _add_labels(axes: Any, lr_axes: Any, curves: Sequence[Curve], title: str, axis: str) -> None:
+def _draw_margins(axes: Any, curve: Curve, style: dict[str, Any], axis: str) -> None:
+    if len(curve.margins) != len(curve.iterations):  # another objective in a part of the run
+        return
+    axes.plot(curve.x(axis), curve.margins, color=style["color"], alpha=0.3, linewidth=0.8)
+    axes.plot(curve.x(axis), smoothed(curve.margins), **style, linewidth=1.8)
+    if len(curve.validation_margins) == len(curve.validation_iterations):
+        points = (curve.validation_x(axis), curve.validation_margins)
+        axes.plot(*points, "o", color=style["color"], markersize=6, markeredgecolor="black")
+
+
+def _add_labels(axes: Any, lr_axes: Any, curves: Sequence[Curve], title: str) -> None:
     losses = [loss for curve in curves for loss in curve.losses + curve.validation_losses]
     if min(losses) > 0 and max(losses) / min(losses) > 20:  # a linear axis would show only the first steps
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda loss, place: f"{loss:g}")
+        axes.yaxis.set_minor_formatter(lambda loss, place: f"{loss:g}" if f"{loss:e}"[0] in "235" else "")
+        axes.tick_params(axis="y", which="minor", labelsize="small")
+    axes.margins(y=0.1)
     axes.plot([], [], color="grey", linewidth=1.0, linestyle=":", label="learning rate (right)")
-    axes.set_xlabel(AXES[axis])
-    axes.set_ylabel("loss per trained token")
+    axes.set_ylabel("loss per pair" if all(curve.margins for curve in curves) else "loss per trained token")
     axes.set_title(title)
     axes.grid(alpha=0.25)
-    axes.legend(loc="upper right", framealpha=0.9)
+    axes.legend(loc="upper right", framealpha=0.9, fontsize="small", edgecolor="none")
     axes.set_zorder(lr_axes.get_zorder() + 1)  # losses and legend above the learning rate
     axes.patch.set_visible(False)
-    lr_axes.set_ylabel("learning rate")
+    lr_axes.set_ylabel("learning rate", color="grey")
+    lr_axes.tick_params(colors="grey")
     lr_axes.set_ylim(bottom=0)
     lr_axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 

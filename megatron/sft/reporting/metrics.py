@@ -20,10 +20,11 @@ from megatron.sft.runtime.manifest import write_text
 class StepMetrics:
     """One training step, or the mean of the steps since the last line: `seconds` and all counts of tokens are of one step.
 
-    loss: per trained token. tokens: without padding. trained_tokens: those with a loss. sum_squared_lengths: over the step's
-    conversations, for the operations of attention. num_processes: those that share the work, one a GPU. skipped_steps: in the
-    whole run so far. source_losses: name of a data source to its mean loss per trained token and its trained tokens, of all
-    steps since the last line. loss_scale: of fp16. memory_bytes: the largest peak of a process.
+    loss: per trained token, or per pair. tokens: without padding. trained_tokens: those with a loss. sum_squared_lengths: over
+    the step's conversations, for the operations of attention. num_processes: those that share the work, one a GPU.
+    skipped_steps: in the whole run so far. source_losses: name of a data source to its mean loss per trained token and its
+    trained tokens, of all steps since the last line. loss_scale: of fp16. memory_bytes: the largest peak of a process. pairs:
+    means over the pairs, by TRL's names, with the two parts of the loss where it has an SFT part.
     """
 
     iteration: int
@@ -40,6 +41,7 @@ class StepMetrics:
     source_losses: dict[str, tuple[float, int]] = field(default_factory=dict)
     loss_scale: float | None = None
     memory_bytes: int = 0
+    pairs: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -47,6 +49,7 @@ class MetricsLog:
     """Writes the metrics of one run: to the log, metrics.jsonl and the trackers. Only rank 0 prints and writes.
 
     start_iteration: after which this process began, for the ETA. architecture: of the model, for TFLOP/s.
+    frozen: its weights are, under adapters.
     """
 
     folder: Path
@@ -55,6 +58,7 @@ class MetricsLog:
     start_iteration: int
     architecture: Architecture
     trackers: Sequence[Tracker] = ()
+    frozen: bool = False
     _started: float = field(default_factory=time.monotonic)
     _unwritten: str = ""
     _warned: bool = False
@@ -64,7 +68,7 @@ class MetricsLog:
         tflops = self._tflops(step)
         peak = device.peak_tflops()
         mfu = tflops / peak if peak else None
-        ranks.print_rank_0(self._line(step, tflops, mfu))
+        ranks.rewrite_rank_0(self._line(step, tflops, mfu))
         sources = {name: values for name, values in step.source_losses.items() if values[1]}
         values = {
             **vars(step),
@@ -74,16 +78,17 @@ class MetricsLog:
             "tokens_per_second": round(step.tokens / step.seconds, 2),
             "tflops_per_process": round(tflops, 4),
             "mfu": None if mfu is None else round(mfu, 4),
+            **step.pairs,
             "sources": {name: {"loss": loss, "trained_tokens": tokens} for name, (loss, tokens) in sources.items()},
         }
-        hidden = ("sum_squared_lengths", "num_processes", "source_losses")
+        hidden = ("sum_squared_lengths", "num_processes", "source_losses", "pairs")
         self._write({name: value for name, value in values.items() if name not in hidden and value not in (None, {})})
 
-    def validation(self, iteration: int, loss: float, trained_tokens: int) -> None:
-        """Write the mean loss per trained token on the validation rows after `iteration` steps."""
-        line = f"validation after iteration {iteration} | loss {loss:.4f} | {trained_tokens:,} trained tokens"
-        ranks.print_rank_0(line)
-        self._write({"iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens})
+    def validation(self, iteration: int, loss: float, trained_tokens: int, pairs: dict[str, float] | None = None) -> None:
+        """Write the mean loss on the validation rows after `iteration` steps, and the means over their pairs."""
+        parts = [f"validation after iteration {iteration}", f"loss {loss:.4f}", *_pair_parts(pairs or {})]
+        ranks.print_rank_0(" | ".join([*parts, f"{trained_tokens:,} trained tokens"]))
+        self._write({"iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens, **(pairs or {})})
 
     def close(self) -> None:
         """Flush and close the trackers."""
@@ -95,26 +100,26 @@ class MetricsLog:
 
     def _tflops(self, step: StepMetrics) -> float:
         """TFLOP/s of one process, as a mean over the step."""
-        operations = training_flops(self.architecture, step.tokens, step.trained_tokens, step.sum_squared_lengths)
+        operations = training_flops(self.architecture, step.tokens, step.trained_tokens, step.sum_squared_lengths, self.frozen)
         return operations / step.seconds / step.num_processes / 1e12
 
     def _line(self, step: StepMetrics, tflops: float, mfu: float | None) -> str:
         rate = step.tokens / step.seconds
         done = step.iteration - self.start_iteration
         eta = (time.monotonic() - self._started) / max(done, 1) * (self.train_iters - step.iteration)
-        each = f" ({_short(rate / step.num_processes)} each)" if step.num_processes > 1 else ""
-        efficiency = f", MFU {100 * mfu:.1f} %" if mfu is not None else ""
+        # Of a CPU neither says anything.
+        efficiency = [f"{tflops:.3g} TFLOP/s per GPU" + (f", MFU {100 * mfu:.1f} %" if mfu is not None else "")]
+        memory = [f"memory {step.memory_bytes / 2**30:.1f} GiB"]
         parts = [
             f"iteration {step.iteration:>{len(str(self.train_iters))}}/{self.train_iters}",
             f"epoch {self._epoch(step):.2f}",
             f"loss {step.loss:.4f}",
+            *_pair_parts(step.pairs),
             f"lr {step.lr:.2e}",
             f"grad norm {step.grad_norm:.2f}",
             f"{step.seconds:.2f} s",
-            f"{_short(rate)} tokens/s{each}",
-            f"{tflops:.3g} TFLOP/s per {'GPU' if device.has_gpu() else 'process'}{efficiency}",
-            f"memory {step.memory_bytes / 2**30:.1f} GiB",
-            f"trained {100 * step.trained_tokens / max(step.tokens, 1):.0f} %",
+            f"{_short(rate)} tokens/s",
+            *(efficiency + memory if device.has_gpu() or mfu is not None else []),
             *([f"skipped {step.skipped_steps}"] if step.skipped_steps else []),
             *([f"loss scale {step.loss_scale:g}"] if step.loss_scale is not None else []),
             f"ETA {clock(eta)}",
@@ -143,6 +148,17 @@ class MetricsLog:
             self._unwritten, self._warned = "", False
 
 
+def _pair_parts(pairs: dict[str, float]) -> list[str]:
+    """What a log line says of pairs."""
+    if not pairs:
+        return []
+    accuracy, margin = pairs["rewards/accuracies"], pairs["rewards/margins"]
+    rewards = f"rewards {pairs['rewards/chosen']:+.4f} {pairs['rewards/rejected']:+.4f}, margin {margin:.4f}"
+    logps = f"log p {pairs['logps/chosen']:.1f} {pairs['logps/rejected']:.1f}"
+    sft = [f"SFT part {pairs['sft_loss']:.4f}"] if "sft_loss" in pairs else []
+    return [*sft, f"{rewards}, accuracy {100 * accuracy:.0f} %", logps]
+
+
 def forget_after(folder: Path, iteration: int) -> None:
     """Drop from metrics.jsonl the steps after `iteration`, which a resumed run repeats, and a truncated last line."""
     path = folder / METRICS
@@ -155,14 +171,16 @@ def forget_after(folder: Path, iteration: int) -> None:
         ranks.print_rank_0(f"warning: {path} cannot be brought back to iteration {iteration} ({error.strerror}): fix it later")
 
 
-def has_validation(folder: Path, iteration: int) -> bool:
-    """Whether metrics.jsonl has the validation after `iteration` steps."""
+def logged_validation(folder: Path, iteration: int) -> float | None:
+    """The validation loss after `iteration` steps in metrics.jsonl, NaN if it was not finite, None if there is none."""
     path = folder / METRICS
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except OSError:
-        return False
-    return any("validation_loss" in line and _iteration(line) == iteration for line in lines)
+        return None
+    found = [line for line in lines if "validation_loss" in line and _iteration(line) == iteration]
+    loss = json.loads(found[-1])["validation_loss"] if found else None
+    return math.nan if found and loss is None else loss
 
 
 def _is_kept(line: str, iteration: int) -> bool:

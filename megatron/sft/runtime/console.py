@@ -83,6 +83,9 @@ def protect() -> None:
             if opened != descriptor:
                 os.dup2(opened, descriptor)
                 os.close(opened)
+        if descriptor and not os.get_blocking(descriptor):
+            # Node.js leaves terminals and pipes so, and Python loses what a full one does not take at once.
+            os.set_blocking(descriptor, True)
         stream: IO[str] | None = getattr(sys, name)
         if descriptor == 0 or isinstance(stream, _Console):
             continue

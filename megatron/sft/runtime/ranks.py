@@ -4,11 +4,15 @@ RANK in the environment does not make a run: every pod of a PyTorchJob or of PAI
 """
 
 import os
+import shutil
+import sys
 
 from megatron.sft.runtime.signals import LAUNCHER_PID
 
 _RUN_ID = "TORCHELASTIC_RUN_ID"  # torchrun, ours or torch's, sets it for the processes that it starts
 _OF_A_RUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK")
+
+_line_is_open = False
 
 
 def in_a_run() -> bool:
@@ -34,4 +38,27 @@ def is_rank_0() -> bool:
 def print_rank_0(message: str) -> None:
     """Print and flush a line, from rank 0 alone."""
     if is_rank_0():
+        end_line()
         print(message, flush=True)
+
+
+def rewrite_rank_0(message: str) -> None:
+    """On a terminal, print a line in place of the last one from here; elsewhere, print it as any other.
+
+    Whatever is printed next keeps the line that stands there.
+    """
+    global _line_is_open
+    if not is_rank_0() or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+        print_rank_0(message)
+        return
+    width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be rewritten
+    print(f"\r\033[K{message[:width]}", end="", flush=True)
+    _line_is_open = True
+
+
+def end_line() -> None:
+    """Keep the line that would have been rewritten."""
+    global _line_is_open
+    if _line_is_open:
+        print(flush=True)
+    _line_is_open = False

@@ -25,6 +25,7 @@ PASSED_ON = signal.SIGUSR2
 LAUNCHER_PID = "MEGATRON_SFT_LAUNCHER_PID"
 STARTED = "MEGATRON_SFT_STARTED"
 _TIME_LIMIT = 1000
+STOP_FILE = 1001  # a code as those of StopRequest: the file stop-now
 _PR_SET_PDEATHSIG = 1
 
 
@@ -107,6 +108,8 @@ def name_of(code: int) -> str:
     """A stop's reason in words."""
     if code == _TIME_LIMIT:
         return "EXIT_AFTER_MINUTES"
+    if code == STOP_FILE:
+        return "stop-now"
     return "a signal to the launcher" if code == PASSED_ON else signal.Signals(code).name
 
 

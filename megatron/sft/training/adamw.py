@@ -105,7 +105,7 @@ def _step(weights: Tensor, gradient: Tensor, state: dict[str, Tensor], group: di
     )
     tensors = (weights, state["master_param"], gradient, state["exp_avg"], state["exp_avg_sq"])
     if weights.is_cuda:
-        from megatron.sft.model.kernels.adamw import adamw_step
+        from megatron.sft.kernels.adamw import adamw_step
 
         adamw_step(*tensors, factors)
         return

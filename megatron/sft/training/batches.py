@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron.sft.data.tokenized import Row
 from megatron.sft.model.context_parallel import WHOLE, ContextPart, QueryChunks, local_tokens, query_chunks
 from megatron.sft.model.cross_entropy import Targets
-from megatron.sft.model.inputs import AttentionRuns, MicroBatch, PackedRows
+from megatron.sft.model.inputs import AttentionRuns, MicroBatch, PackedRows, Pairs
 
 # Padding is never attended to and never trained, so any id of the vocabulary will do.
 PAD_ID = 0
@@ -29,13 +29,16 @@ def make_micro_batch(
     device: torch.device,
     part: ContextPart = WHOLE,
     num_sources: int = 0,
+    has_pairs: bool = False,
 ) -> MicroBatch:
     """Concatenate rows, and take of them what the context-parallel rank `part` holds, a multiple of `alignment` tokens.
 
     average_over: "token" gives every trained token the weight 1; "conversation" gives every conversation's trained tokens
     the weight 1 together.
+    has_pairs: conversations are pairs' chosen and rejected answers in turn; a row without any trained token has none.
     """
     tokens, token_positions, lengths = _padded(rows, alignment, part)
+    true_lengths = np.concatenate([row.conversation_lengths for row in rows])
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     position_ids = np.arange(len(tokens)) - np.repeat(cu_seqlens[:-1], lengths)
     rank_tokens = local_tokens(lengths, part)  # [t]
@@ -47,20 +50,49 @@ def make_micro_batch(
     hidden_indices = local_index[targets - 1]  # the hidden state before a token predicts it
     is_local = hidden_indices >= 0
     put = partial(_put, device=device)
+    pairs, num_counted = None, int(counted[is_local].sum())
+    if has_pairs:
+        pairs = _pairs(rows, np.searchsorted(cu_seqlens, targets, side="right") - 1, is_local, device)
+        # The first context-parallel rank counts them.
+        num_counted = len(pairs.num_trained) // 2 if part.rank == 0 else 0
     return MicroBatch(
         tokens=put(tokens[rank_tokens][None], torch.int64),
         position_ids=put(position_ids[rank_tokens][None], torch.int64),
-        packed=_packed_rows(lengths, put(cu_seqlens, torch.int32), query_chunks(lengths, part)),
+        packed=_packed_rows(
+            lengths, put(cu_seqlens, torch.int32), query_chunks(lengths, part), _by_token(true_lengths, lengths)[rank_tokens]
+        ),
         targets=Targets(
             put(hidden_indices[is_local], torch.int64),
             put(tokens[targets[is_local]], torch.int64),
             put(weights[is_local], torch.float32),
         ),
-        loss_count=torch.tensor(int(counted[is_local].sum()), dtype=torch.int64, device=device),
+        loss_count=torch.tensor(num_counted, dtype=torch.int64, device=device),
         num_tokens=len(token_positions),
         sum_squared_lengths=sum(int(np.square(row.conversation_lengths).sum()) for row in rows),
         sources=put(_sources_of_targets(rows)[is_local], torch.int64) if num_sources else None,
         num_sources=num_sources,
+        pairs=pairs,
+    )
+
+
+def _pairs(rows: Sequence[Row], conversations: np.ndarray, is_local: np.ndarray, device: torch.device) -> Pairs:
+    """conversations: [n of all ranks], the conversation in the micro-batch of each target. is_local: [n] bool."""
+    held = np.concatenate([np.full(len(row.conversation_lengths), row.trained.any()) for row in rows])
+    answers = (np.cumsum(held) - 1)[conversations]  # a blank row's conversation does not count
+    counts = np.bincount(answers, minlength=int(held.sum()))
+    assert len(counts) % 2 == 0, "half a pair"
+    places = np.arange(len(answers)) - (np.cumsum(counts) - counts)[answers]
+    reference = None
+    if all(row.reference is not None for row in rows if row.trained.any()):
+        parts = [row.reference for row in rows if row.reference is not None]
+        reference = np.concatenate([np.zeros(0, dtype=np.float32), *parts])
+    put = partial(_put, device=device)
+    return Pairs(
+        answers=put(answers[is_local], torch.int64),
+        places=put(places[is_local], torch.int64),
+        num_targets=put(np.bincount(answers[is_local], minlength=len(counts)), torch.int64),
+        num_trained=put(counts, torch.float64),
+        reference=None if reference is None else put(reference[is_local], torch.float32),
     )
 
 
@@ -105,7 +137,12 @@ def _padded(rows: Sequence[Row], alignment: int, part: ContextPart) -> tuple[np.
     return tokens, token_positions, padded
 
 
-def _packed_rows(lengths: np.ndarray, cu_seqlens: Tensor, chunks: QueryChunks) -> PackedRows:
+def _by_token(true_lengths: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[all tokens] the length without padding of each token's conversation; padding after the rows counts as one."""
+    return np.repeat(np.append(true_lengths, lengths[len(true_lengths) :]), lengths)
+
+
+def _packed_rows(lengths: np.ndarray, cu_seqlens: Tensor, chunks: QueryChunks, token_lengths: np.ndarray) -> PackedRows:
     def cumulated(run_lengths: np.ndarray) -> Tensor:
         return _put(np.concatenate([[0], np.cumsum(run_lengths)]), torch.int32, cu_seqlens.device)
 
@@ -125,4 +162,5 @@ def _packed_rows(lengths: np.ndarray, cu_seqlens: Tensor, chunks: QueryChunks) -
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         runs=runs,
+        token_lengths=token_lengths,
     )

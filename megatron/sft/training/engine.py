@@ -10,36 +10,21 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron.sft.model.config import DTYPES, transformer_config
-from megatron.sft.model.gpt import SFTModel, build_model
+from megatron.sft.model.gpt import HeadResult, SFTModel, build_model
 from megatron.sft.model.inputs import MicroBatch
 from megatron.sft.model.pipeline import run_schedule
 from megatron.sft.planning.memory import GIB, cheapest_recompute
 from megatron.sft.planning.memory_fit import gpu_memory, memory_settings
 from megatron.sft.planning.run_plan import RunPlan
 from megatron.sft.runtime import ranks, watchdog
+from megatron.sft.training.loss_sums import NUM_PAIR_SUMS, LossSum
 from megatron.sft.training.optimizer import build_optimizer, clip_in_place, wrap_model
-
-
-@dataclass(frozen=True)
-class LossSum:
-    """A loss to be averaged: float64 [3 + 2 * sources] on the device, zeros off the last stage.
-
-    Summed loss, its count, trained tokens; then each source's summed loss per token and trained tokens.
-    """
-
-    values: Tensor
-
-    def reduce(self) -> tuple[float, int]:
-        """Mean loss and the number of trained tokens over all processes. Waits for the device; every rank must call it."""
-        values = self.values.clone()
-        torch.distributed.all_reduce(values)
-        total, count, tokens = values[:3].tolist()
-        return total / max(count, 1.0), int(tokens)
+from megatron.sft.training.preferences import bound, objective_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +52,7 @@ class Engine:
 
     def __init__(self, plan: RunPlan) -> None:
         self.plan = plan
+        self.objective = objective_of(plan.options)
         # Kept in checkpoints: steps skipped because of numbers that are not finite, and because of fp16's loss scale.
         self.counters = {"skipped_steps": 0, "overflows": 0}
         options = plan.options
@@ -76,7 +62,7 @@ class Engine:
         # One chunk on each pipeline stage, or several that are interleaved.
         self.models = []
         for chunk in range(plan.layout.virtual_pipeline):
-            module: torch.nn.Module = build_model(plan.architecture, plan.layout, config, chunk)
+            module: torch.nn.Module = build_model(plan.architecture, plan.layout, config, chunk, plan.trained)
             if dtype != torch.float32:
                 module = Float16Module(config, module)
             # Other chunks compute while the gradients of a later one are summed, so that it needs no buckets.
@@ -117,12 +103,14 @@ class Engine:
         # The schedule counts steps from 1, so that the last one runs at MIN_LR.
         self.schedule.step(1)
         # Gradients are divided where backward starts, which saves a pass over all of them at the end.
-        count = torch.stack([batch.loss_count for batch in batches]).sum()
-        torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        scale = 1.0 / count.clamp(min=1).float()
-        loss = self._run([replace(batch, gradient_scale=scale) for batch in batches], forward_only=False)
+        counts = torch.stack([_counts(batch) for batch in batches]).sum(dim=0)
+        torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        count, chosen_tokens = counts.clamp(min=1)
+        scale = 1.0 / count.float()
+        scaled = [replace(batch, gradient_scale=scale) for batch in batches]
+        loss = self._run(scaled, forward_only=False, sft_scale=count.double() / chosen_tokens)
         watchdog.enter("optimizer")
-        lr = float(self.optimizer.param_groups[0]["lr"])
+        lr = float(get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0)
         try:
             applied, grad_norm, _ = self.optimizer.step()
         except _NotFiniteError as error:
@@ -185,11 +173,17 @@ class Engine:
             for model in self.models:
                 model.enable_forward_pre_hook()
 
-    def _run(self, batches: Sequence[MicroBatch], forward_only: bool) -> LossSum:
+    def _run(self, batches: Sequence[MicroBatch], forward_only: bool, sft_scale: Tensor | None = None) -> LossSum:
+        """sft_scale: as in `PairObjective.weigh`."""
+        objective = self.objective
+        if self.plan.options.objective != "sft":
+            batches = [bound(batch, self.plan.options, objective, sft_scale) for batch in batches]
         outputs = run_schedule(self.models, batches, _forward_step, forward_only)
         reports = [output["loss"] for output in outputs] if parallel_state.get_tensor_model_parallel_rank() == 0 else []
-        zero = torch.zeros(3 + 2 * batches[0].num_sources, dtype=torch.float64, device=batches[0].tokens.device)
-        return LossSum(torch.stack([zero, *reports]).sum(dim=0))
+        size = 3 + 2 * batches[0].num_sources + (NUM_PAIR_SUMS if objective else 0)
+        zero = torch.zeros(size, dtype=torch.float64, device=batches[0].tokens.device)
+        sums = torch.stack([zero, *reports]).sum(dim=0)
+        return LossSum(sums, objective is not None, objective.sft_weight if objective else 0.0)
 
 
 def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -198,17 +192,24 @@ def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tupl
     return model(batch=batch), partial(_report_loss, batch)
 
 
-def _report_loss(batch: MicroBatch, losses: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    summed_loss, token_losses = losses
+def _report_loss(batch: MicroBatch, result: HeadResult) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    summed_loss = result[0]
     for_gradient = summed_loss if batch.gradient_scale is None else summed_loss * batch.gradient_scale
+    return for_gradient, batch.loss_count.to(torch.int), {"loss": _report(batch, *result)}
+
+
+def _counts(batch: MicroBatch) -> Tensor:
+    """[2] int64, this rank's part of what a step's losses are divided by: the loss's count, and tokens of chosen answers."""
+    chosen = torch.zeros_like(batch.loss_count) if batch.pairs is None else batch.pairs.num_targets[0::2].sum()
+    return torch.stack([batch.loss_count, chosen])
+
+
+def _report(batch: MicroBatch, summed_loss: Tensor, token_losses: Tensor, report: Tensor | None) -> Tensor:
+    """The `LossSum.values` of one micro-batch; report: what `weigh` of its objective gave."""
+    total = summed_loss.detach().double() if report is None else report[0]
     counts = torch.stack([batch.loss_count, torch.full_like(batch.loss_count, len(batch.targets.ids))]).double()
-    report = torch.cat([summed_loss.detach().double()[None], counts, _by_source(batch, token_losses)])
-    return for_gradient, batch.loss_count.to(torch.int), {"loss": report}
-
-
-def _finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
-    # `num_tokens` would have megatron-core divide all gradients by it, which the loss has done.
-    finalize_model_grads(model, None, **options)
+    of_pairs = [] if report is None else [report[1:]]
+    return torch.cat([total[None], counts, _by_source(batch, token_losses), *of_pairs])
 
 
 def _by_source(batch: MicroBatch, token_losses: Tensor) -> Tensor:
@@ -219,13 +220,18 @@ def _by_source(batch: MicroBatch, token_losses: Tensor) -> Tensor:
     return sums.flatten()
 
 
+def _finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
+    # `num_tokens` would have megatron-core divide all gradients by it, which the loss has done.
+    finalize_model_grads(model, None, **options)
+
+
 def _recompute_word(plan: RunPlan) -> str:
     """RECOMPUTE, with `auto` replaced by the cheapest choice that is estimated to fit this GPU; `none` on a CPU."""
     options = plan.options
     gpu_bytes, _ = gpu_memory(options)
     if options.recompute != "auto" or not gpu_bytes:
         return "none" if options.recompute == "auto" else options.recompute
-    settings = memory_settings(options, plan.seq_length, plan.data_parallel)
+    settings = memory_settings(options, plan.seq_length, plan.data_parallel, plan.trained)
     word = cheapest_recompute(plan.architecture, plan.layout, plan.data_parallel, settings, gpu_bytes)
     ranks.print_rank_0(f"RECOMPUTE=auto: {word}, the cheapest that is estimated to fit {gpu_bytes / GIB:.0f} GiB")
     return word

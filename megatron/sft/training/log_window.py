@@ -13,7 +13,7 @@ from megatron.sft.training.engine import StepResult
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums and means of a window over all processes and steps. source_losses: as in `StepMetrics`."""
+    """Sums and means of a window over all processes and steps. source_losses, pairs: as in `StepMetrics`."""
 
     loss: float
     tokens: int
@@ -21,6 +21,7 @@ class Totals:
     sum_squared_lengths: int
     source_losses: dict[str, tuple[float, int]]
     memory_bytes: int
+    pairs: dict[str, float]
 
 
 @dataclass
@@ -47,21 +48,23 @@ class Window:
 
         model_size: processes that hold one copy of the model together.
         """
-        assert self.sums is not None
+        assert self.sums is not None and self.last is not None
         counts = [self.tokens, self.sum_squared_lengths, device.peak_memory_bytes()]
         mine = torch.cat([torch.tensor(counts, dtype=torch.float64, device=self.sums.device), self.sums])
         all_of_them = mine.new_empty(torch.distributed.get_world_size(), len(mine))
         torch.distributed.all_gather_into_tensor(all_of_them, mine[None])
         memory = int(all_of_them[:, 2].max())
         # Every model-parallel rank counted the tokens of its data-parallel copy.
-        tokens, squares, _, loss, count, trained, *by_source = all_of_them.sum(dim=0).tolist()
+        tokens, squares, _, *sums = all_of_them.sum(dim=0).tolist()
+        means = self.last.loss.means(sums)
         return Totals(
-            loss=loss / max(count, 1.0),
+            loss=means.loss,
             tokens=int(tokens) // model_size,
-            trained_tokens=int(trained),
+            trained_tokens=means.trained_tokens,
             sum_squared_lengths=int(squares) // model_size,
-            source_losses=source_losses(by_source, source_names),
+            source_losses=source_losses(means.source_sums, source_names),
             memory_bytes=memory,
+            pairs=means.pairs,
         )
 
 

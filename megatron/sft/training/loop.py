@@ -2,7 +2,7 @@
 
 import math
 import time
-from pathlib import Path
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
@@ -16,31 +16,22 @@ from megatron.sft.reporting.live_plot import LivePlot
 from megatron.sft.reporting.trackers import open_trackers
 from megatron.sft.runtime import device, ranks, watchdog
 from megatron.sft.runtime.errors import UserError
-from megatron.sft.runtime.manifest import write_bytes, write_json
-from megatron.sft.runtime.signals import RESUME, StopRequest, name_of
+from megatron.sft.runtime.signals import RESUME, STOP_FILE, StopRequest, name_of
 from megatron.sft.training import nonfinite, state
 from megatron.sft.training.engine import Engine, StepResult
 from megatron.sft.training.feeder import Feeder
 from megatron.sft.training.log_window import Window
+from megatron.sft.training.pair_guard import AccuracyWatch, wrong_start
 from megatron.sft.training.saver import Saver
+from megatron.sft.training.steering.endings import keep_settings, last_words, name_best, nothing_left
+from megatron.sft.training.steering.live_export import LiveExport
+from megatron.sft.training.steering.requests import Requests
 
 # How long a save takes, for the time limit, until one was measured: bytes a parameter (weights, two moments, a 16-bit copy)
 # onto a disk of 200 MB/s.
 _STATE_BYTES, _DISK_BYTES_A_SECOND = 14, 200e6
-
-
-def keep_settings(plan: RunPlan) -> None:
-    """Copy the recipe and write settings.json, the resolved settings, into the folder of the run; on rank 0 only."""
-    folder, recipe = plan.options.save, plan.options.recipe
-    if not ranks.is_rank_0():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        if recipe:
-            write_bytes(folder / Path(recipe).name, Path(recipe).read_bytes())
-        write_json(folder / "settings.json", options_record(plan.options))
-    except OSError as error:
-        ranks.print_rank_0(f"warning: the settings are not kept in {folder} ({error.strerror}): training continues")
+# An untrained model's share of the loss of guessing from which on something is likely to be wrong with the data.
+GUESSING = 0.9
 
 
 class Run:
@@ -57,6 +48,10 @@ class Run:
         self._longest_step = 0.0
         self._longest_save = num_parameters(plan.architecture) * _STATE_BYTES / _DISK_BYTES_A_SECOND
         self._spikes = nonfinite.SpikeWatch()
+        self.requests = Requests(self.options.save)
+        self.exports = LiveExport(plan)
+        self._save_wanted = False
+        self._accuracies = AccuracyWatch()
         self._source_names = source_names(plan.rows.manifest) if plan.rows.num_sources else []
 
     def train(self) -> int:
@@ -64,33 +59,44 @@ class Run:
         self._load()
         plan = self.plan
         pending = self._validation_pending()
-        if self.iteration >= plan.train_iters and not pending:
-            ranks.print_rank_0(f"nothing to do: the run has {plan.train_iters} steps and iteration {self.iteration} is saved")
+        if not pending and (reason := nothing_left(plan, self.saver.watch, self.iteration)):
+            ranks.print_rank_0(reason)
             return 0
-        self.feeder = Feeder(plan)
+        self.feeder = Feeder(plan, plan.reference.logps if plan.reference else None)
         save = self.options.save
         trackers = open_trackers(save, self.iteration, options_record(self.options))
         num_rows = len(plan.training_rows)
-        self.log = metrics.MetricsLog(save, plan.train_iters, num_rows, self.iteration, plan.architecture, trackers)
+        frozen = plan.trained.lora is not None
+        self.log = metrics.MetricsLog(save, plan.train_iters, num_rows, self.iteration, plan.architecture, trackers, frozen)
         self.picture = LivePlot(save)
         self.stop.begin(self.options.exit_after_minutes)
+        watchdog.enter("comparison with the reference")
+        if not self.iteration and (problem := wrong_start(self.engine, self.feeder)):
+            self._fail(problem)
         code = self._stop_requested()
         if pending and not code:
             code = self._validate()
         window = Window(time.monotonic())
-        while self.iteration < plan.train_iters and not code:
+        saves = self.options.save_interval, self.options.export_every
+        while self.iteration < plan.train_iters and not code and not self._gave_up:
             self._step(window)
             code = self._stop_requested()
-            if code or self._due(self.options.log_interval, self._eval_interval, self.options.save_interval):
+            if code or self._save_wanted or self._due(self.options.log_interval, self._eval_interval, *saves):
                 self._log(window)
                 if self._due(self._eval_interval) and not code:
                     code = self._validate()
-                if code or self._due(self.options.save_interval):
+                if code or self._gave_up or self._save_wanted or self._due(*saves):
                     self._save()
                     code = code or self._stop_requested()
                 window = Window(time.monotonic())
             self.saver.poll()
+            self.exports.poll(self.saver.last_saved)
         return self._shutdown(code)
+
+    @property
+    def _gave_up(self) -> bool:
+        """Whether the run ends early, the same on every rank."""
+        return self.saver.watch.gave_up(self.options)
 
     def _load(self) -> None:
         if self.plan.resume:
@@ -101,6 +107,7 @@ class Run:
             state.load_start(self.engine)
         keep_settings(self.plan)
         metrics.forget_after(self.options.save, self.iteration)
+        name_best(self.plan, self.saver.watch)
 
     @property
     def _eval_interval(self) -> int:
@@ -113,7 +120,11 @@ class Run:
 
     def _stop_requested(self) -> int:
         """0, or the code of why some rank wants to end (see StopRequest.code); the same on every rank."""
-        return self._all_reduce_max(self.stop.code(self._longest_step + 1.2 * self._longest_save))
+        save, stop = self.requests.look()
+        code = self.stop.code(self._longest_step + 1.2 * self._longest_save) or STOP_FILE * stop
+        wish = self._all_reduce_max(2 * code + save)
+        self._save_wanted = self._save_wanted or bool(wish % 2)
+        return wish // 2
 
     def _all_reduce_max(self, number: int) -> int:
         """The largest of all ranks' numbers; every rank must call it."""
@@ -125,8 +136,20 @@ class Run:
 
     def _validation_pending(self) -> bool:
         """Whether the validation after this iteration was interrupted, so that the checkpoint was saved without it."""
-        due = self.iteration > 0 and self._due(self._eval_interval) and ranks.is_rank_0()
-        return bool(self._all_reduce_max(due and not metrics.has_validation(self.options.save, self.iteration)))
+        due = self._due(self._eval_interval) if self.iteration else self.options.validate_at_start
+        loss = [metrics.logged_validation(self.options.save, self.iteration) if due and ranks.is_rank_0() else None]
+        torch.distributed.broadcast_object_list(loss, src=0, group=self._group)
+        watch = self.saver.watch
+        if loss[0] is not None and watch.validated != self.iteration:
+            # It was made after the checkpoint was saved.
+            self._take_validation(loss[0])
+        return due and loss[0] is None
+
+    def _take_validation(self, loss: float) -> None:
+        watch = self.saver.watch
+        watch.validation(self.iteration, loss)
+        if self.saver.last_saved == self.iteration and watch.saved(self.iteration):
+            name_best(self.plan, watch)
 
     def _step(self, window: Window) -> None:
         started = time.monotonic()
@@ -193,8 +216,15 @@ class Run:
                 source_losses=totals.source_losses,
                 loss_scale=self._loss_scale(),
                 memory_bytes=totals.memory_bytes,
+                pairs=totals.pairs,
             )
         )
+        if self._all_reduce_max(self.saver.watch.steps(totals.loss, steps, self.options)):
+            self._fail(
+                f"the loss was above LOSS_CEILING={self.options.loss_ceiling:g} for {self.saver.watch.steps_above} steps, "
+                f"{totals.loss:.4f} at iteration {self.iteration}: lower LR, look at the data, or resume from the last "
+                "checkpoint with a higher LOSS_CEILING"
+            )
         if warning := self._spikes.look(totals.loss):
             ranks.print_rank_0(f"warning: iteration {self.iteration}: {warning}")
 
@@ -214,30 +244,44 @@ class Run:
             if code := self._stop_requested():
                 return code
         assert sums is not None
-        loss, trained = type(part)(sums).reduce()
-        if not math.isfinite(loss):
-            ranks.print_rank_0(f"warning: the validation loss is {loss}: look at the validation rows, or at the weights")
-        self.log.validation(self.iteration, loss, trained)
+        means = replace(part, values=sums).reduced()
+        if not math.isfinite(means.loss):
+            ranks.print_rank_0(f"warning: the validation loss is {means.loss}: look at the validation rows, or at the weights")
+        self.log.validation(self.iteration, means.loss, means.trained_tokens, means.pairs)
+        vocab_size = self.plan.architecture.vocab_size
+        if not self.iteration and not means.pairs and means.loss >= GUESSING * math.log(vocab_size):
+            ranks.print_rank_0(
+                f"warning: no better than guessing one of {vocab_size:,} tokens (loss {math.log(vocab_size):.2f}): random "
+                "weights, or data made with another model's tokenizer or template"
+            )
+        self._take_validation(means.loss)
         return 0
 
     def _save(self) -> None:
         watchdog.enter("save")
         started = time.monotonic()
+        self.saver.spared = self.exports.needed
         self.saver.save(self.iteration, self.consumed)
+        self.exports.saved(self.iteration)
+        self._save_wanted = False
         self._longest_save = max(self._longest_save, time.monotonic() - started)
         self.picture.redraw()
 
     def _shutdown(self, code: int) -> int:
         watchdog.enter("save")
         self.saver.finish()
-        finished = self.iteration == self.plan.train_iters and not self._validation_pending()
+        finished = (self.iteration == self.plan.train_iters or self._gave_up) and not self._validation_pending()
+        if code:
+            self.exports.stop()
+        else:
+            watchdog.enter("export")
+            self.exports.finish(self.saver.last_saved)
         self.stop.leave()
         watchdog.enter("exit")
         self.log.close()
         self.picture.close()
-        save = self.options.save
         if finished:
-            ranks.print_rank_0(f"done: {self.iteration} steps, checkpoints in {save}\nnext: scripts/5_export.sh {save}")
+            ranks.print_rank_0(last_words(self.plan, self.saver.watch, self.iteration))
             return 0
         kept = f"after iteration {self.iteration}, which is saved" if self.saver.last_saved else "before the first step"
         ranks.print_rank_0(f"stopped by {name_of(code)} {kept}: the same command continues from there (status {RESUME})")

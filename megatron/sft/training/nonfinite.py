@@ -1,10 +1,11 @@
-"""Finding the conversations whose loss or gradient is not finite, after a step that was skipped because of them."""
+"""Finding the conversations, or pairs, whose loss or gradient is not finite, after a step that was skipped because of them."""
 
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron.sft.data.tokenized import Row
+from megatron.sft.planning.objective_checks import needs_pairs
 from megatron.sft.training.feeder import Feeder
 
 if TYPE_CHECKING:
@@ -17,14 +18,15 @@ _NAMED = 5
 
 @dataclass(frozen=True)
 class Found:
-    """A row, or one of its conversations, that gives gradients that are not finite. Conversations count from 1."""
+    """A row, or one of its conversations or pairs, that gives gradients that are not finite. These count from 1."""
 
     row: int
-    conversation: int = 0
-    conversations: int = 0
+    part: int = 0
+    parts: int = 0
+    kind: str = "conversation"
 
     def __str__(self) -> str:
-        part = f", conversation {self.conversation} of {self.conversations}" if self.conversation else ""
+        part = f", {self.kind} {self.part} of {self.parts}" if self.part else ""
         return f"row {self.row}{part}"
 
 
@@ -36,12 +38,13 @@ def blame(engine: "Engine", feeder: Feeder, consumed: int) -> str:
     numbers = feeder.training_numbers(consumed)  # of rows, micro-batch by micro-batch
     bad = _bad(engine, feeder.rank, [feeder.micro_batch(part) for part in numbers])
     rows = {n: feeder.row(n) for index in bad[:_MICRO_BATCHES] for n in numbers[index] if n is not None}
-    tried = [(n, i) for n, row in rows.items() for i in range(len(row.conversation_lengths))][:_CONVERSATIONS]
-    singles = [feeder.batch_of([_conversation(rows[n], i)]) for n, i in tried]
+    kind, size = ("pair", 2) if needs_pairs(feeder.plan.options.objective) else ("conversation", 1)
+    tried = [(n, i) for n, row in rows.items() for i in range(len(row.conversation_lengths) // size)][:_CONVERSATIONS]
+    singles = [feeder.batch_of([_part(rows[n], i * size, size)]) for n, i in tried]
     # Every rank must compute as many micro-batches as the others.
     singles += [feeder.micro_batch([None])] * (max(_gathered(len(tried))) - len(tried))
     guilty = [tried[index] for index in _bad(engine, feeder.rank, singles) if index < len(tried)]
-    found = [Found(n, i + 1, len(rows[n].conversation_lengths)) for n, i in guilty]
+    found = [Found(n, i + 1, len(rows[n].conversation_lengths) // size, kind) for n, i in guilty]
     if not found:
         found = [Found(n) for index in bad for n in numbers[index] if n is not None]
     everywhere = len(bad) == len(numbers)
@@ -49,7 +52,7 @@ def blame(engine: "Engine", feeder: Feeder, consumed: int) -> str:
 
 
 def _words(feeder: Feeder, answers: "list[tuple[list[Found], bool]]") -> str:
-    found = sorted({each for some, _ in answers for each in some}, key=lambda each: (each.row, each.conversation))
+    found = sorted({each for some, _ in answers for each in some}, key=lambda each: (each.row, each.part))
     if not found:
         return "recomputed, it is finite: check the hardware"
     prefix = feeder.plan.rows.prefix
@@ -65,10 +68,14 @@ def _bad(engine: "Engine", copy: int, batches: list[Any]) -> list[int]:
     return sorted({index for other, indices in _gathered((copy, mine)) if other == copy for index in indices})
 
 
-def _conversation(row: Row, index: int) -> Row:
+def _part(row: Row, index: int, size: int) -> Row:
+    """The conversations from `index` on, as many as `size`."""
+    lengths = row.conversation_lengths[index : index + size]
     start = int(row.conversation_lengths[:index].sum())
-    part = slice(start, start + int(row.conversation_lengths[index]))
-    return Row(row.tokens[part], row.trained[part], row.conversation_lengths[index : index + 1])
+    part = slice(start, start + int(lengths.sum()))
+    first = int(row.trained[:start].sum())
+    reference = None if row.reference is None else row.reference[first : first + int(row.trained[part].sum())]
+    return Row(row.tokens[part], row.trained[part], lengths, reference=reference)
 
 
 def _gathered(value: Any) -> list[Any]:

@@ -7,7 +7,9 @@ from typing import Any
 import megatron.core.optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -73,7 +75,14 @@ def build_optimizer(options: TrainOptions, dtype: torch.dtype, models: Sequence[
         **fields,
     )
     with _in_place_adamw(config) if in_place else contextlib.nullcontext():
-        optimizer = get_megatron_optimizer(config, list(models), use_gloo_process_groups=False)
+        overrides = get_standard_config_overrides(config)
+        if options.lora_plus != 1.0:
+            # LoRA+ (Hayou et al., 2024): B learns faster than A.
+            key = ParamKey(name="*.adapter.*_B")
+            overrides[key] = ParamGroupOverride(
+                max_lr=options.lr * options.lora_plus, min_lr=options.min_lr * options.lora_plus
+            )
+        optimizer = get_megatron_optimizer(config, list(models), overrides, use_gloo_process_groups=False)
     if device.has_gpu():
         for group in optimizer.param_groups:
             if "fused" in group:

@@ -1,18 +1,23 @@
-"""Whether a run continues the run that was saved: with the same data, order and batches the position means the same rows."""
+"""Whether a run continues the run that was saved: with the same data, order and batches the position means the same rows.
+
+What it trains is compared before processes start (planning/trained_part.py).
+"""
 
 from typing import Any
 
 from megatron.sft.checkpoint.folder import Checkpoint
-from megatron.sft.planning.options import options_record, variable_named
+from megatron.sft.planning.objective_checks import objective_words
+from megatron.sft.planning.options import options_of_record, options_record, variable_named
 from megatron.sft.planning.run_plan import RunPlan
 from megatron.sft.runtime.errors import UserError
 
 # What RESUME_WITH may name.
-CHANGEABLE = ("data", "tokenizer", "seq_length", "global_batch_size", "seed", "split", "loss_average")
+CHANGEABLE = ("data", "tokenizer", "seq_length", "global_batch_size", "seed", "split", "loss_average", "objective", "reference")
 # Settings allowed to change; changes are reported because they affect results.
 REPORTED_SETTINGS = (
     "precision", "lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "lr_wsd_decay_iters",
-    "lr_wsd_decay_style", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
+    "lr_wsd_decay_style", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "lora_dropout", "lora_plus",
+    "lora_init_from",
 )  # fmt: skip
 
 
@@ -20,7 +25,7 @@ def data_record(plan: RunPlan) -> dict[str, Any]:
     """What the manifest of a checkpoint says of the data, for resuming and for an exported model's card."""
     data = plan.rows.manifest
     counts: dict[str, Any] = {
-        name: data[name] for name in ("rows", "conversations", "tokens", "trained_tokens") if name in data
+        name: data[name] for name in ("rows", "pairs", "conversations", "tokens", "trained_tokens") if name in data
     }
     tokenizer = data.get("tokenizer", {})
     return {
@@ -32,6 +37,13 @@ def data_record(plan: RunPlan) -> dict[str, Any]:
         "end_of_turn_ids": tokenizer.get("end_of_turn_ids", []),
         **counts,
     }
+
+
+def reference_record(plan: RunPlan) -> dict[str, Any] | None:
+    """What the manifest of a checkpoint says of the reference that the run is held to."""
+    if plan.reference is None:
+        return None
+    return {name: plan.reference.wanted[name] for name in ("checkpoint", "precision")}
 
 
 def check_same_run(checkpoint: Checkpoint, plan: RunPlan) -> list[str]:
@@ -62,13 +74,16 @@ def allowed_changes(text: str) -> set[str]:
 
 
 def _training_now(plan: RunPlan) -> dict[str, Any]:
-    return {"options": options_record(plan.options), "data": data_record(plan)}
+    return {"options": options_record(plan.options), "data": data_record(plan), "reference": reference_record(plan)}
 
 
 def settings_record(training: dict[str, Any]) -> dict[str, Any]:
     """The value of each name in CHANGEABLE, None if unknown. `training`: as in the manifest, with `options` and `data`."""
     data, options = training["data"], training["options"]
     record = {name: options.get(name) for name in CHANGEABLE}
+    record["objective"] = objective_words(options_of_record(options))
+    reference = training.get("reference")
+    record["reference"] = (reference["checkpoint"]["sha256"],) if reference else None
     record["data"] = (data["bin_sha256"], data["idx_sha256"]) if "idx_sha256" in data else None
     return {**record, "tokenizer": data.get("tokenizer_sha256"), "seq_length": data.get("length")}
 
@@ -90,7 +105,12 @@ def _changes(checkpoint: Checkpoint, plan: RunPlan, before: dict[str, Any], now:
 
 
 def _title(name: str) -> str:
-    titles = {"data": "DATA_PATH's content", "tokenizer": "the data's tokenizer", "seq_length": "the data's row length"}
+    titles = {
+        "data": "DATA_PATH's content",
+        "reference": "the reference's content",
+        "tokenizer": "the data's tokenizer",
+        "seq_length": "the data's row length",
+    }
     return titles.get(name) or variable_named(name)
 
 

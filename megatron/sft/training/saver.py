@@ -16,13 +16,15 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from megatron.sft.checkpoint.background import SaveResult, SaveTask, StoreMailbox
-from megatron.sft.checkpoint.folder import check_room, clear_leftovers, iteration_path, unfinished_path
+from megatron.sft.checkpoint.folder import Kept, check_room, clear_leftovers, iteration_path, unfinished_path
+from megatron.sft.checkpoint.optimizer_state import values_without_state
 from megatron.sft.checkpoint.shard_slice import ShardSlice
 from megatron.sft.checkpoint.staging import BackgroundAllocation, Staging, staged_bytes
 from megatron.sft.runtime import device, ranks
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.training.engine import Engine
 from megatron.sft.training.state import run_manifest, run_slices
+from megatron.sft.training.steering.watch import watch_of
 
 # Counts all saves of this process: texts about one must not be taken for another's.
 _save_numbers = itertools.count(1)
@@ -32,12 +34,14 @@ class Saver:
     """Writes the checkpoints of one run. Every rank calls the same methods in the same order.
 
     `last_saved` is the iteration of the newest whole checkpoint, None before this process's first; set it after resuming, so
-    that nothing is saved twice.
+    that nothing is saved twice. `watch` goes into every manifest. `spared`: iterations that KEEP_LAST does not remove now.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.last_saved: int | None = None
+        self.watch = watch_of(engine.plan)
+        self.spared: frozenset[int] = frozenset()
         self._options = engine.plan.options
         self._root = self._options.save
         self._staging = Staging()
@@ -62,14 +66,17 @@ class Saver:
         with self.engine.gathered_parameters():
             slices = run_slices(self.engine)
             staged = self._start(iteration, slices)
-            manifest = run_manifest(self.engine, consumed_rows)
+            self.watch.saved(iteration)
+            manifest = run_manifest(self.engine, consumed_rows, self.watch)
             if staged:
                 slices = self._staging.copy(slices)
             number = next(_save_numbers)
             self._mailbox = StoreMailbox(number)
             timeout = 60 * self._options.distributed_timeout_minutes
-            kept = self._options.keep_last, self._options.keep_every
-            self._task = SaveTask(self._root, iteration, slices, manifest, *kept, StoreMailbox(number), timeout)
+            kept = Kept(self._options.keep_last, self._options.keep_every, self.spared)
+            plan = self.engine.plan
+            omitted = values_without_state(plan.architecture, plan.trained.frozen)
+            self._task = SaveTask(self._root, iteration, slices, manifest, kept, StoreMailbox(number), timeout, omitted)
             self._task.start(started)
             self._task.stalled_seconds = time.monotonic() - started
             if not staged:

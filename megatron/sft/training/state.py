@@ -4,8 +4,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron.sft.checkpoint.adapter_record import lora_record
+from megatron.sft.checkpoint.adapter_shards import adapter_tensors, fill_adapters
 from megatron.sft.checkpoint.folder import TORCH_DIST
 from megatron.sft.checkpoint.fp8_state import load_scaling, scaling_slices
 from megatron.sft.checkpoint.model_shards import load_weights, model_tensors, tensors_to_write, to_slice
@@ -16,23 +19,33 @@ from megatron.sft.planning.options import options_record
 from megatron.sft.planning.run_plan import RunPlan
 from megatron.sft.runtime import device, ranks
 from megatron.sft.runtime.errors import UserError
+from megatron.sft.training.adapter_start import first_values
 from megatron.sft.training.engine import Engine
-from megatron.sft.training.same_run import check_same_run, data_record
+from megatron.sft.training.same_run import check_same_run, data_record, reference_record
+from megatron.sft.training.steering.watch import KEY as WATCH
+from megatron.sft.training.steering.watch import Watch
 
 
 def run_slices(engine: Engine) -> list[ShardSlice]:
     """What this process writes of a checkpoint. The engine's parameters must be gathered while `values()` are called."""
-    tensors = model_tensors(engine.chunks)
+    tensors = _saved_tensors(engine)
     weights = [to_slice(tensor) for tensor in tensors_to_write(tensors)]
     others = [*scaling_slices(engine.chunks), *_random_slices(_random_states())]
     return [*weights, *optimizer_slices(engine.optimizer, tensors), *others]
 
 
-def run_manifest(engine: Engine, consumed_rows: int) -> dict[str, Any]:
+def _saved_tensors(engine: Engine) -> list[ShardedTensor]:
+    """The weights that a checkpoint of the run holds: all of them, or the adapters alone."""
+    return adapter_tensors(engine.chunks) if engine.plan.trained.lora else model_tensors(engine.chunks)
+
+
+def run_manifest(engine: Engine, consumed_rows: int, watch: Watch) -> dict[str, Any]:
     """What the manifest says besides the files. `consumed_rows`: the position in the data."""
     plan, start = engine.plan, engine.plan.start.manifest
+    lora, base = plan.trained.lora, plan.base
     return {
         "checkpoint_format": TORCH_DIST,
+        **({"adapter": lora_record(lora, base)} if lora and base else {}),
         **{key: start[key] for key in ("shape", "source", "hf_dtype", "hf_dtype_exceptions") if key in start},
         "layout": _layout(plan),
         "training": {
@@ -40,9 +53,11 @@ def run_manifest(engine: Engine, consumed_rows: int) -> dict[str, Any]:
             "num_processes": torch.distributed.get_world_size(),
             "train_iters": plan.train_iters,
             "counters": dict(engine.counters),
+            WATCH: watch.record(),
             "optimizer": optimizer_record(engine.optimizer),
             "options": options_record(plan.options),
             "data": data_record(plan),
+            **({"reference": reference_record(plan)} if plan.reference else {}),
             "chat_template": plan.rows.manifest.get("chat_template"),
             "tool_use_template": plan.rows.manifest.get("tool_use_template"),
         },
@@ -50,9 +65,13 @@ def run_manifest(engine: Engine, consumed_rows: int) -> dict[str, Any]:
 
 
 def load_start(engine: Engine) -> None:
-    """Load the weights of the converted model: iteration 0 of a run."""
-    load_weights(engine.plan.start, engine.chunks, engine.plan.layout)
-    engine.optimizer.reload_model_params()
+    """Load the weights of the converted model, and the adapters' first values: iteration 0 of a run."""
+    plan = engine.plan
+    load_weights(plan.start, engine.chunks, plan.layout)
+    if plan.trained.lora:
+        fill_adapters(engine.optimizer, adapter_tensors(engine.chunks), first_values(plan.options))
+    else:
+        engine.optimizer.reload_model_params()
 
 
 def load(engine: Engine) -> tuple[int, int]:
@@ -66,8 +85,10 @@ def load(engine: Engine) -> tuple[int, int]:
         raise UserError(f"{checkpoint.path} has no training state to resume from: start a new run with it (train)")
     for change in check_same_run(checkpoint, engine.plan):
         ranks.print_rank_0(change)
+    if engine.plan.base:
+        load_weights(engine.plan.base, engine.chunks, engine.plan.layout)
     reader = SliceReader(checkpoint.path)
-    tensors = model_tensors(engine.chunks)
+    tensors = _saved_tensors(engine)
     reader.fill([to_slice(tensor) for tensor in tensors])
     # An optimizer whose steps were skipped has taken fewer than the schedule.
     record = training.get("optimizer", {"step": checkpoint.iteration})

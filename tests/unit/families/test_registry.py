@@ -27,6 +27,9 @@ def _config(family: str) -> dict[str, object]:
         "qwen3_moe": {name: MIXTURE[name] for name in MIXTURE if name != "num_local_experts"},
         "mixtral": {name: MIXTURE[name] for name in ("num_local_experts", "num_experts_per_tok")},
     }
+    if "qwen3_5" in family or "qwen3_next" in family:
+        delta_net = {f"linear_{name}": 2 for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")}
+        return {**CONFIG, "model_type": family, "head_dim": 8, "full_attention_interval": 2, **delta_net}
     return {**CONFIG, "model_type": family, **of_mixtures.get(family, {})}
 
 
@@ -42,26 +45,63 @@ def test_every_family_reads_its_table_both_ways(family: str) -> None:
 def _hf_shape(name: str, architecture: Architecture) -> tuple[int, ...]:
     query, key = architecture.num_heads * architecture.head_dim, architecture.num_kv_heads * architecture.head_dim
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
-    rows = {"q_proj": query, "k_proj": key, "v_proj": key, "gate_proj": ffn, "up_proj": ffn, ".w1.": ffn, ".w3.": ffn}
+    if "linear_attn" in name:
+        return _delta_net_shape(name, architecture)
+    query *= 2 if architecture.attention_gate else 1
+    rows = {"qkv_proj": query + 2 * key, "gate_up_proj": 2 * ffn}
+    rows |= {"q_proj": query, "k_proj": key, "v_proj": key, "gate_proj": ffn, "up_proj": ffn, ".w1.": ffn, ".w3.": ffn}
     for part, size in rows.items():
         if part in name:
             return (size,) if name.endswith("bias") else (size, hidden)
     return (hidden,) if "norm" in name else (hidden, hidden)
 
 
+def _delta_net_shape(name: str, architecture: Architecture) -> tuple[int, ...]:
+    sizes, hidden = architecture.delta_net, architecture.hidden_size
+    assert sizes is not None
+    keys, values = sizes.num_key_heads * sizes.key_dim, sizes.num_value_heads * sizes.value_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "in_proj_qkvz": (2 * keys + 2 * values, hidden),
+        "in_proj_qkv": (2 * keys + values, hidden),
+        "in_proj_z": (values, hidden),
+        "in_proj_ba": (2 * sizes.num_value_heads, hidden),
+        "in_proj_b": (sizes.num_value_heads, hidden),
+        "in_proj_a": (sizes.num_value_heads, hidden),
+        "conv1d": (2 * keys + values, 1, sizes.kernel),
+        "out_proj": (hidden, values),
+        "norm": (sizes.value_dim,),
+    }
+    return next((shape for part, shape in shapes.items() if f".{part}." in name), (sizes.num_value_heads,))
+
+
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 REFUSED = {
-    "model_type 'gpt2' is not supported: choose one of llama, mistral": {"model_type": "gpt2"},
+    "model_type 'gpt2' is not supported: config.json names nothing unusual, but a table": {"model_type": "gpt2"},
+    "choose one of ernie4_5, gemma3, gemma3_text": {"model_type": "gpt2"},
+    "it needs experts, biases, clamped SwiGLU and attention sinks, which exist here, and biases of experts": {
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "attention_bias": True,
+        "swiglu_limit": 7.0,
+    },
+    "it needs multi-head latent attention and shared experts, which do not; a table of its weights is missing": {
+        "model_type": "deepseek_v3",
+        "kv_lora_rank": 512,
+        "n_shared_experts": 1,
+    },
     "model_type None is not supported": {"model_type": None},
     "hidden_act='gelu' is not supported for qwen2 (only 'silu')": {"hidden_act": "gelu"},
     "use_sliding_window=True is not supported": {"use_sliding_window": True},
-    "RoPE scaling of type 'yarn' is not supported": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-    "RoPE scaling of type 'linear' is not supported": {"rope_scaling": {"type": "linear", "factor": 4.0}},
-    "RoPE scaling of type 'llama3' is not supported": {"rope_scaling": _LLAMA3},
+    "RoPE scaling of type 'stretch' is not supported: choose one of default": {"rope_scaling": {"rope_type": "stretch"}},
+    "RoPE scaling of type 'linear' lacks factor": {"rope_scaling": {"type": "linear"}},
+    "RoPE scaling with factor 0.5": {"rope_scaling": {"rope_type": "yarn", "factor": 0.5}},
+    "longrope has 1 short and 3 long factors, a head has 3 rotated pairs": {
+        "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0, 3.0]}
+    },
     "lacks original_max_position_embeddings": {"model_type": "llama", "rope_scaling": _LLAMA3},
-    "the RoPE parameter mscale=1 is not supported": {"rope_scaling": {"rope_type": "default", "mscale": 1}},
+    "the RoPE parameter stretch=1 is not supported": {"rope_scaling": {"rope_type": "default", "stretch": 1}},
     "partial_rotary_factor=0.5 is not supported": {"partial_rotary_factor": 0.5},
-    "attention_bias=True is not supported for llama": {"model_type": "llama", "attention_bias": True},
+    "attention_bias=True is not supported for qwen3": {"model_type": "qwen3", "attention_bias": True},
     "attention_dropout=0.1 is not supported": {"attention_dropout": 0.1},
     "layer_types with other than 'full_attention'": {"layer_types": ["full_attention", "sliding_attention"]},
     "logit_scale=16.0 is not supported: it is not known for qwen2": {"logit_scale": 16.0},
@@ -92,13 +132,13 @@ RELEASED = {
 @pytest.mark.parametrize("family", RELEASED)
 def test_fields_of_released_models_are_understood(family: str) -> None:
     architecture = read_architecture({**CONFIG, "model_type": family, **RELEASED[family]}, "")
-    assert architecture.sliding_window == (8 if family == "mistral" else None)
+    assert {layer.window for layer in architecture.layers} == {8 if family == "mistral" else None}
 
 
 def test_old_and_new_spellings_of_a_configuration_are_read_alike() -> None:
     old = read_architecture({**CONFIG, "rope_theta": 1e6, "torch_dtype": "bfloat16"}, "")
     new = read_architecture({**CONFIG, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "dtype": "bfloat16"}, "")
-    assert old == new and old.rope_theta == 1e6 and old.torch_dtype == torch.bfloat16
+    assert old == new and old.ropes[0].theta == 1e6 and old.torch_dtype == torch.bfloat16
 
 
 def test_uneven_pipelines_hold_every_layer() -> None:
@@ -121,3 +161,11 @@ def test_a_layout_that_cannot_be_names_the_choices() -> None:
         check_layout(Layout(expert_parallel=3), experts)
     with pytest.raises(UserError, match=r"EP=2 does not divide the model's 1 experts"):
         check_layout(Layout(expert_parallel=2), architecture)
+
+
+def test_gated_delta_nets_are_split_by_key_heads_and_not_over_contexts() -> None:
+    architecture = read_architecture({**_config("qwen3_5_text"), "linear_num_key_heads": 3, "linear_num_value_heads": 6}, "")
+    with pytest.raises(UserError, match=r"TP=2 does not divide the model's 3 key heads of gated delta nets: choose TP from 1"):
+        check_layout(Layout(tensor_parallel=2), architecture)
+    with pytest.raises(UserError, match=r"CP=2 is not possible with the gated delta nets of qwen3_5_text"):
+        check_layout(Layout(context_parallel=2), architecture)

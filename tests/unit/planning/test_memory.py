@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from megatron.sft.families.lora import LoRA, chosen_targets
+from megatron.sft.families.trained import Trained
 from megatron.sft.hf.published_configs import find_architecture, published_configs
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning import memory
@@ -26,6 +28,15 @@ R1_1_5B, ROW = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", MemorySettings(16384
         ("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768),
         ("Qwen/Qwen2.5-14B-Instruct", 14_770_033_664),
         ("Qwen/Qwen2.5-72B-Instruct", 72_706_203_648),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("google/gemma-3-1b-it", 999_885_952),
+        ("microsoft/Phi-3-mini-4k-instruct", 3_821_079_552),
+        ("microsoft/phi-4", 14_659_507_200),
+        ("HuggingFaceTB/SmolLM3-3B", 3_075_098_624),
+        ("ByteDance-Seed/Seed-OSS-36B-Instruct", 36_151_104_512),
+        ("allenai/OLMo-2-1124-7B-Instruct", 7_298_617_344),
+        ("THUDM/GLM-4-9B-0414", 9_400_279_040),
+        ("baidu/ERNIE-4.5-0.3B-PT", 360_748_032),
     ],
 )
 def test_the_number_of_parameters_is_the_published_one(model: str, published: int) -> None:
@@ -64,6 +75,42 @@ def test_the_estimate_is_within_10_percent_of_peaks_measured_on_an_h200(
     architecture, _ = find_architecture(R1_1_5B)
     estimated = estimate(architecture, layout, copies, replace(ROW, **changes)).tensors / GIB  # type: ignore[arg-type]
     assert abs(estimated / measured_gib - 1) <= 0.10
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "measured_gib"),
+    [
+        # one H100, docs/performance.md
+        ("7B", {"recompute": "selective"}, 62.6),
+        ("7B", {"recompute": "full"}, 21.7),
+        ("7B", {"recompute": "selective", "precision": "fp8"}, 74.7),
+        ("7B", {"recompute": "full", "seq_length": 4096}, 16.7),
+        ("7B", {"recompute": "selective", "seq_length": 4096}, 27.4),
+        ("32B", {"recompute": "full", "seq_length": 4096}, 67.2),
+    ],
+)
+def test_the_estimate_of_adapters_is_within_5_percent_of_the_peak(
+    model: str, changes: dict[str, object], measured_gib: float
+) -> None:
+    architecture, _ = find_architecture(f"Qwen/Qwen2.5-{model}-Instruct")
+    lora = LoRA(16, 32.0, *chosen_targets(architecture, "all"))
+    settings = replace(MemorySettings(16384, num_micro_batches=2, trained=Trained(lora)), **changes)  # type: ignore[arg-type]
+    assert abs(estimate(architecture, ONE, 1, settings).tensors / GIB / measured_gib - 1) <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("changes", "measured_gib"),
+    [
+        # Four layers of Qwen3-30B-A3B on one H100, docs/performance.md
+        ({"recompute": "selective"}, 58.1),
+        ({}, 60.4),
+        ({"recompute": "selective", "optimizer_precision": "bf16"}, 34.9),
+    ],
+)
+def test_the_estimate_of_a_mixture_is_within_5_percent_of_the_peak(changes: dict[str, object], measured_gib: float) -> None:
+    whole, _ = find_architecture("Qwen/Qwen3-30B-A3B")
+    architecture = replace(whole, num_layers=4, layers=whole.layers[:4])
+    assert abs(estimate(architecture, ONE, 1, replace(ROW, **changes)).tensors / GIB / measured_gib - 1) <= 0.05  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("optimizer_precision", "measured_gib"), [("bf16", 38.3), ("fp32", 61.1)])

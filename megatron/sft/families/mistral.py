@@ -1,8 +1,0 @@
-"""Mistral 7B v0.1 to v0.3 and its like: Llama's architecture with, in v0.1, attention to the last 4,096 tokens only."""
-
-from megatron.sft.families import decoder
-
-MODEL_TYPE = "mistral"
-SLIDING_WINDOW = True
-DEFAULTS = {"sliding_window": 4096, "num_key_value_heads": 8}
-rules = decoder.table

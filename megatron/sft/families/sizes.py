@@ -1,0 +1,51 @@
+"""Shapes of a model's weights as Megatron stores them, unsplit, from the architecture alone."""
+
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.rules import Rule
+
+
+def weight_shape(architecture: Architecture, rule: Rule) -> tuple[int, ...]:
+    """The whole parameter's shape: (outputs, inputs) of a matrix, (size,) of a vector."""
+    hidden, head_dim = architecture.hidden_size, architecture.head_dim
+    query = architecture.num_heads * head_dim
+    fused = query * (2 if architecture.attention_gate else 1) + 2 * architecture.num_kv_heads * head_dim
+    module, kind = rule.megatron.split(".")[-2:]
+    width = architecture.ffn_hidden_size
+    if architecture.moe and "{expert}" in rule.megatron:
+        width = architecture.moe.ffn_hidden_size
+    matrices = {
+        "word_embeddings": (architecture.vocab_size, hidden),
+        "output_layer": (architecture.vocab_size, hidden),
+        "linear_qkv": (fused, hidden),
+        "linear_proj": (hidden, query),
+        "linear_fc1": (2 * width, hidden),
+        "linear_fc2": (hidden, width),
+        "router": (architecture.moe.num_experts if architecture.moe else 0, hidden),
+    }
+    if kind == "weight" and module in matrices:
+        return matrices[module]
+    if kind == "bias":
+        return (matrices[module][0],)
+    if kind == "softmax_offset":
+        return (architecture.num_heads,)
+    if module in ("q_layernorm", "k_layernorm"):
+        heads = architecture.num_heads if module == "q_layernorm" else architecture.num_kv_heads
+        return (head_dim * (heads if architecture.query_key_norm == "projection" else 1),)
+    return _of_delta_net(architecture, module, kind) or (hidden,)
+
+
+def _of_delta_net(architecture: Architecture, module: str, kind: str) -> tuple[int, ...]:
+    """The shape of a gated delta net's weight, () for another."""
+    sizes = architecture.delta_net
+    if sizes is None:
+        return ()
+    values = sizes.num_value_heads * sizes.value_dim
+    if kind in ("A_log", "dt_bias"):
+        return (sizes.num_value_heads,)
+    shapes: dict[str, tuple[int, ...]] = {
+        "in_proj": (sizes.input_rows, architecture.hidden_size),
+        "out_proj": (architecture.hidden_size, values),
+        "conv1d": (sizes.convolved_rows, 1, sizes.kernel),
+        "out_norm": (sizes.value_dim,),
+    }
+    return shapes.get(module, ()) if kind == "weight" else ()

@@ -1,0 +1,1 @@
+"""Mixtures of experts: the router's choice, rows sorted by expert, and the experts' products over them."""

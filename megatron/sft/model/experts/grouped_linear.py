@@ -1,0 +1,83 @@
+"""Linear layers of several experts as one product over rows that are sorted by expert."""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.sft.runtime import ranks
+
+
+class GroupedLinear(nn.Module):
+    """The same linear layer of this process's experts. weight: [experts, outputs, inputs]."""
+
+    def __init__(self, num_experts: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, outputs, inputs, dtype=dtype))
+
+    def forward(self, rows: Tensor, ends: Tensor) -> tuple[Tensor, None]:
+        """rows [n, inputs] sorted by expert, to [n, outputs]. ends: int32 [experts], the rows up to and with each expert's."""
+        return grouped_product(rows, self.weight, ends), None
+
+
+def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """[n, outputs]: each row [n, inputs] times its expert's matrix, transposed; weights [experts, outputs, inputs]."""
+    result: Tensor = _GroupedProduct.apply(rows, weights, ends)
+    return result
+
+
+@cache
+def _has_grouped_mm(device: torch.device) -> bool:
+    """Whether torch computes all experts in one product: in bfloat16, on Hopper and later."""
+    suits = hasattr(F, "grouped_mm") and torch.cuda.get_device_capability(device) >= (9, 0)
+    if not suits:
+        ranks.print_rank_0(
+            f"experts are computed one after another: {torch.cuda.get_device_name(device)} with torch {torch.__version__} "
+            "has no grouped product (in bfloat16 Hopper and later have)"
+        )
+    return suits
+
+
+def _in_one(rows: Tensor) -> bool:
+    return rows.is_cuda and rows.dtype == torch.bfloat16 and _has_grouped_mm(rows.device)
+
+
+class _GroupedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, ends)
+        return _times(rows, weights.transpose(1, 2), ends)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weights, ends = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        of_rows = _times(gradient, weights, ends) if ctx.needs_input_grad[0] else None
+        of_weights = _outer(gradient, rows, ends) if ctx.needs_input_grad[1] else None
+        return of_rows, of_weights, None
+
+
+def _times(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """[n, k]: each row [n, m] times its expert's matrix, matrices [experts, m, k]."""
+    if _in_one(rows):
+        return F.grouped_mm(rows, matrices, offs=ends)
+    result = rows.new_empty(len(rows), matrices.shape[2])
+    for matrix, part, into in zip(matrices, *_split(ends, rows, result), strict=True):
+        torch.matmul(part, matrix, out=into)
+    return result
+
+
+def _outer(gradient: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    """[experts, outputs, inputs]: gradient^T @ rows of each expert's rows."""
+    if _in_one(rows):
+        return F.grouped_mm(gradient.t(), rows, offs=ends)
+    return torch.stack([of.t() @ part for of, part in zip(*_split(ends, gradient, rows), strict=True)])
+
+
+def _split(ends: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Each expert's rows of each tensor. Waits for the device, if there is one."""
+    stops = ends.tolist()
+    counts = [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
+    return [tensor.split(counts) for tensor in tensors]

@@ -1,0 +1,99 @@
+"""How the layers of a stage are put together of megatron-core's parts and this project's: one spec for each layer."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
+from megatron.sft.families.weight_names import norm_names
+from megatron.sft.model.attention import PackedAttention
+from megatron.sft.model.config import has_transformer_engine
+from megatron.sft.model.decoder_layer import DecoderLayer
+from megatron.sft.model.delta_net.layer import GatedDeltaNet
+from megatron.sft.model.experts.sparse_mlp import SparseMLP
+from megatron.sft.model.norm import ProjectionNorm, ResidualNorm, ResidualSum, RMSNorm
+
+
+def stage_layers(architecture: Architecture, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of this process's pipeline stage (and chunk of it), and the last norm."""
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    first = get_transformer_layer_offset(config, vp_stage, rank)
+    count = get_num_layers_to_build(config, vp_stage)
+    specs = {kind: _layer(architecture, config, kind) for kind in set(architecture.layers)}
+    layers = [specs[kind] for kind in architecture.layers[first : first + count]]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _layer(architecture: Architecture, config: TransformerConfig, facts: Layer) -> ModuleSpec:
+    num_experts = config.num_moe_experts if facts.experts else None
+    layer = get_gpt_layer_local_spec(
+        num_experts=num_experts, normalization="RMSNorm", qk_layernorm=architecture.query_key_norm is not None
+    )
+    layer.module, layer.params = DecoderLayer, {"architecture": architecture, "facts": facts}
+    norm = ResidualSum if architecture.norms == "after" else ResidualNorm
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+    layer.submodules.sharded_state_dict_keys_map = norm_names(facts)
+    if facts.mixer == GATED_DELTA_NET:
+        layer.submodules.self_attention = ModuleSpec(
+            module=GatedDeltaNet, params={"sizes": architecture.delta_net, "linear": _linear_layers()}
+        )
+    else:
+        _set_attention(layer.submodules.self_attention.submodules, architecture, config, facts)
+    column, row = _linear_layers()
+    if not facts.experts:
+        dense = layer.submodules.mlp.submodules
+        dense.linear_fc1, dense.linear_fc2 = with_bias(column, architecture.mlp_bias), with_bias(row, architecture.mlp_bias)
+    else:
+        layer.submodules.mlp = SparseMLP
+    return layer
+
+
+def _set_attention(attention: Any, architecture: Architecture, config: TransformerConfig, facts: Layer) -> None:
+    """Set the submodules of megatron-core's SelfAttention."""
+    column, row = _linear_layers()
+    attention.linear_qkv = with_bias(column, architecture.qkv_bias)
+    attention.linear_proj = with_bias(row, architecture.output_bias)
+    # Its own attention over packed rows, which gets its layer's window.
+    attention.core_attention = ModuleSpec(
+        module=PackedAttention, params={"window": facts.window, "sinks": architecture.attention_sinks}
+    )
+    windowed_part = config.context_parallel_size > 1 and facts.window is not None
+    if has_transformer_engine() and config.params_dtype != torch.float32 and not windowed_part:
+        # It has no packed attention in float32, nor a window on a part of the row.
+        from megatron.core.extensions import transformer_engine as engine
+
+        attention.core_attention = engine.TEDotProductAttention
+    if architecture.query_key_norm == "projection":
+        counts = (architecture.num_heads, architecture.num_kv_heads)
+        query, key = (ModuleSpec(module=ProjectionNorm, params={"num_heads": count}) for count in counts)
+        attention.q_layernorm, attention.k_layernorm = query, key
+    else:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm if architecture.query_key_norm else None
+
+
+def _linear_layers() -> tuple[type, type]:
+    """The classes of column- and row-parallel layers."""
+    if has_transformer_engine():
+        from megatron.core.extensions import transformer_engine as engine
+
+        return engine.TEColumnParallelLinear, engine.TERowParallelLinear
+    return tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear
+
+
+@cache
+def with_bias(linear: type, bias: bool) -> type:
+    """The class of linear layers with or without a bias, whatever megatron-core asks for: it has one switch for all."""
+
+    class Layer(linear):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "bias": bias})
+
+    Layer.__name__ = Layer.__qualname__ = linear.__name__
+    return Layer

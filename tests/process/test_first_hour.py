@@ -1,0 +1,108 @@
+"""The first hour of a newcomer: every `next:` line runs as printed, every script explains itself, and mistakes are named."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import tiny
+from tests.support.taught import untrained_folder
+
+SECONDS = 240
+SCRIPTS = sorted([*tiny.ROOT.glob("scripts/*.sh"), *tiny.ROOT.glob("tools/*"), *tiny.ROOT.glob("scripts/cluster/*.sbatch")])
+SCRIPTS += [tiny.ROOT / "scripts" / "cluster" / f"{name}.sh" for name in ("container", "interactive", "pipeline")]
+
+
+def environment(**more: object) -> dict[str, str]:
+    given = {"MEGATRON_SFT_DEVICE": "cpu", "OMP_NUM_THREADS": 1, "MEGATRON_SFT_PYTHON": sys.executable, "GPUS_PER_NODE": 1}
+    return os.environ | {name: str(value) for name, value in (given | more).items()}
+
+
+def shell(line: str, folder: Path, status: int = 0, **more: object) -> str:
+    done = subprocess.run(
+        ["bash", "-c", line], env=environment(**more), capture_output=True, text=True, timeout=SECONDS, cwd=folder
+    )
+    assert done.returncode == status, f"{line}\n{done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_explains_itself(script: Path) -> None:
+    said = shell(f"bash {shlex.quote(str(script))} -h", tiny.ROOT)
+    assert len(said.splitlines()) >= 3 and "shellcheck" not in said and "#SBATCH" not in said
+    assert said[0].isupper() or said.startswith("usage: ")
+
+
+def copied_repository(folder: Path) -> Path:
+    """The scripts and the package, so that recipes and assets of the test stay out of the repository."""
+    for name in ("scripts", "tools"):
+        shutil.copytree(tiny.ROOT / name, folder / name)
+    (folder / "assets").mkdir()
+    shutil.copy(tiny.ROOT / "requirements.txt", folder)
+    shutil.copy(tiny.ROOT / "assets" / "models.json", folder / "assets")
+    shutil.copytree(tiny.ROOT / "megatron", folder / "megatron")
+    return folder
+
+
+def next_line(said: str) -> str:
+    found = re.findall(r"^next: (.*)$", said, flags=re.MULTILINE)
+    assert found, said
+    return str(found[0])
+
+
+@pytest.mark.timeout(900)
+def test_every_next_line_runs_as_it_is_printed(tmp_path: Path) -> None:
+    """From a model and a file of chats to answers, by nothing but what the steps say."""
+    root = copied_repository(tmp_path / "a clone")
+    chats = [
+        {"messages": [{"role": "user", "content": f"Sort these names: Tom Ada {n}"}, {"role": "assistant", "content": "Ada"}]}
+        for n in range(120)
+    ]
+    (tmp_path / "my chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    said = shell(f"bash scripts/1_download.sh model {shlex.quote(str(untrained_folder()))}", root)
+    assert "2_convert.sh" in next_line(said)
+    converted = shell(next_line(said), root)
+    assert "then, with your DATA" in converted and "next:" not in converted
+    said = shell(f"bash scripts/1_download.sh dataset {shlex.quote(str(tmp_path / 'my chats.jsonl'))}", root)
+    tokenized = shell(next_line(said), root)
+    assert "note: " in tokenized and "GLOBAL_BATCH_SIZE=" in tokenized, "the data is too small for the default batch"
+    made = shell(next_line(tokenized), root)
+    planned, trained = re.findall(r"^next: (.*)$", made, flags=re.MULTILINE)
+    small = {"TRAIN_ITERS": 2, "PRECISION": "fp32", "SAVE_INTERVAL": 1}
+    plan = shell(planned, root, **small)
+    assert plan.splitlines()[1] == f"this run can start: {trained}" and "SAVE_INTERVALS=1 " in " ".join(plan.split())
+    done = shell(trained, root, **small)
+    exported = shell(next_line(done), root)
+    shell(next_line(exported), root, MAX_NEW_TOKENS=3)
+    # The same name again is refused, and a model that is misspelled is guessed.
+    assert "exists: edit it" in shell(next_line(tokenized), root, status=2)
+    folder = next(path for path in (root / "assets" / "checkpoints").iterdir() if (path / "config.json").exists())
+    wrong = folder.with_name(folder.name.swapcase())
+    said = shell(f"bash tools/new_recipe other {shlex.quote(str(wrong))} 'my chats.jsonl'", root, status=2)
+    assert f"did you mean {folder}?" in said
+    # Names of other frameworks, near misses, and settings without effect are named before anything starts.
+    typed = {"LEARNING_RATE": "1e-4", "GLOBAL_BATCHSIZE": 4, "KEEP_EVERY": 5, "KEEP_LAST": 0, "EPOCHS": 1}
+    plan = " ".join(shell(planned, root, **typed).split())
+    for expected in ("did you mean LR?", "did you mean GLOBAL_BATCH_SIZE?", "KEEP_EVERY=5 has no effect: KEEP_LAST=0"):
+        assert expected in plan
+    assert "EPOCHS=1" in plan
+    assert "SAVE_INTERVALS=3 are one setting" in shell(planned, root, status=2, SAVE_INTERVAL=2, SAVE_INTERVALS=3)
+
+
+def test_the_wrong_kind_of_path_is_named_with_the_command_that_makes_the_right_one(tmp_path: Path) -> None:
+    model = untrained_folder()
+    line = f"bash {tiny.ROOT}/scripts/4_train.sh plan"
+    said = shell(line, tmp_path, status=2, PRETRAIN_CHECKPOINT_PATH=model, DATA_PATH="x", OUTPUT_PATH="y")
+    assert f"{model} is a Hugging Face folder: convert it with bash scripts/2_convert.sh {model} 1 1" in said
+    chats = tmp_path / "chats.json"
+    chats.write_text('{"instruction": "a", "output": "b"}\n' * 2)
+    said = shell(line, tmp_path, status=2, PRETRAIN_CHECKPOINT_PATH=model, DATA_PATH=chats, OUTPUT_PATH="y")
+    assert f"bash scripts/3_tokenize.sh MODEL {chats} LENGTH" in said
+    said = shell(f"bash {tiny.ROOT}/scripts/3_tokenize.sh {model} {chats} 1000000", tmp_path, status=2)
+    assert "LENGTH is 1000000, the model has " in said
