@@ -18,6 +18,6 @@ for lib in {"$(dirname "$(readlink -f "$0")")","${SLURM_SUBMIT_DIR:-/}"}{,/..,/.
 source "$lib/common.sh" || exit 2
 
 help_or_arguments 3 4 "$@"
-options=(${4:+--iteration "$4"} ${PUSH_TO:+--push-to "$PUSH_TO"} ${DTYPE:+--dtype "$DTYPE"} ${BASE:+--base "$BASE"} --verify "${VERIFY:-auto}")
+options=(${4:+--iteration "$4"} ${PUSH_TO:+--push-to "$PUSH_TO"} ${DTYPE:+--dtype "$DTYPE"} ${BASE:+--base "$BASE"} ${VERIFY:+--verify "$VERIFY"})
 [[ ${MERGE:-0} == 0 ]] || options+=(--merge)
 run_module export --load "$1" --hf-dir "$2" --output "$3" "${options[@]}"

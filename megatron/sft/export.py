@@ -240,7 +240,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(DTYPE_OPTIONS), help="the original model's unless given")
     parser.add_argument("--merge", action="store_true", help="write a whole model with the adapters added to its weights")
     parser.add_argument("--base", type=Path, help="the checkpoint of the weights under the adapters, where it has moved")
-    parser.add_argument("--verify", choices=["auto", "0", "1"], default="0", help="compare a merged model with its adapters")
+    parser.add_argument("--verify", choices=["auto", "0", "1"], default="auto", help="compare a merged model with its adapters")
     return parser.parse_args(argv)
 
 
