@@ -92,8 +92,10 @@ class RecordReader:
         }
 
     def conversation(self, record: dict[str, Any]) -> Messages:
-        """The messages of one record. A `UserError` refuses plain text."""
-        example = self.example(record)
+        """The messages of one record, with the chosen answer of a preference record. A `UserError` refuses plain text."""
+        example = self.read(record)
+        if isinstance(example, Pair):
+            example = example.chosen
         if not example.messages:
             raise UserError("the record is plain text: it must be a conversation")
         return example.messages

@@ -148,3 +148,13 @@ def test_question_without_an_answer_is_read_in_every_format(tmp_path, row):
     (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
     [question] = read_questions(tmp_path / "data.jsonl", with_reference=False)
     assert (question.messages, question.reference) == (user("a"), None)
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_a_preference_pair_is_a_question_with_its_chosen_answer(tmp_path, with_reference):
+    answers = {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "b"), ("rejected", "c"))}
+    whole = {name: user("a") + turns for name, turns in answers.items()}
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}, whole, {"prompt": user("a"), **answers}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = read_questions(tmp_path / "data.jsonl", with_reference)
+    assert [(question.messages, question.reference) for question in questions] == [(user("a"), "b")] * 3
