@@ -21,14 +21,18 @@ ROOT = ASSETS.parent
 USUAL_LENGTH, USUAL_BATCH = 4096, 16
 
 
-def recipe_text(name: str, model: Path, data: str, prefix: Path, length: int, batch: int, split: str, lora: bool) -> str:
-    """The file: head, variables, and the line that hands over to step 4."""
+def recipe_text(
+    name: str, model: Path, data: str, prefix: Path, length: int, batch: int, split: str, lora: bool, pairs: bool
+) -> str:
+    """The file: head, variables, and the line that hands over to step 4. pairs: the data is of preferences."""
     checkpoint = model.with_name(f"{model.name}_Megatron_TP1PP1")
     adapters = ["", ': "${LORA_RANK:=16}"', ': "${LORA_ALPHA:=32}"', ': "${LORA_TARGETS:=all}"'] if lora else []
-    lr, min_lr = ("1e-4", "1e-5") if lora else ("1e-5", "1e-6")
+    # Pairs take a tenth, and one pass: docs/preferences.md.
+    lr = {(False, False): "1e-5", (True, False): "1e-4", (False, True): "1e-6", (True, True): "1e-5"}[lora, pairs]
+    min_lr = f"1e-{int(lr[-1]) + 1}"
     lines = [
         "#!/usr/bin/env bash",
-        f"# {'LoRA adapters for ' if lora else ''}{model.name} on {Path(data).name}.",
+        f"# {'LoRA adapters for ' if lora else ''}{model.name} on {'preference pairs of ' if pairs else ''}{Path(data).name}.",
         "#",
         f"#   bash scripts/sft/{name}.sh [train|resume|plan]",
         f"#   bash scripts/cluster/train.sbatch scripts/sft/{name}.sh   # on a SLURM cluster: docs/slurm.md",
@@ -53,9 +57,10 @@ def recipe_text(name: str, model: Path, data: str, prefix: Path, length: int, ba
         ': "${RECOMPUTE:=auto}"',
         *adapters,
         "",
+        *([': "${OBJECTIVE:=dpo}"'] if pairs else []),
         ': "${MICRO_BATCH_SIZE:=1}"',
         f': "${{GLOBAL_BATCH_SIZE:={batch}}}"',
-        f': "${{EPOCHS:={USUAL_EPOCHS}}}"',
+        f': "${{EPOCHS:={1 if pairs else USUAL_EPOCHS}}}"',
         f': "${{LR:={lr}}}"',
         f': "${{MIN_LR:={min_lr}}}"',
         ': "${LR_WARMUP_FRACTION:=0.05}"',
@@ -113,16 +118,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not given.is_on_hub and not given.path.exists():
         raise UserError(f"DATA {asked.data} does not exist: give the file that scripts/3_tokenize.sh reads")
     prefix = given.folder / f"Tokenized-{given.short_name}-{model.name}-{length}_text_document"
-    batch, split, to_do = USUAL_BATCH, "99,1,0", []
+    batch, split, pairs, to_do = USUAL_BATCH, "99,1,0", False, []
     checkpoint = model.with_name(f"{model.name}_Megatron_TP1PP1")
     if not checkpoint.is_dir():
         to_do.append(convert_command(model))
     if data_file(prefix, "json").exists():
-        rows = len(TokenizedRows(prefix))
+        tokenized = TokenizedRows(prefix)
+        rows, pairs = len(tokenized), tokenized.num_pairs > 0
         batch, split = min(USUAL_BATCH, fitting_batch(rows)), fitting_split(rows) or "100,0,0"
     else:
         to_do.append(tokenize_command(model, asked.data, length))
-    write_bytes(path, recipe_text(asked.name, model, asked.data, prefix, length, batch, split, asked.lora).encode())
+    text = recipe_text(asked.name, model, asked.data, prefix, length, batch, split, asked.lora, pairs)
+    write_bytes(path, text.encode())
     print(f"wrote {shown(path)}")
     for command in [*to_do, shlex.join(["bash", str(shown(path)), "plan"]), shlex.join(["bash", str(shown(path)), "train"])]:
         print(f"next: {command}")

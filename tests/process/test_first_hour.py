@@ -80,9 +80,16 @@ def test_every_next_line_runs_as_it_is_printed(tmp_path: Path) -> None:
     done = shell(trained, root, **small)
     exported = shell(next_line(done), root)
     shell(next_line(exported), root, MAX_NEW_TOKENS=3)
+    # So it is with preference pairs, whose recipe is of DPO.
+    pairs = [{"prompt": f"Sort these names: Tom Ada {n}", "chosen": "Ada", "rejected": "Tom"} for n in range(120)]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    folder = next(path for path in (root / "assets" / "checkpoints").iterdir() if (path / "config.json").exists())
+    preferred = shell(f"bash scripts/3_tokenize.sh {shlex.quote(str(folder))} pairs.jsonl 128", root)
+    planned, trained = re.findall(r"^next: (.*)$", shell(next_line(preferred), root), flags=re.MULTILINE)
+    assert "OBJECTIVE=dpo" in shell(planned, root, **small)
+    assert "margin 0.0000, accuracy" in shell(trained, root, **small)
     # The same name again is refused, and a model that is misspelled is guessed.
     assert "exists: edit it" in shell(next_line(tokenized), root, status=2)
-    folder = next(path for path in (root / "assets" / "checkpoints").iterdir() if (path / "config.json").exists())
     wrong = folder.with_name(folder.name.swapcase())
     said = shell(f"bash tools/new_recipe other {shlex.quote(str(wrong))} 'my chats.jsonl'", root, status=2)
     assert f"did you mean {folder}?" in said
