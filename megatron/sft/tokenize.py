@@ -109,7 +109,9 @@ def _say_next(options: Options) -> None:
     for note in data_notes(manifest["rows"], manifest["conversations"]):
         print(f"note: {note}")
     model, source = options.tokenizer, options.inputs[0].name
-    if not (model / "config.json").is_file() or len(options.inputs) > 1:
+    if "pairs" in manifest:
+        print(f"then: set DATA_PATH={options.prefix} and OBJECTIVE=dpo in a recipe, such as scripts/dpo/DPO_Qwen2.5.sh")
+    elif not (model / "config.json").is_file() or len(options.inputs) > 1:
         print(f"then: set DATA_PATH={options.prefix} in a recipe of scripts/sft/")
     else:
         name = re.sub(r"[^\w.-]+", "_", f"{options.inputs[0].short_name}_{model.name}")

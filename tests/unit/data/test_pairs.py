@@ -284,7 +284,7 @@ def test_the_report_and_the_manifest_count_pairs(step: Step) -> None:
     assert any(line.startswith(f"packed 40 pairs into {manifest['rows']} rows") for line in output)
     assert "dropped 1 pairs: longer than 128 tokens" in output
     assert any(line.startswith("lengths of pairs, both sides together: min ") for line in output)
-    assert output[-1] == "next: OBJECTIVE=dpo scripts/4_train.sh"
+    assert output[-1].startswith("then: set DATA_PATH=") and " and OBJECTIVE=dpo in a recipe" in output[-1]
     sample = output[: output.index("---- read 41 records of " + str(step.folder / "data.jsonl") + " (json lines) ----")]
     assert [line for line in sample if line.startswith("[[")][:2] == ["[[yes 0<|im_end|>]]", "[[no 0<|im_end|>]]"]
     assert (
