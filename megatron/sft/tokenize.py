@@ -110,8 +110,10 @@ def _say_next(options: Options) -> None:
         print(f"note: {note}")
     model, source = options.tokenizer, options.inputs[0].name
     if not (model / "config.json").is_file() or len(options.inputs) > 1:
-        folder = "dpo" if manifest.get("pairs") else "sft"
-        print(f"then: set DATA_PATH={options.prefix} in a recipe of scripts/{folder}/")
+        what = "in a recipe of scripts/sft/"
+        if "pairs" in manifest:
+            what = "and OBJECTIVE=dpo in a recipe, such as scripts/dpo/DPO_Qwen2.5.sh"
+        print(f"then: set DATA_PATH={options.prefix} {what}")
     else:
         name = re.sub(r"[^\w.-]+", "_", f"{options.inputs[0].short_name}_{model.name}")
         command = ["bash", "tools/new_recipe", name, shown(model), source, str(options.seq_length)]
