@@ -1,6 +1,9 @@
 """Adapters leave as PEFT reads them: a folder with equal logits, a model as of merge_and_unload, bit-equal round trips."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,9 @@ import pytest
 import torch
 
 from tests.support import peft_oracle, tiny
+from tests.support.material import transformers_4_folder
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-STEP = ["--precision", "fp32", "--lr", "1e-3", "--min-lr", "0", "--global-batch-size", "4"]
 IDS = torch.arange(3, 90)[None]
 
 
@@ -98,3 +101,40 @@ def test_a_bfloat16_model_is_merged_in_float32_and_rounded_once(exported: Callab
         exact = base[f"{name}.weight"].float() + (up @ down) * 2.0  # type: ignore[attr-defined,operator]
         assert torch.equal(merged[f"{name}.weight"], exact.to(torch.bfloat16))  # type: ignore[arg-type]
     assert "rounding changed their effect by" in case.merging
+
+
+LOGITS = """
+import sys, json, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model, adapter, merged, ids = *sys.argv[1:4], torch.arange(3, 90)[None]
+with torch.no_grad():
+    whole = AutoModelForCausalLM.from_pretrained(merged, torch_dtype=torch.float32).eval()(ids).logits
+    base = AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.float32).eval()
+    plain = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, adapter).eval()(input_ids=ids).logits
+print(json.dumps([float((adapted - whole).abs().max()), float((adapted - plain).abs().max())]))
+"""
+
+
+def test_adapters_of_experts_are_read_by_transformers_4_and_5(tmp_path: Path) -> None:
+    """Where each projection of an expert is a module, and where all experts are one tensor, which PEFT converts them to."""
+    model = tiny.save_family(tmp_path / "hf", "qwen3_moe")
+    tiny.run_module("convert", "--source", model, "--output", tmp_path / "mcore")
+    data = tiny.write_rows(tmp_path / "data", tiny.random_rows(8, 96), 96)
+    given = ["--load", tmp_path / "mcore", "--data-path", data, "--save", tmp_path / "run", "--precision", "fp32"]
+    settings = ["--lora-rank", "4", "--lora-targets", "all,experts", "--lr", "3e-2", "--min-lr", "0", "--lr-warmup-iters", "0"]
+    tiny.launch(1, "train", "train", *given, *settings, "--global-batch-size", "4", "--train-iters", "3")
+    both = ["--load", tmp_path / "run", "--hf-dir", model, "--output"]
+    tiny.run_module("export", *both, tmp_path / "out")
+    tiny.run_module("export", *both, tmp_path / "merged", "--merge", "--verify", "0")
+    for path in (model, tmp_path / "merged"):  # transformers 4's name of what transformers 5 writes
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, "num_experts": config["num_local_experts"]}))
+    for overlay in ("", str(transformers_4_folder())):
+        command = [sys.executable, "-c", LOGITS, str(model), str(tmp_path / "out"), str(tmp_path / "merged")]
+        environment = {**os.environ, "PYTHONPATH": overlay, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert result.returncode == 0, result.stderr[-3000:]
+        difference, effect = json.loads(result.stdout.splitlines()[-1])
+        assert difference <= 1e-5 * max(effect, 1.0) and effect > 0.1, overlay
