@@ -1,4 +1,4 @@
-"""Models with a vision tower or further heads beside the text model, and weights in 8 bits: what is not trained is not lost."""
+"""Models with a vision tower or more heads next to the text model, and weights in 8 bits: what is not trained is not lost."""
 
 import json
 from pathlib import Path

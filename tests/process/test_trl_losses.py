@@ -85,7 +85,7 @@ def test_loss_metrics_and_gradients_of_every_dpo_loss_are_trls(folder: Path) -> 
 
 
 def compare() -> None:
-    """In a process of its own: every case by the engine and by TRL, on the pairs of the first step."""
+    """In its own process: every case by the engine and by TRL, on the pairs of the first step."""
     from transformers import AutoModelForCausalLM
 
     from megatron.sft.model import process_groups
@@ -147,7 +147,7 @@ def test_five_steps_give_the_weights_of_trl(folder: Path, tmp_path: Path) -> Non
 
 
 def train_with_trl(folder: Path, output: Path) -> None:
-    """In a process of its own: the same five steps by TRL."""
+    """In its own process: the same five steps by TRL."""
     import numpy as np
     from transformers import AutoModelForCausalLM
 

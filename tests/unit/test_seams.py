@@ -253,7 +253,7 @@ def listed() -> dict[str, tuple[str, str, str]]:
 
 @pytest.fixture(scope="module")
 def problems() -> dict[str, str]:
-    """Of every name, from a process of its own: other tests patch torch in this one."""
+    """Of every name, from its own process: other tests patch torch in this one."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", __file__]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=True)

@@ -49,8 +49,9 @@ def base_checksum(base: Checkpoint) -> str:
     """SHA-256 that names the weights of a checkpoint: of the model that was converted, whatever the layout, or of its files."""
     source = base.manifest.get("source", {})
     if not _is_trained(base) and "weights_fingerprint" in source:
-        # Conversions of one model differ in files, not in weights, except for the dtype.
+        # Conversions of one model differ in files, not in weights, except for the dtype, new rows and extended positions.
         what: Any = [source["weights_fingerprint"], base.manifest.get("hf_dtype"), source.get("config", {}).get("vocab_size")]
+        what += [source["rope_extension"]] if source.get("rope_extension") else []
     else:
         what = sorted((name, file["sha256"]) for name, file in base.manifest.get("files", {}).items())
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
