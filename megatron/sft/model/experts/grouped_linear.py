@@ -47,7 +47,8 @@ def _in_one(rows: Tensor) -> bool:
 class _GroupedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weights, ends)
+        # Frozen weights need no inputs.
+        ctx.save_for_backward(rows if weights.requires_grad else None, weights, ends)
         return _times(rows, weights.transpose(1, 2), ends)
 
     @staticmethod
