@@ -370,6 +370,18 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "qwen3_5_moe": ("Qwen3_5MoeText", {"head_dim": 32, **_DELTA_NET, **_GATED_EXPERTS}),
     "qwen3_next_moe": ("Qwen3Next", {"head_dim": 32, **_DELTA_NET, **_GATED_EXPERTS, "mlp_only_layers": [1]}),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 32,
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "sliding_window": 24,
+            "rope_parameters": {**_YARN, "truncate": False},
+        },
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}),
     "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "seed_oss": ("SeedOss", {"head_dim": 16, "attention_out_bias": True, "attention_dropout": 0.0, "residual_dropout": 0.0}),

@@ -1,7 +1,8 @@
 """transformers 5's form of experts on disk: one tensor [experts, …] for all experts of a layer instead of one for each.
 
 `gate_up_proj` holds each expert's gate and up projections, one below the other, `down_proj` its down projection. A family's
-table has one tensor for each expert; this gives the same weights in the fused form.
+table has one tensor for each expert; this gives the same weights in the fused form. gpt-oss has no other form: its table has
+parts of the fused tensors, and of their biases.
 """
 
 import re
@@ -41,7 +42,10 @@ def fused_experts(architecture: Architecture, block: str) -> FusedExperts:
         found = _EXPERT.match(entry.hf[0])
         assert found is not None, entry.hf
         blocks.add(f"{found[1]}{found[2]}.")
-        fused = f"{found[1]}{block}.experts.{'gate_up_proj' if len(entry.hf) == 2 else 'down_proj'}"
+        part = entry.hf[0][found.end() :]
+        if part.endswith(".weight"):
+            part = "gate_up_proj" if len(entry.hf) == 2 else "down_proj"
+        fused = f"{found[1]}{block}.experts.{part}"
         tensors[fused] = (*tensors.get(fused, ()), entry.hf)
     renamed = {}
     for name in (name for entry in entries if entry.expert is None for name in entry.hf):

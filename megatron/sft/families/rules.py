@@ -199,6 +199,47 @@ class GateUp:
 
 
 @dataclass(frozen=True)
+class InterleavedGateUp:
+    """The same of one Hugging Face tensor [inputs, outputs] ([outputs] of a bias), whose outputs are gate and up in turn."""
+
+    megatron: str
+    name: str
+    tp_dim: int | None = 0
+    num_fused: int = 2
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def to_megatron(self, architecture: Architecture, *tensors: Tensor) -> Tensor:
+        rows = tensors[0].t()
+        return torch.cat([rows[0::2], rows[1::2]])
+
+    def to_hf(self, architecture: Architecture, parameter: Tensor) -> tuple[Tensor, ...]:
+        return (torch.stack(parameter.chunk(2), dim=1).flatten(0, 1).t().contiguous(),)
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A matrix that the Hugging Face tensor has as [inputs, outputs]."""
+
+    megatron: str
+    name: str
+    tp_dim: int | None = None
+    num_fused: int = 1
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def to_megatron(self, architecture: Architecture, *tensors: Tensor) -> Tensor:
+        return tensors[0].t().contiguous()
+
+    def to_hf(self, architecture: Architecture, parameter: Tensor) -> tuple[Tensor, ...]:
+        return (parameter.t().contiguous(),)
+
+
+@dataclass(frozen=True)
 class GroupedRows:
     """Hugging Face tensors in one parameter whose rows are grouped by head, so that a tensor-parallel rank's part is one chunk.
 
