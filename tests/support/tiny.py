@@ -261,6 +261,14 @@ def save_family(folder: Path, family: str) -> Path:
     return save_random(model, folder, torch.bfloat16 if family.endswith("_bf16") else None)
 
 
+def has_experts(family: str) -> bool:
+    """Whether one of FAMILIES is a mixture of experts."""
+    return any(
+        name.endswith(("num_experts", "num_local_experts", "n_routed_experts")) and count
+        for name, count in FAMILIES[family][1].items()
+    )
+
+
 _LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
 _DELTA_NET = {

@@ -9,7 +9,7 @@ from megatron.sft.families.rules import QKV, Buffer, FusedQKV, GateUp, GroupedRo
 # Modules of a layer on Hugging Face's side, as Llama, Qwen and OLMo have them. `qkv`, `gate_up`: one tensor for several
 # projections, where a family has one. `block`: where experts lie. `expert_…`: the matrices of one, or `expert_fused` the two
 # of all of them, [experts, inputs, outputs] with gate and up in turn. `router` to `shared_gate`: other modules there, and
-# `correction_bias`, a tensor, [1, experts] if its name ends so.
+# `correction_bias`, a tensor, [1, experts] if its name ends so; `fused_…` is where transformers 5 itself has it, if elsewhere.
 NAMES = {
     "input_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
@@ -26,6 +26,7 @@ NAMES = {
     "expert_fused": "",
     "router": "gate",
     "correction_bias": "gate.e_score_correction_bias",
+    "fused_correction_bias": "",
     "shared": "shared_experts",
     "shared_gate": "shared_expert_gate",
     "delta_input": "in_proj_qkv in_proj_z in_proj_b in_proj_a",

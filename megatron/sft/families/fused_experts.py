@@ -5,6 +5,7 @@ table has one tensor for each expert; this gives the same weights in the fused f
 parts of the fused tensors, and of their biases.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.registry import module_names
 from megatron.sft.families.weight_names import weight_entries
 
 _FUSED = re.compile(r"\.(\w+)\.experts\.gate_up_proj$")
@@ -48,11 +50,12 @@ def fused_experts(architecture: Architecture, block: str) -> FusedExperts:
         fused = f"{found[1]}{block}.experts.{part}"
         tensors[fused] = (*tensors.get(fused, ()), entry.hf)
     renamed = {}
-    for name in (name for entry in entries if entry.expert is None for name in entry.hf):
-        for prefix in blocks:
+    buffer = module_names(architecture.family)["fused_correction_bias"]
+    for entry in (entry for entry in entries if entry.expert is None):
+        for name, prefix in itertools.product(entry.hf, blocks):
             if name.startswith(prefix):
                 layer = prefix.removesuffix(".").rpartition(".")[0]
-                renamed[name] = f"{layer}.{block}.{name.removeprefix(prefix)}"
+                renamed[name] = f"{layer}.{block}.{buffer if entry.is_buffer and buffer else name.removeprefix(prefix)}"
     return FusedExperts(tensors, renamed)
 
 

@@ -156,7 +156,12 @@ def family_rules(architecture: Architecture) -> tuple[Rule, ...]:
 
 def layer_rules(architecture: Architecture, layer: Layer) -> tuple[Rule, ...]:
     """The table of weights of such a layer."""
-    return decoder.of_layer(architecture, layer, {**decoder.NAMES, **read_table(architecture.family)["NAMES"]})
+    return decoder.of_layer(architecture, layer, module_names(architecture.family))
+
+
+def module_names(family: str) -> dict[str, str]:
+    """`decoder.NAMES` as the family has them."""
+    return {**decoder.NAMES, **read_table(family)["NAMES"]}
 
 
 def _read(config: dict[str, Any], where: str, family: str, table: dict[str, Any]) -> Architecture:
