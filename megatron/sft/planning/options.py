@@ -137,6 +137,8 @@ class TrainOptions:
     train_router: str = _setting(
         "TRAIN_ROUTER", "whether a mixture's router is trained; auto: with all weights, not with adapters",
         "auto", ("auto", "1", "0"))
+    moe_aux_loss: float = _setting(
+        "MOE_AUX_LOSS", "weight of a loss of unevenly loaded experts, on average over a mixture's layers; 0 is none", 0.0)
 
     gpu_memory_gib: float = _setting(
         "GPU_MEMORY_GIB", "memory of a GPU in GiB, for plan and RECOMPUTE=auto; 0 takes the GPU found", 0.0)
