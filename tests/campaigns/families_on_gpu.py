@@ -76,6 +76,9 @@ def distance(found: Found, expected: Found, names: list[str]) -> float:
 
 
 def compute(worker: str, folder: Path, families: list[str]) -> None:
+    if worker == "reference":
+        sys.modules["fla"] = None  # type: ignore[assignment]  # transformers would take its kernels on the CPU too
+
     from megatron.sft.compare_logits import transformers_logits
     from megatron.sft.hf.folder import HFFolder
     from megatron.sft.model import process_groups
