@@ -132,8 +132,8 @@ class TrainOptions:
     lora_plus: float = _setting("LORA_PLUS", "factor of the learning rate of the adapters' B; 1 is plain LoRA", 1.0)
     lora_init_from: str = _setting("LORA_INIT_FROM", "PEFT folder of an adapter to continue, with its rank and targets", "")
     freeze: str = _setting(
-        "FREEZE", "what is not trained: embedding, head, norms, attention, mlp, experts, router, layers 0-11, or a pattern of "
-        "Hugging Face's names; separate several with commas", "")
+        "FREEZE", "what is not trained: embedding, head, norms, attention, mlp, experts, shared_experts, router, layers 0-11, "
+        "or a pattern of Hugging Face's names; separate several with commas", "")
     train_router: str = _setting(
         "TRAIN_ROUTER", "whether a mixture's router is trained; auto: with all weights, not with adapters",
         "auto", ("auto", "1", "0"))
