@@ -177,6 +177,8 @@ def _fp8_fields(recipe: str, architecture: Architecture) -> dict[str, Any]:
         "MLP width": architecture.ffn_hidden_size,
         "query width": architecture.num_heads * architecture.head_dim,
     }
+    if architecture.moe and architecture.moe.shared_width:
+        sizes["shared experts' width"] = architecture.moe.shared_width
     for name, size in sizes.items():
         if size % _FP8_BLOCK:
             raise UserError(
