@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.model.layout import Layout, check_layout
-from megatron.sft.planning.memory import MemoryEstimate, MemorySettings, estimate
-from megatron.sft.planning.recomputing import recompute_cost, with_cheapest_recompute
+from megatron.sft.planning.fitting.phases import MemoryEstimate
+from megatron.sft.planning.fitting.recomputing import recompute_cost, with_cheapest_recompute
+from megatron.sft.planning.memory import MemorySettings, estimate
 from megatron.sft.runtime.errors import UserError
 
 # Rough relative step times of communication between GPUs, only to order suggestions.

@@ -13,6 +13,7 @@ from megatron.sft.families.registry import layer_rules
 from megatron.sft.families.sizes import weight_shape
 from megatron.sft.families.trained import Trained
 from megatron.sft.model.layout import HEAD_CHUNK_TOKENS, Layout, share_of_chunk
+from megatron.sft.planning.fitting.phases import MemoryEstimate
 from megatron.sft.planning.trained_sizes import stage_trained, unkept_inputs
 
 GIB = 2**30
@@ -22,8 +23,6 @@ _CONTEXT_BYTES = int(1.0 * GIB)
 _NCCL_BYTES = int(0.4 * GIB)
 # Blocks that torch's allocator keeps in addition to the tensors, as a share of the activations.
 _FRAGMENTS = 0.02
-# Share of a GPU's memory that an estimate may fill: it is not exact.
-_USABLE = 0.96
 
 
 @dataclass(frozen=True)
@@ -40,36 +39,6 @@ class MemorySettings:
     optimizer_precision: str = "fp32"
     optimizer_offload: bool = False
     trained: Trained = Trained()
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on one GPU of the pipeline stage that needs most."""
-
-    stage: int
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int  # kept from the forward to the backward pass
-    working: int  # the output head's chunk, or the largest tensors of one layer's backward pass
-    reserve: int  # CUDA context and NCCL: not part of torch's own figures
-
-    @property
-    def tensors(self) -> int:
-        """What torch.cuda.max_memory_reserved should show."""
-        return self.total - self.reserve
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts().values())
-
-    def fits(self, gpu_bytes: int) -> bool:
-        """True if a GPU of `gpu_bytes` bytes holds it, with a margin of 4 %."""
-        return self.total <= _USABLE * gpu_bytes
-
-    def parts(self) -> dict[str, int]:
-        """Name and bytes of each part."""
-        return {name: value for name, value in self.__dict__.items() if name != "stage"}
 
 
 def estimate(architecture: Architecture, layout: Layout, data_parallel: int, settings: MemorySettings) -> MemoryEstimate:
@@ -134,7 +103,7 @@ def _stage_estimate(
     dense, expert = stage_parameters(architecture, layout, stage)
     copies = data_parallel * layout.context_parallel
     expert_copies = max(1, copies * layout.tensor_parallel // (layout.expert_parallel * layout.expert_tensor_parallel))
-    for_weight, for_gradient, for_optimizer = _bytes_per_parameter(settings)
+    for_weight, for_gradient, for_optimizer, for_built = _bytes_per_parameter(settings)
     trained_dense, trained_expert = dense, expert
     if not settings.trained.everything:
         trained_dense, trained_expert = stage_trained(architecture, layout, settings.trained, stage)
@@ -157,15 +126,29 @@ def _stage_estimate(
         chunk = min(HEAD_CHUNK_TOKENS, tokens) * unit * layout.padded_vocab_size(architecture) // layout.tensor_parallel
         working = max(working, chunk)
     dimensions = (layout.tensor_parallel, layout.pipeline_parallel, layout.context_parallel, data_parallel)
+    shares = trained_dense / copies + trained_expert / expert_copies
+    largest = 4 * min(_largest_parameter(architecture, layout), shares)
     return MemoryEstimate(
         stage=stage,
         weights=int(weights),
         gradients=int(for_gradient * (trained_dense + trained_expert)),
-        optimizer=int(for_optimizer * (trained_dense / copies + trained_expert / expert_copies)),
+        optimizer=int(for_optimizer * shares),
         activations=int(activations * (1 + _FRAGMENTS)),
         working=int(working),
         reserve=_CONTEXT_BYTES + _NCCL_BYTES * sum(size > 1 for size in dimensions),
+        built=int(for_built * shares),
+        converted=int(largest) if for_optimizer == 6 else 0,
     )
+
+
+def _largest_parameter(architecture: Architecture, layout: Layout) -> float:
+    """Elements of the largest parameter on a process: the embedding, or the first projection of an MLP or of all experts."""
+    hidden, split = architecture.hidden_size, layout.tensor_parallel
+    sizes = [layout.padded_vocab_size(architecture) // split * hidden, 2 * architecture.ffn_hidden_size * hidden / split]
+    if architecture.moe:
+        experts = architecture.moe.num_experts / (layout.expert_parallel * layout.expert_tensor_parallel)
+        sizes.append(2 * architecture.moe.ffn_hidden_size * hidden * experts)
+    return max(sizes)
 
 
 def _kept_and_working(architecture: Architecture, layout: Layout, settings: MemorySettings, stage: int) -> tuple[float, float]:
@@ -191,15 +174,15 @@ def _kept_and_working(architecture: Architecture, layout: Layout, settings: Memo
     return kept, max(working[False], working[True] - freed)
 
 
-def _bytes_per_parameter(settings: MemorySettings) -> tuple[int, int, int]:
-    """(weight, gradient, optimizer): the optimizer's are shared by the data-parallel copies."""
+def _bytes_per_parameter(settings: MemorySettings) -> tuple[int, int, int, int]:
+    """(weight, gradient, optimizer, of it before the first step): the optimizer's are shared by the data-parallel copies."""
     on_gpu = not settings.optimizer_offload
     if settings.precision == "fp32":
-        return 4, 4, 8 * on_gpu  # the weights are their own master copy
+        return 4, 4, 8 * on_gpu, 0  # the weights are their own master copy
     if settings.optimizer_precision == "bf16":
         # Two moments, and the 16 bits that a master weight has more than the weight.
-        return 2, 2, 6 * on_gpu
-    return 2, 4, 12 * on_gpu
+        return 2, 2, 6 * on_gpu, 0
+    return 2, 4, 12 * on_gpu, 4 * on_gpu
 
 
 def _micro_batches_in_flight(layout: Layout, num_micro_batches: int, stage: int) -> float:

@@ -5,9 +5,9 @@ from dataclasses import replace
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.trained import Trained
 from megatron.sft.model.layout import Layout
+from megatron.sft.planning.fitting.recomputing import asked_recompute, recompute_words, with_cheapest_recompute
 from megatron.sft.planning.memory import GIB, MemorySettings, estimate
 from megatron.sft.planning.options import TrainOptions
-from megatron.sft.planning.recomputing import asked_recompute, recompute_words, with_cheapest_recompute
 from megatron.sft.runtime import device
 
 # The size on the label, and the GiB that nvidia-smi reports as usable.

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.sft.planning import input_checks
+from megatron.sft.planning.fitting.recomputing import recompute_cost, recompute_words, with_cheapest_recompute
 from megatron.sft.planning.memory import GIB, MemorySettings, estimate
 from megatron.sft.planning.memory_fit import fewest_gpus_text, gpu_memory, memory_settings
 from megatron.sft.planning.objective_checks import needs_pairs
 from megatron.sft.planning.options import TrainOptions
-from megatron.sft.planning.recomputing import recompute_cost, recompute_words, with_cheapest_recompute
 from megatron.sft.planning.resolution import Resolution, checkpoint_bytes
 from megatron.sft.planning.run_time import full_rows, measured_rows, tokens_per_second
 from megatron.sft.reporting.metrics import clock
@@ -67,6 +67,8 @@ def _add_memory(found: Resolution) -> None:
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needed.parts().items())
     stage = f" on pipeline stage {needed.stage}" if layout.pipeline_parallel > 1 else ""
     found.add("memory of a GPU", f"{needed.total / GIB:.1f} GiB{stage} with {recompute_words(here)}{chosen}: {parts}")
+    phases = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needed.phases().items())
+    found.add("memory by phase", f"{phases} GiB of tensors: {needed.decides} decides")
     if found.layout_fits:
         found.add("fits", fewest_gpus_text(architecture, layout, settings, options.global_batch_size))
     if gpu_bytes:

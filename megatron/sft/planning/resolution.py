@@ -18,10 +18,10 @@ from megatron.sft.hf.names import similar_folder
 from megatron.sft.hf.published_configs import unconverted
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.planning.adapter_base import base_of
+from megatron.sft.planning.fitting.recomputing import recompute_problems
 from megatron.sft.planning.memory import num_parameters
 from megatron.sft.planning.objective_checks import check_objective_fits, needs_reference, objective_problems, objective_words
 from megatron.sft.planning.options import TrainOptions
-from megatron.sft.planning.recomputing import recompute_problems
 from megatron.sft.planning.reference_plan import ReferencePlan, check_made_here, plan_reference
 from megatron.sft.planning.run_plan import (
     RunPlan,

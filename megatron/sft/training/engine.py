@@ -18,9 +18,9 @@ from megatron.sft.model.config import DTYPES, transformer_config
 from megatron.sft.model.gpt import HeadResult, SFTModel, build_model
 from megatron.sft.model.inputs import MicroBatch
 from megatron.sft.model.pipeline import run_schedule
+from megatron.sft.planning.fitting.recomputing import recompute_words, with_cheapest_recompute
 from megatron.sft.planning.memory import GIB, MemorySettings
 from megatron.sft.planning.memory_fit import gpu_memory, memory_settings
-from megatron.sft.planning.recomputing import recompute_words, with_cheapest_recompute
 from megatron.sft.planning.run_plan import RunPlan
 from megatron.sft.runtime import ranks, watchdog
 from megatron.sft.training.loss_sums import NUM_PAIR_SUMS, LossSum
@@ -155,7 +155,9 @@ class Engine:
         finally:
             config.no_sync_func, config.finalize_model_grads_func = before
         buffers = [buffer for model in self.models for buffer in [*model.buffers, *model.expert_parallel_buffers]]
-        return all(bool(torch.isfinite(buffer.grad_data).all()) for buffer in buffers)
+        # Piece by piece: a comparison makes copies of what it compares.
+        pieces = (piece for buffer in buffers for piece in buffer.grad_data.split(1 << 26))
+        return all(bool(torch.isfinite(piece).all()) for piece in pieces)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> LossSum:
         """The loss of this rank's micro-batches without training on them."""
