@@ -67,6 +67,7 @@ def benchmark_plan(arguments: argparse.Namespace, rows: BenchmarkRows) -> RunPla
         precision=arguments.precision,
         fp8_recipe=arguments.fp8_recipe,
         recompute=arguments.recompute,
+        recompute_layers=arguments.recompute_layers,
         optimizer_precision=arguments.optimizer_precision,
         optimizer_offload=arguments.optimizer_offload,
         lora_rank=arguments.lora_rank,

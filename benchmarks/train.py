@@ -97,6 +97,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--fp8-recipe", default="tensorwise")
     parser.add_argument("--recompute", default="none")
+    parser.add_argument("--recompute-layers", type=int, default=0)
     parser.add_argument("--optimizer-precision", default="fp32")
     parser.add_argument("--optimizer-offload", action="store_true")
     parser.add_argument("--expert-parallel", type=int, default=1, help="processes over which experts are spread")

@@ -12,6 +12,7 @@ from megatron.sft.families.lora import LoRA, chosen_targets
 from megatron.sft.families.trained import Trained
 from megatron.sft.hf import hub
 from megatron.sft.hf.published_configs import find_architecture
+from megatron.sft.planning.fitting.recomputing import recompute_words
 from megatron.sft.planning.layouts import Suggestion, largest_parts, suggest_layouts
 from megatron.sft.planning.memory import GIB, MemorySettings, num_parameters
 from megatron.sft.planning.memory_fit import CARDS
@@ -34,7 +35,7 @@ def table(suggestions: list[Suggestion], speed: float, tokens: float) -> str:
             "EXPERT_PARALLEL_SIZE": layout.expert_parallel,
         }
         words = [f"{name}={size}" for name, size in sizes.items() if size > 1]
-        words += ["SEQUENCE_PARALLEL=1"] * layout.sequence_parallel + [f"RECOMPUTE={suggestion.recompute}"]
+        words += ["SEQUENCE_PARALLEL=1"] * layout.sequence_parallel + [recompute_words(suggestion.settings)]
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in suggestion.memory.parts().items())
         here = speed * suggestions[0].cost / suggestion.cost
         time = f", {clock(tokens / here)} for {tokens / 1e6:,.0f} M tokens" if tokens else ""

@@ -25,6 +25,7 @@ from megatron.sft.runtime import device
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 PREFIX = "optimizer.state"
+_PIECE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,26 @@ def join_master_weights(weights: Tensor, lower: Tensor) -> Tensor:
 
     The weight was rounded up where the lower half, read with a sign, is negative (Transformer Engine stores them the same way).
     """
-    low = lower.int()
-    upper = weights.view(torch.int16).int() - (low < 0).int()
-    return ((upper << 16) | (low & 0xFFFF)).view(torch.float32)
+    master = torch.empty_like(weights, dtype=torch.float32)
+    for high, low, joined in zip(*map(_pieces, (weights.view(torch.int16), lower, master)), strict=True):
+        wide = low.int()
+        joined.copy_((((high.int() - (wide < 0).int()) << 16) | (wide & 0xFFFF)).view(torch.float32))
+    return master
 
 
 def split_master_weights(master: Tensor) -> tuple[Tensor, Tensor]:
     """The bfloat16 weights and the int16 lower halves of float32 `master`. Inverse of `join_master_weights`."""
-    bits = master.contiguous().view(torch.int32)
-    lower = bits.to(torch.int16)  # keeps the lower 16 bits
-    upper = (bits >> 16) + (lower < 0).int()
-    return upper.to(torch.int16).view(torch.bfloat16), lower
+    master = master.contiguous()
+    weights, lower = torch.empty_like(master, dtype=torch.int16), torch.empty_like(master, dtype=torch.int16)
+    for bits, high, low in zip(*map(_pieces, (master.view(torch.int32), weights, lower)), strict=True):
+        low.copy_(bits)  # keeps the lower 16 bits
+        high.copy_((bits >> 16) + (low < 0).int())
+    return weights.view(torch.bfloat16), lower
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Its elements in pieces, so that what is computed of one takes little memory."""
+    return tensor.view(-1).split(_PIECE)
 
 
 def inner_optimizers(optimizer: Any) -> list[Any]:

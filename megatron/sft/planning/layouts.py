@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.model.layout import Layout, check_layout
-from megatron.sft.planning.memory import MemoryEstimate, MemorySettings, cheapest_recompute, estimate
+from megatron.sft.planning.fitting.phases import MemoryEstimate
+from megatron.sft.planning.fitting.recomputing import recompute_cost, with_cheapest_recompute
+from megatron.sft.planning.memory import MemorySettings, estimate
 from megatron.sft.runtime.errors import UserError
 
-# Rough relative step times, only to order suggestions: recomputation, and communication between GPUs.
-_RECOMPUTE_COST = {"none": 1.0, "selective": 1.03, "full": 1.3}
+# Rough relative step times of communication between GPUs, only to order suggestions.
 _TENSOR_COST = {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.35}
 _CONTEXT_COST = {1: 1.0, 2: 1.08, 4: 1.15, 8: 1.25}
 
@@ -20,7 +21,7 @@ class Suggestion:
 
     layout: Layout
     data_parallel: int
-    recompute: str
+    settings: MemorySettings  # with the recomputation that was chosen
     memory: MemoryEstimate
     cost: float
 
@@ -38,13 +39,13 @@ def suggest_layouts(
         if global_batch_size % (data_parallel * settings.micro_batch_size):
             continue
         here = replace(settings, num_micro_batches=global_batch_size // (data_parallel * settings.micro_batch_size))
-        recompute = cheapest_recompute(architecture, layout, data_parallel, here, gpu_bytes)
-        memory = estimate(architecture, layout, data_parallel, replace(here, recompute=recompute))
+        here = with_cheapest_recompute(architecture, layout, data_parallel, here, gpu_bytes)
+        memory = estimate(architecture, layout, data_parallel, here)
         if memory.fits(gpu_bytes):
             bubble = 1 + (layout.pipeline_parallel - 1) / here.num_micro_batches
-            cost = _RECOMPUTE_COST[recompute] * _TENSOR_COST[layout.tensor_parallel] * bubble
+            cost = recompute_cost(architecture, layout, here) * _TENSOR_COST[layout.tensor_parallel] * bubble
             cost *= _CONTEXT_COST[layout.context_parallel]
-            suggestions.append(Suggestion(layout, data_parallel, recompute, memory, cost))
+            suggestions.append(Suggestion(layout, data_parallel, here, memory, cost))
     suggestions.sort(key=lambda suggestion: (suggestion.cost, suggestion.memory.total))
     return suggestions[:count]
 

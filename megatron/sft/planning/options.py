@@ -120,6 +120,9 @@ class TrainOptions:
     recompute: str = _setting(
         "RECOMPUTE", "what is recomputed in the backward pass to save memory: nothing, norms and activation functions, "
         "whole layers, or the cheapest of these that fits", "none", ("none", "selective", "full", "auto"))
+    recompute_layers: int = _setting(
+        "RECOMPUTE_LAYERS", "layers of each pipeline stage, its first ones, that are recomputed whole, the others selectively: "
+        "memory and time between RECOMPUTE=selective and full; RECOMPUTE=auto finds the fewest that fit", 0)
 
     lora_rank: int = _setting("LORA_RANK", "rank of the adapters (LoRA) that are trained; 0 trains the weights themselves", 0)
     lora_alpha: float = _setting("LORA_ALPHA", "scale of the adapters, divided by the rank; 0 takes twice the rank", 0.0)

@@ -54,9 +54,10 @@ def tokens_per_second(
     num_processes: int,
     frozen: bool = False,
     two_heads: bool = False,
+    recompute: float = 1.0,
 ) -> tuple[float, str]:
     """Tokens a second of all processes together, and the source of that figure in words. two_heads: the output head computes
-    every trained token twice in the forward pass."""
+    every trained token twice in the forward pass. recompute: the time of a step relative to one that recomputes nothing."""
     if given:
         return given, "TOKENS_PER_SECOND"
     if measured := _logged_speed(run_folder / METRICS):
@@ -66,9 +67,10 @@ def tokens_per_second(
     operations = training_flops(architecture, tokens, trained, squares, frozen)
     operations += head_forward_flops(architecture, trained) if two_heads else 0.0
     operations /= max(tokens, 1)
-    speed = ASSUMED_MFU * (peak or H100_TFLOPS) * 1e12 / operations * num_processes
+    speed = ASSUMED_MFU * (peak or H100_TFLOPS) * 1e12 / operations * num_processes / recompute
     which = "this GPU's" if peak else "an H100's"
-    return speed, f"an assumed {ASSUMED_MFU:.0%} of {which} {peak or H100_TFLOPS:.0f} TFLOP/s; set TOKENS_PER_SECOND"
+    again = f", {recompute:.2f} times as long with recomputation" if recompute > 1.0 else ""
+    return speed, f"an assumed {ASSUMED_MFU:.0%} of {which} {peak or H100_TFLOPS:.0f} TFLOP/s{again}; set TOKENS_PER_SECOND"
 
 
 def assumed_speed(architecture: Architecture, load: RowLoad, num_gpus: int, frozen: bool = False) -> float:

@@ -23,7 +23,14 @@ from megatron.sft.training.adamw import InPlaceAdamW
 def wrap_model(
     config: TransformerConfig, module: MegatronModule, options: TrainOptions, data_parallel: int, **chunk: Any
 ) -> DistributedDataParallel:
-    """The module with buffers that its gradients are summed in, reduced over data-parallel ranks while backward runs."""
+    """The module with buffers that its gradients are summed in, reduced over data-parallel ranks while backward runs.
+
+    Its parameters move into one buffer, and have no values until they are loaded.
+    """
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            # megatron-core copies each into the buffer, next to which all of them would be in memory a second time.
+            parameter.data = parameter.data.new_zeros(1).expand(parameter.shape)
     model = DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
