@@ -87,7 +87,8 @@ def _held(model: str) -> None:
         ours.randomize(engine)
         engine.train_step(Feeder(plan).training(0))
         expected = estimate(plan.architecture, plan.layout, 1, memory_of(plan)).parts()
-        print((held_parts(engine, 1 << 30), {name: expected[name] for name in ("weights", "gradients", "optimizer")}))
+        planned = {name: expected[name] for name in ("weights", "gradients", "optimizer")}
+        print(json.dumps((held_parts(engine, 1 << 30), planned)))
 
 
 if __name__ == "__main__":
