@@ -36,7 +36,7 @@ def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[l
     plan = benchmark_plan(arguments, rows)
     with process_groups.parallel(plan.layout):
         engine = Engine(plan)
-        _randomize(engine)
+        randomize(engine)
         feeder, size = Feeder(plan), plan.options.global_batch_size
         seconds, losses, consumed = [], [], 0
         for step in range(arguments.warm_up + arguments.steps):
@@ -92,7 +92,7 @@ def benchmark_plan(arguments: argparse.Namespace, rows: BenchmarkRows) -> RunPla
     )
 
 
-def _randomize(engine: Any) -> None:
+def randomize(engine: Any) -> None:
     """Weights as at the start of pretraining: normal with deviation 0.02; norms 1, biases 0."""
     torch.manual_seed(0)
     with torch.no_grad():

@@ -99,7 +99,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recompute", default="none")
     parser.add_argument("--recompute-layers", type=int, default=0)
     parser.add_argument("--optimizer-precision", default="fp32")
-    parser.add_argument("--optimizer-offload", action="store_true")
+    parser.add_argument("--optimizer-offload", type=float, default=0.0, help="share of the optimizer's state in CPU memory")
     parser.add_argument("--expert-parallel", type=int, default=1, help="processes over which experts are spread")
     parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     parser.add_argument("--peer-recompute", action="store_true", help="gradient checkpointing for the peer")

@@ -83,6 +83,7 @@ SEAMS: dict[str, list[str]] = {
     "megatron.core.optimizer.optimizer.MegatronOptimizer.get_grad_norm": ["self"],
     "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBuffer.numel_unpadded": [],
     "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucket.numel_unpadded": [],
+    "megatron.core.transformer.transformer_block.TransformerBlock.config": [],
     "megatron.core.models.gpt.GPTModel.output_layer": [],
     # megatron-core: methods overridden
     "megatron.core.models.gpt.GPTModel._preprocess": ["input_ids", "position_ids", "packed_seq_params"],

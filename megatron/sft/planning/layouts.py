@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.model.layout import Layout, check_layout
-from megatron.sft.planning.fitting.phases import MemoryEstimate
 from megatron.sft.planning.fitting.recomputing import recompute_cost, with_cheapest_recompute
 from megatron.sft.planning.memory import MemorySettings, estimate
+from megatron.sft.planning.memory_phases import MemoryEstimate
 from megatron.sft.runtime.errors import UserError
 
 # Rough relative step times of communication between GPUs, only to order suggestions.
-_TENSOR_COST = {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.35}
-_CONTEXT_COST = {1: 1.0, 2: 1.08, 4: 1.15, 8: 1.25}
+TENSOR_COST = {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.35}
+CONTEXT_COST = {1: 1.0, 2: 1.08, 4: 1.15, 8: 1.25}
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def suggest_layouts(
         memory = estimate(architecture, layout, data_parallel, here)
         if memory.fits(gpu_bytes):
             bubble = 1 + (layout.pipeline_parallel - 1) / here.num_micro_batches
-            cost = recompute_cost(architecture, layout, here) * _TENSOR_COST[layout.tensor_parallel] * bubble
-            cost *= _CONTEXT_COST[layout.context_parallel]
+            cost = recompute_cost(architecture, layout, here) * TENSOR_COST[layout.tensor_parallel] * bubble
+            cost *= CONTEXT_COST[layout.context_parallel]
             suggestions.append(Suggestion(layout, data_parallel, here, memory, cost))
     suggestions.sort(key=lambda suggestion: (suggestion.cost, suggestion.memory.total))
     return suggestions[:count]
@@ -69,7 +69,7 @@ def largest_parts(
 def _layouts(architecture: Architecture, num_gpus: int, settings: MemorySettings) -> Iterator[Layout]:
     context_sizes = (1, 2, 4, 8)
     expert_sizes = (1, 2, 4, 8) if architecture.moe else (1,)
-    for tensor in _TENSOR_COST:
+    for tensor in TENSOR_COST:
         for pipeline in (1, 2, 4, 8, 16):
             for context in context_sizes:
                 for expert in expert_sizes:

@@ -13,7 +13,7 @@ from megatron.sft.families.registry import layer_rules
 from megatron.sft.families.sizes import weight_shape
 from megatron.sft.families.trained import Trained
 from megatron.sft.model.layout import HEAD_CHUNK_TOKENS, Layout, share_of_chunk
-from megatron.sft.planning.fitting.phases import MemoryEstimate
+from megatron.sft.planning.memory_phases import MemoryEstimate
 from megatron.sft.planning.trained_sizes import stage_trained, unkept_inputs
 
 GIB = 2**30
@@ -37,7 +37,7 @@ class MemorySettings:
     recompute: str = "none"
     recompute_layers: int = 0  # of each stage, recomputed whole
     optimizer_precision: str = "fp32"
-    optimizer_offload: bool = False
+    optimizer_offload: float = 0.0  # the share of it in CPU memory
     trained: Trained = Trained()
 
 
@@ -137,7 +137,7 @@ def _stage_estimate(
         working=int(working),
         reserve=_CONTEXT_BYTES + _NCCL_BYTES * sum(size > 1 for size in dimensions),
         built=int(for_built * shares),
-        converted=int(largest) if for_optimizer == 6 else 0,
+        converted=int(largest) if settings.optimizer_precision == "bf16" else 0,
     )
 
 
@@ -174,9 +174,9 @@ def _kept_and_working(architecture: Architecture, layout: Layout, settings: Memo
     return kept, max(working[False], working[True] - freed)
 
 
-def _bytes_per_parameter(settings: MemorySettings) -> tuple[int, int, int, int]:
+def _bytes_per_parameter(settings: MemorySettings) -> tuple[int, int, float, float]:
     """(weight, gradient, optimizer, of it before the first step): the optimizer's are shared by the data-parallel copies."""
-    on_gpu = not settings.optimizer_offload
+    on_gpu = 1 - settings.optimizer_offload
     if settings.precision == "fp32":
         return 4, 4, 8 * on_gpu, 0  # the weights are their own master copy
     if settings.optimizer_precision == "bf16":

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.sft.planning import input_checks
+from megatron.sft.planning.fitting.changes import Candidate, changes_text
 from megatron.sft.planning.fitting.recomputing import recompute_cost, recompute_words, with_cheapest_recompute
 from megatron.sft.planning.memory import GIB, MemorySettings, estimate
 from megatron.sft.planning.memory_fit import fewest_gpus_text, gpu_memory, memory_settings
@@ -74,9 +75,11 @@ def _add_memory(found: Resolution) -> None:
     if gpu_bytes:
         found.add("GPU", f"{gpu_bytes / GIB:.1f} GiB, {where}")
     if gpu_bytes and not needed.fits(gpu_bytes):
+        largest, size = max(needed.parts().items(), key=lambda part: part[1])
+        start = Candidate(architecture, layout, found.num_processes, options.global_batch_size, here)
         found.problems.append(
-            f"a GPU needs about {needed.total / GIB:.1f} GiB and has {gpu_bytes / GIB:.1f} ({where}): take RECOMPUTE=auto, "
-            "more GPUs, or larger TENSOR_PARALLEL_SIZE or PIPELINE_PARALLEL_SIZE (tools/plan suggests some)"
+            f"a GPU needs about {needed.total / GIB:.1f} GiB in {needed.decides}, {size / GIB:.1f} of it for {largest}, and "
+            f"has {gpu_bytes / GIB:.1f} ({where}): {changes_text(start, gpu_bytes)}"
         )
 
 

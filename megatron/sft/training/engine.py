@@ -58,7 +58,7 @@ class Engine:
         self.counters = {"skipped_steps": 0, "overflows": 0}
         options = plan.options
         dtype = DTYPES[options.precision]
-        memory = _memory_settings(plan)
+        memory = memory_of(plan)
         recompute = memory.recompute, memory.recompute_layers
         config = transformer_config(plan.architecture, plan.layout, options.precision, options.fp8_recipe, *recompute)
         # One chunk on each pipeline stage, or several that are interleaved.
@@ -229,7 +229,7 @@ def _finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None 
     finalize_model_grads(model, None, **options)
 
 
-def _memory_settings(plan: RunPlan) -> MemorySettings:
+def memory_of(plan: RunPlan) -> MemorySettings:
     """RECOMPUTE=auto replaced by the cheapest recomputation that is estimated to fit this GPU, by none on a CPU."""
     options = plan.options
     settings = memory_settings(options, plan.seq_length, plan.data_parallel, plan.trained)

@@ -56,7 +56,7 @@ def test_every_model_of_the_table_can_be_read() -> None:
         (ONE, 1, {"recompute": "full"}, 33.0),
         (ONE, 1, {"optimizer_precision": "bf16"}, 49.0),
         (ONE, 1, {"optimizer_precision": "bf16", "recompute": "selective"}, 38.7),
-        (ONE, 1, {"optimizer_offload": True}, 42.4),
+        (ONE, 1, {"optimizer_offload": 1.0}, 42.4),
         (ONE, 1, {"precision": "fp8"}, 59.5),
         (ONE, 1, {"seq_length": 8192}, 46.5),
         (ONE, 1, {"seq_length": 32768, "recompute": "selective"}, 73.7),
@@ -131,7 +131,7 @@ def test_data_parallel_copies_share_the_optimizer_and_offloading_empties_it() ->
     one, four = (estimate(architecture, Layout(), copies, ROW) for copies in (1, 4))
     assert one.optimizer == 12 * num_parameters(architecture) and four.optimizer == one.optimizer // 4
     assert (one.weights, one.gradients) == (four.weights, four.gradients)
-    assert estimate(architecture, Layout(), 1, replace(ROW, optimizer_offload=True)).optimizer == 0
+    assert estimate(architecture, Layout(), 1, replace(ROW, optimizer_offload=1.0)).optimizer == 0
 
 
 def test_suggested_layouts_fit_divide_the_gpus_and_the_fastest_comes_first() -> None:

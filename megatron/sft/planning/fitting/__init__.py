@@ -1,1 +1,1 @@
-"""What makes a run fit a GPU: phases of its memory, recomputation, the cheapest change."""
+"""What makes a run fit a GPU: recomputation, and the cheapest other change."""
