@@ -5,7 +5,7 @@ import shlex
 
 from benchmarks import train
 
-# Not a phase of its own for `plan`: forward and backward again.
+# For `plan` no other phase: forward and backward again.
 SEARCH = "looking for a bad row"
 _SHORT = {"--steps": "2", "--warm-up": "1"}
 

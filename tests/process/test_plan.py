@@ -60,7 +60,9 @@ def test_a_recipe_is_planned_before_its_model_and_data_are_there(
     assert "bash scripts/1_download.sh model " in first
     # The commands come from the recipe's head, where that is about this size's model.
     assert ("bash scripts/3_tokenize.sh assets/" in first) == (OF_ANY_SIZE.get(recipe, size) == size)
-    assert re.match(r"\d+\.\d GiB .*RECOMPUTE(=(none|selective|full)|_LAYERS=\d+)\b.*: weights \d", line(output, "memory of a GPU"))
+    assert re.match(
+        r"\d+\.\d GiB .*RECOMPUTE(=(none|selective|full)|_LAYERS=\d+)\b.*: weights \d", line(output, "memory of a GPU")
+    )
     # A recipe's head promises what plan prints, of each size that it names.
     head = RECIPES[promising].read_text().partition("#SBATCH")[0]
     promised = f"# Fits with {size} (memory by plan): " if size else "# Fits (memory by plan): "

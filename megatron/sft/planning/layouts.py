@@ -5,14 +5,11 @@ from dataclasses import dataclass, replace
 
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.model.layout import Layout, check_layout
+from megatron.sft.planning.fitting.costs import CONTEXT_COST, TENSOR_COST
 from megatron.sft.planning.fitting.recomputing import recompute_cost, with_cheapest_recompute
 from megatron.sft.planning.memory import MemorySettings, estimate
 from megatron.sft.planning.memory_phases import MemoryEstimate
 from megatron.sft.runtime.errors import UserError
-
-# Rough relative step times of communication between GPUs, only to order suggestions.
-TENSOR_COST = {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.35}
-CONTEXT_COST = {1: 1.0, 2: 1.08, 4: 1.15, 8: 1.25}
 
 
 @dataclass(frozen=True)

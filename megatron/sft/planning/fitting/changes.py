@@ -5,15 +5,13 @@ from dataclasses import dataclass, replace
 
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.model.layout import Layout, check_layout
+from megatron.sft.planning.fitting.costs import CONTEXT_COST, OFFLOAD_MICRO_BATCHES, TENSOR_COST
 from megatron.sft.planning.fitting.recomputing import recompute_cost, recompute_words, with_cheapest_recompute
-from megatron.sft.planning.layouts import CONTEXT_COST, TENSOR_COST
 from megatron.sft.planning.memory import MemorySettings, estimate
 from megatron.sft.runtime.errors import UserError
 
 # How much longer a step takes, or what else a change costs the user, as factors, to order them.
 _ROUNDED_MOMENTS, _SMALLER_MICRO_BATCH, _OTHER_DATA, _MORE_GPUS = 1.05, 1.02, 2.0, 3.0
-# Seconds of a step with the whole optimizer in CPU memory, in addition, relative to a micro-batch's (docs/performance.md).
-_OFFLOAD_MICRO_BATCHES = 5.0
 _SHOWN = 3
 
 
@@ -106,7 +104,7 @@ def _changes(now: Candidate) -> Iterator[Candidate]:
         found.append(now.changed("OPTIMIZER_PRECISION=bf16", _ROUNDED_MOMENTS, optimizer_precision="bf16"))
     if asked.optimizer_precision == "fp32" and asked.precision != "fp32" and asked.trained.lora is None:
         for share in (share for share in (0.25, 0.5, 0.75, 1.0) if share > asked.optimizer_offload):
-            cost = 1 + _OFFLOAD_MICRO_BATCHES * (share - asked.optimizer_offload) / asked.num_micro_batches
+            cost = 1 + OFFLOAD_MICRO_BATCHES * (share - asked.optimizer_offload) / asked.num_micro_batches
             found.append(now.changed(f"OPTIMIZER_OFFLOAD={share:g}", cost, optimizer_offload=share))
     found += _larger_layouts(now)
     for length in (length for length in (32768, 16384, 8192, 4096, 2048, 1024) if length < asked.seq_length):

@@ -6,11 +6,9 @@ from dataclasses import replace
 
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.model.layout import Layout
+from megatron.sft.planning.fitting.costs import RECOMPUTE_COST
 from megatron.sft.planning.memory import MemorySettings, estimate
 from megatron.sft.planning.options import TrainOptions
-
-# Step times relative to no recomputation (docs/performance.md), for estimates.
-_COST = {"none": 1.0, "selective": 1.03, "full": 1.3}
 
 
 def with_cheapest_recompute(
@@ -40,8 +38,8 @@ def recompute_words(settings: MemorySettings) -> str:
 def recompute_cost(architecture: Architecture, layout: Layout, settings: MemorySettings) -> float:
     """The time of a step relative to one without recomputation, estimated."""
     share = min(1.0, settings.recompute_layers / max(layout.stage_layers(architecture)))
-    cost = _COST[settings.recompute]
-    return cost + share * (_COST["full"] - cost)
+    cost = RECOMPUTE_COST[settings.recompute]
+    return cost + share * (RECOMPUTE_COST["full"] - cost)
 
 
 def asked_recompute(options: TrainOptions) -> tuple[str, int]:
