@@ -28,6 +28,7 @@ from megatron.sft.runtime.errors import UserError, first_line
 _LEFT_OVER_BYTES, _AGAIN = 1 << 30, 4
 # A case that takes longer ends its process, and the next one gets a fresh one.
 _LONGEST_SECONDS = 180
+_resumed: set[str] = set()
 
 
 class Meter:
@@ -40,6 +41,7 @@ class Meter:
         self.estimates: dict[str, int] = {}
         self.peaks: dict[str, int] = {}
         self.rests: dict[str, int] = {}
+        self.measured: set[str] = set()
         self.current = ""
 
     def measure(self, name: str, call: Callable[[], Any]) -> Any:
@@ -53,6 +55,7 @@ class Meter:
         """The phase `name` starts; another that has not ended, ends."""
         self.end()
         self.current = name
+        self.measured.add(name)
         if device.has_gpu():
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -100,7 +103,7 @@ def _compared(meter: Meter) -> dict[str, Any]:
     found = {}
     for name in (*PHASES, SEARCH):
         of_plan = meter.estimates.get("forward and backward" if name == SEARCH else name)
-        if of_plan is not None:
+        if of_plan is not None and (name != "resuming" or name in meter.measured):
             peak, rest = meter.peaks.get(name), meter.rests.get(name)
             found[name] = {
                 "peak": None if peak is None else peak / GIB,
@@ -161,10 +164,17 @@ def _run(plan: Any, meter: Meter) -> list[float]:
     meter.end()
     del engine, batches, part
     _forget()
-    meter.begin("resuming")
-    _resume(Engine(plan))
-    meter.end()
+    if (state := _state_of(plan)) not in _resumed:
+        meter.measure("resuming", lambda: _resume(Engine(plan)))
+        _resumed.add(state)
     return seconds
+
+
+def _state_of(plan: Any) -> str:
+    """What a resumed run's memory depends on. Filling it takes seconds, so that each is measured once."""
+    options = plan.options
+    settings = options.precision, options.optimizer_precision, options.optimizer_offload, options.lora_rank
+    return repr((plan.architecture, plan.layout, plan.data_parallel, settings))
 
 
 def _begin_and_step(meter: Meter, step: Callable[[], Any]) -> Any:

@@ -25,7 +25,10 @@ def test_every_case_goes_through_every_phase_and_one_that_fails_stops_no_other(
     *good, fp8 = results
     assert "Transformer Engine" in fp8["failed"]
     for result in good:
-        assert list(result["phases"]) == [*PHASES, "looking for a bad row"]
+        expected = [*PHASES, "looking for a bad row"]
+        if result is good[1]:  # the first one's state, which was resumed there
+            expected.remove("resuming")
+        assert list(result["phases"]) == expected
         assert result["seconds"] > 0 and result["decides"] in PHASES and result["phases"]["building"]["estimate"] > 0
     printed = capsys.readouterr().out
     assert all(f"| `{result['case']}` |" in printed for result in results)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 from torch import Tensor, nn
 
 from megatron.sft.checkpoint.model_shards import is_saved_copy, slices_of_range, tensors_by_parameter
@@ -64,11 +63,11 @@ class Share:
         if not state and hasattr(self.optimizer.optimizer, "allocate"):  # training.adamw.InPlaceAdamW: lower halves are state
             self.optimizer.optimizer.initialize_state(held)
             held, state = self._held()
-        master = values.to(held.device).view_as(held)
+        master = values.view_as(held)
         if "master_param" not in state:
             held.copy_(master)
         elif state["master_param"].dtype == torch.int16:
-            rounded, state["master_param"][:] = split_master_weights(master)
+            rounded, state["master_param"][:] = split_master_weights(master.to(held.device))
             held.copy_(rounded)
         else:
             state["master_param"].copy_(master)
@@ -225,11 +224,6 @@ def _allocate(inner: Any, record: dict[str, Any]) -> None:
         _allocate_torch(inner.optimizer)
     elif hasattr(inner.optimizer, "allocate"):  # training.adamw.InPlaceAdamW
         inner.optimizer.allocate(int(record["step"]))
-    elif isinstance(inner.optimizer, HybridDeviceOptimizer):
-        # megatron-core allocates it by a step with random gradients, which changes the weights.
-        for part in inner.optimizer.sub_optimizers:
-            _allocate_torch(part)
-        inner.optimizer._sync_sub_optimizers_state_to_hdo()
     else:
         state = inner.state_dict()
         for group in state["optimizer"]["param_groups"]:

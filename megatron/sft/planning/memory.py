@@ -178,11 +178,12 @@ def _bytes_per_parameter(settings: MemorySettings) -> tuple[int, int, float, flo
     """(weight, gradient, optimizer, of it before the first step): the optimizer's are shared by the data-parallel copies."""
     on_gpu = 1 - settings.optimizer_offload
     if settings.precision == "fp32":
-        return 4, 4, 8 * on_gpu, 0  # the weights are their own master copy
+        # The weights are their own master copy, unless others are in CPU memory.
+        return 4, 4, (12 if settings.optimizer_offload else 8) * on_gpu, 0
     if settings.optimizer_precision == "bf16":
         # Two moments, and the 16 bits that a master weight has more than the weight.
         return 2, 2, 6 * on_gpu, 0
-    return 2, 4, 12 * on_gpu, 4 * on_gpu
+    return 2, 4, 12 * on_gpu, 4 * (not settings.optimizer_offload)
 
 
 def _micro_batches_in_flight(layout: Layout, num_micro_batches: int, stage: int) -> float:
