@@ -7,15 +7,18 @@ than were measured it is a prediction, and said to be one wherever it is shown.
 from dataclasses import dataclass, replace
 
 from megatron.sft.families.architecture import ATTENTION, Architecture, Layer
-from megatron.sft.families.flops import training_flops
+from megatron.sft.families.flops import head_forward_flops, training_flops
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning.fitting.recomputing import recompute_cost
 from megatron.sft.planning.memory import MemorySettings, layer_tensors, stage_parameters
 from megatron.sft.planning.run_time import RowLoad
 
+MEASURED_GPUS = 4
 # Operations a second of an H100 or H200 in 16 bits: the layers' products, those of experts, attention, states of gated delta
 # nets, the output head.
 PRODUCTS, EXPERTS, ATTENTION_PAIRS, STATES, HEAD = 680e12, 560e12, 312e12, 40e12, 595e12
+# In 8 bits, casts included, relative to 16; without TensorFloat-32.
+_FP8_GAIN, _FLOAT32_PRODUCTS = 1.32, 45e12
 # Rows are sorted, gathered and summed again: passes over them, forward and backward; gradients of experts' weights are added to
 # the buffer: bytes of each.
 _ROW_PASSES, _EXPERT_GRADIENT_BYTES = 12, 6
@@ -73,18 +76,18 @@ def step_time(
     settings: MemorySettings,
     load: RowLoad,
     cluster: Cluster | None = None,
+    two_heads: bool = False,
 ) -> StepTime:
     """Of `settings.num_micro_batches` micro-batches on each of `data_parallel` copies.
 
+    two_heads: the output head computes every trained token twice in the forward pass, for pairs.
     Groups are laid out as megatron-core does: tensor parallelism over neighbours, then context, data, and pipeline parallelism.
     """
     cluster = cluster or Cluster()
-    counts = layout.stage_layers(architecture)
     stages = [
-        _micro_batch(architecture, layout, settings, load, cluster, stage, data_parallel)
+        _micro_batch(architecture, layout, settings, load, cluster, stage, data_parallel, two_heads)
         for stage in range(layout.pipeline_parallel)
     ]
-    assert len(counts) == len(stages)
     slowest = max(stages, key=lambda parts: sum(parts.values()))
     times = [sum(parts.values()) for parts in stages]
     count = settings.num_micro_batches
@@ -106,6 +109,7 @@ def _micro_batch(
     cluster: Cluster,
     stage: int,
     data_parallel: int,
+    two_heads: bool,
 ) -> dict[str, float]:
     """Seconds of one micro-batch on one stage, forward and backward, by what they go to."""
     counts = layout.stage_layers(architecture)
@@ -116,7 +120,9 @@ def _micro_batch(
     compute *= recompute_cost(architecture, layout, settings)
     if stage == layout.pipeline_parallel - 1:
         trained, frozen = round(rows * load.trained_tokens), settings.trained.lora is not None
-        compute += training_flops(replace(architecture, layers=()), 0, trained, 0, frozen) / spread / HEAD
+        head = training_flops(replace(architecture, layers=()), 0, trained, 0, frozen)
+        head += head_forward_flops(architecture, trained) if two_heads else 0.0
+        compute += head / spread / HEAD
     local = tokens / layout.context_parallel
     return {
         "compute": compute,
@@ -139,6 +145,7 @@ def _compute(stage: Architecture, layout: Layout, settings: MemorySettings, toke
     pairs = training_flops(stage, 0, 0, round(squares), frozen) * (_CONTEXT_ATTENTION if layout.context_parallel > 1 else 1.0)
     kept = replace(settings, recompute="none", recompute_layers=0)
     passed = sum(sum(layer_tensors(stage, layout, kept, layer).values()) for layer in stage.layers) * tokens
+    products = _product_rate(settings)
     seconds = states / spread / STATES + pairs / spread / ATTENTION_PAIRS + passed / layout.context_parallel / _KEPT_BYTES
     experts, moe = 0.0, stage.moe
     mixtures = sum(layer.experts for layer in stage.layers)
@@ -155,7 +162,14 @@ def _compute(stage: Architecture, layout: Layout, settings: MemorySettings, toke
         )
         seconds += mixtures * _ROW_PASSES * 2 * stage.hidden_size * rows / spread / _OPTIMIZER_BYTES
         seconds += 0 if frozen else mixtures * _EXPERT_GRADIENT_BYTES * held / _OPTIMIZER_BYTES
-    return seconds + experts / spread / EXPERTS + (weights - experts) / spread / (_ADAPTED_PRODUCTS if frozen else PRODUCTS)
+    return seconds + experts / spread / EXPERTS + (weights - experts) / spread / products
+
+
+def _product_rate(settings: MemorySettings) -> float:
+    if settings.precision == "fp32":
+        return _FLOAT32_PRODUCTS
+    rate = PRODUCTS if settings.trained.lora is None else _ADAPTED_PRODUCTS
+    return rate * _FP8_GAIN if settings.precision == "fp8" else rate
 
 
 def _tensor(architecture: Architecture, layout: Layout, layers: tuple[Layer, ...], tokens: float, cluster: Cluster) -> float:
