@@ -254,7 +254,7 @@ def listed() -> dict[str, tuple[str, str, str]]:
 @pytest.fixture(scope="module")
 def problems() -> dict[str, str]:
     """Of every name, from its own process: other tests patch torch in this one."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     command = [sys.executable, "-W", "ignore", __file__]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=True)
     found: dict[str, str] = json.loads(result.stdout.splitlines()[-1])

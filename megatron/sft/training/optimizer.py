@@ -122,7 +122,7 @@ def clip_in_place(optimizer: MegatronOptimizer, clip_grad: float) -> float:
     total = torch.zeros((), dtype=torch.float32, device=device.current())
     inner = inner_optimizers(optimizer)
     for part in inner:
-        gradients = part.get_main_grads_for_grad_norm()
+        gradients = _counted_gradients(part)
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
         square = torch.stack(norms).square().sum() if norms else torch.zeros_like(total)
         torch.distributed.all_reduce(square, group=part.get_grad_stats_parallel_group())
@@ -133,6 +133,13 @@ def clip_in_place(optimizer: MegatronOptimizer, clip_grad: float) -> float:
         if isinstance(part.optimizer, InPlaceAdamW):
             part.optimizer.grad_scale = scale
     return norm
+
+
+def _counted_gradients(part: MegatronOptimizer) -> list[torch.Tensor]:
+    """The gradients of this rank that no other rank counts. The method's name depends on megatron-core's version."""
+    if hasattr(part, "get_main_grads_for_grad_norm"):  # 0.16
+        return part.get_main_grads_for_grad_norm()
+    return part.get_grads_for_grad_norm()
 
 
 def _has_fused_adam() -> bool:
