@@ -24,7 +24,7 @@ def wrap_model(
     config: TransformerConfig, module: MegatronModule, options: TrainOptions, data_parallel: int, **chunk: Any
 ) -> DistributedDataParallel:
     """The module with buffers that its gradients are summed in, reduced over data-parallel ranks while backward runs."""
-    model = DistributedDataParallel(
+    return DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=options.optimizer_precision == "fp32",
@@ -37,8 +37,6 @@ def wrap_model(
         module,
         **chunk,
     )
-    _count_padding(model)
-    return model
 
 
 def build_optimizer(options: TrainOptions, dtype: torch.dtype, models: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
@@ -148,15 +146,3 @@ def _has_fused_adam() -> bool:
     from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
 
     return not USING_PYTORCH_OPTIMIZER
-
-
-def _count_padding(model: DistributedDataParallel) -> None:
-    """Make the optimizer state be saved with the padding between buckets, which the offsets of its parameters include.
-
-    megatron-core 0.16 drops the padding from the gathered state and then reads every parameter after it from the wrong
-    offset: a checkpoint of a model with several buckets would hold shifted weights and moments.
-    """
-    for buffer in [*model.buffers, *model.expert_parallel_buffers]:
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
