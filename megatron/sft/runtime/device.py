@@ -6,8 +6,10 @@ GPU it replaces none. docs/seams.md lists them, with what each is for.
 """
 
 import contextlib
+import logging
 import os
 import random
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -176,10 +178,17 @@ def _with_split_lists(all_to_all: Callable[..., Any]) -> Callable[..., Any]:
 
 def _quieten() -> None:
     """Silence warnings of torch and megatron-core that a user of this project can do nothing about."""
-    texts = "Transformer Engine and|Apex is not|transformer_engine|.*deprecat|Setting the shape|The .grad attribute"
+    texts = "Transformer Engine and|Mimo|Apex is not|transformer_engine|.*deprecat|Setting the shape|The .grad attribute"
     warnings.filterwarnings("ignore", message=texts)
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
+    # megatron-core 0.19 logs these two of its own class and of an argument that it makes itself.
+    for module in ("models.gpt.gpt_model", "distributed.distributed_data_parallel"):
+        logging.getLogger(f"megatron.core.{module}").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not re.match("GPTModel IS DEPRECATED|DistributedDataParallel: full_param_layout not provided", record.getMessage())
 
 
 @contextlib.contextmanager

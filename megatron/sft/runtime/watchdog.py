@@ -9,10 +9,10 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from megatron.sft.runtime import stores
 from megatron.sft.runtime.errors import leave_message
 
 # The exit status of a process that the watchdog ended: what timeout(1) uses.
@@ -215,13 +215,11 @@ def open_store(address: str | None = None, port: int | None = None, seconds: flo
 
     A shared connection would not do: another thread's blocking call holds it up. Address and port default to torchrun's.
     """
-    from torch.distributed import TCPStore
-
     address, port = address or os.environ.get("MASTER_ADDR"), port or int(os.environ.get("MASTER_PORT", "0"))
     if not address or not port:
         return None
     try:
-        return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=seconds))
+        return stores.connect(address, port, seconds)
     except (RuntimeError, ValueError):
         return None
 
