@@ -5,9 +5,13 @@
 
 import importlib.util
 import sys
+import warnings
 from types import SimpleNamespace
 
 __version__ = "0.2.0"
+
+# megatron-core says so when it is imported, which `device.prepare` may come after.
+warnings.filterwarnings("ignore", message="Transformer Engine and|MimoModelConfig is experimental")
 
 if importlib.util.find_spec("triton") is None:
     # megatron-core 0.19 imports Triton for these kernels, which are not used here; torch's CPU build does not have it.

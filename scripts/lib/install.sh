@@ -8,7 +8,7 @@ SUITABLE='import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13)'
 # install_failed WHAT: print the end of the log and exit. An environment created in this run is removed; an older one stays in
 # use if pip failed before changing it.
 install_failed() {
-  grep -v '^WARNING:' "$SETUP_STATE/install.log" | tail -n 8 | sed 's/^/  | /' >&2
+  grep -v '^WARNING:\|^Ignoring ' "$SETUP_STATE/install.log" | tail -n 8 | sed 's/^/  | /' >&2
   if [[ -n ${made_with-} ]]; then
     "$made_with" -c 'import shutil, sys; shutil.rmtree(sys.argv[1])' "$VENV" && rm -f "$SETUP_STATE/unfinished"
   elif ! grep -q '^Installing collected packages' "$SETUP_STATE/install.log"; then
@@ -68,7 +68,7 @@ make_venv() {
   if base=$(base_python "$has_torch"); then
     flags+=(--system-site-packages)
   else
-    base=$(base_python "$has_venv") || die "no Python 3.11, 3.12 or 3.13 with the venv module (python3 is $(python3 --version 2>&1 | tail -n 1)): install one, $(python_advice); or set MEGATRON_SFT_PYTHON to a Python with requirements.txt installed"
+    base=$(base_python "$has_venv") || die "no Python 3.11, 3.12 or 3.13 with the venv module ($(python3 --version 2>/dev/null || echo "there is no python3")): install one, $(python_advice); or set MEGATRON_SFT_PYTHON to a Python with requirements.txt installed"
   fi
   if [[ -d $VENV && ! -e $SETUP_STATE/unfinished && ! -e $VENV/requirements.txt.stamp ]]; then
     die "$VENV has no working Python 3.11, 3.12 or 3.13 and was not created by this project: move it away, or set MEGATRON_SFT_VENV to another folder"
@@ -80,11 +80,11 @@ make_venv() {
 
 # chosen_core VERSION: the version of megatron-core for this version of Python.
 chosen_core() {
-  local core=${MEGATRON_CORE_VERSION-}
+  local core=${MEGATRON_CORE_VERSION-} image=${NVIDIA_PYTORCH_VERSION:-99.99}
   if [[ -z $core ]]; then
     core=0.19.2
-    # An nvcr image has the Transformer Engine that one of them was released with.
-    if [[ $1 == 3.11 || (-n ${NVIDIA_PYTORCH_VERSION-} && ${NVIDIA_PYTORCH_VERSION-} < "26.06") ]]; then core=0.16.1; fi
+    # An nvcr image, such as 25.11, has the Transformer Engine that one of them was released with.
+    if [[ $1 == 3.11 ]] || ((10#${image//[!0-9]/} < 2606)); then core=0.16.1; fi
   fi
   [[ $core == 0.16.1 || $core == 0.19.2 ]] || die "MEGATRON_CORE_VERSION is '$core': give 0.16.1 or 0.19.2, or unset it"
   [[ $core == 0.16.1 || $1 != 3.11 ]] || die "MEGATRON_CORE_VERSION=$core needs Python 3.12 or 3.13, and $VENV has $1: take 0.16.1, or remove $VENV and put a newer Python first in PATH"
@@ -102,8 +102,8 @@ choose_torch() {
   torch=$TORCH about=''
   if [[ -n ${TORCH_INDEX_URL-} ]]; then
     index=(--extra-index-url "$TORCH_INDEX_URL")
-  elif ! has_gpu && [[ $OSTYPE == linux* ]]; then
-    if type -P sbatch >/dev/null; then
+  elif ! has_gpu; then
+    if [[ -n $(type -P sbatch qsub bsub) ]]; then
       about=' with CUDA for the nodes of this cluster'
     elif is_reachable "$CPU_BUILDS/torch/"; then
       index=(--extra-index-url "$CPU_BUILDS") about=', the CPU build as there is no GPU here' without_cuda=yes

@@ -37,6 +37,7 @@ ensure_requirements() {
     PYTHON=$(type -P "$MEGATRON_SFT_PYTHON") || die "MEGATRON_SFT_PYTHON=$MEGATRON_SFT_PYTHON is not a program: give the path of a Python, or unset it"
     return
   fi
+  [[ $OSTYPE == linux* ]] || die "this system is $OSTYPE, and megatron-core is made for Linux: use a Linux machine or container, or set MEGATRON_SFT_PYTHON to a Python with requirements.txt installed"
   export PYTHON=$VENV/bin/python
   # Packages in ~/.local, installed for another Python or container, must not be mixed in.
   export PYTHONNOUSERSITE=1

@@ -178,7 +178,7 @@ def _with_split_lists(all_to_all: Callable[..., Any]) -> Callable[..., Any]:
 
 def _quieten() -> None:
     """Silence warnings of torch and megatron-core that a user of this project can do nothing about."""
-    texts = "Transformer Engine and|Mimo|Apex is not|transformer_engine|.*deprecat|Setting the shape|The .grad attribute"
+    texts = "Apex is not|transformer_engine|.*deprecat|Setting the shape|The .grad attribute"
     warnings.filterwarnings("ignore", message=texts)
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
