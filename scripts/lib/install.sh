@@ -43,7 +43,7 @@ python_advice() {
     fi
     return
   fi
-  # Debian and Ubuntu have venv in a package of its own.
+  # Debian and Ubuntu have venv in a separate package.
   if base=$(base_python pass); then
     echo "as root: apt-get install python$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv"
     return

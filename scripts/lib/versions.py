@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 # Compiled against each other: where the base Python (a container's) has them, they are kept.
-COMPILED = re.compile(r"(torch|torch(vision|audio|ao)|(pytorch[-_])?triton|transformer[-_]engine.*|flash[-_]attn.*|apex)$", re.I)
+COMPILED = re.compile(r"(torch|torch(vision|audio|ao)|(pytorch-)?triton|transformer-engine.*|flash-attn.*|apex)$")
 
 
 def normalized(name: str) -> str:
@@ -27,7 +27,7 @@ def main() -> None:
     for file in sys.argv[2:]:
         for line in Path(file).read_text(encoding="utf-8").splitlines():
             name = normalized(re.split("[^A-Za-z0-9._-]", line.strip(), maxsplit=1)[0])
-            # What the base Python brings is a set of its own.
+            # What the base Python brings was tested together elsewhere.
             if name not in below and name not in ("", "torch", "megatron-core"):
                 print(line)
 

@@ -1,7 +1,7 @@
 """A Python with the version of megatron-core that this one does not have; the rest of its packages are this one's.
 
-python -m tests.support.other_core prints its path. The wheel may be of another version of Python: what is compiled in it is used
-by no code of this project.
+python -m tests.support.other_core prints its path. The wheel may be of another version of Python: no code of this project uses
+what is compiled in it.
 """
 
 import importlib.metadata

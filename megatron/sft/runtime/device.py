@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron.sft.runtime import ranks
+from megatron.sft.runtime import ranks, stores
 
 # Dense bf16 peaks in TFLOP/s from NVIDIA's data sheets (without sparsity); the name is searched in torch's device name.
 _PEAK_TFLOPS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "H800": 989.4, "A100": 312.0, "A800": 312.0}
@@ -182,7 +182,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=texts)
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
-    # megatron-core 0.19 logs these two of its own class and of an argument that it makes itself.
+    # megatron-core 0.19 logs these two: its own model class is to be replaced some day, and it makes an argument itself.
     for module in ("models.gpt.gpt_model", "distributed.distributed_data_parallel"):
         logging.getLogger(f"megatron.core.{module}").addFilter(_is_news)
 
@@ -203,6 +203,7 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[None]:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend(), store=store, rank=0, world_size=1)
     else:
+        stores.prepare()
         device_id = current() if has_gpu() else None
         timeout = timedelta(minutes=timeout_minutes)
         torch.distributed.init_process_group(backend(), timeout=timeout, device_id=device_id)

@@ -219,7 +219,7 @@ def launch(arguments: Sequence[str], relay: SignalRelay, before_start: Callable[
     if "LOGLEVEL" not in os.environ:
         # torchrun's warnings and its table of failures repeat what the failing process has said.
         logging.disable(logging.ERROR)
-    stores.do_without_libuv()
+    stores.check_libuv()
     state = Launch(relay, before_start)
     api: Any = launcher
     api.LocalElasticAgent = partial(Agent, state)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.runtime import stores
 from megatron.sft.runtime.errors import leave_message
 
 # The exit status of a process that the watchdog ended: what timeout(1) uses.
@@ -215,6 +214,8 @@ def open_store(address: str | None = None, port: int | None = None, seconds: flo
 
     A shared connection would not do: another thread's blocking call holds it up. Address and port default to torchrun's.
     """
+    from megatron.sft.runtime import stores  # it imports torch
+
     address, port = address or os.environ.get("MASTER_ADDR"), port or int(os.environ.get("MASTER_PORT", "0"))
     if not address or not port:
         return None
