@@ -72,7 +72,7 @@ SEAMS: dict[str, list[str]] = {
     "torch.distributed.elastic.agent.server.local_elastic_agent.LocalElasticAgent._worker_group": [],
     "torch.distributed.elastic.multiprocessing.api.PContext.error_files": [],
     "torch.distributed.elastic.multiprocessing.api.SubprocessContext.subprocess_handlers": [],
-    "torch.distributed.TCPStore.__init__": [],
+    "torch.distributed.TCPStore": [],
     "torch.distributed.run.parse_args": ["args"],
     "torch.distributed.run.run": ["args"],
     "torch.distributed.launcher.api.LaunchConfig.signals_to_handle": [],

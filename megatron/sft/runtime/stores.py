@@ -5,8 +5,8 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
-# Not a part of torch: the watchdog's thread comes here while the main thread may still be importing torch. An import of torch waits
-# for that, one of its parts does not.
+# Not a part of torch: the watchdog's thread comes here while the main thread may still be importing torch. An import of torch
+# waits for that, one of its parts does not.
 import torch
 
 TCPStore = torch.distributed.TCPStore
