@@ -5,7 +5,8 @@ python -m benchmarks.memory --case '--model Qwen/Qwen2.5-3B-Instruct --recompute
 
 A case is options of tools/benchmark_train. Weights are random and made on the GPU, rows are random tokens; nothing is read from
 disk. Every case is built, takes three steps, validates, makes what a save copies, looks for a bad row, and is built again and
-filled as a resumed run is. Results are JSON lines; the table has GiB that torch allocated, and the estimate in parentheses.
+filled as a resumed run is, once for each kind of state. Results are JSON lines; the table has GiB that torch allocated, and the
+estimate in parentheses.
 """
 
 import argparse
@@ -100,9 +101,8 @@ def row(result: dict[str, Any]) -> str:
         return f"| `{result['case']}` | {result['failed']} |"
     cells = []
     for name in (*PHASES, SEARCH):
-        phase = result["phases"].get(name, {})
-        peak, estimate = phase.get("peak"), phase.get("estimate")
-        cells.append("" if not phase else f"{'-' if peak is None else format(peak, '.1f')} ({estimate:.1f})")
+        phase = result["phases"].get(name)
+        cells.append(f"{_gib(phase['peak'])} ({_gib(phase['estimate'])})" if phase else "")
     held, seconds = result.get("held"), result.get("seconds")
     cells.append("" if held is None else f"{held:.1f}")
     cells += [f"{seconds:.3f}", f"{result['tokens'] / seconds:,.0f}"] if seconds else ["", ""]
@@ -110,11 +110,15 @@ def row(result: dict[str, Any]) -> str:
     return f"| `{result['case']}` | " + " | ".join(cells) + " |" + failed
 
 
+def _gib(size: float) -> str:
+    return f"{size:.1f}" if size >= 1 else f"{size:.2g}"
+
+
 def worst(results: list[dict[str, Any]]) -> str:
     """The largest under- and over-estimate of a case's largest phase."""
     errors = []
     for result in results:
-        measured = {name: phase["peak"] for name, phase in result.get("phases", {}).items() if phase.get("peak")}
+        measured = {name: phase["peak"] for name, phase in result.get("phases", {}).items()}
         if measured and "failed" not in result:
             estimate = max(phase["estimate"] for phase in result["phases"].values())
             decides = max(measured, key=measured.__getitem__)

@@ -60,11 +60,12 @@ _TWO_GPUS = f"""
 """
 # Of any machine, to see that everything runs: the model is a folder of the test's.
 _TINY = """
---row-length 128
---row-length 128 --recompute-layers 1
---row-length 128 --optimizer-precision bf16 --recompute selective
---row-length 128 --lora-rank 4 --recompute full
---row-length 128 --precision fp8
+--row-length 1024 --micro-batches 1
+--row-length 1024 --micro-batches 1 --recompute selective
+--row-length 1024 --micro-batches 1 --recompute-layers 2
+--row-length 1024 --micro-batches 1 --recompute full
+--row-length 1024 --micro-batches 1 --optimizer-precision bf16
+--row-length 1024 --micro-batches 1 --precision fp8
 """
 SUITES = {"one-gpu": _ONE_GPU, "two-gpus": _TWO_GPUS, "tiny": _TINY}
 

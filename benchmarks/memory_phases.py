@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -34,15 +35,16 @@ _resumed: set[str] = set()
 class Meter:
     """Peaks by phase, and what `plan` estimates: the most bytes of tensors while a call runs, and what is left after it.
 
-    On a CPU nothing is measured.
+    On a CPU they are counted from what torch's profiler sees of its allocator, which takes a second or more a step.
     """
 
     def __init__(self) -> None:
         self.estimates: dict[str, int] = {}
         self.peaks: dict[str, int] = {}
         self.rests: dict[str, int] = {}
-        self.measured: set[str] = set()
         self.current = ""
+        self._profile: Any = None
+        self._allocated = 0  # on a CPU, since this meter was made
 
     def measure(self, name: str, call: Callable[[], Any]) -> Any:
         """The call's result."""
@@ -55,17 +57,30 @@ class Meter:
         """The phase `name` starts; another that has not ended, ends."""
         self.end()
         self.current = name
-        self.measured.add(name)
         if device.has_gpu():
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
+        else:
+            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+            self._profile.__enter__()
 
     def end(self) -> None:
         """The current phase ends."""
-        if self.current and device.has_gpu():
+        if not self.current:
+            return
+        if device.has_gpu():
             torch.cuda.synchronize()
-            self.peaks[self.current] = max(self.peaks.get(self.current, 0), torch.cuda.max_memory_allocated())
-            self.rests[self.current] = torch.cuda.memory_allocated()
+            peak, rest = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        else:
+            gc.collect()  # what is freed between two phases is not seen
+            self._profile.__exit__(None, None, None)
+            events = self._profile.profiler.kineto_results.events()
+            sizes = [self._allocated, *(event.nbytes() for event in events if event.name() == "[memory]")]
+            sums = list(itertools.accumulate(sizes))
+            peak, rest = max(sums), sums[-1]
+            self._allocated = rest
+        self.peaks[self.current] = max(self.peaks.get(self.current, 0), peak)
+        self.rests[self.current] = rest
         self.current = ""
 
 
@@ -100,16 +115,12 @@ def _measured(case: str) -> dict[str, Any]:
 
 
 def _compared(meter: Meter) -> dict[str, Any]:
+    """GiB of each phase that was measured."""
     found = {}
-    for name in (*PHASES, SEARCH):
-        of_plan = meter.estimates.get("forward and backward" if name == SEARCH else name)
-        if of_plan is not None and (name != "resuming" or name in meter.measured):
-            peak, rest = meter.peaks.get(name), meter.rests.get(name)
-            found[name] = {
-                "peak": None if peak is None else peak / GIB,
-                "rest": None if rest is None else rest / GIB,
-                "estimate": of_plan / GIB,
-            }
+    for name in (each for each in (*PHASES, SEARCH) if each in meter.peaks):
+        of_plan = meter.estimates["forward and backward" if name == SEARCH else name]
+        sizes = {"peak": meter.peaks[name], "rest": meter.rests[name], "estimate": of_plan}
+        found[name] = {key: size / GIB for key, size in sizes.items()}
     return found
 
 
@@ -161,9 +172,10 @@ def _run(plan: Any, meter: Meter) -> list[float]:
     with engine.gathered_parameters():
         for part in run_slices(engine):
             part.values()
-    meter.end()
+    meter.begin("end of the first run")
     del engine, batches, part
     _forget()
+    meter.end()
     if (state := _state_of(plan)) not in _resumed:
         meter.measure("resuming", lambda: _resume(Engine(plan)))
         _resumed.add(state)

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
 from megatron.sft.model.experts.sparse_mlp import SparseMLP
 from megatron.sft.model.inputs import PackedRows
-from megatron.sft.model.norm import RMSNorm
+from megatron.sft.model.norm import ProjectionNorm, RMSNorm
 from megatron.sft.model.recomputation import recompute
 from megatron.sft.model.rotary import rotate, split_and_rotate, split_heads, tables_of
 from megatron.sft.model.swiglu import output_gate, swiglu, write_swiglu
@@ -31,6 +31,10 @@ class DecoderLayer(TransformerLayer):
             size, eps = self.config.hidden_size, self.config.layernorm_epsilon
             self.post_attention_layernorm = RMSNorm(self.config, size, eps)
             self.post_mlp_layernorm = RMSNorm(self.config, size, eps)
+        if architecture.query_key_norm == "projection" and facts.mixer != GATED_DELTA_NET:
+            head_dim, eps = architecture.head_dim, self.config.layernorm_epsilon
+            self.self_attention.q_layernorm = ProjectionNorm(self.config, head_dim, architecture.num_heads, eps)
+            self.self_attention.k_layernorm = ProjectionNorm(self.config, head_dim, architecture.num_kv_heads, eps)
         if selective and self.config.fp8:
             self._keep_16_bit_inputs()
 

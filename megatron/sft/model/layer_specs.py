@@ -1,6 +1,6 @@
 """How the layers of a stage are put together of megatron-core's parts and this project's: one spec for each layer."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from megatron.sft.model.config import has_transformer_engine
 from megatron.sft.model.decoder_layer import DecoderLayer
 from megatron.sft.model.delta_net.layer import GatedDeltaNet
 from megatron.sft.model.experts.sparse_mlp import SparseMLP
-from megatron.sft.model.norm import ProjectionNorm, ResidualNorm, ResidualSum, RMSNorm
+from megatron.sft.model.norm import ResidualNorm, ResidualSum, RMSNorm
 from megatron.sft.model.recomputation import recomputed_whole, recomputes_selectively
 
 
@@ -51,7 +51,8 @@ def _layer(architecture: Architecture, config: TransformerConfig, facts: Layer, 
         _set_attention(layer.submodules.self_attention.submodules, architecture, config, facts)
     column, row = _linear_layers()
     if not facts.experts:
-        dense = layer.submodules.mlp.submodules
+        mlp = layer.submodules.mlp  # a ModuleSpec in megatron-core 0.16, a partial in 0.19
+        dense = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
         dense.linear_fc1, dense.linear_fc2 = with_bias(column, architecture.mlp_bias), with_bias(row, architecture.mlp_bias)
     else:
         layer.submodules.mlp = SparseMLP
@@ -73,12 +74,9 @@ def _set_attention(attention: Any, architecture: Architecture, config: Transform
         from megatron.core.extensions import transformer_engine as engine
 
         attention.core_attention = engine.TEDotProductAttention
-    if architecture.query_key_norm == "projection":
-        counts = (architecture.num_heads, architecture.num_kv_heads)
-        query, key = (ModuleSpec(module=ProjectionNorm, params={"num_heads": count}) for count in counts)
-        attention.q_layernorm, attention.k_layernorm = query, key
-    else:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm if architecture.query_key_norm else None
+    # `DecoderLayer` makes norms over whole projections: megatron-core takes none that its configuration does not have.
+    by_head = architecture.query_key_norm in ("head", "rotated head")
+    attention.q_layernorm = attention.k_layernorm = RMSNorm if by_head else None
 
 
 def _linear_layers() -> tuple[type, type]:

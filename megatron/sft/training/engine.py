@@ -149,6 +149,7 @@ class Engine:
         try:
             with self.gathered_parameters(), contextlib.ExitStack() as unsummed:
                 for model in self.models:
+                    model.train()  # or nothing would be recomputed
                     model.zero_grad_buffer()  # also re-enables the reduction of gradients
                     unsummed.enter_context(model.no_sync())
                 self._run(batches, forward_only=False)

@@ -32,7 +32,7 @@ def wrap_model(
         if parameter.requires_grad:
             # megatron-core copies each into the buffer, next to which all of them would be in memory a second time.
             parameter.data = parameter.data.new_zeros(1).expand(parameter.shape)
-    model = DistributedDataParallel(
+    return DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=options.optimizer_precision == "fp32",
@@ -45,8 +45,6 @@ def wrap_model(
         module,
         **chunk,
     )
-    _count_padding(model)
-    return model
 
 
 def build_optimizer(options: TrainOptions, dtype: torch.dtype, models: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
@@ -136,7 +134,7 @@ def clip_in_place(optimizer: MegatronOptimizer, clip_grad: float) -> float:
     total = torch.zeros((), dtype=torch.float32, device=device.current())
     inner = inner_optimizers(optimizer)
     for part in inner:
-        gradients = part.get_main_grads_for_grad_norm()
+        gradients = _counted_gradients(part)
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
         square = torch.stack(norms).square().sum() if norms else torch.zeros_like(total)
         torch.distributed.all_reduce(square, group=part.get_grad_stats_parallel_group())
@@ -149,13 +147,8 @@ def clip_in_place(optimizer: MegatronOptimizer, clip_grad: float) -> float:
     return norm
 
 
-def _count_padding(model: DistributedDataParallel) -> None:
-    """Make the optimizer state be saved with the padding between buckets, which the offsets of its parameters include.
-
-    megatron-core 0.16 drops the padding from the gathered state and then reads every parameter after it from the wrong
-    offset: a checkpoint of a model with several buckets would hold shifted weights and moments.
-    """
-    for buffer in [*model.buffers, *model.expert_parallel_buffers]:
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
+def _counted_gradients(part: MegatronOptimizer) -> list[torch.Tensor]:
+    """The gradients of this rank that no other rank counts. The method's name depends on megatron-core's version."""
+    if hasattr(part, "get_main_grads_for_grad_norm"):  # 0.16
+        return part.get_main_grads_for_grad_norm()
+    return part.get_grads_for_grad_norm()
