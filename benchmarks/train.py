@@ -130,7 +130,7 @@ def in_own_process(stack: str, gpus: int, argv: Sequence[str], seconds: float | 
     if not stack.startswith("peer") and gpus > 1:
         launch = ["megatron.sft.launch", "--standalone", "--local-addr", "localhost", "--nproc-per-node", str(gpus), "-m"]
         command[2:2] = launch
-    # In a session of its own, so that a time limit ends the launcher's processes as well.
+    # In its own session, so that a time limit ends the launcher's processes as well.
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=os.environ, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
         try:
