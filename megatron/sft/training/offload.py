@@ -127,7 +127,7 @@ def _pieces(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group
 class _Transfers:
     """Gradients on their way to the CPU and weights on their way back, in page-locked buffers that are used again.
 
-    Each direction has a stream of its own. Where the GPU is the CPU, the same copies are made at once.
+    Each direction has its own stream. Where the GPU is the CPU, the same copies are made at once.
     """
 
     def __init__(self, first: _Piece) -> None:
