@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron.sft.planning import input_checks
+from megatron.sft.planning.fp8_speed import fp8_advice
 from megatron.sft.planning.memory import GIB, cheapest_recompute, estimate
 from megatron.sft.planning.memory_fit import fewest_gpus_text, gpu_memory, memory_settings
 from megatron.sft.planning.objective_checks import needs_pairs
@@ -32,6 +33,8 @@ def add_needs(found: Resolution) -> None:
     _add_memory(found)
     _add_disk(found)
     _add_time(found)
+    if found.architecture and found.options.precision in ("bf16", "fp8"):
+        found.add("fp8", fp8_advice(found.architecture, found.layout, found.trained.lora is not None))
 
 
 def _check_sums(found: Resolution, files: Files, check: Callable[..., None], *arguments: Any) -> None:
