@@ -204,7 +204,7 @@ def _fp8_fields(recipe: str, architecture: Architecture) -> dict[str, Any]:
                 f"PRECISION=fp8 needs sizes that are multiples of {_FP8_BLOCK}, the model's {name} is {size}: take bf16"
             )
     history = {"fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"} if recipe == "delayed" else {}
-    # Gradients need the range of e5m2, unless a block has a scale .
+    # Gradients need the range of e5m2, unless every block has its own scale.
     return {"fp8": "e4m3" if recipe == "blockwise" else "hybrid", "fp8_recipe": recipe, **history}
 
 
