@@ -256,6 +256,17 @@ def save_family(folder: Path, family: str) -> Path:
 
 _LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
+# Queries and keys of 24 dimensions, 8 of them rotated, values of 12; short positions, so that YaRN's corrections show.
+_LATENT = {
+    "num_key_value_heads": 8,
+    "q_lora_rank": 28,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "first_k_dense_replace": 5,
+    "rope_parameters": {**_YARN, "mscale": 0.6, "mscale_all_dim": 0.8},
+}
 _DELTA_NET = {
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
@@ -348,6 +359,17 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
             "final_logit_softcapping": 3.0,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
             "num_hidden_layers": 6,
+        },
+    ),
+    "deepseek_v2": ("DeepseekV2", {**_LATENT, "q_lora_rank": None}),
+    "deepseek_v3": ("DeepseekV3", {**_LATENT, "attention_bias": True}),
+    "glm4_lite": (
+        "Glm4MoeLite",
+        {
+            **_LATENT,
+            "mlp_layer_types": ["dense"] * 5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "rope_interleave": False,
         },
     ),
     "qwen3_5": ("Qwen3_5Text", {"head_dim": 32, **_DELTA_NET}),

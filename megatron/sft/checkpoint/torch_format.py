@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron.sft.checkpoint import torch_file
-from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture
+from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, LATENT_ATTENTION, Architecture
 from megatron.sft.families.parameters import Parameters
 from megatron.sft.families.rules import join_tensor_parallel, tensor_parallel_part
 from megatron.sft.families.weight_names import WeightEntry, checkpoint_name, weight_entries
@@ -27,8 +27,11 @@ FILE = "model_optim_rng.pt"
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 # Classic Megatron-LM builds these layers with Transformer Engine and expects their extra state, None without FP8.
-_ENGINE_LAYERS = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention")
-_ENGINE_DELTA_NET = ("self_attention.in_proj", "self_attention.out_proj")
+_ENGINE_LAYERS = {
+    ATTENTION: ("linear_qkv", "linear_proj", "core_attention"),
+    GATED_DELTA_NET: ("in_proj", "out_proj"),
+    LATENT_ATTENTION: ("linear_q_up", "linear_kv_up", "linear_proj", "core_attention"),
+}
 _ENGINE_MLP = ("mlp.linear_fc1", "mlp.linear_fc2")
 _EXPERT = re.compile(r"\.experts\.experts\.(\d+)\.")
 
@@ -107,7 +110,7 @@ def _engine_states(architecture: Architecture, layout: Layout, stage: int) -> di
     state: dict[str, None] = {}
     for number in range(counts[stage]):
         layer = architecture.layers[sum(counts[:stage]) + number]
-        mixer = _ENGINE_DELTA_NET if layer.mixer == GATED_DELTA_NET else _ENGINE_LAYERS
+        mixer = [f"self_attention.{name}" for name in _ENGINE_LAYERS[layer.mixer]]
         modules = mixer if layer.experts else (*mixer, *_ENGINE_MLP)
         state.update({f"decoder.layers.{number}.{module}._extra_state": None for module in modules})
     if stage == layout.pipeline_parallel - 1:
@@ -261,6 +264,7 @@ def _megatron_arguments(architecture: Architecture, layout: Layout, iteration: i
         group_query_attention=architecture.num_kv_heads != architecture.num_heads,
         num_query_groups=architecture.num_kv_heads,
         kv_channels=architecture.head_dim,
+        multi_latent_attention=architecture.latent is not None,
         qk_layernorm=architecture.query_key_norm is not None,
         window_size=(architecture.windows[0] - 1, 0) if architecture.windows else None,
         num_experts=moe.num_experts if moe else None,

@@ -62,7 +62,7 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """query [t, heads, dim], key and value [t, kv heads, dim] to [t, heads * dim], t all tokens of the micro-batch (on
-        this context-parallel rank)."""
+        this context-parallel rank). Values may have another size, which is that of the result's heads then."""
         assert isinstance(packed_seq_params, PackedRows), "rows are always packed"
         runs = packed_seq_params.runs
         assert runs is not None
@@ -145,17 +145,27 @@ def varlen_attention(
     scale: float,
     window: tuple[int, int] = (-1, 0),
 ) -> Tensor:
-    """torch's causal flash attention in 16 bits over runs of tokens: query [t, heads, dim], key, value [k, kv heads, dim]."""
+    """torch's causal flash attention in 16 bits over runs of tokens: query [t, heads, dim], key, value [k, kv heads, dim].
+
+    Its kernel has one size for queries, keys and values; smaller values are padded.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {}
     if query.shape[1] != key.shape[1] and _varlen_asks_for_groups():
         options["enable_gqa"] = True
+    size = value.shape[-1]
+    value = padded_to(value, key.shape[-1])
     context = varlen_attn(
         query, key, value, cu_seqlens, key_cu_seqlens, longest, longest_key, scale=scale, window_size=window, **options
     )
     assert isinstance(context, Tensor)
-    return context
+    return context[..., :size]
+
+
+def padded_to(value: Tensor, size: int) -> Tensor:
+    """[..., size]: with zeros after the value's own dimensions."""
+    return value if value.shape[-1] == size else F.pad(value, (0, size - value.shape[-1]))
 
 
 @cache
@@ -167,14 +177,14 @@ def _varlen_asks_for_groups() -> bool:
 
 
 def _gathered(key: Tensor, value: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys and values of all context-parallel ranks, picked by `order`: each [len(order), kv heads, dim].
+    """The keys and values of all context-parallel ranks, picked by `order`: each [len(order), kv heads, its size].
 
     Backward sums what each rank's queries give to a key on the rank that holds it.
     """
     both = tensor_parallel.gather_from_sequence_parallel_region(
-        torch.stack([key, value], dim=1),  # [t, 2, kv heads, dim]
+        torch.cat([key, value], dim=-1),  # [t, kv heads, size of a key and of a value]
         tensor_parallel_output_grad=True,
         group=parallel_state.get_context_parallel_group(),
     )
-    key, value = both.index_select(0, order).unbind(dim=1)
+    key, value = both.index_select(0, order).split([key.shape[-1], value.shape[-1]], dim=-1)
     return key, value

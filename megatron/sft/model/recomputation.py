@@ -1,17 +1,18 @@
 """Memory that is freed after the forward pass and filled again when the backward pass needs it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 
-def recompute(output: Tensor, before: Tensor, write: Callable[[Tensor], None]) -> None:
-    """Free the memory of `output` and have `write(output)` fill it again when the gradient of `before` is there.
+def recompute(output: Tensor, before: Tensor | Sequence[Tensor], write: Callable[[Tensor], None]) -> None:
+    """Free the memory of `output` and have `write(output)` fill it again when the gradient of `before`, or one of it, is there.
 
-    `before` is what was made from `output` (which its backward pass reads); nothing else may read `output` until then.
+    `before` is all that was made from `output` (which its backward pass reads); nothing else may read `output` until then.
     Without a gradient for `before` nothing holds `output` anyway.
     """
-    if not before.requires_grad:
+    made = [each for each in ([before] if isinstance(before, Tensor) else before) if each.requires_grad]
+    if not made:
         return
     target = output.data  # without autograd's count of changes
     size = target.untyped_storage().size()
@@ -20,8 +21,11 @@ def recompute(output: Tensor, before: Tensor, write: Callable[[Tensor], None]) -
     needed = [(target, write)]
 
     def fill(_: Tensor) -> None:
+        if not needed:
+            return
         target, write = needed.pop()
         target.untyped_storage().resize_(size)
         write(target)
 
-    before.register_hook(fill)
+    for each in made:
+        each.register_hook(fill)

@@ -1,0 +1,140 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): queries, keys and values made of a token's two short vectors.
+
+megatron-core's MLASelfAttention has rotary positions of its own, without most scalings, and a configuration of its own.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.model.attention import PackedAttention, padded_to
+from megatron.sft.model.inputs import PackedRows
+from megatron.sft.model.norm import RMSNorm
+from megatron.sft.model.rotary import rotate
+
+
+class LatentAttention(MegatronModule):
+    """Takes the place of a layer's attention: `project`, then `mix`, whose last step is `linear_proj`.
+
+    Tensor parallelism splits it by heads. Every rank holds `linear_down`, the projection to the vectors, and with sequence
+    parallelism gives it a part of the tokens: between the ranks go the vectors, which are shorter than the hidden state.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *,
+        architecture: Architecture,
+        linear: tuple[type, type],
+        core_attention: Any,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ) -> None:
+        """linear: the classes of the column- and the row-parallel layer."""
+        super().__init__(config=config)
+        assert architecture.latent is not None
+        self.sizes = sizes = architecture.latent
+        heads, norm = architecture.num_heads, {"config": config, "eps": sizes.norm_epsilon}
+        group = parallel_state.get_tensor_model_parallel_group()
+        options = {"config": config, "is_expert": False, "tp_group": group}
+        column = {
+            **options, "init_method": config.init_method, "bias": False, "gather_output": False, "skip_bias_add": False,
+            "tp_comm_buffer_name": "qkv",
+        }  # fmt: skip
+        self.linear_down = ReplicatedLinear(config, config.hidden_size, sizes.down_rows, architecture.qkv_bias)
+        if sizes.query_rank:
+            self.q_layernorm = RMSNorm(hidden_size=sizes.query_rank, **norm)
+        self.linear_q_up = build_module(linear[0], sizes.query_rank or config.hidden_size, heads * sizes.head_dim, **column)
+        self.kv_layernorm = RMSNorm(hidden_size=sizes.kv_rank, **norm)
+        self.linear_kv_up = build_module(linear[0], sizes.kv_rank, heads * (sizes.nope_dim + sizes.value_dim), **column)
+        self.core_attention = build_module(
+            core_attention, config=config, layer_number=layer_number, attn_mask_type=AttnMaskType.causal,
+            attention_type="self", softmax_scale=config.softmax_scale, cp_comm_type=cp_comm_type, pg_collection=pg_collection,
+        )  # fmt: skip
+        self.linear_proj = build_module(
+            linear[1], heads * sizes.value_dim, config.hidden_size, init_method=config.output_layer_init_method,
+            bias=architecture.output_bias, input_is_parallel=True, skip_bias_add=True, tp_comm_buffer_name="proj", **options,
+        )  # fmt: skip
+
+    def project(self, normed: Tensor) -> tuple[Tensor, ...]:
+        """normed [t / TP with sequence parallelism, 1, hidden size] to all that is made of it: what `mix` takes."""
+        down = self.linear_down(normed)[0]
+        return (down,) if self.sizes.query_rank else (down, self.linear_q_up(normed)[0])
+
+    def mix(self, projected: tuple[Tensor, ...], tables: Tensor, packed: PackedRows) -> tuple[Tensor, Tensor | None]:
+        """(The layer's attention output, its bias), as linear layers return them. tables: see `rotary_tables`."""
+        sizes = self.sizes
+        query_vector, shared_key, vector = projected[0].split([sizes.query_rank or 0, sizes.rope_dim, sizes.kv_rank], dim=-1)
+        query = self.linear_q_up(self.q_layernorm(query_vector))[0] if sizes.query_rank else projected[1]
+        keys_values = self.linear_kv_up(self.kv_layernorm(vector))[0]
+        # Each rank's heads give a part of the gradient of what all keys share.
+        group = parallel_state.get_tensor_model_parallel_group()
+        if self.config.sequence_parallel:
+            shared_key = tensor_parallel.gather_from_sequence_parallel_region(shared_key, group=group)
+        else:
+            shared_key = tensor_parallel.copy_to_tensor_model_parallel_region(shared_key, group=group)
+        query = rotate(query.view(len(query), -1, sizes.head_dim), tables)
+        keys_values = keys_values.view(len(query), -1, sizes.nope_dim + sizes.value_dim)
+        key, value = keys_and_values(rotate(shared_key, tables), keys_values, sizes.nope_dim)
+        if isinstance(self.core_attention, PackedAttention):
+            context = self.core_attention(query, key, value, None, packed_seq_params=packed)
+        else:
+            # Transformer Engine's attention over packed rows takes values of the keys' size.
+            context = self.core_attention(
+                query, key, padded_to(value, sizes.head_dim), None, AttnMaskType.causal, packed_seq_params=packed
+            )
+            context = context.reshape(query.shape)[..., : sizes.value_dim]
+        output: tuple[Tensor, Tensor | None] = self.linear_proj(context.reshape(len(query), 1, -1))
+        return output
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        """megatron-core's description of the weights: those of split linear layers are theirs, the others stand here."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        result: dict[str, Any] = {}
+        split = ("linear_q_up.", "linear_kv_up.", "linear_proj.")
+        for name in split:
+            result |= self.get_submodule(name[:-1]).sharded_state_dict(f"{prefix}{name}", sharded_offsets, metadata)
+        state = self.state_dict(prefix="", keep_vars=True)
+        own = {name: value for name, value in state.items() if name.startswith(("linear_down.", "q_layer", "kv_layer"))}
+        group = parallel_state.get_tensor_model_parallel_group()
+        whole = make_sharded_tensors_for_checkpoint(
+            own, prefix, {}, sharded_offsets, tp_group=group, dp_cp_group=metadata["dp_cp_group"]
+        )
+        return {**result, **whole}
+
+
+class ReplicatedLinear(torch.nn.Module):
+    """A linear layer that every tensor-parallel rank holds whole. With sequence parallelism it sees a part of the tokens."""
+
+    def __init__(self, config: TransformerConfig, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
+        self.bias = torch.nn.Parameter(torch.zeros(outputs, dtype=config.params_dtype)) if bias else None
+        for parameter in self.parameters():
+            # megatron-core sums the gradients of parameters marked this way over TP.
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, None]:
+        """(outputs with the bias, None), as megatron-core's linear layers return them."""
+        return F.linear(inputs, self.weight, self.bias), None
+
+
+def keys_and_values(shared_key: Tensor, keys_values: Tensor, nope_dim: int) -> tuple[Tensor, Tensor]:
+    """Keys [t, heads, rotated + nope_dim] and values [t, heads, value_dim].
+
+    shared_key: [t, 1, rotated], rotated. keys_values: [t, heads, nope_dim + value_dim], of each head its own part of the key
+    and its value.
+    """
+    own, value = keys_values.split([nope_dim, keys_values.shape[-1] - nope_dim], dim=-1)
+    return torch.cat([shared_key.expand(-1, own.shape[1], -1), own], dim=-1), value
