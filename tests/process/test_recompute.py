@@ -22,13 +22,25 @@ def _losses(folder: Path, precision: str, recompute: str) -> list[float]:
     return ours.measure_steps(arguments, rows)[1]
 
 
+def _outputs(model: Path, *words: str) -> str:
+    """The last line of this script: losses of all cases, or of these words for RECOMPUTE in float32."""
+    return tiny.run_script(Path(__file__), model, *words).strip().splitlines()[-1]
+
+
 def test_recomputing_gives_the_same_losses_and_fp16_ones_like_them(tmp_path: Path) -> None:
-    output = tiny.run_script(Path(__file__), tiny.save_qwen2(tmp_path / "model", tied=False))
-    found = json.loads(output.strip().splitlines()[-1])
+    found = json.loads(_outputs(tiny.save_qwen2(tmp_path / "model", tied=False)))
     assert len(set(found["fp32 none"])) == STEPS
     assert found["fp32 selective"] == found["fp32 none"] == found["fp32 full"] == found["fp32 auto"]
     for half in ("fp16 none", "bf16 none"):
         assert all(abs(a - b) <= 1e-3 * b for a, b in zip(found[half], found["fp32 none"], strict=True))
+
+
+def test_recomputing_latent_attention_gives_the_same_losses(tmp_path: Path) -> None:
+    """Queries, keys and values are made again of the vectors; without a vector for queries, of two products of one norm."""
+    for family in ("deepseek_v3", "deepseek_v2"):
+        found = json.loads(_outputs(tiny.save_family(tmp_path / family, family), "none", "selective", "full"))
+        assert len(set(found["fp32 none"])) == STEPS
+        assert found["fp32 selective"] == found["fp32 none"] == found["fp32 full"]
 
 
 @pytest.mark.gpu
@@ -39,4 +51,5 @@ def test_every_precision_and_optimizer_resumes_on_a_gpu_as_if_it_had_not_stopped
 
 if __name__ == "__main__":
     cases = [("fp32", "none"), ("fp32", "selective"), ("fp32", "full"), ("fp32", "auto"), ("bf16", "none"), ("fp16", "none")]
+    cases = [("fp32", word) for word in sys.argv[2:]] or cases
     print(json.dumps({f"{p} {r}": _losses(Path(sys.argv[1]), p, r) for p, r in cases}))

@@ -62,7 +62,7 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """query [t, heads, dim], key and value [t, kv heads, dim] to [t, heads * dim], t all tokens of the micro-batch (on
-        this context-parallel rank). Values may have another size, which is that of the result's heads then."""
+        this context-parallel rank). Where there is no kernel for 16 bits, values may have another size, the result's then."""
         assert isinstance(packed_seq_params, PackedRows), "rows are always packed"
         runs = packed_seq_params.runs
         assert runs is not None
@@ -145,27 +145,17 @@ def varlen_attention(
     scale: float,
     window: tuple[int, int] = (-1, 0),
 ) -> Tensor:
-    """torch's causal flash attention in 16 bits over runs of tokens: query [t, heads, dim], key, value [k, kv heads, dim].
-
-    Its kernel has one size for queries, keys and values; smaller values are padded.
-    """
+    """torch's causal flash attention in 16 bits over runs of tokens: query [t, heads, dim], key, value [k, kv heads, dim]."""
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {}
     if query.shape[1] != key.shape[1] and _varlen_asks_for_groups():
         options["enable_gqa"] = True
-    size = value.shape[-1]
-    value = padded_to(value, key.shape[-1])
     context = varlen_attn(
         query, key, value, cu_seqlens, key_cu_seqlens, longest, longest_key, scale=scale, window_size=window, **options
     )
     assert isinstance(context, Tensor)
-    return context[..., :size]
-
-
-def padded_to(value: Tensor, size: int) -> Tensor:
-    """[..., size]: with zeros after the value's own dimensions."""
-    return value if value.shape[-1] == size else F.pad(value, (0, size - value.shape[-1]))
+    return context
 
 
 @cache

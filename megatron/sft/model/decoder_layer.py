@@ -48,7 +48,7 @@ class DecoderLayer(TransformerLayer):
         projected = self._project(normed)
         if norms_again:
             recompute(normed, projected, partial(self.input_layernorm.write, residual.detach()))
-        attended = self._after(self._mix(projected, rotary_pos_emb, packed_seq_params), "post_attention_layernorm")
+        attended = self._after(self._mix(projected, rotary_pos_emb, packed_seq_params, again), "post_attention_layernorm")
         residual, normed = self.pre_mlp_layernorm(residual, attended)
         if isinstance(self.mlp, SparseMLP):
             output, _ = self.mlp(normed)
@@ -84,7 +84,7 @@ class DecoderLayer(TransformerLayer):
         scale = self.architecture.residual_scale
         return output if scale == 1.0 else output * scale
 
-    def _mix(self, made: tuple[Tensor, ...], tables: Tensor, packed: PackedRows) -> tuple[Tensor, Tensor | None]:
+    def _mix(self, made: tuple[Tensor, ...], tables: Tensor, packed: PackedRows, again: bool) -> tuple[Tensor, Tensor | None]:
         """Attention or gated delta net, with its output projection: (output, its bias). made: by `_project`."""
         mixed: tuple[Tensor, Tensor | None]
         if self.facts.mixer == GATED_DELTA_NET:
@@ -92,7 +92,7 @@ class DecoderLayer(TransformerLayer):
             mixed = self.self_attention.mix(made[0], packed.runs)
             return mixed
         if self.facts.mixer == LATENT_ATTENTION:
-            mixed = self.self_attention.mix(made, tables, packed)
+            mixed = self.self_attention.mix(made, tables, packed, again)
             return mixed
         if self.rope_index is not None and len(self.architecture.ropes) > 1:
             tables = tables[self.rope_index]

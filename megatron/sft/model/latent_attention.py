@@ -16,9 +16,9 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor
 
 from megatron.sft.families.architecture import Architecture
-from megatron.sft.model.attention import PackedAttention, padded_to
 from megatron.sft.model.inputs import PackedRows
 from megatron.sft.model.norm import RMSNorm
+from megatron.sft.model.recomputation import recompute
 from megatron.sft.model.rotary import rotate
 
 
@@ -72,31 +72,60 @@ class LatentAttention(MegatronModule):
         down = self.linear_down(normed)[0]
         return (down,) if self.sizes.query_rank else (down, self.linear_q_up(normed)[0])
 
-    def mix(self, projected: tuple[Tensor, ...], tables: Tensor, packed: PackedRows) -> tuple[Tensor, Tensor | None]:
-        """(The layer's attention output, its bias), as linear layers return them. tables: see `rotary_tables`."""
+    def mix(
+        self, projected: tuple[Tensor, ...], tables: Tensor, packed: PackedRows, again: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """(The layer's attention output, its bias), as linear layers return them. tables: see `rotary_tables`.
+
+        again: queries, keys and values are made again from the vectors in the backward pass, as DeepSeek does; they are many
+        times as large.
+        """
         sizes = self.sizes
         query_vector, shared_key, vector = projected[0].split([sizes.query_rank or 0, sizes.rope_dim, sizes.kv_rank], dim=-1)
-        query = self.linear_q_up(self.q_layernorm(query_vector))[0] if sizes.query_rank else projected[1]
-        keys_values = self.linear_kv_up(self.kv_layernorm(vector))[0]
+        query_input = self.q_layernorm(query_vector) if sizes.query_rank else None
+        kv_input = self.kv_layernorm(vector)
         # Each rank's heads give a part of the gradient of what all keys share.
         group = parallel_state.get_tensor_model_parallel_group()
         if self.config.sequence_parallel:
             shared_key = tensor_parallel.gather_from_sequence_parallel_region(shared_key, group=group)
         else:
             shared_key = tensor_parallel.copy_to_tensor_model_parallel_region(shared_key, group=group)
-        query = rotate(query.view(len(query), -1, sizes.head_dim), tables)
-        keys_values = keys_values.view(len(query), -1, sizes.nope_dim + sizes.value_dim)
-        key, value = keys_and_values(rotate(shared_key, tables), keys_values, sizes.nope_dim)
-        if isinstance(self.core_attention, PackedAttention):
-            context = self.core_attention(query, key, value, None, packed_seq_params=packed)
-        else:
-            # Transformer Engine's attention over packed rows takes values of the keys' size.
-            context = self.core_attention(
-                query, key, padded_to(value, sizes.head_dim), None, AttnMaskType.causal, packed_seq_params=packed
-            )
-            context = context.reshape(query.shape)[..., : sizes.value_dim]
-        output: tuple[Tensor, Tensor | None] = self.linear_proj(context.reshape(len(query), 1, -1))
+        shared_key = rotate(shared_key, tables)
+        query = self._queries(projected[1] if query_input is None else self.linear_q_up(query_input)[0], tables)
+        key, value = self._keys_and_values(shared_key, kv_input)
+        context = self.core_attention(
+            query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed
+        ).reshape(*query.shape[:2], -1)
+
+        def write(keys: Tensor, values: Tensor, *queries: Tensor) -> None:
+            with torch.no_grad():
+                for target, made in zip((keys, values), self._keys_and_values(shared_key, kv_input), strict=True):
+                    target.copy_(made)
+                for target in queries:
+                    target.copy_(self._queries(self.linear_q_up(query_input)[0], tables))
+
+        if again and self._can_repeat():
+            recompute((key, value) if query_input is None else (key, value, query), context, write)
+        output: tuple[Tensor, Tensor | None] = self.linear_proj(context[..., : sizes.value_dim].reshape(len(query), 1, -1))
         return output
+
+    def _queries(self, projected: Tensor, tables: Tensor) -> Tensor:
+        """[t, heads, head_dim], their first dimensions rotated."""
+        return rotate(projected.view(len(projected), -1, self.sizes.head_dim), tables)
+
+    def _keys_and_values(self, shared_key: Tensor, kv_input: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values as the attention takes them: kernels for 16 bits have one size for both, smaller values are padded."""
+        sizes = self.sizes
+        projected = self.linear_kv_up(kv_input)[0].view(len(shared_key), -1, sizes.nope_dim + sizes.value_dim)
+        key, value = keys_and_values(shared_key, projected, sizes.nope_dim)
+        padding = sizes.head_dim - sizes.value_dim if value.is_cuda and value.dtype != torch.float32 else 0
+        return key, F.pad(value, (0, padding))  # a copy in any case, so that the other part of `projected` is freed
+
+    def _can_repeat(self) -> bool:
+        """False where the projections would not give the same again, or where the attention keeps others' keys as well."""
+        adapters = (getattr(linear, "adapter", None) for linear in (self.linear_q_up, self.linear_kv_up))
+        drawn = any(adapter is not None and adapter.lora.dropout for adapter in adapters)
+        return not drawn and not self.config.fp8 and self.config.context_parallel_size == 1
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
         """megatron-core's description of the weights: those of split linear layers are theirs, the others stand here."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
+from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, LATENT_ATTENTION, Architecture, Layer
 from megatron.sft.families.registry import layer_rules
 from megatron.sft.families.sizes import weight_shape
 from megatron.sft.families.trained import Trained
@@ -220,11 +220,10 @@ def layer_tensors(architecture: Architecture, layout: Layout, settings: MemorySe
     # Inputs of linear layers are kept in 8 bits, but for adapters.
     linear = 1 if settings.precision == "fp8" and settings.trained.lora is None else unit
     hidden = architecture.hidden_size / (tensor_parallel if layout.sequence_parallel else 1)
-    mixer = _delta_net_tensors if layer.mixer == GATED_DELTA_NET else _attention_tensors
     tensors = {
         "layer input": unit * hidden + 4,
         "attention norm": linear * hidden,
-        **mixer(architecture, tensor_parallel, unit, linear),
+        **_MIXERS[layer.mixer](architecture, layout, unit, linear),
         "residual": unit * hidden + 4,
         "MLP norm": linear * hidden,
     }
@@ -247,7 +246,8 @@ def layer_tensors(architecture: Architecture, layout: Layout, settings: MemorySe
     return {**tensors, **routed, rows: chosen * unit * hidden, "gate and up": 2 * unit * width, "activation": unit * width}
 
 
-def _attention_tensors(architecture: Architecture, tensor_parallel: int, unit: int, linear: int) -> dict[str, float]:
+def _attention_tensors(architecture: Architecture, layout: Layout, unit: int, linear: int) -> dict[str, float]:
+    tensor_parallel = layout.tensor_parallel
     query = architecture.num_heads * architecture.head_dim / tensor_parallel
     key_value = architecture.num_kv_heads * architecture.head_dim / tensor_parallel
     tensors = {
@@ -261,9 +261,30 @@ def _attention_tensors(architecture: Architecture, tensor_parallel: int, unit: i
     return tensors
 
 
-def _delta_net_tensors(architecture: Architecture, tensor_parallel: int, unit: int, linear: int) -> dict[str, float]:
+def _latent_attention_tensors(architecture: Architecture, layout: Layout, unit: int, linear: int) -> dict[str, float]:
+    """The norms keep the two vectors, the projections up the normed ones. In 16 bits values are as wide as keys."""
+    sizes = architecture.latent
+    assert sizes is not None
+    vectors = (sizes.query_rank or 0) + sizes.kv_rank
+    vectors /= layout.tensor_parallel if layout.sequence_parallel else 1
+    heads = architecture.num_heads / layout.tensor_parallel
+    value = sizes.value_dim if unit == 4 else sizes.head_dim
+    # Made again from the vectors with `selective` (see LatentAttention).
+    again = "again " if layout.context_parallel == 1 and linear == unit else ""
+    return {
+        "vectors": unit * vectors + 8,
+        "normed vectors": linear * vectors,
+        f"{again if sizes.query_rank else ''}query": unit * heads * sizes.head_dim,
+        f"{again}key and value": unit * heads * (sizes.head_dim + value),
+        "attention result": unit * heads * value + 4 * heads,
+        # Without the padding, or in 8 bits.
+        "narrow result": linear * heads * sizes.value_dim if value > sizes.value_dim or linear != unit else 0,
+    }
+
+
+def _delta_net_tensors(architecture: Architecture, layout: Layout, unit: int, linear: int) -> dict[str, float]:
     """The convolution keeps its input, the delta rule query, key, value and step sizes, the gated norm its input and gate."""
-    sizes = architecture.delta_net
+    sizes, tensor_parallel = architecture.delta_net, layout.tensor_parallel
     assert sizes is not None
     values = sizes.num_value_heads * sizes.value_dim / tensor_parallel
     convolved = sizes.convolved_rows / tensor_parallel
@@ -280,6 +301,9 @@ def _delta_net_tensors(architecture: Architecture, tensor_parallel: int, unit: i
     }
 
 
+_MIXERS = {ATTENTION: _attention_tensors, GATED_DELTA_NET: _delta_net_tensors, LATENT_ATTENTION: _latent_attention_tensors}
+
+
 def kept_tensors(layer: dict[str, float], recompute: str, unneeded: frozenset[str] = frozenset()) -> dict[str, float]:
     """Those of `layer_tensors` that a layer keeps with this word for RECOMPUTE, without those that no gradient needs."""
     if recompute == "full":
@@ -288,7 +312,8 @@ def kept_tensors(layer: dict[str, float], recompute: str, unneeded: frozenset[st
     again = {"attention norm", "MLP norm", "activation", "rows of experts"} if recompute == "selective" else set()
     if "router" in layer:
         again -= {"MLP norm"}  # the router and the rows are made of it
-    return {name: size for name, size in layer.items() if name not in again}
+    made_again = again | ({"again query", "again key and value"} if recompute == "selective" else set())
+    return {name: size for name, size in layer.items() if name not in made_again}
 
 
 def _largest_layer_tensors(layer: dict[str, float], recompute: str) -> float:
@@ -297,5 +322,10 @@ def _largest_layer_tensors(layer: dict[str, float], recompute: str) -> float:
     # The gradients of experts' results and of their rows.
     gradients += 2 * max(layer.get("rows of experts", 0.0), layer.get("rows of other processes", 0.0))
     again = sum(layer.values()) - sum(kept_tensors(layer, recompute).values())
-    # Norms and activation are computed again one at a time.
-    return gradients + (again if recompute == "full" else min(again, layer["activation"]))
+    heads = [size for name, size in layer.items() if name.endswith(("query", "key and value"))] if "vectors" in layer else []
+    of_heads = sum(heads) + layer["attention result"] if heads else 0.0
+    if recompute == "full":
+        return again + max(gradients, of_heads)
+    # Norms, activation, and the heads of latent attention are computed again one at a time.
+    repeated = sum(layer.get(f"again {name}", 0.0) for name in ("query", "key and value")) if recompute == "selective" else 0.0
+    return max(gradients + min(again, layer["activation"]), of_heads + repeated)

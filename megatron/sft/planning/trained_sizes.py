@@ -65,7 +65,8 @@ def unkept_inputs(architecture: Architecture, trained: Trained) -> frozenset[str
     if trained.lora is None:
         return frozenset()  # FREEZE by layers: taken as trained
     read_by = {
-        "attention norm": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+        "attention norm": ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa"),
+        "normed vectors": ("q_b_proj", "kv_b_proj"),
         "MLP norm": ("gate_proj", "up_proj", "gate_up_proj"),
         "activation": ("down_proj",),
     }
@@ -73,6 +74,6 @@ def unkept_inputs(architecture: Architecture, trained: Trained) -> frozenset[str
     names = {
         name
         for name, readers in read_by.items()
-        if not set(readers) & set(trained.lora.targets) or (inside and name != "attention norm")
+        if not set(readers) & set(trained.lora.targets) or (inside and name in ("MLP norm", "activation"))
     }
     return frozenset(names)
