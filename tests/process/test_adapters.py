@@ -40,8 +40,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "olmo2": ({}, [], EVERYWHERE),
     "gemma3": ({}, [], EVERYWHERE),
     "granite": ({}, [], EVERYWHERE),
-    "deepseek_v2": ({"target_modules": ["q_proj", *LATENT[2:]]}, [], EVERYWHERE),
-    "deepseek_v3": ({"target_modules": LATENT}, ["TP2 + SP", "TP2 x PP2"], EVERYWHERE),
+    "deepseek_v2_moe": ({"target_modules": ["q_proj", *LATENT[2:]]}, [], EVERYWHERE),
+    "deepseek_v3_moe": ({"target_modules": LATENT}, ["TP2 + SP", "TP2 x PP2"], EVERYWHERE),
     "qwen3_moe": ({"elsewhere": True}, ["TP2", "EP2 x TP2"], WITH_EXPERTS),
     "mixtral": ({"elsewhere": True, "target_modules": MIXTRAL}, ["EP2"], WITH_EXPERTS),
 }

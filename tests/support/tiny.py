@@ -70,9 +70,16 @@ def save_random(model: "object", folder: Path, dtype: "object" = None) -> Path:
             elif "conv1d" in name:
                 parameter.copy_(0.5 * noise)
             else:
-                parameter.copy_(noise * (0.5 if name.endswith("bias") else 0.1))
+                parameter.copy_(noise * (0.5 if name.endswith("bias") and "correction" not in name else 0.1))
+        for name, buffer in model.named_buffers():  # type: ignore[attr-defined]
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     if dtype is not None:
+        kept = {name: buffer.clone() for name, buffer in model.named_buffers()}  # type: ignore[attr-defined]
         model.to(dtype)  # type: ignore[attr-defined]
+        for name, buffer in kept.items():  # float32, as released models have it
+            if name.endswith("e_score_correction_bias"):
+                model.get_buffer(name).data = buffer  # type: ignore[attr-defined]
     model.save_pretrained(folder)  # type: ignore[attr-defined]
     return folder
 
@@ -264,7 +271,14 @@ _LATENT = {
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
     "v_head_dim": 12,
-    "first_k_dense_replace": 5,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 2,
     "rope_parameters": {**_YARN, "mscale": 0.6, "mscale_all_dim": 0.8},
 }
 _DELTA_NET = {
@@ -308,6 +322,36 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen3_moe_unnormalised": (
         "Qwen3Moe",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": False, "head_dim": 16},
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [2],
+            "num_hidden_layers": 4,
+        },
+    ),
+    "glm4_moe_bf16": (
+        "Glm4Moe",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "n_shared_experts": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.5,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "head_dim": 16,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "num_hidden_layers": 4,
+        },
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}),
     "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -361,13 +405,21 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
             "num_hidden_layers": 6,
         },
     ),
-    "deepseek_v2": ("DeepseekV2", {**_LATENT, "q_lora_rank": None}),
-    "deepseek_v3": ("DeepseekV3", {**_LATENT, "attention_bias": True}),
-    "glm4_lite": (
+    "deepseek_v2_moe": ("DeepseekV2", {**_LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy"}),
+    # Moonlight: no vector for queries, no groups.
+    "moonlight_moe_bf16": (
+        "DeepseekV3",
+        {**_LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    ),
+    "deepseek_v3_moe": ("DeepseekV3", {**_LATENT, "attention_bias": True}),
+    "deepseek_v3_dense": ("DeepseekV3", {**_LATENT, "first_k_dense_replace": 5}),
+    # As in GLM-4.7-Flash values are as wide as queries and keys.
+    "glm4_moe_lite": (
         "Glm4MoeLite",
         {
-            **_LATENT,
-            "mlp_layer_types": ["dense"] * 5,
+            **{name: value for name, value in _LATENT.items() if name != "first_k_dense_replace"},
+            "v_head_dim": 24,
+            "mlp_layer_types": ["dense", "sparse", "dense", "sparse", "sparse"],
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
             "rope_interleave": False,
         },

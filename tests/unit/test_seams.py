@@ -60,6 +60,7 @@ SEAMS: dict[str, list[str]] = {
         "window_size",
     ],
     "torch.UntypedStorage.resize_": [],
+    "torch.nn.Module._apply": ["fn", "recurse"],
     "torch.nn.Module.forward": [],
     "torch.optim.adam.Adam.exp_avg_sq": [],
     "torch.cuda.cudart": [],

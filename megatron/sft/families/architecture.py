@@ -69,13 +69,33 @@ class Layer:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """The mixture of experts that replaces a layer's MLP."""
+    """The mixture of experts that replaces a layer's MLP, its router, and what every token goes through next to it.
+
+    A token goes to the experts with the highest scores, within the groups with the highest scores of groups.
+    """
 
     num_experts: int
     experts_per_token: int
     ffn_hidden_size: int
-    # The weights of a token's experts sum to 1, so softmax before or after choosing the experts gives the same.
+    # The weights of a token's experts, their scores, are divided by their sum, or by `least_sum` where that is more.
     normalized: bool
+    least_sum: float = 0.0
+    # Of a token's logits: "softmax" over all experts, or each one's "sigmoid".
+    scores: str = "softmax"
+    # A vector that is not trained is added to the scores for the choice, not for the weights.
+    correction_bias: bool = False
+    # Experts that follow one another are a group; a group's score is the sum of its two best experts' or the best one's.
+    num_groups: int = 1
+    chosen_groups: int = 1
+    group_score: str = "two best"
+    # The weights are multiplied by it.
+    scale: float = 1.0
+    # Biases of the router's and of the experts' projections.
+    router_bias: bool = False
+    expert_bias: bool = False
+    # Width of the MLP that every token goes through as well, 0 without; times the sigmoid of a projection to one number.
+    shared_width: int = 0
+    shared_gate: bool = False
 
 
 @dataclass(frozen=True)

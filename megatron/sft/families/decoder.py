@@ -4,10 +4,11 @@ A family's table may give other names than those in `NAMES`.
 """
 
 from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, LATENT_ATTENTION, Architecture, Layer
-from megatron.sft.families.rules import QKV, FusedQKV, GateUp, GroupedRows, Rename, RotatedRows, Rule
+from megatron.sft.families.rules import QKV, Buffer, FusedQKV, GateUp, GroupedRows, Rename, RotatedRows, Rule
 
 # Modules of a layer on Hugging Face's side, as Llama, Qwen and OLMo have them. `qkv`, `gate_up`: one tensor for several
-# projections, where a family has one. `block`, `expert_…`: where experts lie, and the matrices of one.
+# projections, where a family has one. `block`, `expert_…`: where experts lie, and the matrices of one; `router` to
+# `shared_gate`: other modules there, and `correction_bias`, a tensor.
 NAMES = {
     "input_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
@@ -21,6 +22,11 @@ NAMES = {
     "expert_gate": "gate_proj",
     "expert_up": "up_proj",
     "expert_down": "down_proj",
+    "expert_fused": "",
+    "router": "gate",
+    "correction_bias": "gate.e_score_correction_bias",
+    "shared": "shared_experts",
+    "shared_gate": "shared_expert_gate",
     "delta_input": "in_proj_qkv in_proj_z in_proj_b in_proj_a",
 }
 _HF = "model.layers.{layer}."
@@ -149,13 +155,26 @@ def _mlp(architecture: Architecture, names: dict[str, str]) -> tuple[Rule, ...]:
 
 
 def _experts(architecture: Architecture, names: dict[str, str]) -> tuple[Rule, ...]:
-    """A layer's mixture of experts with its norm."""
+    """A layer's mixture of experts with its norm. megatron-core calls the correction bias `expert_bias`."""
+    moe = architecture.moe
+    assert moe is not None
     ours, theirs = f"{_MEGATRON}mlp.", f"{_HF}{names['block']}."
     expert, hf_expert = f"{ours}experts.experts.{{expert}}.", f"{theirs}experts.{{expert}}."
     gate, up, down = (f"{hf_expert}{names[name]}.weight" for name in ("expert_gate", "expert_up", "expert_down"))
-    return (
+    rules: tuple[Rule, ...] = (
         *_norm_before(architecture, "pre_mlp_layernorm.weight", names["mlp_norm"]),
-        Rename(f"{ours}router.weight", f"{theirs}gate.weight"),
+        Rename(f"{ours}router.weight", f"{theirs}{names['router']}.weight"),
         GateUp(f"{expert}linear_fc1.weight", gate, up),
         Rename(f"{expert}linear_fc2.weight", down, tp_dim=1),
     )
+    if moe.correction_bias:
+        rules += (Buffer(f"{ours}router.expert_bias", f"{theirs}{names['correction_bias']}"),)
+    if moe.shared_width:
+        shared, hf_shared = f"{ours}shared_experts.", f"{theirs}{names['shared']}."
+        rules += (
+            GateUp(f"{shared}linear_fc1.weight", f"{hf_shared}gate_proj.weight", f"{hf_shared}up_proj.weight"),
+            Rename(f"{shared}linear_fc2.weight", f"{hf_shared}down_proj.weight", tp_dim=1),
+        )
+    if moe.shared_gate:
+        rules += (Rename(f"{shared}gate_weight", f"{theirs}{names['shared_gate']}.weight"),)
+    return rules

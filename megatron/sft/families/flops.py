@@ -56,7 +56,8 @@ def _matrix_elements(architecture: Architecture, layer: Layer) -> int:
     if layer.experts:
         moe = architecture.moe
         assert moe is not None
-        return mixer + moe.experts_per_token * 3 * hidden * moe.ffn_hidden_size + moe.num_experts * hidden
+        width = moe.experts_per_token * moe.ffn_hidden_size + moe.shared_width
+        return mixer + 3 * hidden * width + (moe.num_experts + moe.shared_gate) * hidden
     return mixer + 3 * hidden * architecture.ffn_hidden_size
 
 

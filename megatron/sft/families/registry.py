@@ -21,7 +21,6 @@ from megatron.sft.families.rope import rope_parameters
 from megatron.sft.families.rules import Rule
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.tables import (
-    deepseek,
     ernie4_5,
     gemma3,
     glm4,
@@ -29,20 +28,19 @@ from megatron.sft.tables import (
     hunyuan_v1_dense,
     llama,
     mistral,
-    mixtral,
     olmo,
     phi3,
     qwen2,
     qwen3,
     qwen3_5,
-    qwen3_moe,
     seed_oss,
     smollm3,
 )
+from megatron.sft.tables.mixtures import deepseek, glm4_moe, mixtral, qwen2_moe, qwen3_moe
 
 TABLES: tuple[ModuleType, ...] = (
-    llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, qwen3_5, gemma3, phi3, glm4, olmo, seed_oss, smollm3, granite,
-    ernie4_5, hunyuan_v1_dense, deepseek,
+    llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe, qwen3_5, gemma3, phi3, glm4, glm4_moe, olmo, seed_oss,
+    smollm3, granite, ernie4_5, hunyuan_v1_dense, deepseek,
 )  # fmt: skip
 FAMILIES: dict[str, ModuleType] = {model_type: table for table in TABLES for model_type in table.MODEL_TYPES}
 # model_type of a model that has other parts besides the text model -> the text model's, unless its own text_config says it.
@@ -109,7 +107,11 @@ def read_architecture(config: dict[str, Any], where: str) -> Architecture:
 
 def carried_names(config: dict[str, Any], names: Iterable[str]) -> set[str]:
     """Those of a folder's tensors that are not trained, but carried from source to export: other parts of the model."""
-    prefixes = read_table(_text_type(config))["CARRIED"]
+    prefixes: tuple[str, ...] = read_table(_text_type(config))["CARRIED"]
+    text = text_fields(config)
+    # Heads that predict further tokens, as layers after the last one.
+    further = range(int(text.get("num_nextn_predict_layers") or 0))
+    prefixes += tuple(f"model.layers.{int(text['num_hidden_layers']) + number}." for number in further)
     return {name for name in names if name.startswith(prefixes)}
 
 
@@ -197,9 +199,9 @@ def _check_numbers(architecture: Architecture, where: str) -> None:
         raise UserError(
             f"{where}: {architecture.num_heads} attention heads cannot share {architecture.num_kv_heads} KV heads evenly"
         )
-    moe, delta_net = architecture.moe, architecture.delta_net
-    if moe and not 1 < moe.experts_per_token <= moe.num_experts:
-        raise UserError(f"{where}: num_experts_per_tok={moe.experts_per_token} of {moe.num_experts} is not supported")
+    if architecture.moe:
+        _check_mixture(architecture.moe, where)
+    delta_net = architecture.delta_net
     if delta_net and delta_net.num_value_heads % delta_net.num_key_heads:
         raise UserError(
             f"{where}: {delta_net.num_value_heads} value heads cannot share {delta_net.num_key_heads} key heads evenly"
@@ -217,6 +219,20 @@ def _check_numbers(architecture: Architecture, where: str) -> None:
         )
     if all(layer.mixer == GATED_DELTA_NET for layer in architecture.layers):
         raise UserError(f"{where}: no layer has attention: is it the model's own config.json?")
+
+
+def _check_mixture(moe: MoEConfig, where: str) -> None:
+    """The numbers of experts, groups and those chosen of them must fit together."""
+    groups, size = moe.num_groups, moe.num_experts // max(moe.num_groups, 1)
+    if groups < 1 or moe.num_experts % groups or not 1 <= moe.chosen_groups <= groups:
+        raise UserError(f"{where}: {moe.chosen_groups} of {groups} groups of {moe.num_experts} experts are not possible")
+    if not 1 <= moe.experts_per_token <= moe.chosen_groups * size or moe.ffn_hidden_size < 1 or moe.shared_width < 0:
+        raise UserError(
+            f"{where}: {moe.experts_per_token} experts a token of {moe.chosen_groups * size}, of width {moe.ffn_hidden_size}, "
+            f"and shared ones of width {moe.shared_width} are not possible: is it the model's own config.json?"
+        )
+    if groups > 1 and moe.group_score == "two best" and size < 2:
+        raise UserError(f"{where}: groups of {size} expert have no two best: is it the model's own config.json?")
 
 
 def _dtype(config: dict[str, Any], where: str) -> torch.dtype:

@@ -60,6 +60,30 @@ class Rename:
 
 
 @dataclass(frozen=True)
+class Buffer:
+    """A vector that belongs to the model and is not trained. It keeps its dtype, whatever that of the weights.
+
+    lead: the Hugging Face tensor is [1, size].
+    """
+
+    megatron: str
+    name: str
+    lead: bool = False
+    tp_dim: int | None = None
+    num_fused: int = 1
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def to_megatron(self, architecture: Architecture, *tensors: Tensor) -> Tensor:
+        return tensors[0].squeeze(0) if self.lead else tensors[0]
+
+    def to_hf(self, architecture: Architecture, parameter: Tensor) -> tuple[Tensor, ...]:
+        return (parameter[None] if self.lead else parameter,)
+
+
+@dataclass(frozen=True)
 class QKV:
     """Query, key and value projections (weights or biases) in one parameter, grouped by KV head.
 

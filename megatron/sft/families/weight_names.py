@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, LATENT_ATTENTION, Architecture, Layer
 from megatron.sft.families.registry import family_rules, layer_rules
-from megatron.sft.families.rules import Rule
+from megatron.sft.families.rules import Buffer, Rule
 from megatron.sft.runtime.errors import UserError
 
 # Names of live modules -> names of the tables: norms, which are separate modules without Transformer Engine (the one before
@@ -48,6 +48,11 @@ class WeightEntry:
         Where layers do not have the same weights (not `stacked`), each is its own tensor.
         """
         return _EXPERT.sub("", _LAYER.sub("", self.megatron) if self.stacked else self.megatron)
+
+    @property
+    def is_buffer(self) -> bool:
+        """True if it is not trained and keeps its dtype."""
+        return isinstance(self.rule, Buffer)
 
     @property
     def place(self) -> tuple[int, ...]:

@@ -148,9 +148,8 @@ def _moe_fields(architecture: Architecture, layout: Layout) -> dict[str, Any]:
         "num_moe_experts": moe.num_experts,
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
         "moe_router_topk": moe.experts_per_token,
-        # Softmax over the chosen experts' scores alone makes their weights sum to 1.
-        "moe_router_pre_softmax": not moe.normalized,
-        "moe_router_dtype": "fp32",
+        # The router here does not read it; megatron-core refuses its own default where a token goes to one expert.
+        "moe_router_pre_softmax": True,
         "moe_router_load_balancing_type": "none",
         "expert_model_parallel_size": layout.expert_parallel,
         "expert_tensor_parallel_size": layout.expert_tensor_parallel,

@@ -17,7 +17,7 @@ from megatron.sft.model.inputs import PackedRows
 from megatron.sft.model.norm import RMSNorm
 from megatron.sft.model.recomputation import recompute
 from megatron.sft.model.rotary import rotate, split_and_rotate, split_heads, tables_of
-from megatron.sft.model.swiglu import output_gate, swiglu, write_swiglu
+from megatron.sft.model.swiglu import gated_mlp, output_gate
 
 
 class DecoderLayer(TransformerLayer):
@@ -53,17 +53,9 @@ class DecoderLayer(TransformerLayer):
         if isinstance(self.mlp, SparseMLP):
             output, _ = self.mlp(normed)
             return residual + self._after((output, None), "post_mlp_layernorm"), None
-        kind = self.architecture.activation
-        gate_up, inner_bias = self.mlp.linear_fc1(normed)
-        if norms_again:
-            recompute(normed, gate_up, partial(self.pre_mlp_layernorm.write, residual.detach()))
-        if inner_bias is not None:
-            gate_up = gate_up + inner_bias
-        active = swiglu(gate_up, kind)
-        output, outer_bias = self.mlp.linear_fc2(active)
-        if again:
-            recompute(active, output, partial(write_swiglu, gate_up.detach(), kind=kind))
-        return residual + self._after((output, outer_bias), "post_mlp_layernorm"), None
+        write = partial(self.pre_mlp_layernorm.write, residual.detach()) if norms_again else None
+        output_and_bias = gated_mlp(self.mlp, normed, self.architecture.activation, again, write)
+        return residual + self._after(output_and_bias, "post_mlp_layernorm"), None
 
     def _project(self, normed: Tensor) -> tuple[Tensor, ...]:
         """All that attention or a gated delta net makes of the normed hidden state: several with latent attention."""

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron.sft.families.architecture import GATED_DELTA_NET, LATENT_ATTENTION, Architecture, Layer
+from megatron.sft.families.architecture import GATED_DELTA_NET, LATENT_ATTENTION, Architecture, Layer, MoEConfig
 from megatron.sft.families.weight_names import norm_names
 from megatron.sft.model.attention import PackedAttention
 from megatron.sft.model.config import has_transformer_engine
@@ -55,7 +55,8 @@ def _layer(architecture: Architecture, config: TransformerConfig, facts: Layer) 
         dense = layer.submodules.mlp.submodules
         dense.linear_fc1, dense.linear_fc2 = with_bias(column, architecture.mlp_bias), with_bias(row, architecture.mlp_bias)
     else:
-        layer.submodules.mlp = SparseMLP
+        assert architecture.moe is not None
+        layer.submodules.mlp = _sparse_mlp(architecture.moe, (with_bias(column, False), with_bias(row, False)))
     return layer
 
 
@@ -91,6 +92,17 @@ def _linear_layers() -> tuple[type, type]:
 
         return engine.TEColumnParallelLinear, engine.TERowParallelLinear
     return tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear
+
+
+@cache
+def _sparse_mlp(moe: MoEConfig, linear: tuple[type, type]) -> type:
+    """The class of these mixtures: megatron-core passes a class its configuration alone, and warns of other specs."""
+
+    class Mixture(SparseMLP):
+        def __init__(self, config: TransformerConfig, **_: Any) -> None:
+            super().__init__(config, moe, linear)
+
+    return Mixture
 
 
 @cache

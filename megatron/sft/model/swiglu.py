@@ -1,10 +1,14 @@
 """The gated activation of the dense MLP: SwiGLU and its kin. And attention's output gate."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron.sft.model.recomputation import recompute
 
 # gpt-oss: gates up to this, and up between minus this and this; the sigmoid's slope.
 _LIMIT, _SLOPE = 7.0, 1.702
@@ -17,6 +21,26 @@ def swiglu(gate_up: Tensor, kind: str = "silu") -> Tensor:
     """
     result: Tensor = _SwiGLU.apply(gate_up, kind)
     return result
+
+
+def gated_mlp(
+    mlp: Any, inputs: Tensor, kind: str, again: bool, write: Callable[[Tensor], None] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(output, its bias) of an MLP's `linear_fc1` and `linear_fc2` with the activation of `swiglu` between them.
+
+    again: the activation is freed until the backward pass and made again there, and with `write`, which fills them, the inputs
+    too.
+    """
+    gate_up, inner_bias = mlp.linear_fc1(inputs)
+    if write is not None:
+        recompute(inputs, gate_up, write)
+    if inner_bias is not None:
+        gate_up = gate_up + inner_bias
+    active = swiglu(gate_up, kind)
+    output, outer_bias = mlp.linear_fc2(active)
+    if again:
+        recompute(active, output, partial(write_swiglu, gate_up.detach(), kind=kind))
+    return output, outer_bias
 
 
 def write_swiglu(gate_up: Tensor, outputs: Tensor, kind: str = "silu") -> None:

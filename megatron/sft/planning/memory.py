@@ -10,6 +10,7 @@ from math import prod
 
 from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, LATENT_ATTENTION, Architecture, Layer
 from megatron.sft.families.registry import layer_rules
+from megatron.sft.families.rules import Buffer
 from megatron.sft.families.sizes import weight_shape
 from megatron.sft.families.trained import Trained
 from megatron.sft.model.layout import HEAD_CHUNK_TOKENS, Layout
@@ -124,9 +125,11 @@ def _parameters(architecture: Architecture, layers: Sequence[Layer]) -> tuple[in
 
 
 def _layer_parameters(architecture: Architecture, layer: Layer) -> tuple[int, int, int]:
-    """The three of one layer, by the family's table."""
+    """The three of one layer, by the family's table. Buffers do not count, as in transformers."""
     split = whole = expert = 0
     for rule in layer_rules(architecture, layer):
+        if isinstance(rule, Buffer):
+            continue
         size = prod(weight_shape(architecture, rule))
         if "{expert}" in rule.megatron:
             assert architecture.moe is not None
@@ -243,7 +246,12 @@ def layer_tensors(architecture: Architecture, layout: Layout, settings: MemorySe
     # Scores, the choice, and where rows come from and go to. Between processes rows cannot be made again.
     routed = {"router": 12.0 * moe.num_experts + 32.0 * chosen, "MLP norm": unit * hidden}
     rows = "rows of experts" if layout.expert_parallel == 1 else "rows of other processes"
-    return {**tensors, **routed, rows: chosen * unit * hidden, "gate and up": 2 * unit * width, "activation": unit * width}
+    tensors |= {**routed, rows: chosen * unit * hidden, "gate and up": 2 * unit * width, "activation": unit * width}
+    if moe.shared_width:
+        width = moe.shared_width / tensor_parallel
+        tensors |= {"shared gate and up": 2 * unit * width, "shared activation": linear * width}
+        tensors |= {"shared output": unit * hidden} if moe.shared_gate else {}
+    return tensors
 
 
 def _attention_tensors(architecture: Architecture, layout: Layout, unit: int, linear: int) -> dict[str, float]:
@@ -309,7 +317,11 @@ def kept_tensors(layer: dict[str, float], recompute: str, unneeded: frozenset[st
     if recompute == "full":
         return {"layer input": layer["layer input"]}
     layer = {name: size for name, size in layer.items() if name not in unneeded}
-    again = {"attention norm", "MLP norm", "activation", "rows of experts"} if recompute == "selective" else set()
+    again = (
+        {"attention norm", "MLP norm", "activation", "rows of experts", "shared activation"}
+        if recompute == "selective"
+        else set()
+    )
     if "router" in layer:
         again -= {"MLP norm"}  # the router and the rows are made of it
     made_again = again | ({"again query", "again key and value"} if recompute == "selective" else set())

@@ -16,8 +16,8 @@ def num_trained(architecture: Architecture, trained: Trained) -> int:
     """Parameters of the whole model that are trained."""
     if trained.lora is not None:
         return sum(trained.lora.rank * sum(sizes) for _, _, sizes in factor_shapes(architecture, trained.lora))
-    entries = weight_entries(architecture)
-    return sum(prod(weight_shape(architecture, entry.rule)) for entry in entries if trained.trains(entry.megatron))
+    entries = (entry for entry in weight_entries(architecture) if not entry.is_buffer and trained.trains(entry.megatron))
+    return sum(prod(weight_shape(architecture, entry.rule)) for entry in entries)
 
 
 @cache
@@ -37,7 +37,7 @@ def stage_trained(architecture: Architecture, layout: Layout, trained: Trained, 
                 dense, expert = (dense + count, expert) if entry.expert is None else (dense, expert + count)
         return int(dense), int(expert / layout.expert_parallel)
     for entry in weight_entries(architecture):
-        if not trained.trains(entry.megatron) or not _is_here(entry, architecture, layout, stage):
+        if entry.is_buffer or not trained.trains(entry.megatron) or not _is_here(entry, architecture, layout, stage):
             continue
         size = layout.tensor_parallel if entry.expert is None else layout.expert_tensor_parallel
         count = prod(weight_shape(architecture, entry.rule)) / (size if entry.rule.tp_dim is not None else 1)

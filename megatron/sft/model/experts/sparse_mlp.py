@@ -9,8 +9,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
+from megatron.sft.families.architecture import MoEConfig
 from megatron.sft.model.experts.grouped_linear import GroupedLinear
 from megatron.sft.model.experts.routed_rows import (
     RoutedRows,
@@ -23,46 +24,9 @@ from megatron.sft.model.experts.routed_rows import (
     write_rows,
     write_weighted_swiglu,
 )
+from megatron.sft.model.experts.router import Router
+from megatron.sft.model.experts.shared import SharedExperts
 from megatron.sft.model.recomputation import recompute
-
-
-class Router(nn.Module):
-    """Chooses each token's experts and their weights, in float32. weight: [experts, hidden size]."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.config = config
-        weight: Any = nn.Parameter(torch.empty(config.num_moe_experts, config.hidden_size, dtype=config.params_dtype))
-        # Each tensor-parallel rank routes its part of the tokens; megatron-core sums the gradients.
-        weight.sequence_parallel = config.sequence_parallel
-        self.weight = weight
-
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [t, hidden size] to (weights [t, chosen] float32, experts [t, chosen] int64)."""
-        scores: Tensor = _Scores.apply(hidden, self.weight)
-        chosen = self.config.moe_router_topk
-        if self.config.moe_router_pre_softmax:
-            weights, experts = scores.softmax(dim=-1).topk(chosen, dim=-1)
-        else:
-            values, experts = scores.topk(chosen, dim=-1)
-            weights = values.softmax(dim=-1)  # sums to 1
-        return weights, experts
-
-
-class _Scores(torch.autograd.Function):
-    """hidden @ weight^T in float32, keeping both as they are."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        return hidden.float() @ weight.float().t()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight = ctx.saved_tensors
-        gradient = gradients[0]
-        of_weight = (gradient.t() @ hidden.float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        return (gradient @ weight.float()).to(hidden.dtype), of_weight
 
 
 class Experts(MegatronModule):
@@ -117,29 +81,42 @@ class Experts(MegatronModule):
 
 
 class SparseMLP(MegatronModule):
-    """Router and experts, spread over expert-parallel ranks or split over tensor-parallel ones."""
+    """Router and experts, spread over expert-parallel ranks or split over tensor-parallel ones, and shared experts."""
 
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, moe: MoEConfig, linear: tuple[type, type]) -> None:
+        """linear: the classes of the column- and the row-parallel layer."""
         super().__init__(config=config)
-        self.router = Router(config)
+        self.router = Router(config, moe)
         self.experts = Experts(config)
+        self.shared_experts = SharedExperts(config, moe, linear) if moe.shared_width else None
         self.spread = config.expert_model_parallel_size
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
         """[t / TP with sequence parallelism, 1, hidden size] to the same."""
         flat = hidden.squeeze(1)
         weights, chosen = self.router(flat)
+        if self.shared_experts is None:
+            return self._mixed(flat, weights, chosen).unsqueeze(1), None
+        # First, so that the processes that exchange rows need not wait for each other at once.
+        shared = self.shared_experts(hidden, self._computes_again)
+        return shared + self._mixed(flat, weights, chosen).unsqueeze(1), None
+
+    @property
+    def _computes_again(self) -> bool:
+        return self.training and torch.is_grad_enabled() and self.config.recompute_granularity == "selective"
+
+    def _mixed(self, flat: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """[t, hidden size]: each token's weighted sum of what its experts give."""
         if self.experts.split > 1:
-            return self._over_tensor_parallel(flat, weights, chosen).unsqueeze(1), None
+            return self._over_tensor_parallel(flat, weights, chosen)
         rows = routed_rows(chosen, self.config.num_moe_experts)
         results = self._spread_out(flat, weights, rows) if self.spread > 1 else self._here(flat, weights, rows)
-        return combine_rows(results, rows).unsqueeze(1), None
+        return combine_rows(results, rows)
 
     def _here(self, flat: Tensor, weights: Tensor, rows: RoutedRows) -> Tensor:
         """[n, hidden size]: results of the rows, all experts being on this process."""
         inputs = gather_rows(flat, rows)
-        selective = self.training and torch.is_grad_enabled() and self.config.recompute_granularity == "selective"
-        write = partial(write_rows, flat.detach(), rows) if selective else None
+        write = partial(write_rows, flat.detach(), rows) if self._computes_again else None
         return self.experts(inputs, weights.flatten()[rows.order], rows.ends, write)
 
     def _over_tensor_parallel(self, flat: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:

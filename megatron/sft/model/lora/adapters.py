@@ -225,7 +225,8 @@ def add_adapters(model: Any, architecture: Architecture, layout: Layout, lora: L
 def freeze(model: Any, architecture: Architecture, layout: Layout, trained: Trained) -> None:
     """Take the gradients from the weights that `trained` freezes."""
     for weight in live_weights(model, architecture, layout):
-        weight.parameter.requires_grad_(trained.trains(weight.entry.megatron))
+        if not weight.entry.is_buffer:
+            weight.parameter.requires_grad_(trained.trains(weight.entry.megatron))
 
 
 def _add_adapter(
