@@ -1,6 +1,6 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): queries, keys and values made of a token's two short vectors.
 
-megatron-core's MLASelfAttention has rotary positions of its own, without most scalings, and a configuration of its own.
+megatron-core's MLASelfAttention brings its own rotary positions, without most scalings, and its own configuration.
 """
 
 from typing import Any

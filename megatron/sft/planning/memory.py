@@ -273,8 +273,7 @@ def _latent_attention_tensors(architecture: Architecture, layout: Layout, unit: 
     """The norms keep the two vectors, the projections up the normed ones. In 16 bits values are as wide as keys."""
     sizes = architecture.latent
     assert sizes is not None
-    vectors = (sizes.query_rank or 0) + sizes.kv_rank
-    vectors /= layout.tensor_parallel if layout.sequence_parallel else 1
+    vectors = ((sizes.query_rank or 0) + sizes.kv_rank) / (layout.tensor_parallel if layout.sequence_parallel else 1)
     heads = architecture.num_heads / layout.tensor_parallel
     value = sizes.value_dim if unit == 4 else sizes.head_dim
     # Made again from the vectors with `selective` (see LatentAttention).
