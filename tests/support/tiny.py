@@ -289,6 +289,13 @@ _DELTA_NET = {
     # With less a head's tiny result is normed up, and with it what transformers' own float32 is off (1e-3 of the logits).
     "rms_norm_eps": 5e-2,
 }
+_GATED_EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+    "num_hidden_layers": 4,
+}
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2_4_layers": ("Qwen2", {"num_hidden_layers": 4}),
@@ -353,6 +360,34 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
             "num_hidden_layers": 4,
         },
     ),
+    "olmoe": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True, "num_hidden_layers": 3}),
+    "minimax_m2_moe": (
+        "MiniMaxM2",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 32,
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {
+            "moe_num_experts": 8,
+            "moe_k": 3,
+            "moe_intermediate_size": 32,
+            "moe_num_shared_experts": 2,
+            "num_hidden_layers": 5,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 3,
+            "moe_layer_interval": 2,
+            "moe_norm_min": 0.4,
+        },
+    ),
+    "qwen3_5_moe": ("Qwen3_5MoeText", {"head_dim": 32, **_DELTA_NET, **_GATED_EXPERTS}),
+    "qwen3_next_moe": ("Qwen3Next", {"head_dim": 32, **_DELTA_NET, **_GATED_EXPERTS, "mlp_only_layers": [1]}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}),
     "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "seed_oss": ("SeedOss", {"head_dim": 16, "attention_out_bias": True, "attention_dropout": 0.0, "residual_dropout": 0.0}),

@@ -8,7 +8,7 @@ from megatron.sft.families.rules import QKV, Buffer, FusedQKV, GateUp, GroupedRo
 
 # Modules of a layer on Hugging Face's side, as Llama, Qwen and OLMo have them. `qkv`, `gate_up`: one tensor for several
 # projections, where a family has one. `block`, `expert_…`: where experts lie, and the matrices of one; `router` to
-# `shared_gate`: other modules there, and `correction_bias`, a tensor.
+# `shared_gate`: other modules there, and `correction_bias`, a tensor, [1, experts] if its name ends so.
 NAMES = {
     "input_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
@@ -168,7 +168,8 @@ def _experts(architecture: Architecture, names: dict[str, str]) -> tuple[Rule, .
         Rename(f"{expert}linear_fc2.weight", down, tp_dim=1),
     )
     if moe.correction_bias:
-        rules += (Buffer(f"{ours}router.expert_bias", f"{theirs}{names['correction_bias']}"),)
+        name = names["correction_bias"]
+        rules += (Buffer(f"{ours}router.expert_bias", f"{theirs}{name.removesuffix('[1]')}", lead=name.endswith("[1]")),)
     if moe.shared_width:
         shared, hf_shared = f"{ours}shared_experts.", f"{theirs}{names['shared']}."
         rules += (

@@ -36,11 +36,11 @@ from megatron.sft.tables import (
     seed_oss,
     smollm3,
 )
-from megatron.sft.tables.mixtures import deepseek, glm4_moe, mixtral, qwen2_moe, qwen3_moe
+from megatron.sft.tables.mixtures import deepseek, ernie4_5_moe, glm4_moe, minimax_m2, mixtral, olmoe, qwen2_moe, qwen3_moe
 
 TABLES: tuple[ModuleType, ...] = (
     llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe, qwen3_5, gemma3, phi3, glm4, glm4_moe, olmo, seed_oss,
-    smollm3, granite, ernie4_5, hunyuan_v1_dense, deepseek,
+    olmoe, smollm3, granite, ernie4_5, ernie4_5_moe, minimax_m2, hunyuan_v1_dense, deepseek,
 )  # fmt: skip
 FAMILIES: dict[str, ModuleType] = {model_type: table for table in TABLES for model_type in table.MODEL_TYPES}
 # model_type of a model that has other parts besides the text model -> the text model's, unless its own text_config says it.
@@ -67,7 +67,7 @@ _OPTIONAL: dict[str, Any] = {
     "ropes": None,  # function: config -> RoPE parameters by type of layer
     "rotated": None,  # function: config -> whether each layer rotates queries and keys
     "experts": None,  # function: config -> whether each layer has experts; else all do where `moe` is there
-    "moe": None,  # function: config -> fields of `MoEConfig`
+    "moe": None,  # function: config -> fields of `MoEConfig`; empty for a model without experts
     "delta_net": None,  # function: config -> fields of `DeltaNetConfig`
     "latent": None,  # function: config -> fields of `LatentConfig`
     "OF_TYPE": {},  # model_type -> what of the above is otherwise for it, where a file has several
@@ -163,6 +163,7 @@ def layer_rules(architecture: Architecture, layer: Layer) -> tuple[Rule, ...]:
 def _read(config: dict[str, Any], where: str, family: str, table: dict[str, Any]) -> Architecture:
     num_heads, hidden_size = int(config["num_attention_heads"]), int(config["hidden_size"])
     layers = read_layers(config, table, where)
+    mixture = table["moe"](config) if table["moe"] else {}
     # `dynamic` scaling continues beyond the positions that config.json names.
     stretches = [layer.rope.scaling.factor for layer in layers if layer.rope and layer.rope.scaling]
     dynamic = any(layer.rope.scaling.kind == "dynamic" for layer in layers if layer.rope and layer.rope.scaling)
@@ -171,7 +172,10 @@ def _read(config: dict[str, Any], where: str, family: str, table: dict[str, Any]
         family=family,
         num_layers=int(config["num_hidden_layers"]),
         hidden_size=hidden_size,
-        ffn_hidden_size=int(config["intermediate_size"]),
+        # A model may have no dense layer, and no field for its width.
+        ffn_hidden_size=int(
+            config["intermediate_size" if "intermediate_size" in config or not mixture else "moe_intermediate_size"]
+        ),
         num_heads=num_heads,
         num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
         head_dim=latent.head_dim if latent else int(config.get("head_dim") or hidden_size // num_heads),
@@ -181,7 +185,7 @@ def _read(config: dict[str, Any], where: str, family: str, table: dict[str, Any]
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         torch_dtype=_dtype(config, where),
         layers=layers,
-        moe=MoEConfig(**table["moe"](config)) if table["moe"] else None,
+        moe=MoEConfig(**mixture) if mixture else None,
         delta_net=DeltaNetConfig(**table["delta_net"](config)) if table["delta_net"] else None,
         latent=latent,
         **{**table["PIECES"], **(table["pieces"](config) if table["pieces"] else {})},

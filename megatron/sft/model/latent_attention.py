@@ -114,7 +114,7 @@ class LatentAttention(MegatronModule):
         return rotate(projected.view(len(projected), -1, self.sizes.head_dim), tables)
 
     def _keys_and_values(self, shared_key: Tensor, kv_input: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values as the attention takes them: kernels for 16 bits have one size for both, smaller values are padded."""
+        """Keys and values as the attention takes them: kernels for 16 bits have one size for both, so values are padded."""
         sizes = self.sizes
         projected = self.linear_kv_up(kv_input)[0].view(len(shared_key), -1, sizes.nope_dim + sizes.value_dim)
         key, value = keys_and_values(shared_key, projected, sizes.nope_dim)

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, LATENT_ATTENTION, Architecture, Layer
+from megatron.sft.families.architecture import Architecture, Layer
 from megatron.sft.families.registry import layer_rules
 from megatron.sft.families.rules import Buffer
 from megatron.sft.families.sizes import weight_shape
 from megatron.sft.families.trained import Trained
 from megatron.sft.model.layout import HEAD_CHUNK_TOKENS, Layout
+from megatron.sft.planning.mixer_memory import MIXERS
 from megatron.sft.planning.trained_sizes import stage_trained, unkept_inputs
 
 GIB = 2**30
@@ -25,6 +26,10 @@ _CONTEXT_BYTES = int(1.0 * GIB)
 _NCCL_BYTES = int(0.4 * GIB)
 # Blocks that torch's allocator keeps in addition to the tensors, as a share of the activations.
 _FRAGMENTS = 0.02
+# What RECOMPUTE=selective does not keep.
+_MADE_AGAIN = frozenset(
+    {"attention norm", "MLP norm", "activation", "rows of experts", "shared activation", "again query", "again key and value"}
+)
 # Share of a GPU's memory that an estimate may fill: it is not exact.
 _USABLE = 0.96
 
@@ -226,7 +231,7 @@ def layer_tensors(architecture: Architecture, layout: Layout, settings: MemorySe
     tensors = {
         "layer input": unit * hidden + 4,
         "attention norm": linear * hidden,
-        **_MIXERS[layer.mixer](architecture, layout, unit, linear),
+        **MIXERS[layer.mixer](architecture, layout, unit, linear),
         "residual": unit * hidden + 4,
         "MLP norm": linear * hidden,
     }
@@ -254,77 +259,15 @@ def layer_tensors(architecture: Architecture, layout: Layout, settings: MemorySe
     return tensors
 
 
-def _attention_tensors(architecture: Architecture, layout: Layout, unit: int, linear: int) -> dict[str, float]:
-    tensor_parallel = layout.tensor_parallel
-    query = architecture.num_heads * architecture.head_dim / tensor_parallel
-    key_value = architecture.num_kv_heads * architecture.head_dim / tensor_parallel
-    tensors = {
-        "query": unit * query,
-        "key and value": 2 * unit * key_value,
-        "attention result": unit * query + 4 * architecture.num_heads / tensor_parallel,
-        "attention result in 8 bits": linear * query if linear != unit else 0,
-    }
-    if architecture.attention_gate:
-        tensors |= {"gate": unit * query, "gated result": linear * query}
-    return tensors
-
-
-def _latent_attention_tensors(architecture: Architecture, layout: Layout, unit: int, linear: int) -> dict[str, float]:
-    """The norms keep the two vectors, the projections up the normed ones. In 16 bits values are as wide as keys."""
-    sizes = architecture.latent
-    assert sizes is not None
-    vectors = ((sizes.query_rank or 0) + sizes.kv_rank) / (layout.tensor_parallel if layout.sequence_parallel else 1)
-    heads = architecture.num_heads / layout.tensor_parallel
-    value = sizes.value_dim if unit == 4 else sizes.head_dim
-    # Made again from the vectors with `selective` (see LatentAttention).
-    again = "again " if layout.context_parallel == 1 and linear == unit else ""
-    return {
-        "vectors": unit * vectors + 8,
-        "normed vectors": linear * vectors,
-        f"{again if sizes.query_rank else ''}query": unit * heads * sizes.head_dim,
-        f"{again}key and value": unit * heads * (sizes.head_dim + value),
-        "attention result": unit * heads * value + 4 * heads,
-        # Without the padding, or in 8 bits.
-        "narrow result": linear * heads * sizes.value_dim if value > sizes.value_dim or linear != unit else 0,
-    }
-
-
-def _delta_net_tensors(architecture: Architecture, layout: Layout, unit: int, linear: int) -> dict[str, float]:
-    """The convolution keeps its input, the delta rule query, key, value and step sizes, the gated norm its input and gate."""
-    sizes, tensor_parallel = architecture.delta_net, layout.tensor_parallel
-    assert sizes is not None
-    values = sizes.num_value_heads * sizes.value_dim / tensor_parallel
-    convolved = sizes.convolved_rows / tensor_parallel
-    # The delta rule keeps normed queries and keys, and a 64 x 64 matrix of each value head and chunk of 64 tokens.
-    queries_keys = 2 * sizes.num_key_heads * sizes.key_dim / tensor_parallel
-    return {
-        "projected": unit * sizes.input_rows / tensor_parallel,
-        "convolved": unit * convolved,
-        "normed queries and keys": unit * queries_keys,
-        "chunks": unit * 64 * sizes.num_value_heads / tensor_parallel,
-        "step sizes": 12.0 * sizes.num_value_heads / tensor_parallel,
-        "delta result": unit * values,
-        "gated result": linear * values,
-    }
-
-
-_MIXERS = {ATTENTION: _attention_tensors, GATED_DELTA_NET: _delta_net_tensors, LATENT_ATTENTION: _latent_attention_tensors}
-
-
 def kept_tensors(layer: dict[str, float], recompute: str, unneeded: frozenset[str] = frozenset()) -> dict[str, float]:
     """Those of `layer_tensors` that a layer keeps with this word for RECOMPUTE, without those that no gradient needs."""
     if recompute == "full":
         return {"layer input": layer["layer input"]}
     layer = {name: size for name, size in layer.items() if name not in unneeded}
-    again = (
-        {"attention norm", "MLP norm", "activation", "rows of experts", "shared activation"}
-        if recompute == "selective"
-        else set()
-    )
+    again = _MADE_AGAIN if recompute == "selective" else frozenset()
     if "router" in layer:
-        again -= {"MLP norm"}  # the router and the rows are made of it
-    made_again = again | ({"again query", "again key and value"} if recompute == "selective" else set())
-    return {name: size for name, size in layer.items() if name not in made_again}
+        again = again - {"MLP norm"}  # the router and the rows are made of it
+    return {name: size for name, size in layer.items() if name not in again}
 
 
 def _largest_layer_tensors(layer: dict[str, float], recompute: str) -> float:
@@ -333,10 +276,11 @@ def _largest_layer_tensors(layer: dict[str, float], recompute: str) -> float:
     # The gradients of experts' results and of their rows.
     gradients += 2 * max(layer.get("rows of experts", 0.0), layer.get("rows of other processes", 0.0))
     again = sum(layer.values()) - sum(kept_tensors(layer, recompute).values())
-    heads = [size for name, size in layer.items() if name.endswith(("query", "key and value"))] if "vectors" in layer else []
-    of_heads = sum(heads) + layer["attention result"] if heads else 0.0
+    # With latent attention the heads' gradients are more than the MLP's.
+    heads = {name: size for name, size in layer.items() if name.endswith(("query", "key and value")) and "vectors" in layer}
+    of_heads = sum(heads.values()) + layer["attention result"] if heads else 0.0
     if recompute == "full":
         return again + max(gradients, of_heads)
     # Norms, activation, and the heads of latent attention are computed again one at a time.
-    repeated = sum(layer.get(f"again {name}", 0.0) for name in ("query", "key and value")) if recompute == "selective" else 0.0
+    repeated = sum(size for name, size in heads.items() if recompute == "selective" and name in _MADE_AGAIN)
     return max(gradients + min(again, layer["activation"]), of_heads + repeated)
