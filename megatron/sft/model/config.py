@@ -177,6 +177,9 @@ def _fp8_fields(recipe: str, architecture: Architecture) -> dict[str, Any]:
         "MLP width": architecture.ffn_hidden_size,
         "query width": architecture.num_heads * architecture.head_dim,
     }
+    if latent := architecture.latent:
+        sizes |= {"vector for keys and values": latent.kv_rank, "vector for queries": latent.query_rank or 0}
+        sizes |= {"value width": architecture.num_heads * latent.value_dim}
     for name, size in sizes.items():
         if size % _FP8_BLOCK:
             raise UserError(
