@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron.sft.families.registry import WRAPPERS
 
-# A model_type that transformers does not know -> the one that it is.
+# A model_type that transformers does not know -> its name there.
 _KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 
 
