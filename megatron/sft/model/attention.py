@@ -68,6 +68,10 @@ class PackedAttention(MegatronModule):
         assert runs is not None
         if runs.key_order is not None:
             key, value = _gathered(key, value, runs.key_order)
+        return self.attend(query, key, value, runs)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, runs: AttentionRuns) -> Tensor:
+        """The same with keys and values of all context-parallel ranks, in the order of `runs.key_order`."""
         # Flash attention computes in 16 bits only.
         if self.softmax_offset is not None:
             context = self._with_sinks(query, key, value, runs)
@@ -167,14 +171,14 @@ def _varlen_asks_for_groups() -> bool:
 
 
 def _gathered(key: Tensor, value: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys and values of all context-parallel ranks, picked by `order`: each [len(order), kv heads, its size].
+    """The keys and values of all context-parallel ranks, picked by `order`: each [len(order), kv heads, dim].
 
     Backward sums what each rank's queries give to a key on the rank that holds it.
     """
     both = tensor_parallel.gather_from_sequence_parallel_region(
-        torch.cat([key, value], dim=-1),  # [t, kv heads, size of a key and of a value]
+        torch.stack([key, value], dim=1),  # [t, 2, kv heads, dim]
         tensor_parallel_output_grad=True,
         group=parallel_state.get_context_parallel_group(),
     )
-    key, value = both.index_select(0, order).split([key.shape[-1], value.shape[-1]], dim=-1)
+    key, value = both.index_select(0, order).unbind(dim=1)
     return key, value

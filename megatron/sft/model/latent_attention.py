@@ -16,7 +16,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor
 
 from megatron.sft.families.architecture import Architecture
-from megatron.sft.model.inputs import PackedRows
+from megatron.sft.model.inputs import AttentionRuns, PackedRows
 from megatron.sft.model.norm import RMSNorm
 from megatron.sft.model.recomputation import recompute
 from megatron.sft.model.rotary import rotate
@@ -80,26 +80,29 @@ class LatentAttention(MegatronModule):
         again: queries, keys and values are made again from the vectors in the backward pass, as DeepSeek does; they are many
         times as large.
         """
-        sizes = self.sizes
+        sizes, runs = self.sizes, packed.runs
+        assert runs is not None
         query_vector, shared_key, vector = projected[0].split([sizes.query_rank or 0, sizes.rope_dim, sizes.kv_rank], dim=-1)
         query_input = self.q_layernorm(query_vector) if sizes.query_rank else None
-        kv_input = self.kv_layernorm(vector)
+        kv_input = self._of_all_ranks(self.kv_layernorm(vector))
         # Each rank's heads give a part of the gradient of what all keys share.
         group = parallel_state.get_tensor_model_parallel_group()
         if self.config.sequence_parallel:
             shared_key = tensor_parallel.gather_from_sequence_parallel_region(shared_key, group=group)
         else:
             shared_key = tensor_parallel.copy_to_tensor_model_parallel_region(shared_key, group=group)
-        shared_key = rotate(shared_key, tables)
+        shared_key = self._of_all_ranks(rotate(shared_key, tables))
         query = self._queries(projected[1] if query_input is None else self.linear_q_up(query_input)[0], tables)
-        key, value = self._keys_and_values(shared_key, kv_input)
-        context = self.core_attention(
-            query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed
-        ).reshape(*query.shape[:2], -1)
+        key, value = self._keys_and_values(shared_key, kv_input, runs)
+        if self.config.context_parallel_size > 1:
+            context = self.core_attention.attend(query, key, value, runs)
+        else:
+            context = self.core_attention(query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed)
+        context = context.reshape(*query.shape[:2], -1)
 
         def write(keys: Tensor, values: Tensor, *queries: Tensor) -> None:
             with torch.no_grad():
-                for target, made in zip((keys, values), self._keys_and_values(shared_key, kv_input), strict=True):
+                for target, made in zip((keys, values), self._keys_and_values(shared_key, kv_input, runs), strict=True):
                     target.copy_(made)
                 for target in queries:
                     target.copy_(self._queries(self.linear_q_up(query_input)[0], tables))
@@ -109,23 +112,48 @@ class LatentAttention(MegatronModule):
         output: tuple[Tensor, Tensor | None] = self.linear_proj(context[..., : sizes.value_dim].reshape(len(query), 1, -1))
         return output
 
+    def _of_all_ranks(self, tokens: Tensor) -> Tensor:
+        """Of the tokens of all context-parallel ranks, one rank after another: vectors, much shorter than keys and values.
+
+        Backward sums what each rank's queries give to a token on the rank that holds it.
+        """
+        if self.config.context_parallel_size == 1:
+            return tokens
+        group = parallel_state.get_context_parallel_group()
+        gathered: Tensor = tensor_parallel.gather_from_sequence_parallel_region(tokens, group=group)
+        return gathered
+
     def _queries(self, projected: Tensor, tables: Tensor) -> Tensor:
         """[t, heads, head_dim], their first dimensions rotated."""
         return rotate(projected.view(len(projected), -1, self.sizes.head_dim), tables)
 
-    def _keys_and_values(self, shared_key: Tensor, kv_input: Tensor) -> tuple[Tensor, Tensor]:
+    def _keys_and_values(self, shared_key: Tensor, kv_input: Tensor, runs: AttentionRuns) -> tuple[Tensor, Tensor]:
         """Keys and values as the attention takes them: kernels for 16 bits have one size for both, so values are padded."""
         sizes = self.sizes
         projected = self.linear_kv_up(kv_input)[0].view(len(shared_key), -1, sizes.nope_dim + sizes.value_dim)
+        if runs.key_order is not None:
+            projected = projected.index_select(0, self._order_after_projection(runs.key_order, len(projected)))
+            shared_key = shared_key.index_select(0, runs.key_order)
         key, value = keys_and_values(shared_key, projected, sizes.nope_dim)
         padding = sizes.head_dim - sizes.value_dim if value.is_cuda and value.dtype != torch.float32 else 0
         return key, F.pad(value, (0, padding))  # a copy in any case, so that the other part of `projected` is freed
 
+    def _order_after_projection(self, order: Tensor, num_tokens: int) -> Tensor:
+        """Places of tokens, counted context-parallel rank by rank, where `linear_kv_up` has them.
+
+        With sequence parallelism it gathers the tensor-parallel ranks' parts of what was gathered over context parallelism.
+        """
+        parts = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        ranks = self.config.context_parallel_size
+        size = num_tokens // (parts * ranks)
+        places = torch.arange(num_tokens, device=order.device).view(parts, ranks, size).transpose(0, 1).reshape(-1)
+        return places[order]
+
     def _can_repeat(self) -> bool:
-        """False where the projections would not give the same again, or where the attention keeps others' keys as well."""
+        """False where the projections would not give the same again."""
         adapters = (getattr(linear, "adapter", None) for linear in (self.linear_q_up, self.linear_kv_up))
         drawn = any(adapter is not None and adapter.lora.dropout for adapter in adapters)
-        return not drawn and not self.config.fp8 and self.config.context_parallel_size == 1
+        return not drawn and not self.config.fp8
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
         """megatron-core's description of the weights: those of split linear layers are theirs, the others stand here."""

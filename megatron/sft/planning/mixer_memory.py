@@ -26,16 +26,17 @@ def _latent_attention_tensors(architecture: Architecture, layout: Layout, unit: 
     """The norms keep the two vectors, the projections up the normed ones. In 16 bits values are as wide as keys."""
     sizes = architecture.latent
     assert sizes is not None
-    vectors = ((sizes.query_rank or 0) + sizes.kv_rank) / (layout.tensor_parallel if layout.sequence_parallel else 1)
+    parts = layout.tensor_parallel if layout.sequence_parallel else 1
+    vectors, normed = (((sizes.query_rank or 0) + sizes.kv_rank * n) / parts for n in (1, layout.context_parallel))
     heads = architecture.num_heads / layout.tensor_parallel
     value = sizes.value_dim if unit == 4 else sizes.head_dim
     # Made again from the vectors with `selective` (see LatentAttention).
-    again = "again " if layout.context_parallel == 1 and linear == unit else ""
+    again = "again " if linear == unit else ""
     return {
         "vectors": unit * vectors + 8,
-        "normed vectors": linear * vectors,
+        "normed vectors": linear * normed,
         f"{again if sizes.query_rank else ''}query": unit * heads * sizes.head_dim,
-        # Each context-parallel rank gathers those of all.
+        # Each context-parallel rank makes those of all.
         f"{again}key and value": unit * heads * (sizes.head_dim + value) * layout.context_parallel,
         "attention result": unit * heads * value + 4 * heads,
         # Without the padding, or in 8 bits.
