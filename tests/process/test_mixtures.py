@@ -115,3 +115,61 @@ def test_layers_that_predict_further_tokens_and_adapters_next_to_experts(packed_
     refused = ["--load", tmp_path / "other", "--data-path", packed_rows, *OPTIONS, "--lora-targets", "all,experts"]
     refused += ["--lora-rank", "4", "--train-iters", "2", "--save", tmp_path / "refused"]
     assert "gpt_oss has no 'experts' that adapters are built for" in tiny.launch(1, "train", "train", *refused, status=2)
+
+
+@pytest.mark.parametrize("sizes", ["1 1 1 0", "2 2 1 1", "2 1 1 0"], ids=lambda sizes: f"TP, CP, EP, SP {sizes}")
+def test_the_loss_of_unevenly_loaded_experts_is_that_of_transformers_without_padding(sizes: str, tmp_path: Path) -> None:
+    """Its value, its gradients, and the tokens of the most loaded expert, on a part of the tokens in each process."""
+    model = tiny.save_family(tmp_path / "model", "olmoe")
+    tp, cp, *_ = map(int, sizes.split())
+    worker = tiny.ROOT / "tests" / "support" / "balance_worker.py"
+    output = tiny.launch_test_worker(tp * cp, worker, *sizes.split(), model / "config.json")
+    assert output.count("equal") == tp * cp
+
+
+def transformers_balance(model: Path, rows: list[list[tiny.Conversation]]) -> float:
+    """The mean over layers and rows of transformers' loss."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    losses = []
+    for row in rows:
+        parts = [torch.cat([torch.from_numpy(part) for part in conversation])[None] for conversation in row]
+        with torch.no_grad():
+            logits = [theirs(ids, output_router_logits=True).router_logits for ids in parts]
+        for layer in zip(*logits, strict=True):
+            losses.append(
+                load_balancing_loss_func((torch.cat(layer),), theirs.config.num_experts, theirs.config.num_experts_per_tok)
+            )
+    return float(torch.stack(losses).mean())
+
+
+def test_load_and_its_loss_are_the_same_in_every_layout_and_with_gradients_of_several_micro_batches(tmp_path: Path) -> None:
+    model = tiny.save_family(tmp_path / "model", "olmoe")
+    rows = tiny.random_rows(4, 96)
+    data = tiny.write_rows(tmp_path / "data", rows, 96)
+    tiny.run_module("convert", "--source", model, "--output", tmp_path / "checkpoint")
+    options = ["--load", tmp_path / "checkpoint", "--data-path", data, "--precision", "fp32", *OPTIONS[:-1], "4"]
+    options += ["--train-iters", "3", "--moe-aux-loss", "0.5", "--clip-grad", "0", "--lr-warmup-iters", "0"]
+    size = "-model-parallel-size"
+    layouts: dict[str, tuple[int, list[str]]] = {
+        "one": (1, []),
+        "recomputed, PP2": (2, [f"--pipeline{size}", "2", "--recompute", "full"]),
+        "EP2 x TP2": (2, [f"--tensor{size}", "2", f"--expert{size}", "2"]),
+        "CP2 x DP2": (4, ["--context-parallel-size", "2", "--recompute", "selective"]),
+    }
+    found = {}
+    for name, (processes, sizes) in layouts.items():
+        said = tiny.launch(processes, "train", "train", *options, *sizes, "--save", tmp_path / name)
+        assert "most loaded expert" in said and "balance" in said
+        fields = ("loss", "grad_norm", "expert_load", "expert_load_worst", "moe_aux_loss")
+        found[name] = [[line[field] for field in fields] for line in tiny.metrics(tmp_path / name) if "loss" in line]
+        for ours, one in zip(found[name], found["one"], strict=True):
+            assert ours == pytest.approx(one, rel=2e-5), name
+    assert found["one"][0][-1] == pytest.approx(transformers_balance(model, rows), rel=1e-5)
+    plain = [*options, "--moe-aux-loss", "0", "--save", tmp_path / "plain"]
+    tiny.launch(1, "train", "train", *plain)
+    without = tiny.metrics(tmp_path / "plain")
+    assert "moe_aux_loss" not in without[0] and without[0]["expert_load"] == found["one"][0][2]
+    assert without[0]["grad_norm"] != pytest.approx(found["one"][0][1], rel=1e-3)

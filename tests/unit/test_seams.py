@@ -59,6 +59,8 @@ SEAMS: dict[str, list[str]] = {
         "scale",
         "window_size",
     ],
+    "torch.ops.aten._flash_attention_forward": [],
+    "torch.ops.aten._flash_attention_backward": [],
     "torch.UntypedStorage.resize_": [],
     "torch.nn.Module._apply": ["fn", "recurse"],
     "torch.nn.Module.forward": [],

@@ -63,7 +63,7 @@ def kind_of(rule: Rule) -> str:
     if "{layer}" not in rule.megatron or not rule.megatron.endswith(_LINEAR):
         return ""
     if isinstance(rule, InterleavedGateUp | Transposed):
-        return ""  # PEFT has adapters of such tensors in a form of its own
+        return ""  # PEFT has its own form of adapters for such tensors
     if "{expert}" in rule.megatron:
         return "experts"
     return "attention" if ".self_attention." in rule.megatron else "mlp"

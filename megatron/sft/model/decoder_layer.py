@@ -51,7 +51,7 @@ class DecoderLayer(TransformerLayer):
         attended = self._after(self._mix(projected, rotary_pos_emb, packed_seq_params, again), "post_attention_layernorm")
         residual, normed = self.pre_mlp_layernorm(residual, attended)
         if isinstance(self.mlp, SparseMLP):
-            output, _ = self.mlp(normed)
+            output, _ = self.mlp(normed, packed_seq_params)
             return residual + self._after((output, None), "post_mlp_layernorm"), None
         write = partial(self.pre_mlp_layernorm.write, residual.detach()) if norms_again else None
         output_and_bias = gated_mlp(self.mlp, normed, self.architecture.activation, again, write)

@@ -68,7 +68,7 @@ def permuted(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ExpertBias:
-    """A bias of each expert, and which rows it is added to.
+    """A bias of each expert, and the rows that it is added to.
 
     values: [experts, width]. experts: int32 [n], each row's. ends: int32 [experts], the rows up to and with each expert's.
     """
@@ -104,15 +104,17 @@ def write_weighted_swiglu(
         place = None if bias is None else (bias.values.detach(), bias.experts)
         experts.weighted_swiglu(gate_up, weights, outputs, kind, place)
         return
-    outputs.copy_(gated(*_halves(gate_up, bias), kind) * weights[:, None])
+    gate, up = _halves(gate_up, bias)
+    outputs.copy_(gated(gate, up, kind) * weights[:, None])
 
 
-def _halves(gate_up: Tensor, bias: ExpertBias | None) -> list[Tensor]:
+def _halves(gate_up: Tensor, bias: ExpertBias | None) -> tuple[Tensor, Tensor]:
     """Gate and up in float32, with their bias."""
     wide = gate_up.float()
     if bias is not None:
         wide = wide + bias.values.detach().float()[bias.experts]
-    return list(wide.chunk(2, dim=-1))
+    gate, up = wide.chunk(2, dim=-1)
+    return gate, up
 
 
 def _summed(rows: Tensor, places: Tensor) -> Tensor:

@@ -4,10 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron.sft.families.architecture import MoEConfig
+from megatron.sft.model.experts.balance import Balance
+from megatron.sft.model.inputs import PackedRows
 
 
 class Router(nn.Module):
@@ -18,7 +21,8 @@ class Router(nn.Module):
 
     def __init__(self, config: TransformerConfig, moe: MoEConfig) -> None:
         super().__init__()
-        self.moe = moe
+        self.moe, self.config = moe, config
+        self.balance = Balance(config, moe.num_experts)
         self.weight = self._parameter(config, moe.num_experts, config.hidden_size)
         self.bias = self._parameter(config, moe.num_experts) if moe.router_bias else None
         self.expert_bias: Tensor | None
@@ -37,12 +41,23 @@ class Router(nn.Module):
             self.expert_bias = self.expert_bias.float()
         return self
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, packed: PackedRows) -> tuple[Tensor, Tensor]:
         """hidden [t, hidden size] to (weights [t, chosen] float32, experts [t, chosen] int64)."""
         logits: Tensor = _Logits.apply(hidden, self.weight)
         if self.bias is not None:
             logits = logits + self.bias.float()
-        return routed(logits, self.expert_bias, self.moe)
+        weights, experts = routed(logits, self.expert_bias, self.moe)
+        if not (self.training and torch.is_grad_enabled()):
+            return weights, experts
+        real, scores = packed.real, None
+        if real is not None and self.config.sequence_parallel:
+            real = real.chunk(parallel_state.get_tensor_model_parallel_world_size())[
+                parallel_state.get_tensor_model_parallel_rank()
+            ]
+        if packed.balance_scale is not None:
+            scores = scores_of(logits, self.moe)
+            scores = scores / scores.sum(dim=-1, keepdim=True) if self.moe.scores == "sigmoid" else scores
+        return self.balance.weigh(weights, scores, experts, real, packed.balance_scale), experts
 
 
 def routed(logits: Tensor, correction: Tensor | None, moe: MoEConfig) -> tuple[Tensor, Tensor]:

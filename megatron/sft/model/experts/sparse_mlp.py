@@ -27,6 +27,7 @@ from megatron.sft.model.experts.routed_rows import (
 )
 from megatron.sft.model.experts.router import Router
 from megatron.sft.model.experts.shared import SharedExperts
+from megatron.sft.model.inputs import PackedRows
 from megatron.sft.model.recomputation import recompute
 
 
@@ -66,8 +67,8 @@ class Experts(MegatronModule):
         if write is not None:
             recompute(rows, gate_up, write)
         if self.training and torch.is_grad_enabled() and self.config.recompute_granularity == "selective":
-            options = {"kind": self.activation, "bias": bias}
-            recompute(active, results, partial(write_weighted_swiglu, gate_up.detach(), weights.detach(), **options))
+            fill = partial(write_weighted_swiglu, gate_up.detach(), weights.detach(), kind=self.activation, bias=bias)
+            recompute(active, results, fill)
         return results
 
     def sharded_state_dict(
@@ -112,10 +113,10 @@ class SparseMLP(MegatronModule):
         self.shared_experts = SharedExperts(config, moe, linear) if moe.shared_width else None
         self.spread = config.expert_model_parallel_size
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+    def forward(self, hidden: Tensor, packed: PackedRows) -> tuple[Tensor, None]:
         """[t / TP with sequence parallelism, 1, hidden size] to the same."""
         flat = hidden.squeeze(1)
-        weights, chosen = self.router(flat)
+        weights, chosen = self.router(flat, packed)
         # First, so that the processes that exchange rows need not wait for each other at once.
         shared = None if self.shared_experts is None else self.shared_experts(hidden, self._computes_again)
         mixed = self._mixed(flat, weights, chosen)
