@@ -3,6 +3,7 @@
 megatron-core's MLASelfAttention brings its own rotary positions, without most scalings, and its own configuration.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.architecture import Architecture, LatentConfig
 from megatron.sft.model.inputs import AttentionRuns, PackedRows
 from megatron.sft.model.norm import RMSNorm
 from megatron.sft.model.recomputation import recompute
 from megatron.sft.model.rotary import rotate
+from megatron.sft.runtime import device
 
 
 class LatentAttention(MegatronModule):
@@ -58,9 +60,13 @@ class LatentAttention(MegatronModule):
         self.linear_q_up = build_module(linear[0], sizes.query_rank or config.hidden_size, heads * sizes.head_dim, **column)
         self.kv_layernorm = RMSNorm(hidden_size=sizes.kv_rank, **norm)
         self.linear_kv_up = build_module(linear[0], sizes.kv_rank, heads * (sizes.nope_dim + sizes.value_dim), **column)
+        is_engine = isinstance(core_attention, type)  # Transformer Engine's, else a spec of PackedAttention
+        self.padding = _padding(sizes, config.params_dtype, is_engine)
+        channels = {"k_channels": sizes.head_dim, "v_channels": sizes.value_dim + self.padding} if is_engine else {}
         self.core_attention = build_module(
             core_attention, config=config, layer_number=layer_number, attn_mask_type=AttnMaskType.causal,
             attention_type="self", softmax_scale=config.softmax_scale, cp_comm_type=cp_comm_type, pg_collection=pg_collection,
+            **channels,
         )  # fmt: skip
         self.linear_proj = build_module(
             linear[1], heads * sizes.value_dim, config.hidden_size, init_method=config.output_layer_init_method,
@@ -128,15 +134,14 @@ class LatentAttention(MegatronModule):
         return rotate(projected.view(len(projected), -1, self.sizes.head_dim), tables)
 
     def _keys_and_values(self, shared_key: Tensor, kv_input: Tensor, runs: AttentionRuns) -> tuple[Tensor, Tensor]:
-        """Keys and values as the attention takes them: kernels for 16 bits have one size for both, so values are padded."""
+        """Keys and values as the attention takes them."""
         sizes = self.sizes
         projected = self.linear_kv_up(kv_input)[0].view(len(shared_key), -1, sizes.nope_dim + sizes.value_dim)
         if runs.key_order is not None:
             projected = projected.index_select(0, self._order_after_projection(runs.key_order, len(projected)))
             shared_key = shared_key.index_select(0, runs.key_order)
         key, value = keys_and_values(shared_key, projected, sizes.nope_dim)
-        padding = sizes.head_dim - sizes.value_dim if value.is_cuda and value.dtype != torch.float32 else 0
-        return key, F.pad(value, (0, padding))  # a copy in any case, so that the other part of `projected` is freed
+        return key, F.pad(value, (0, self.padding))  # a copy in any case, so that the other part of `projected` is freed
 
     def _order_after_projection(self, order: Tensor, num_tokens: int) -> Tensor:
         """Places of tokens, counted context-parallel rank by rank, where `linear_kv_up` has them.
@@ -169,6 +174,45 @@ class LatentAttention(MegatronModule):
             own, prefix, {}, sharded_offsets, tp_group=group, dp_cp_group=metadata["dp_cp_group"]
         )
         return {**result, **whole}
+
+
+def _padding(sizes: LatentConfig, dtype: torch.dtype, is_engine: bool) -> int:
+    """How many zeros a value gets: kernels for 16 bits have one size for keys and values, but for some of cuDNN's."""
+    needed = sizes.head_dim - sizes.value_dim
+    if not needed or dtype == torch.float32 or not device.has_gpu():
+        return 0
+    return 0 if is_engine and _engine_takes(sizes.head_dim, sizes.value_dim, dtype) else needed
+
+
+@cache
+def _engine_takes(key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
+    """Whether Transformer Engine's attention over packed rows is right with values of another size than keys.
+
+    It depends on the GPU, on cuDNN and on its version, so it is tried once, forward and backward, next to torch's in float32.
+    """
+    from transformer_engine.pytorch import DotProductAttention
+
+    with torch.enable_grad(), torch.device(device.current()):
+        generator = torch.Generator(device.current()).manual_seed(0)
+        shapes = [(64, 8, size) for size in (key_dim, key_dim, value_dim, value_dim)]
+        *inputs, weights = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+        query, key, value = (each.requires_grad_() for each in inputs)
+        ends = torch.tensor([0, len(query)], dtype=torch.int32)
+        runs = {"cu_seqlens_q": ends, "cu_seqlens_kv": ends, "max_seqlen_q": len(query), "max_seqlen_kv": len(query)}
+        try:
+            attention = DotProductAttention(8, (key_dim, value_dim), attn_mask_type="padding_causal", qkv_format="thd")
+            result = attention(query, key, value, None, qkv_format="thd", attn_mask_type="padding_causal", **runs)
+            found = torch.autograd.grad(result.view_as(weights), (query, key, value), weights)
+        except Exception:  # versions differ in how they refuse
+            return False
+        exact = [each.detach().float().requires_grad_() for each in (query, key, value)]
+        q, k, v = (each.transpose(0, 1) for each in exact)
+        wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1)
+        pairs = [
+            (result.view_as(weights), wanted),
+            *zip(found, torch.autograd.grad(wanted, exact, weights.float()), strict=True),
+        ]
+        return all(bool((one - other).abs().max() <= 0.05 * other.abs().max()) for one, other in pairs)
 
 
 class ReplicatedLinear(torch.nn.Module):
