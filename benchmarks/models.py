@@ -16,6 +16,8 @@ def cut_architecture(arguments: argparse.Namespace) -> Architecture:
     if arguments.experts:
         if moe is None or not moe.experts_per_token <= arguments.experts <= moe.num_experts:
             raise UserError(f"--experts {arguments.experts}: {arguments.model} has {moe.num_experts if moe else 'none'}")
+        if moe.num_groups > 1 and (arguments.experts % moe.num_groups or arguments.experts < 2 * moe.num_groups):
+            raise UserError(f"--experts {arguments.experts}: {moe.num_groups} groups of two or more have to share them evenly")
         layers, moe = tuple(layer for layer in layers if layer.experts), replace(moe, num_experts=arguments.experts)
     layers = layers[: arguments.layers or len(layers)]
     return replace(architecture, num_layers=len(layers), layers=layers, moe=moe)
