@@ -49,6 +49,7 @@ class DecoderLayer(TransformerLayer):
         if norms_again:
             recompute(normed, projected, partial(self.input_layernorm.write, residual.detach()))
         attended = self._after(self._mix(projected, rotary_pos_emb, packed_seq_params, again), "post_attention_layernorm")
+        del projected  # the MLP needs its memory
         residual, normed = self.pre_mlp_layernorm(residual, attended)
         if isinstance(self.mlp, SparseMLP):
             output, _ = self.mlp(normed, packed_seq_params)

@@ -33,7 +33,7 @@ def stage_trained(architecture: Architecture, layout: Layout, trained: Trained, 
                 # B is split where the layer's outputs are, A where its inputs are.
                 split, whole = (outputs, inputs) if entry.rule.tp_dim == 0 else (inputs, outputs)
                 size = layout.tensor_parallel if entry.expert is None else layout.expert_tensor_parallel
-                count = rank * (split / size + whole)
+                count = rank * (split / (size if entry.rule.tp_dim is not None else 1) + whole)
                 dense, expert = (dense + count, expert) if entry.expert is None else (dense, expert + count)
         return int(dense), int(expert / layout.expert_parallel)
     for entry in weight_entries(architecture):
