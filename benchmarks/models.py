@@ -1,41 +1,58 @@
-"""The model that a benchmark measures: one by name, or some layers and experts of it where the whole does not fit a GPU."""
+"""The model that a benchmark measures: one by name, or a part of it where the whole does not fit a GPU."""
 
 import argparse
-from dataclasses import replace
+import copy
+from pathlib import Path
 from typing import Any
 
 from megatron.sft.families.architecture import Architecture
-from megatron.sft.hf.published_configs import find_architecture
+from megatron.sft.families.config_fields import text_fields
+from megatron.sft.families.registry import read_architecture
+from megatron.sft.hf.block_scales import unquantised_config
+from megatron.sft.hf.published_configs import published_configs
 from megatron.sft.runtime.errors import UserError
+from megatron.sft.runtime.manifest import read_json
+
+# Fields of config.json: numbers of experts, lists with an entry a layer, and numbers of layers.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_BY_LAYER = ("layer_types", "no_rope_layers", "attn_type_list")
+_FIRST_WITH_EXPERTS = ("first_k_dense_replace", "moe_layer_start_index")
 
 
 def cut_architecture(arguments: argparse.Namespace) -> Architecture:
-    """The architecture of --model, cut to --layers; with --experts to that many in a layer, and to layers that have experts."""
-    architecture, _ = find_architecture(arguments.model)
-    layers, moe = architecture.layers, architecture.moe
+    """The architecture of --model, cut as `cut_config` does."""
+    return read_architecture(cut_config(arguments), arguments.model)
+
+
+def cut_config(arguments: argparse.Namespace) -> dict[str, Any]:
+    """config.json of --model without its first --skip-layers layers, with --layers of the others, and --experts a layer."""
+    config = _whole_config(arguments.model)
+    text = text_fields(config)
+    skipped, total = arguments.skip_layers, int(text["num_hidden_layers"])
+    count = arguments.layers or total - skipped
+    if not 0 < count <= total - skipped:
+        raise UserError(f"--layers {count} after --skip-layers {skipped}: {arguments.model} has {total} layers")
+    text["num_hidden_layers"] = count
+    text |= {name: text[name][skipped : skipped + count] for name in _BY_LAYER if text.get(name)}
+    text |= {name: max(0, int(text[name]) - skipped) for name in _FIRST_WITH_EXPERTS if text.get(name)}
+    if int(text.get("moe_layer_end_index") or -1) > 0:
+        text["moe_layer_end_index"] = min(int(text["moe_layer_end_index"]) - skipped, count - 1)
+    if text.get("mlp_only_layers"):
+        text["mlp_only_layers"] = [layer - skipped for layer in text["mlp_only_layers"] if layer >= skipped]
     if arguments.experts:
-        if moe is None or not moe.experts_per_token <= arguments.experts <= moe.num_experts:
-            raise UserError(f"--experts {arguments.experts}: {arguments.model} has {moe.num_experts if moe else 'none'}")
-        if moe.num_groups > 1 and (arguments.experts % moe.num_groups or arguments.experts < 2 * moe.num_groups):
-            raise UserError(f"--experts {arguments.experts}: {moe.num_groups} groups of two or more have to share them evenly")
-        layers, moe = tuple(layer for layer in layers if layer.experts), replace(moe, num_experts=arguments.experts)
-    layers = layers[: arguments.layers or len(layers)]
-    return replace(architecture, num_layers=len(layers), layers=layers, moe=moe)
+        fields = [name for name in _EXPERTS if name in text]
+        if not fields:
+            raise UserError(f"--experts {arguments.experts}: {arguments.model} has none")
+        text |= dict.fromkeys(fields, arguments.experts)
+    return config
 
 
-def cut_config(config: Any, num_layers: int, num_experts: int) -> None:
-    """Cut a configuration of transformers in the same way."""
-    if num_layers:
-        config.num_hidden_layers = num_layers
-        for name in ("layer_types", "mlp_layer_types"):
-            if getattr(config, name, None):
-                setattr(config, name, getattr(config, name)[:num_layers])
-    if not num_experts:
-        return
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if hasattr(config, name):
-            setattr(config, name, num_experts)
-    if hasattr(config, "first_k_dense_replace"):
-        config.first_k_dense_replace = 0
-    if getattr(config, "mlp_layer_types", None):
-        config.mlp_layer_types = ["sparse"] * config.num_hidden_layers
+def _whole_config(name: str) -> dict[str, Any]:
+    """config.json of a folder, a file, or a name in assets/models.json, without a quantization entry."""
+    path = Path(name)
+    path = path / "config.json" if path.is_dir() else path
+    known = published_configs()
+    if not path.is_file() and name not in known:
+        raise UserError(f"--model {name} is neither a folder with a config.json nor one of {', '.join(known)}")
+    config = read_json(path, "model configuration", "take the model's own file") if path.is_file() else known[name]
+    return unquantised_config(copy.deepcopy(config), name)

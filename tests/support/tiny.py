@@ -302,7 +302,6 @@ _GATED_EXPERTS = {
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 48,
-    "num_hidden_layers": 4,
 }
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen2": ("Qwen2", {}),
@@ -347,7 +346,6 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
             "shared_expert_intermediate_size": 48,
             "norm_topk_prob": False,
             "mlp_only_layers": [2],
-            "num_hidden_layers": 4,
         },
     ),
     "glm4_moe_bf16": (
@@ -365,10 +363,9 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
             "head_dim": 16,
             "attention_bias": True,
             "use_qk_norm": True,
-            "num_hidden_layers": 4,
         },
     ),
-    "olmoe": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True, "num_hidden_layers": 3}),
+    "olmoe": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}),
     "minimax_m2_moe": (
         "MiniMaxM2",
         {
@@ -376,7 +373,6 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
             "num_experts_per_tok": 3,
             "intermediate_size": 32,
             "head_dim": 16,
-            "num_hidden_layers": 3,
             "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
         },
     ),
@@ -403,7 +399,6 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
             "num_experts_per_tok": 3,
             "intermediate_size": 32,
             "head_dim": 16,
-            "num_hidden_layers": 4,
             "sliding_window": 24,
             "rope_parameters": {**_YARN, "truncate": False},
         },

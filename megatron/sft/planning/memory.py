@@ -104,7 +104,7 @@ def num_parameters(architecture: Architecture) -> int:
 
 def stage_parameters(architecture: Architecture, layout: Layout, stage: int) -> tuple[int, int]:
     """Weights on one process of a pipeline stage: those that every data-parallel copy holds, and those of its experts."""
-    split, whole, expert = _parameters(architecture, _stage_layers(architecture, layout, stage))
+    split, whole, expert, whole_expert = _parameters(architecture, _stage_layers(architecture, layout, stage))
     last = layout.pipeline_parallel - 1
     embedding = layout.padded_vocab_size(architecture) // layout.tensor_parallel * architecture.hidden_size
     dense = split // layout.tensor_parallel + whole
@@ -114,7 +114,7 @@ def stage_parameters(architecture: Architecture, layout: Layout, stage: int) -> 
         dense += architecture.hidden_size  # the last norm
         if not architecture.tied_embeddings or last > 0:  # tied stages hold a copy each
             dense += embedding
-    return dense, expert // (layout.expert_parallel * layout.expert_tensor_parallel)
+    return dense, (expert // layout.expert_tensor_parallel + whole_expert) // layout.expert_parallel
 
 
 def _stage_layers(architecture: Architecture, layout: Layout, stage: int) -> tuple[Layer, ...]:
@@ -122,28 +122,29 @@ def _stage_layers(architecture: Architecture, layout: Layout, stage: int) -> tup
     return architecture.layers[sum(counts[:stage]) : sum(counts[: stage + 1])]
 
 
-def _parameters(architecture: Architecture, layers: Sequence[Layer]) -> tuple[int, int, int]:
-    """Of these layers: weights that TP splits, weights that every process holds, weights of all experts together."""
+def _parameters(architecture: Architecture, layers: Sequence[Layer]) -> tuple[int, int, int, int]:
+    """Of these layers: weights that TP splits, and those that every process holds; the same of all experts together."""
     of_each = [[size * count for size in _layer_parameters(architecture, kind)] for kind, count in Counter(layers).items()]
-    split, whole, expert = (sum(sizes) for sizes in zip(*of_each, strict=True))
-    return split, whole, expert
+    split, whole, expert, whole_expert = (sum(sizes) for sizes in zip(*of_each, strict=True))
+    return split, whole, expert, whole_expert
 
 
-def _layer_parameters(architecture: Architecture, layer: Layer) -> tuple[int, int, int]:
-    """The three of one layer, by the family's table. Buffers do not count, as in transformers."""
-    split = whole = expert = 0
+def _layer_parameters(architecture: Architecture, layer: Layer) -> tuple[int, int, int, int]:
+    """The four of one layer, by the family's table. Buffers do not count, as in transformers."""
+    split = whole = expert = whole_expert = 0
     for rule in layer_rules(architecture, layer):
         if isinstance(rule, Buffer):
             continue
         size = prod(weight_shape(architecture, rule))
         if "{expert}" in rule.megatron:
             assert architecture.moe is not None
-            expert += size * architecture.moe.num_experts
+            size *= architecture.moe.num_experts
+            expert, whole_expert = (expert, whole_expert + size) if rule.tp_dim is None else (expert + size, whole_expert)
         elif rule.tp_dim is None:
             whole += size
         else:
             split += size
-    return split, whole, expert
+    return split, whole, expert, whole_expert
 
 
 def _stage_estimate(
@@ -168,7 +169,7 @@ def _stage_estimate(
         weights += for_weight * (trained_dense + trained_expert)
     if settings.precision == "fp8":
         # Two copies of the linear layers' weights in 8 bits, as rows and as columns.
-        split, _, _ = _parameters(architecture, _stage_layers(architecture, layout, stage))
+        split, *_ = _parameters(architecture, _stage_layers(architecture, layout, stage))
         weights += 2 * (split // layout.tensor_parallel + expert)
     activations = in_flight * one_micro_batch
     working = max(_largest_layer_tensors(layer, settings.recompute) for layer in tensors.values()) * tokens
