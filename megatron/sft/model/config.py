@@ -48,12 +48,17 @@ def describe_kernels(precision: str) -> str:
 
 
 def transformer_config(
-    architecture: Architecture, layout: Layout, precision: str = "fp32", fp8_recipe: str = "tensorwise", recompute: str = "none"
+    architecture: Architecture,
+    layout: Layout,
+    precision: str = "fp32",
+    fp8_recipe: str = "tensorwise",
+    recompute: str = "none",
+    recompute_layers: int = 0,
 ) -> TransformerConfig:
     """megatron-core's configuration of this architecture in this layout.
 
-    precision, fp8_recipe, recompute: words of PRECISION, FP8_RECIPE, RECOMPUTE (`auto` decided). A layout or a precision that
-    the model or the machine does not allow is a `UserError`.
+    precision, fp8_recipe, recompute: words of PRECISION, FP8_RECIPE, RECOMPUTE (`auto` decided). recompute_layers: of each
+    pipeline stage, recomputed whole. A layout or a precision that the model or the machine does not allow is a `UserError`.
     """
     check_layout(layout, architecture)
     params_dtype = DTYPES[precision]
@@ -99,7 +104,7 @@ def transformer_config(
         persist_layer_norm=False,
         **_parallel_fields(architecture, layout, params_dtype),
         **_moe_fields(architecture, layout),
-        **_recompute_fields(recompute),
+        **_recompute_fields(recompute, recompute_layers),
         **(_fp8_fields(fp8_recipe, architecture) if precision == "fp8" else {}),
     )
 
@@ -156,12 +161,16 @@ def _moe_fields(architecture: Architecture, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _recompute_fields(word: str) -> dict[str, Any]:
-    """`selective` recomputes norms, activation functions (DecoderLayer) and heads (LatentAttention), `full` whole layers."""
+def _recompute_fields(word: str, num_layers: int) -> dict[str, Any]:
+    """`selective` recomputes norms, activation functions (DecoderLayer) and heads (LatentAttention); `full`, and num_layers,
+    whole layers.
+    """
     if word == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if num_layers:
+        return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": num_layers}
     if word == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
+        return {"recompute_granularity": "selective", "recompute_modules": []}
     return {}
 
 

@@ -55,10 +55,11 @@ class Experts(MegatronModule):
             whole: Any = self.linear_fc2.bias
             whole.tensor_model_parallel, whole.sequence_parallel = False, config.sequence_parallel
 
-    def forward(self, rows: Tensor, weights: Tensor, ends: Tensor, write: Any = None) -> Tensor:
+    def forward(self, rows: Tensor, weights: Tensor, ends: Tensor, again: bool, write: Any = None) -> Tensor:
         """rows [n, hidden size] sorted by expert, each row's weight [n] in float32; the weighted results [n, hidden size].
 
-        Without the bias of the down projection. write: fills `rows` again in the backward pass; they are freed until then.
+        Without the bias of the down projection. again: SwiGLU's results are freed and computed again in the backward pass.
+        write: fills `rows` again, likewise.
         """
         gate_up, values = self.linear_fc1(rows, ends)
         bias = None if values is None else expert_bias(values, ends, len(rows))
@@ -66,7 +67,7 @@ class Experts(MegatronModule):
         results, _ = self.linear_fc2(active, ends)
         if write is not None:
             recompute(rows, gate_up, write)
-        if self.training and torch.is_grad_enabled() and self.config.recompute_granularity == "selective":
+        if again:
             fill = partial(write_weighted_swiglu, gate_up.detach(), weights.detach(), kind=self.activation, bias=bias)
             recompute(active, results, fill)
         return results
@@ -113,28 +114,24 @@ class SparseMLP(MegatronModule):
         self.shared_experts = SharedExperts(config, moe, linear) if moe.shared_width else None
         self.spread = config.expert_model_parallel_size
 
-    def forward(self, hidden: Tensor, packed: PackedRows) -> tuple[Tensor, None]:
-        """[t / TP with sequence parallelism, 1, hidden size] to the same."""
+    def forward(self, hidden: Tensor, packed: PackedRows, again: bool) -> tuple[Tensor, None]:
+        """[t / TP with sequence parallelism, 1, hidden size] to the same. again: as in `Experts`, rows included."""
         flat = hidden.squeeze(1)
         weights, chosen = self.router(flat, packed)
         # First, so that the processes that exchange rows need not wait for each other at once.
-        shared = None if self.shared_experts is None else self.shared_experts(hidden, self._computes_again)
-        mixed = self._mixed(flat, weights, chosen)
+        shared = None if self.shared_experts is None else self.shared_experts(hidden, again)
+        mixed = self._mixed(flat, weights, chosen, again)
         if self.experts.linear_fc2.bias is not None:
             mixed = mixed + self._output_bias(weights, chosen)
         return (mixed.unsqueeze(1) if shared is None else shared + mixed.unsqueeze(1)), None
 
-    @property
-    def _computes_again(self) -> bool:
-        return self.training and torch.is_grad_enabled() and self.config.recompute_granularity == "selective"
-
-    def _mixed(self, flat: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    def _mixed(self, flat: Tensor, weights: Tensor, chosen: Tensor, again: bool) -> Tensor:
         """[t, hidden size]: each token's weighted sum of what its experts give."""
         if self.experts.split > 1:
-            return self._over_tensor_parallel(flat, weights, chosen)
+            return self._over_tensor_parallel(flat, weights, chosen, again)
         rows = routed_rows(chosen, self.config.num_moe_experts)
-        results = self._spread_out(flat, weights, rows) if self.spread > 1 else self._here(flat, weights, rows)
-        return combine_rows(results, rows)
+        compute = self._spread_out if self.spread > 1 else self._here
+        return combine_rows(compute(flat, weights, rows, again), rows)
 
     def _output_bias(self, weights: Tensor, chosen: Tensor) -> Tensor:
         """[t, hidden size]: each token's weighted sum of the biases of its experts' down projections."""
@@ -146,13 +143,13 @@ class SparseMLP(MegatronModule):
         shares = weights.new_zeros(len(weights), len(bias)).scatter(1, chosen, weights)
         return (shares @ bias.float()).to(bias.dtype)
 
-    def _here(self, flat: Tensor, weights: Tensor, rows: RoutedRows) -> Tensor:
+    def _here(self, flat: Tensor, weights: Tensor, rows: RoutedRows, again: bool) -> Tensor:
         """[n, hidden size]: results of the rows, all experts being on this process."""
         inputs = gather_rows(flat, rows)
-        write = partial(write_rows, flat.detach(), rows) if self._computes_again else None
-        return self.experts(inputs, weights.flatten()[rows.order], rows.ends, write)
+        write = partial(write_rows, flat.detach(), rows) if again else None
+        return self.experts(inputs, weights.flatten()[rows.order], rows.ends, again, write)
 
-    def _over_tensor_parallel(self, flat: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    def _over_tensor_parallel(self, flat: Tensor, weights: Tensor, chosen: Tensor, again: bool) -> Tensor:
         """Every rank computes a part of each expert's width, for all tokens; the parts' results are summed."""
         group = parallel_state.get_expert_tensor_parallel_group()
         if self.config.sequence_parallel:
@@ -163,12 +160,12 @@ class SparseMLP(MegatronModule):
             flat = tensor_parallel.copy_to_tensor_model_parallel_region(flat, group=group)
             weights = tensor_parallel.copy_to_tensor_model_parallel_region(weights, group=group)
         rows = routed_rows(chosen, self.config.num_moe_experts)
-        part = combine_rows(self._here(flat, weights, rows), rows)
+        part = combine_rows(self._here(flat, weights, rows, again), rows)
         if self.config.sequence_parallel:
             return tensor_parallel.reduce_scatter_to_sequence_parallel_region(part, group=group)
         return tensor_parallel.reduce_from_tensor_model_parallel_region(part, group=group)
 
-    def _spread_out(self, flat: Tensor, weights: Tensor, rows: RoutedRows) -> Tensor:
+    def _spread_out(self, flat: Tensor, weights: Tensor, rows: RoutedRows, again: bool) -> Tensor:
         """[n, hidden size]: results of the rows, each computed by the process that holds its expert.
 
         The one wait for the device is for the numbers of rows that go from each process to each.
@@ -188,5 +185,5 @@ class SparseMLP(MegatronModule):
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)
         inputs, scales = permuted(inputs, order, inverse), permuted(scales, order, inverse)
-        results = self.experts(inputs, scales.squeeze(1), ends_of(sorted_experts, local))
+        results = self.experts(inputs, scales.squeeze(1), ends_of(sorted_experts, local), again)
         return tensor_parallel.all_to_all(group, permuted(results, inverse, order), to, from_)

@@ -1,13 +1,14 @@
 """Bytes a token that attention, latent attention and gated delta nets keep for their backward pass, by name.
 
-unit: bytes of an element; linear: of an input of a linear layer, 1 where it is kept in 8 bits.
+unit: bytes of an element; linear: of an input of a linear layer, 1 where it is kept in 8 bits; output: of the input of
+attention's output projection.
 """
 
 from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, LATENT_ATTENTION, Architecture
 from megatron.sft.model.layout import Layout
 
 
-def _attention_tensors(architecture: Architecture, layout: Layout, unit: int, linear: int) -> dict[str, float]:
+def _attention_tensors(architecture: Architecture, layout: Layout, unit: int, linear: int, output: int) -> dict[str, float]:
     tensor_parallel = layout.tensor_parallel
     query = architecture.num_heads * architecture.head_dim / tensor_parallel
     key_value = architecture.num_kv_heads * architecture.head_dim / tensor_parallel
@@ -15,14 +16,16 @@ def _attention_tensors(architecture: Architecture, layout: Layout, unit: int, li
         "query": unit * query,
         "key and value": 2 * unit * key_value,
         "attention result": unit * query + 4 * architecture.num_heads / tensor_parallel,
-        "attention result in 8 bits": linear * query if linear != unit else 0,
+        "attention result in 8 bits": output * query if output != unit else 0,
     }
     if architecture.attention_gate:
-        tensors |= {"gate": unit * query, "gated result": linear * query}
+        tensors |= {"gate": unit * query, "gated result": output * query}
     return tensors
 
 
-def _latent_attention_tensors(architecture: Architecture, layout: Layout, unit: int, linear: int) -> dict[str, float]:
+def _latent_attention_tensors(
+    architecture: Architecture, layout: Layout, unit: int, linear: int, output: int
+) -> dict[str, float]:
     """The norms keep the two vectors, the projections up the normed ones. In 16 bits values are as wide as keys."""
     sizes = architecture.latent
     assert sizes is not None
@@ -40,11 +43,11 @@ def _latent_attention_tensors(architecture: Architecture, layout: Layout, unit: 
         f"{again}key and value": unit * heads * (sizes.head_dim + value) * layout.context_parallel,
         "attention result": unit * heads * value + 4 * heads,
         # Without the padding, or in 8 bits.
-        "narrow result": linear * heads * sizes.value_dim if value > sizes.value_dim or linear != unit else 0,
+        "narrow result": output * heads * sizes.value_dim if value > sizes.value_dim or output != unit else 0,
     }
 
 
-def _delta_net_tensors(architecture: Architecture, layout: Layout, unit: int, linear: int) -> dict[str, float]:
+def _delta_net_tensors(architecture: Architecture, layout: Layout, unit: int, linear: int, output: int) -> dict[str, float]:
     """The convolution keeps its input, the delta rule query, key, value and step sizes, the gated norm its input and gate."""
     sizes, tensor_parallel = architecture.delta_net, layout.tensor_parallel
     assert sizes is not None
