@@ -205,12 +205,14 @@ def _tensors(
 def _dtypes(
     checkpoint: Checkpoint, architecture: Architecture, original: HFFolder | None, option: str | None
 ) -> dict[str, torch.dtype]:
-    """Name -> dtype of the Hugging Face tensors to write: `option` (bf16, …) for all, else the original model's."""
-    names = [name for entry in weight_entries(architecture) for name in entry.hf]
-    if option is not None:
-        return dict.fromkeys(names, DTYPE_OPTIONS[option])
+    """Name -> dtype of the Hugging Face tensors to write: `option` (bf16, …), else the original's, as buffers have."""
     record = read_dtype_record(checkpoint, original)
-    return {name: DTYPES[record["hf_dtype_exceptions"].get(name, record["hf_dtype"])] for name in names}
+    dtypes = {}
+    for entry in weight_entries(architecture):
+        for name in entry.hf:
+            kept = DTYPES[record["hf_dtype_exceptions"].get(name, record["hf_dtype"])]
+            dtypes[name] = kept if option is None or entry.is_buffer else DTYPE_OPTIONS[option]
+    return dtypes
 
 
 def _check_same_model(checkpoint: Checkpoint, architecture: Architecture, hf_dir: Path) -> None:

@@ -69,6 +69,16 @@ def test_a_recipe_is_planned_before_its_model_and_data_are_there(
     assert f"{promised}{line(output, 'fits')}\n" in head
 
 
+def test_the_recipe_of_a_mixture_promises_what_plan_says_of_two_nodes(tmp_path: Path) -> None:
+    path = RECIPES["SFT_Qwen3_30B_A3B"]
+    _, output = plan(path, ASSETS_DIR=tmp_path, OUTPUT_PATH=tmp_path / "run", NNODES=2)
+    assert line(output, "processes").startswith("16 = ") and "OPTIMIZER_PRECISION=fp32" in line(output, "recipe")
+    promised = f"# Fits with NNODES=2 (memory by plan): {line(output, 'fits')}\n"
+    assert promised in path.read_text()
+    # No fewer than hold all experts once.
+    assert all(int(count) >= 8 for count in re.findall(r": (\d+) GPU", promised))
+
+
 @pytest.fixture
 def recipe(converted: Path, packed_rows: Path, tmp_path: Path) -> Path:
     """A recipe of the tiny model and data."""

@@ -8,7 +8,15 @@ from tests.support import tiny
 
 
 @pytest.mark.parametrize(
-    ("family", "tensor", "pipeline", "expert"), [("qwen2", 2, 2, 1), ("qwen2_tied_bf16", 1, 2, 1), ("qwen3_moe", 1, 1, 2)]
+    ("family", "tensor", "pipeline", "expert"),
+    [
+        ("qwen2", 2, 2, 1),
+        ("qwen2_tied_bf16", 1, 2, 1),
+        ("qwen3_moe", 1, 1, 2),
+        ("glm4_moe_bf16", 2, 1, 2),
+        ("qwen2_moe", 1, 2, 1),
+        ("gpt_oss", 2, 1, 1),
+    ],
 )
 def test_each_process_has_as_many_weights_as_estimated(
     family: str, tensor: int, pipeline: int, expert: int, tmp_path: Path

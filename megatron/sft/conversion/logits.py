@@ -124,14 +124,9 @@ def transformers_logits(
     source: HFFolder, conversations: list[np.ndarray], hidden: list[torch.Tensor] | None = None
 ) -> torch.Tensor:
     """Logits of transformers in float32, each conversation by itself: [tokens of all conversations, vocabulary]."""
-    from transformers import CONFIG_MAPPING
+    from megatron.sft.hf.auto_model import loaded
 
-    from megatron.sft.hf.auto_model import auto_class
-
-    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
-    if source.extension:
-        options["config"] = CONFIG_MAPPING[source.config["model_type"]].from_dict(source.config)
-    model = auto_class(source.config).from_pretrained(source.path, **options).eval()
+    model = loaded(source.config, source.path, stated=source.extension is not None, dtype=torch.float32).eval()
     if hidden is not None:
         for layer in getattr(model.model, "language_model", model.model).layers:
             layer.register_forward_hook(_keep_output(hidden))

@@ -30,16 +30,18 @@ class Parameters(Protocol):
 
 
 class CastParameters:
-    """The parameters of `source` in another precision."""
+    """The parameters of `source` in another precision; buffers keep theirs."""
 
     def __init__(self, source: Parameters, dtype: torch.dtype, caster: "Caster") -> None:
         self._source, self._dtype, self._caster = source, dtype, caster
 
     def meta(self, entry: WeightEntry) -> Tensor:
-        return self._source.meta(entry).to(self._dtype)
+        found = self._source.meta(entry)
+        return found if entry.is_buffer else found.to(self._dtype)
 
     def read(self, entry: WeightEntry) -> Tensor:
-        return self._caster.cast(self._source.read(entry), self._dtype)
+        found = self._source.read(entry)
+        return found if entry.is_buffer else self._caster.cast(found, self._dtype)
 
 
 class WatchedParameters:

@@ -22,7 +22,7 @@ from megatron.sft.model.inputs import AttentionRuns, PackedRows
 class PackedAttention(MegatronModule):
     """Causal attention inside each conversation; takes the place of megatron-core's core attention.
 
-    In 16 bits on a GPU one variable-length flash attention call, else scaled_dot_product_attention a conversation. With
+    In 16 bits on a GPU one variable-length flash attention call, else one product after another, a conversation at a time. With
     context parallelism each rank gathers the keys and values of all of them.
     """
 
@@ -62,16 +62,23 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """query [t, heads, dim], key and value [t, kv heads, dim] to [t, heads * dim], t all tokens of the micro-batch (on
-        this context-parallel rank)."""
+        this context-parallel rank). Where there is no kernel for 16 bits, values may have another size, the result's then."""
         assert isinstance(packed_seq_params, PackedRows), "rows are always packed"
         runs = packed_seq_params.runs
         assert runs is not None
         if runs.key_order is not None:
             key, value = _gathered(key, value, runs.key_order)
+        return self.attend(query, key, value, runs)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, runs: AttentionRuns) -> Tensor:
+        """The same with keys and values of all context-parallel ranks, in the order of `runs.key_order`."""
         # Flash attention computes in 16 bits only.
-        if self.softmax_offset is not None:
+        flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+        if self.softmax_offset is not None and flash:
+            context = attention_with_sinks(query, key, value, self.softmax_offset, runs, self.softmax_scale, self.window)
+        elif self.softmax_offset is not None:
             context = self._with_sinks(query, key, value, runs)
-        elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        elif flash:
             context = self._varlen(query, key, value, runs)
         else:
             context = self._run_by_run(query, key, value, runs)
@@ -132,6 +139,55 @@ class PackedAttention(MegatronModule):
         return varlen_attention(
             query, key, value, runs.cu_seqlens, runs.key_cu_seqlens, *longest, self.softmax_scale, self.window
         )
+
+
+def attention_with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, runs: AttentionRuns, scale: float, window: tuple[int, int]
+) -> Tensor:
+    """torch's causal flash attention in 16 bits over runs of tokens, each head of which has another score, `sinks` [heads].
+
+    query [t, heads, dim], key, value [k, kv heads, dim]. The sink takes a share of the softmax and gives nothing for it.
+    """
+    result: Tensor = _FlashWithSinks.apply(query, key, value, sinks, runs, scale, window)
+    return result
+
+
+class _FlashWithSinks(torch.autograd.Function):
+    """Flash attention knows no sinks, but its logarithms of sums do: with those of a softmax that has one, its backward pass is
+    that softmax's. In it a score's gradient is share * (gradient of the share - sum over the token's gradient * result), and a
+    sink changes nothing but the shares and the result.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor,
+        runs: AttentionRuns,
+        scale: float,
+        window: tuple[int, int],
+    ) -> Tensor:
+        places = (runs.cu_seqlens, runs.key_cu_seqlens, max(runs.lengths), max(runs.key_lengths), 0.0, window == (-1, 0))
+        options = {"scale": scale, "window_size_left": window[0], "window_size_right": window[1]}
+        result, sums, *states, _ = torch.ops.aten._flash_attention_forward(query, key, value, *places, False, **options)
+        whole = torch.logaddexp(sums, sinks.float()[:, None])  # [heads, t]
+        context = (result.float() * (sums - whole).exp().t()[:, :, None]).to(result.dtype)
+        ctx.save_for_backward(query, key, value, sinks, context, whole, *states)
+        ctx.places, ctx.options = places, options
+        return context
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks, context, whole, *states = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        of_heads = torch.ops.aten._flash_attention_backward(
+            gradient, query, key, value, context, whole, *ctx.places, *states, **ctx.options
+        )
+        products = (gradient.float() * context.float()).sum(dim=-1).t()  # [heads, t]
+        of_sinks = -((sinks.float()[:, None] - whole).exp() * products).sum(dim=1)
+        return *of_heads, of_sinks.to(sinks.dtype), None, None, None
 
 
 def varlen_attention(

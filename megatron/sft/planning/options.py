@@ -136,11 +136,13 @@ class TrainOptions:
     lora_plus: float = _setting("LORA_PLUS", "factor of the learning rate of the adapters' B; 1 is plain LoRA", 1.0)
     lora_init_from: str = _setting("LORA_INIT_FROM", "PEFT folder of an adapter to continue, with its rank and targets", "")
     freeze: str = _setting(
-        "FREEZE", "what is not trained: embedding, head, norms, attention, mlp, experts, router, layers 0-11, or a pattern of "
-        "Hugging Face's names; separate several with commas", "")
+        "FREEZE", "what is not trained: embedding, head, norms, attention, mlp, experts, shared_experts, router, layers 0-11, "
+        "or a pattern of Hugging Face's names; separate several with commas", "")
     train_router: str = _setting(
         "TRAIN_ROUTER", "whether a mixture's router is trained; auto: with all weights, not with adapters",
         "auto", ("auto", "1", "0"))
+    moe_aux_loss: float = _setting(
+        "MOE_AUX_LOSS", "weight of a loss of unevenly loaded experts, on average over a mixture's layers; 0 is none", 0.0)
 
     gpu_memory_gib: float = _setting(
         "GPU_MEMORY_GIB", "memory of a GPU in GiB, for plan and RECOMPUTE=auto; 0 takes the GPU found", 0.0)

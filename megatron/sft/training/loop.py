@@ -20,7 +20,7 @@ from megatron.sft.runtime.signals import RESUME, STOP_FILE, StopRequest, name_of
 from megatron.sft.training import nonfinite, state
 from megatron.sft.training.engine import Engine, StepResult
 from megatron.sft.training.feeder import Feeder
-from megatron.sft.training.log_window import Window
+from megatron.sft.training.log_window import Window, expert_values
 from megatron.sft.training.pair_guard import AccuracyWatch, wrong_start
 from megatron.sft.training.saver import Saver
 from megatron.sft.training.steering.endings import keep_settings, last_words, name_best, nothing_left
@@ -217,6 +217,7 @@ class Run:
                 loss_scale=self._loss_scale(),
                 memory_bytes=totals.memory_bytes,
                 pairs=totals.pairs,
+                experts=expert_values(self.engine.expert_load()),
             )
         )
         if self._all_reduce_max(self.saver.watch.steps(totals.loss, steps, self.options)):

@@ -56,7 +56,10 @@ class HeldRows:
 
 @dataclass(frozen=True)
 class Split:
-    """How a linear layer is spread over the ranks of `group`: its outputs (`column`) or its inputs."""
+    """How a linear layer is spread over the ranks of `group`: its outputs (`column`), its inputs, or not at all.
+
+    size: of the group, or 1 for a layer that each of its ranks holds whole; `replicated` then, where there are several.
+    """
 
     column: bool
     rank: int
@@ -64,6 +67,7 @@ class Split:
     group: Any
     sequence_parallel: bool
     expert: bool
+    replicated: bool = False
 
 
 class Adapter(nn.Module):
@@ -102,7 +106,8 @@ class Adapter(nn.Module):
             set_tensor_model_parallel_attributes(parameter, True, 0 if split.column else 1, 1)
         parameter.allreduce = getattr(base, "allreduce", True)
         # A part of the tokens each: megatron-core sums the gradients of parameters marked this way over TP.
-        parameter.sequence_parallel = split.sequence_parallel and not split.expert and not split_here
+        whole = split.replicated or not split_here
+        parameter.sequence_parallel = split.sequence_parallel and not split.expert and whole
         return parameter
 
     def factors(self, letter: str) -> list[Tensor]:
@@ -187,7 +192,7 @@ class Adapter(nn.Module):
                     yield Factor(down_name, down, a, _pair(a.shape), (0, 0), True, split.expert)
                     whole, rows = (b.shape[0] * split.size, b.shape[1]), b.split([count for _, count in runs])
                     for part, (first, _) in zip(rows, runs, strict=True):
-                        yield Factor(up_name, up, part, whole, (first, 0), False, split.expert)
+                        yield Factor(up_name, up, part, whole, (first, 0), split.replicated, split.expert)
                 else:
                     whole, first = (a.shape[0], a.shape[1] * split.size), a.shape[1] * split.rank
                     yield Factor(down_name, down, a, whole, (0, first), False, split.expert)
@@ -220,7 +225,8 @@ def add_adapters(model: Any, architecture: Architecture, layout: Layout, lora: L
 def freeze(model: Any, architecture: Architecture, layout: Layout, trained: Trained) -> None:
     """Take the gradients from the weights that `trained` freezes."""
     for weight in live_weights(model, architecture, layout):
-        weight.parameter.requires_grad_(trained.trains(weight.entry.megatron))
+        if not weight.entry.is_buffer:
+            weight.parameter.requires_grad_(trained.trains(weight.entry.megatron))
 
 
 def _add_adapter(
@@ -233,7 +239,11 @@ def _add_adapter(
         rank, group = parallel_state.get_expert_tensor_parallel_rank(), parallel_state.get_expert_tensor_parallel_group()
     else:
         rank, group = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_group()
-    split = Split(entry.rule.tp_dim == 0, rank, size, group, config.sequence_parallel and size > 1, expert)
+    whole, sequence_parallel = entry.rule.tp_dim is None, config.sequence_parallel and size > 1
+    if whole:
+        split = Split(True, rank, 1, group, sequence_parallel, expert, replicated=size > 1)
+    else:
+        split = Split(entry.rule.tp_dim == 0, rank, size, group, sequence_parallel, expert)
     held = [_rows(entry, place, architecture, base.shape[-2], split) for place in weights[0].projections]
     adapter = Adapter(weights, base, held, lora, split)
     module.adapter = adapter
