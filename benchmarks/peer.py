@@ -137,7 +137,7 @@ def _packed_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """query [1, heads, t, dim], key and value [1, kv heads, t, dim]; returns [1, t, heads, dim]."""
-    from megatron.sft.model.attention import varlen_attention
+    from megatron.sft.model.flash_attention import varlen_attention
 
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     cu_seqlens, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]

@@ -76,9 +76,10 @@ def _set_attention(attention: Any, architecture: Architecture, config: Transform
 
 def _core_attention(architecture: Architecture, config: TransformerConfig, facts: Layer) -> Any:
     """Attention itself over packed rows: Transformer Engine's where it can, else this project's, with its layer's window."""
-    # It has no packed attention in float32, nor a window on a part of the row, nor values of another size than keys there.
+    # It has no packed attention in float32 or with sinks, nor a window on a part of the row, nor values of another size than
+    # keys there.
     whole_rows = config.context_parallel_size == 1 or (facts.window is None and facts.mixer != LATENT_ATTENTION)
-    if has_transformer_engine() and config.params_dtype != torch.float32 and whole_rows:
+    if has_transformer_engine() and config.params_dtype != torch.float32 and whole_rows and not architecture.attention_sinks:
         from megatron.core.extensions import transformer_engine as engine
 
         return engine.TEDotProductAttention

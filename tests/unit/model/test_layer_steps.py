@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron.sft.model import cross_entropy
 from megatron.sft.model.attention import PackedAttention
 from megatron.sft.model.delta_net import steps as delta_net
+from megatron.sft.model.flash_attention import attention_with_sinks
 from megatron.sft.model.inputs import AttentionRuns
 from megatron.sft.model.norm import add_and_norm
 from megatron.sft.model.rotary import rotary_tables, rotate, split_and_rotate, with_query_tables
@@ -243,6 +244,10 @@ def test_attention_with_sinks_is_that_of_gpt_oss_in_transformers_conversation_by
         return (torch.cat(results).flatten(1),)
 
     def ours(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> tuple[Tensor]:
+        if device == "cuda" and dtype == torch.bfloat16:
+            starts = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+            how = (starts, starts, max(lengths), max(lengths), DIM**-0.5, (-1 if window is None else window - 1, 0))
+            return (attention_with_sinks(query, key, value, sinks, how).flatten(1),)
         attention = SimpleNamespace(
             softmax_offset=sinks, softmax_scale=DIM**-0.5, window=(-1 if window is None else window - 1, 0)
         )
