@@ -2,7 +2,7 @@
 
 A sink (gpt-oss) is one score more of a head, whose share of the softmax goes nowhere. With S the scores, l = log sum exp(S) and
 s the sink, the weights are exp(S - l'), l' = log(exp(l) + exp(s)), so the result is that of plain attention times exp(l - l').
-Flash attention's backward pass makes weights of the scores and of l, and subtracts the mean of the gradient that it finds from the
+Flash attention's backward pass makes weights of the scores and of l, and subtracts the gradient's mean, which it finds from the
 result: given l' and the result here, it gives the gradients with the sink.
 """
 
@@ -38,20 +38,21 @@ def varlen_attention(
 
 def check(dtype: torch.dtype, device: torch.device) -> None:
     """A `UserError` now, rather than in the first step, where this torch has no such attention."""
-    if device.type != "cuda" or dtype == torch.float32:
-        return
-    try:
-        from torch.nn.attention import varlen
-
-        missing = {"scale", "window_size", "return_aux"} - set(inspect.signature(varlen.varlen_attn).parameters)
-    except ImportError:
-        missing = {"varlen_attn"}
-    if missing:
-        words = ", ".join(sorted(missing))
+    if device.type == "cuda" and dtype != torch.float32 and (missing := missing_here()):
         raise UserError(
-            f"this model's attention needs torch 2.11 or later in 16 bits ({torch.__version__}'s varlen_attn lacks {words}): "
-            "take a newer container, or PRECISION=fp32 for a test"
+            f"this model's attention needs torch 2.11 or later in 16 bits ({torch.__version__}'s varlen_attn lacks "
+            f"{', '.join(missing)}): take a newer container, or PRECISION=fp32 for a test"
         )
+
+
+@cache
+def missing_here() -> tuple[str, ...]:
+    """What of `varlen_attn` this torch does not have; empty from 2.11 on."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return ("everything",)
+    return tuple(sorted({"scale", "window_size", "return_aux"} - set(inspect.signature(varlen_attn).parameters)))
 
 
 def _options(query: Tensor, key: Tensor) -> dict[str, Any]:
