@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import peak_bytes
+from benchmarks.models import cut_config
 from benchmarks.rows import BenchmarkRows
 from megatron.sft.hf.published_configs import published_configs
 from megatron.sft.runtime.errors import UserError
@@ -20,7 +21,7 @@ def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[l
     """Seconds and losses of the timed steps, and `peak_bytes`. A step is forward and backward of all micro-batches,
     clipping and AdamW.
     """
-    model = _model(arguments.model, arguments.layers)
+    model = _model(arguments.model, arguments.layers, arguments.experts)
     if arguments.peer_recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if arguments.lora_rank:
@@ -50,7 +51,7 @@ def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[l
     return seconds, losses, peak_bytes()
 
 
-def _model(name: str, num_layers: int) -> Any:
+def _model(name: str, num_layers: int, num_experts: int) -> Any:
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
     try:
@@ -68,10 +69,7 @@ def _model(name: str, num_layers: int) -> Any:
     config.tie_word_embeddings = whole.tie_word_embeddings
     config._attn_implementation = _ATTENTION
     config._experts_implementation = "grouped_mm"  # of mixtures: all experts in one product
-    if num_layers:
-        config.num_hidden_layers = num_layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:num_layers]
+    cut_config(config, num_layers, num_experts)
     if config.model_type in _WITH_DELTA_NETS:
         _use_fla_convolution()
     torch.manual_seed(0)
@@ -136,9 +134,16 @@ def _batch(rows: BenchmarkRows, index: int) -> dict[str, Tensor | int]:
 def _packed_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """query [1, heads, t, dim], key and value [1, kv heads, t, dim]; returns [1, t, heads, dim]."""
+    """query [1, heads, t, dim], key and value [1, kv heads, t, dim]; returns [1, t, heads, dim].
+
+    Values of another size, as latent attention has them, are padded: the kernel takes one size.
+    """
     from megatron.sft.model.flash_attention import varlen_attention
 
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    size = value.shape[-1]
+    if size != key.shape[-1]:
+        value = torch.nn.functional.pad(value, (0, key.shape[-1] - size))
     cu_seqlens, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-    return varlen_attention(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scaling)[None], None
+    context = varlen_attention(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scaling)
+    return context[None, ..., :size], None

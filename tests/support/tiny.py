@@ -447,7 +447,6 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
         {**_LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     ),
     "deepseek_v3_moe": ("DeepseekV3", {**_LATENT, "attention_bias": True}),
-    "deepseek_v3_dense": ("DeepseekV3", {**_LATENT, "first_k_dense_replace": 5}),
     # As in GLM-4.7-Flash values are as wide as queries and keys.
     "glm4_moe_lite": (
         "Glm4MoeLite",

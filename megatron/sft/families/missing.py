@@ -47,7 +47,7 @@ _PIECES = (
     _Piece("an attention gate", True, _has("attn_output_gate")),
     _Piece("heads that predict further tokens, carried", True, _has("num_nextn_predict_layers", "mtp_num_hidden_layers")),
     _Piece("a vision tower, carried", True, _has("vision_config")),
-    _Piece("multi-head latent attention", False, _has("kv_lora_rank", "q_lora_rank")),
+    _Piece("multi-head latent attention", True, _has("kv_lora_rank", "q_lora_rank")),
     _Piece("shared experts", False, _has("n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size")),
     _Piece(
         "a router with sigmoid scores or correction biases",

@@ -11,11 +11,14 @@ import pytest
 import torch
 import transformers
 
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.fused_experts import fused_block, fused_experts
 from megatron.sft.families.registry import read_architecture
 from megatron.sft.families.weight_names import check_hf_names, checked_to_megatron, weight_entries
 from megatron.sft.hf.block_scales import unquantised_config
 from megatron.sft.planning.memory import num_parameters
 from megatron.sft.runtime.errors import UserError
+from tests.support import latent_configs
 
 YARN = {"rope_type": "yarn", "type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 QWEN3_5_TEXT: dict[str, Any] = {
@@ -229,6 +232,9 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "mistralai/Devstral-Small-2-24B in 8 bits, in tests of imp": DEVSTRAL,
     "OLMo 2: defaults of the class": of_class("Olmo2"),
     "Mistral 3: defaults of the class": of_class("Mistral3", tie_word_embeddings=False),
+    **latent_configs.CONFIGS,
+    "DeepSeek-V3: defaults of the class": of_class("DeepseekV3"),
+    "GLM-4.7-Flash: defaults of the class": of_class("Glm4MoeLite"),
     "Qwen3-Next without experts: defaults of the class": of_class("Qwen3Next", num_experts=0),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -237,7 +243,19 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         "it needs experts, windows in some layers, scaled positions, biases",
         {**of_class("GptOss"), "rope_scaling": {"rope_type": "yarn"}},
     ),
-    "DeepSeek-V3: defaults of the class": ("multi-head latent attention", of_class("DeepseekV3")),
+    "Kimi K2.5's text model in four bits, in public tests": (
+        "quantization_config={'quant_method': 'compressed-tensors'} is not supported",
+        {**latent_configs.KIMI_K2, "quantization_config": {"quant_method": "compressed-tensors"}},
+    ),
+    "DeepSeek-V3.2: its indexer": ("index_topk=2048 is not supported", {**latent_configs.DEEPSEEK_V3, "index_topk": 2048}),
+    "DeepSeek-V2 with normed weights, which transformers does not read": (
+        "norm_topk_prob=True is not supported for deepseek_v2",
+        {**latent_configs.DEEPSEEK_V2, "norm_topk_prob": True},
+    ),
+    "Moonlight with fewer keys than queries": (
+        "num_key_value_heads=4 with latent attention of 16 heads",
+        {**latent_configs.MOONLIGHT, "num_key_value_heads": 4},
+    ),
     "Qwen3.5-27B in four bits, in tests of Unsloth": (
         "quantization_config={'quant_method': 'quark'} is not supported",
         {**QWEN3_5, "quantization_config": {"quant_method": "quark"}},
@@ -258,7 +276,7 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
     config = copy.deepcopy(config)
     text = config.get("text_config", config)
     text["num_hidden_layers"], text["vocab_size"] = 8, 300
-    for field in ("layer_types", "no_rope_layers"):
+    for field in ("layer_types", "no_rope_layers", "mlp_layer_types"):
         if text.get(field):
             text[field] = text[field][:8]
     return config
@@ -271,7 +289,7 @@ def test_a_published_configuration_gives_transformers_own_weights(name: str) -> 
     config = small(config)
     architecture = read_architecture(config, name)
     text = config.get("text_config", config)
-    model_type = text.get("model_type", architecture.family)
+    model_type = text.get("model_type", architecture.family).replace("kimi_k2", "deepseek_v3")
     if "text_config" in config:
         text = {**text, "tie_word_embeddings": architecture.tied_embeddings}
     # Ids of tokens are beyond the small vocabulary.
@@ -279,13 +297,24 @@ def test_a_published_configuration_gives_transformers_own_weights(name: str) -> 
     theirs = transformers.CONFIG_MAPPING[model_type].from_dict({**text, **ids})
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(theirs)
-    shapes = {key: parameter for key, parameter in model.named_parameters() if not key.startswith("mtp")}
+    parameters = {key: parameter for key, parameter in model.named_parameters() if not key.startswith("mtp")}
+    buffers = {key: buffer for key, buffer in model.named_buffers() if key.endswith("correction_bias")}
+    shapes = one_by_one({**parameters, **buffers}, architecture)
     check_hf_names(architecture, set(shapes), name)
     for entry in weight_entries(architecture):
         parameter = checked_to_megatron(entry, architecture, [shapes[key] for key in entry.hf], name)
         back = entry.rule.to_hf(architecture, parameter)
         assert [tensor.shape for tensor in back] == [shapes[key].shape for key in entry.hf]
-    assert num_parameters(architecture) == sum(parameter.numel() for parameter in shapes.values())
+    assert num_parameters(architecture) == sum(parameter.numel() for parameter in parameters.values())
+
+
+def one_by_one(shapes: dict[str, torch.Tensor], architecture: Architecture) -> dict[str, torch.Tensor]:
+    """With the experts of transformers' fused parameters apart."""
+    block = fused_block(shapes)
+    for fused, experts in fused_experts(architecture, block).tensors.items() if block else ():
+        for names, both in zip(experts, shapes.pop(fused), strict=True):
+            shapes |= dict(zip(names, both.chunk(len(names)), strict=True))
+    return shapes
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -17,7 +17,7 @@ USED = {
 FIXED = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 IMMATERIAL = {
     "num_nextn_predict_layers", "num_mtp_layers", "output_router_logits", "router_aux_loss_coef", "aux_loss_alpha", "seq_aux",
-    "ep_size", "pretraining_tp", "qk_head_dim",
+    "ep_size", "pretraining_tp", "qk_head_dim", "auto_map",
 }  # fmt: skip
 DEFAULTS = {
     "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
@@ -77,6 +77,8 @@ def experts(config: dict[str, Any]) -> list[bool]:
 
 
 def moe(config: dict[str, Any]) -> dict[str, Any]:
+    if not any(experts(config)):
+        return {}
     number = next(config[name] for name in ("n_routed_experts", "num_local_experts", "num_experts") if config.get(name))
     sizes = {
         "num_experts": int(number),
