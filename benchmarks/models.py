@@ -10,7 +10,7 @@ from megatron.sft.runtime.errors import UserError
 
 
 def cut_architecture(arguments: argparse.Namespace) -> Architecture:
-    """The architecture of --model, cut to --layers; with --experts to so many in a layer, and to layers that have experts."""
+    """The architecture of --model, cut to --layers; with --experts to that many in a layer, and to layers that have experts."""
     architecture, _ = find_architecture(arguments.model)
     layers, moe = architecture.layers, architecture.moe
     if arguments.experts:

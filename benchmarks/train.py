@@ -82,7 +82,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(prog="benchmark_train", description=__doc__)
     parser.add_argument("--model", default=MODEL, help="a model folder, its config.json, or a name in assets/models.json")
     parser.add_argument("--layers", type=int, default=0, help="cut the model to its first layers, so that it fits")
-    parser.add_argument("--experts", type=int, default=0, help="cut a mixture's layers to so many experts, and to such layers")
+    parser.add_argument(
+        "--experts", type=int, default=0, help="experts in a layer of a mixture, whose dense layers are left out"
+    )
     parser.add_argument("--row-length", type=int, default=16384)
     parser.add_argument("--conversations", default="", help="lengths in every row, or lognormal:MEAN; default: 6 that fill it")
     parser.add_argument("--trained", type=float, default=1.0, help="share of each conversation's tokens, at its end")

@@ -142,7 +142,7 @@ def _wants_verification(verify: str, source: HFFolder) -> bool:
         print(f"not compared with transformers: {source.num_bytes / 1e9:.1f} GB of weights (VERIFY=1 compares them)")
         return False
     if source.dequantised:
-        print("not compared with transformers, which computes with the 8-bit weights")
+        print("not compared with transformers, which computes with the quantized weights")
         return False
     import psutil  # type: ignore[import-untyped]
 

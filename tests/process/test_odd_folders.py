@@ -79,10 +79,11 @@ def test_fused_experts_come_back_bit_for_bit_in_the_same_form(
     assert all(torch.equal(ours.tensor(name), theirs.tensor(name)) for name in theirs.tensor_names)
 
 
-def test_what_transformers_saves_fused_is_read_and_it_reads_the_export(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["mixtral", "minimax_m2_moe", "ernie4_5_moe", "qwen2_moe"])
+def test_what_transformers_saves_fused_is_read_and_it_reads_the_export(family: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    single = tiny.save_family(tmp_path / "single", "mixtral")
+    single = tiny.save_family(tmp_path / "single", family)
     model = AutoModelForCausalLM.from_pretrained(single)
     model.save_pretrained(tmp_path / "saved", save_original_format=False)
     assert any(name.endswith("gate_up_proj") for name in load_file(tmp_path / "saved" / "model.safetensors"))

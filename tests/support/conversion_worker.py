@@ -17,8 +17,8 @@ import torch
 from megatron.sft.checkpoint.folder import open_checkpoint
 from megatron.sft.compare_logits import megatron_logits, transformers_logits
 from megatron.sft.data.tokenized import Row
-from megatron.sft.families import decoder
-from megatron.sft.families.registry import read_table
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.registry import module_names
 from megatron.sft.families.rules import tensor_parallel_part
 from megatron.sft.hf.folder import HFFolder
 from megatron.sft.model import process_groups
@@ -33,6 +33,7 @@ def main() -> None:
     tp, pp, ep, sp = map(int, sys.argv[1:5])
     layout = Layout(tp, pp, sequence_parallel=bool(sp), expert_parallel=ep)
     with process_groups.parallel(layout):
+        assert layout.model_size * max(1, ep // tp) == torch.distributed.get_world_size()
         for name in sys.argv[7:]:
             folder, checkpoint = Path(sys.argv[5]) / name, Path(sys.argv[6]) / name
             source = HFFolder(folder)
@@ -161,12 +162,12 @@ def transformers_gradients(source: HFFolder, row: Row) -> dict[str, torch.Tensor
         start += int(length)
     (total / int(row.trained.sum())).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return on_disk_names(gradients, source)
+    return on_disk_names(gradients, source.architecture)
 
 
-def on_disk_names(gradients: dict[str, torch.Tensor], source: HFFolder) -> dict[str, torch.Tensor]:
+def on_disk_names(gradients: dict[str, torch.Tensor], architecture: Architecture) -> dict[str, torch.Tensor]:
     """transformers 5 keeps all experts of a layer in one parameter; in the family's table they are apart."""
-    names = {**decoder.NAMES, **read_table(source.architecture.family)["NAMES"]}
+    names = module_names(architecture.family)
     parts = {"gate_up_proj": ("expert_gate", "expert_up"), "down_proj": ("expert_down",)}
     result = {}
     for name, gradient in gradients.items():
@@ -179,6 +180,8 @@ def on_disk_names(gradients: dict[str, torch.Tensor], source: HFFolder) -> dict[
             for expert, each in enumerate(gradient):
                 for part, half in zip(parts[kind], each.chunk(len(parts[kind])), strict=True):
                     result[f"{module}.{expert}.{names[part]}.weight"] = half
+    if names["fused_correction_bias"]:
+        result = {name.replace(names["fused_correction_bias"], names["correction_bias"][:-3]): g for name, g in result.items()}
     return {name.replace(".mlp.", f".{names['block']}."): gradient for name, gradient in result.items()}
 
 

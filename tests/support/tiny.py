@@ -261,6 +261,14 @@ def save_family(folder: Path, family: str) -> Path:
     return save_random(model, folder, torch.bfloat16 if family.endswith("_bf16") else None)
 
 
+def has_experts(family: str) -> bool:
+    """Whether one of FAMILIES is a mixture of experts."""
+    return any(
+        name.endswith(("num_experts", "num_local_experts", "n_routed_experts")) and count
+        for name, count in FAMILIES[family][1].items()
+    )
+
+
 _LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
 # Queries and keys of 24 dimensions, 8 of them rotated, values of 12; short positions, so that YaRN's corrections show.
@@ -388,6 +396,18 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "qwen3_5_moe": ("Qwen3_5MoeText", {"head_dim": 32, **_DELTA_NET, **_GATED_EXPERTS}),
     "qwen3_next_moe": ("Qwen3Next", {"head_dim": 32, **_DELTA_NET, **_GATED_EXPERTS, "mlp_only_layers": [1]}),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 32,
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "sliding_window": 24,
+            "rope_parameters": {**_YARN, "truncate": False},
+        },
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}),
     "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "seed_oss": ("SeedOss", {"head_dim": 16, "attention_out_bias": True, "attention_dropout": 0.0, "residual_dropout": 0.0}),

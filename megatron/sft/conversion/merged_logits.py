@@ -44,7 +44,7 @@ def compare_merged(checkpoint: Checkpoint, architecture: Architecture, lora: LoR
     with tempfile.TemporaryDirectory() as name:
         stored = StoredAdapters(checkpoint)
         factors, prefix = {each: stored.tensor(each) for each in stored.names}, text_prefix(folder.config)
-        write_adapter_folder(Path(name), lora, str(hf_dir), factors, prefix)
+        write_adapter_folder(Path(name), lora, str(hf_dir), factors, prefix, architecture.moe is not None)
         theirs = _adapter_logits(hf_dir, Path(name), architecture.vocab_size, conversations)
     width = min(ours.shape[1], theirs.shape[1])
     difference, largest = (ours[:, :width] - theirs[:, :width]).abs().max().item(), theirs.abs().max().item()

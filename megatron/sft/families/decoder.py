@@ -4,11 +4,13 @@ A family's table may give other names than those in `NAMES`.
 """
 
 from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, LATENT_ATTENTION, Architecture, Layer
-from megatron.sft.families.rules import QKV, Buffer, FusedQKV, GateUp, GroupedRows, Rename, RotatedRows, Rule
+from megatron.sft.families.latent_rules import RotatedRows
+from megatron.sft.families.rules import QKV, Buffer, FusedQKV, GateUp, GroupedRows, InterleavedGateUp, Rename, Rule, Transposed
 
 # Modules of a layer on Hugging Face's side, as Llama, Qwen and OLMo have them. `qkv`, `gate_up`: one tensor for several
-# projections, where a family has one. `block`, `expert_…`: where experts lie, and the matrices of one; `router` to
-# `shared_gate`: other modules there, and `correction_bias`, a tensor, [1, experts] if its name ends so.
+# projections, where a family has one. `block`: where experts lie. `expert_…`: the matrices of one, or `expert_fused` the two
+# of all of them, [experts, inputs, outputs] with gate and up in turn. `router` to `shared_gate`: other modules there, and
+# `correction_bias`, a tensor, [1, experts] if its name ends so; `fused_…` is where transformers 5 itself has it, if elsewhere.
 NAMES = {
     "input_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
@@ -25,6 +27,7 @@ NAMES = {
     "expert_fused": "",
     "router": "gate",
     "correction_bias": "gate.e_score_correction_bias",
+    "fused_correction_bias": "",
     "shared": "shared_experts",
     "shared_gate": "shared_expert_gate",
     "delta_input": "in_proj_qkv in_proj_z in_proj_b in_proj_a",
@@ -161,12 +164,27 @@ def _experts(architecture: Architecture, names: dict[str, str]) -> tuple[Rule, .
     ours, theirs = f"{_MEGATRON}mlp.", f"{_HF}{names['block']}."
     expert, hf_expert = f"{ours}experts.experts.{{expert}}.", f"{theirs}experts.{{expert}}."
     gate, up, down = (f"{hf_expert}{names[name]}.weight" for name in ("expert_gate", "expert_up", "expert_down"))
+    matrices: tuple[Rule, ...] = (
+        GateUp(f"{expert}linear_fc1.weight", gate, up), Rename(f"{expert}linear_fc2.weight", down, tp_dim=1)
+    )  # fmt: skip
+    if names["expert_fused"]:
+        both, down = (f"{hf_expert}{name}" for name in names["expert_fused"].split())
+        matrices = (
+            InterleavedGateUp(f"{expert}linear_fc1.weight", both),
+            Transposed(f"{expert}linear_fc2.weight", down, tp_dim=1),
+        )
+        if moe.expert_bias:
+            matrices += (
+                InterleavedGateUp(f"{expert}linear_fc1.bias", f"{both}_bias"),
+                Rename(f"{expert}linear_fc2.bias", f"{down}_bias"),
+            )
     rules: tuple[Rule, ...] = (
         *_norm_before(architecture, "pre_mlp_layernorm.weight", names["mlp_norm"]),
         Rename(f"{ours}router.weight", f"{theirs}{names['router']}.weight"),
-        GateUp(f"{expert}linear_fc1.weight", gate, up),
-        Rename(f"{expert}linear_fc2.weight", down, tp_dim=1),
+        *matrices,
     )
+    if moe.router_bias:
+        rules += (Rename(f"{ours}router.bias", f"{theirs}{names['router']}.bias"),)
     if moe.correction_bias:
         name = names["correction_bias"]
         rules += (Buffer(f"{ours}router.expert_bias", f"{theirs}{name.removesuffix('[1]')}", lead=name.endswith("[1]")),)

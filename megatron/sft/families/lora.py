@@ -11,7 +11,7 @@ import torch
 
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.registry import family_rules
-from megatron.sft.families.rules import Rule
+from megatron.sft.families.rules import InterleavedGateUp, Rule, Transposed
 from megatron.sft.families.sizes import weight_shape
 from megatron.sft.families.weight_names import WeightEntry, weight_entries
 from megatron.sft.runtime.errors import UserError
@@ -62,6 +62,8 @@ def kind_of(rule: Rule) -> str:
     """`attention`, `mlp` or `experts` for the weight of a linear layer in a decoder layer, else an empty string."""
     if "{layer}" not in rule.megatron or not rule.megatron.endswith(_LINEAR):
         return ""
+    if isinstance(rule, InterleavedGateUp | Transposed):
+        return ""  # PEFT has adapters of such tensors in a form of its own
     if "{expert}" in rule.megatron:
         return "experts"
     return "attention" if ".self_attention." in rule.megatron else "mlp"

@@ -36,11 +36,21 @@ from megatron.sft.tables import (
     seed_oss,
     smollm3,
 )
-from megatron.sft.tables.mixtures import deepseek, ernie4_5_moe, glm4_moe, minimax_m2, mixtral, olmoe, qwen2_moe, qwen3_moe
+from megatron.sft.tables.mixtures import (
+    deepseek,
+    ernie4_5_moe,
+    glm4_moe,
+    gpt_oss,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 
 TABLES: tuple[ModuleType, ...] = (
     llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe, qwen3_5, gemma3, phi3, glm4, glm4_moe, olmo, seed_oss,
-    olmoe, smollm3, granite, ernie4_5, ernie4_5_moe, minimax_m2, hunyuan_v1_dense, deepseek,
+    olmoe, smollm3, granite, ernie4_5, ernie4_5_moe, minimax_m2, gpt_oss, hunyuan_v1_dense, deepseek,
 )  # fmt: skip
 FAMILIES: dict[str, ModuleType] = {model_type: table for table in TABLES for model_type in table.MODEL_TYPES}
 # model_type of a model that has other parts besides the text model -> the text model's, unless its own text_config says it.
@@ -157,7 +167,12 @@ def family_rules(architecture: Architecture) -> tuple[Rule, ...]:
 
 def layer_rules(architecture: Architecture, layer: Layer) -> tuple[Rule, ...]:
     """The table of weights of such a layer."""
-    return decoder.of_layer(architecture, layer, {**decoder.NAMES, **read_table(architecture.family)["NAMES"]})
+    return decoder.of_layer(architecture, layer, module_names(architecture.family))
+
+
+def module_names(family: str) -> dict[str, str]:
+    """`decoder.NAMES` as the family has them."""
+    return {**decoder.NAMES, **read_table(family)["NAMES"]}
 
 
 def _read(config: dict[str, Any], where: str, family: str, table: dict[str, Any]) -> Architecture:

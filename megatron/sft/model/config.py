@@ -156,7 +156,7 @@ def _moe_fields(architecture: Architecture, layout: Layout) -> dict[str, Any]:
 
 
 def _recompute_fields(word: str) -> dict[str, Any]:
-    """`selective` recomputes norms and activation functions (DecoderLayer does it), `full` whole layers."""
+    """`selective` recomputes norms, activation functions (DecoderLayer) and heads (LatentAttention), `full` whole layers."""
     if word == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if word == "selective":

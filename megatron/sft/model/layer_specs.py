@@ -57,7 +57,8 @@ def _layer(architecture: Architecture, config: TransformerConfig, facts: Layer) 
         dense.linear_fc1, dense.linear_fc2 = with_bias(column, architecture.mlp_bias), with_bias(row, architecture.mlp_bias)
     else:
         assert architecture.moe is not None
-        layer.submodules.mlp = _sparse_mlp(architecture.moe, (with_bias(column, False), with_bias(row, False)))
+        linear = (with_bias(column, False), with_bias(row, False))
+        layer.submodules.mlp = _sparse_mlp(architecture.moe, linear, architecture.activation)
     return layer
 
 
@@ -99,12 +100,12 @@ def _linear_layers() -> tuple[type, type]:
 
 
 @cache
-def _sparse_mlp(moe: MoEConfig, linear: tuple[type, type]) -> type:
+def _sparse_mlp(moe: MoEConfig, linear: tuple[type, type], activation: str) -> type:
     """The class of these mixtures: megatron-core passes a class its configuration alone, and warns of other specs."""
 
     class Mixture(SparseMLP):
         def __init__(self, config: TransformerConfig, **_: Any) -> None:
-            super().__init__(config, moe, linear)
+            super().__init__(config, moe, linear, activation)
 
     return Mixture
 

@@ -1,4 +1,4 @@
-"""The gated activation of the dense MLP: SwiGLU and its kin. And attention's output gate."""
+"""The gated activation of MLPs: SwiGLU and its kin. And attention's output gate."""
 
 from collections.abc import Callable
 from functools import partial
@@ -51,10 +51,11 @@ def write_swiglu(gate_up: Tensor, outputs: Tensor, kind: str = "silu") -> None:
         layer.swiglu(gate_up, outputs, kind)
     else:
         gate, up = (half.float() for half in gate_up.chunk(2, dim=-1))
-        outputs.copy_(_gated(gate, up, kind))
+        outputs.copy_(gated(gate, up, kind))
 
 
-def _gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """activation(gate) * up in float32, by autograd's own operations."""
     if kind == "gelu_tanh":
         return F.gelu(gate, approximate="tanh") * up
     if kind == "clamped_silu":
@@ -83,7 +84,7 @@ class _SwiGLU(torch.autograd.Function):
             return swiglu_backward(gate_up, gradient, ctx.kind), None
         with torch.enable_grad():
             halves = [half.float().requires_grad_() for half in gate_up.detach().chunk(2, dim=-1)]
-            of_halves = torch.autograd.grad(_gated(halves[0], halves[1], ctx.kind), halves, gradient.float())
+            of_halves = torch.autograd.grad(gated(halves[0], halves[1], ctx.kind), halves, gradient.float())
         return torch.cat(of_halves, dim=-1).to(gate_up.dtype), None
 
 

@@ -35,7 +35,8 @@ def _latent_attention_tensors(architecture: Architecture, layout: Layout, unit: 
         "vectors": unit * vectors + 8,
         "normed vectors": linear * vectors,
         f"{again if sizes.query_rank else ''}query": unit * heads * sizes.head_dim,
-        f"{again}key and value": unit * heads * (sizes.head_dim + value),
+        # Each context-parallel rank gathers those of all.
+        f"{again}key and value": unit * heads * (sizes.head_dim + value) * layout.context_parallel,
         "attention result": unit * heads * value + 4 * heads,
         # Without the padding, or in 8 bits.
         "narrow result": linear * heads * sizes.value_dim if value > sizes.value_dim or linear != unit else 0,

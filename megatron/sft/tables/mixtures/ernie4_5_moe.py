@@ -21,7 +21,10 @@ DEFAULTS = {
 }  # fmt: skip
 # The head that predicts further tokens.
 CARRIED = ("model.mtp_",)
-NAMES = {"correction_bias": "moe_statics.e_score_correction_bias[1]"}
+NAMES = {
+    "correction_bias": "moe_statics.e_score_correction_bias[1]",
+    "fused_correction_bias": "gate.moe_statics.e_score_correction_bias",
+}
 PIECES = {"interleaved_rope": True}
 ROPE_THETA = 5e5
 

@@ -7,7 +7,7 @@ USED = {
     "attention_bias", "use_qk_norm", "n_routed_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size",
     "n_shared_experts", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor", "first_k_dense_replace",
 }  # fmt: skip
-FIXED = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+FIXED = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_router_dtype": "float32", "decoder_sparse_step": 1}
 IMMATERIAL = {"num_nextn_predict_layers", "num_mtp_layers", "output_router_logits", "router_aux_loss_coef"}
 DEFAULTS = {
     "num_experts_per_tok": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
