@@ -85,7 +85,6 @@ def transformer_config(
         layernorm_zero_centered_gamma=architecture.zero_centered_norm,
         attention_output_gate=architecture.attention_gate,
         softmax_scale=architecture.attention_scale,
-        softmax_type="learnable" if architecture.attention_sinks else "vanilla",
         # Layers of more than one kind lie in a checkpoint under their numbers.
         hetereogenous_dist_checkpoint=architecture.layers_differ,
         **_window_fields(architecture),

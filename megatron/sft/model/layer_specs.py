@@ -18,6 +18,7 @@ from megatron.sft.model.config import has_transformer_engine
 from megatron.sft.model.decoder_layer import DecoderLayer
 from megatron.sft.model.delta_net.layer import GatedDeltaNet
 from megatron.sft.model.experts.sparse_mlp import SparseMLP
+from megatron.sft.model.flash_attention import missing_here
 from megatron.sft.model.latent_attention import LatentAttention
 from megatron.sft.model.norm import ResidualNorm, ResidualSum, RMSNorm
 from megatron.sft.model.recomputation import recomputed_whole, recomputes_selectively
@@ -78,9 +79,12 @@ def _set_attention(attention: Any, architecture: Architecture, config: Transform
 
 def _core_attention(architecture: Architecture, config: TransformerConfig, facts: Layer) -> Any:
     """Attention itself over packed rows: Transformer Engine's where it can, else this project's, with its layer's window."""
-    # It has no packed attention in float32, nor a window on a part of the row, nor values of another size than keys there.
-    whole_rows = config.context_parallel_size == 1 or (facts.window is None and facts.mixer != LATENT_ATTENTION)
-    if has_transformer_engine() and config.params_dtype != torch.float32 and whole_rows:
+    # It has no packed attention in float32 or with sinks. Over parts of rows its ring takes much longer than gathering keys and
+    # values does, and has no windows, nor values of another size than keys.
+    whole_rows = config.context_parallel_size == 1
+    ring = not whole_rows and missing_here() and facts.window is None and facts.mixer != LATENT_ATTENTION
+    possible = config.params_dtype != torch.float32 and not architecture.attention_sinks
+    if has_transformer_engine() and possible and (whole_rows or ring):
         from megatron.core.extensions import transformer_engine as engine
 
         return engine.TEDotProductAttention
