@@ -137,7 +137,7 @@ def _packed_attention(
     With the layer's window, and gpt-oss's sinks, for which transformers has a kernel on the hub alone: ours. Values of another
     size, as latent attention has them, are padded: the kernel takes one size.
     """
-    from megatron.sft.model.flash_attention import attention_with_sinks, varlen_attention
+    from megatron.sft.model.attention.flash_attention import attention_with_sinks, varlen_attention
     from megatron.sft.model.inputs import AttentionRuns
 
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))

@@ -16,7 +16,7 @@ from megatron.sft.planning.fitting.recomputing import recompute_words
 from megatron.sft.planning.layouts import Suggestion, largest_parts, suggest_layouts
 from megatron.sft.planning.memory import GIB, MemorySettings, num_parameters
 from megatron.sft.planning.memory_fit import CARDS
-from megatron.sft.planning.step_time import MEASURED_GPUS, Cluster
+from megatron.sft.planning.speed.step_time import MEASURED_GPUS, Cluster
 from megatron.sft.reporting.metrics import clock
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 

@@ -13,13 +13,13 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron.sft.families.architecture import GATED_DELTA_NET, LATENT_ATTENTION, Architecture, Layer, MoEConfig
 from megatron.sft.families.weight_names import norm_names
-from megatron.sft.model.attention import PackedAttention
+from megatron.sft.model.attention.flash_attention import missing_here
+from megatron.sft.model.attention.latent_attention import LatentAttention
+from megatron.sft.model.attention.packed_attention import PackedAttention
 from megatron.sft.model.config import has_transformer_engine
 from megatron.sft.model.decoder_layer import DecoderLayer
 from megatron.sft.model.delta_net.layer import GatedDeltaNet
 from megatron.sft.model.experts.sparse_mlp import SparseMLP
-from megatron.sft.model.flash_attention import missing_here
-from megatron.sft.model.latent_attention import LatentAttention
 from megatron.sft.model.norm import ResidualNorm, ResidualSum, RMSNorm
 from megatron.sft.model.recomputation import recomputed_whole, recomputes_selectively
 

@@ -14,8 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron.sft.model import flash_attention
-from megatron.sft.model.flash_attention import attention_with_sinks, varlen_attention
+from megatron.sft.model.attention import flash_attention
+from megatron.sft.model.attention.flash_attention import attention_with_sinks, varlen_attention
 from megatron.sft.model.inputs import AttentionRuns, PackedRows
 from megatron.sft.runtime import device
 
