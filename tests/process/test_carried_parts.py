@@ -25,11 +25,16 @@ VISION: dict[str, dict[str, Any]] = {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
         "patch_size": 14,
     },
+    "Qwen3_5Moe": {
+        "hidden_size": 32, "intermediate_size": 48, "depth": 1, "num_heads": 2, "out_hidden_size": 64,
+        "num_position_embeddings": 16,
+    },
     "Mistral3": {**PIXTRAL, "model_type": "pixtral", "patch_size": 14, "head_dim": 16},
 }  # fmt: skip
 # The class -> what its text_config says besides.
 WHOLE: dict[str, dict[str, Any]] = {
     "Qwen3_5": tiny.FAMILIES["qwen3_5"][1],
+    "Qwen3_5Moe": tiny.FAMILIES["qwen3_5_moe"][1],
     "Gemma3": {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 24},
     "Mistral3": {**tiny.FAMILIES["ministral3"][1], "model_type": "ministral3"},
 }
@@ -62,7 +67,7 @@ def trained_and_exported(model: Path, packed_rows: Path, tmp_path: Path) -> Path
     return tmp_path / "trained"
 
 
-@pytest.mark.parametrize(("name", "tied"), [("Qwen3_5", True), ("Gemma3", True), ("Mistral3", False)])
+@pytest.mark.parametrize(("name", "tied"), [("Qwen3_5", True), ("Qwen3_5Moe", False), ("Gemma3", True), ("Mistral3", False)])
 def test_the_text_model_is_trained_and_the_rest_of_the_folder_is_exported_bit_for_bit(
     name: str, tied: bool, packed_rows: Path, tmp_path: Path
 ) -> None:

@@ -49,6 +49,8 @@ class DecoderLayer(TransformerLayer):
             if self.architecture.norms != "after":
                 set_save_original_input(self.mlp.linear_fc1)
             set_save_original_input(self.mlp.linear_fc2)
+        elif self.mlp.shared_experts is not None:
+            set_save_original_input(self.mlp.shared_experts.linear_fc2)
 
     def forward(
         self, hidden_states: Tensor, *_: Any, rotary_pos_emb: Tensor, packed_seq_params: PackedRows, **__: Any

@@ -8,6 +8,7 @@ from typing import Any
 from megatron.sft.planning import input_checks
 from megatron.sft.planning.fitting.changes import Candidate, changes_text
 from megatron.sft.planning.fitting.recomputing import recompute_words, with_cheapest_recompute
+from megatron.sft.planning.fp8_speed import fp8_advice
 from megatron.sft.planning.memory import GIB, MemorySettings, estimate
 from megatron.sft.planning.memory_fit import fewest_gpus_text, gpu_memory, memory_settings
 from megatron.sft.planning.objective_checks import needs_pairs
@@ -34,6 +35,8 @@ def add_needs(found: Resolution) -> None:
     _add_memory(found)
     _add_disk(found)
     _add_time(found)
+    if found.architecture and found.options.precision in ("bf16", "fp8"):
+        found.add("fp8", fp8_advice(found.architecture, found.layout, found.trained.lora is not None))
 
 
 def _check_sums(found: Resolution, files: Files, check: Callable[..., None], *arguments: Any) -> None:

@@ -51,8 +51,10 @@ class Balance:
     def _counts(self, chosen: Tensor, real: Tensor | None) -> Tensor:
         """float32 [experts]: the tokens of this process that go to each."""
         marked = chosen if real is None else chosen.masked_fill(~real[:, None], -1)
-        # Unlike bincount it needs not wait for the largest number.
-        return torch.histc(marked.float(), self.num_experts, 0, self.num_experts)
+        # Unlike bincount it does not wait for the largest number. On a GPU it is deterministic for whole numbers, on a CPU it
+        # takes no others than floating-point ones.
+        numbers = marked.int() if marked.is_cuda else marked.float()
+        return torch.histc(numbers, self.num_experts, 0, self.num_experts).float()
 
     def _loss(self, scores: Tensor, counts: Tensor, num_real: Tensor | int, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """(this process's part of the micro-batch's loss, and of the number 1 that it counts for).

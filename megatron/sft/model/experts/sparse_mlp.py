@@ -58,8 +58,8 @@ class Experts(MegatronModule):
     def forward(self, rows: Tensor, weights: Tensor, ends: Tensor, again: bool, write: Any = None) -> Tensor:
         """rows [n, hidden size] sorted by expert, each row's weight [n] in float32; the weighted results [n, hidden size].
 
-        Without the bias of the down projection. again: SwiGLU's results are freed and computed again in the backward pass.
-        write: fills `rows` again, likewise.
+        Without the bias of the down projection. again: the activation's results are freed and computed again in the backward
+        pass. write: fills `rows` again, likewise.
         """
         gate_up, values = self.linear_fc1(rows, ends)
         bias = None if values is None else expert_bias(values, ends, len(rows))
