@@ -106,7 +106,7 @@ choose_torch() {
     if [[ -n $(type -P sbatch qsub bsub) ]]; then
       about=' with CUDA for the nodes of this cluster'
     elif is_reachable "$CPU_BUILDS/torch/"; then
-      index=(--extra-index-url "$CPU_BUILDS") about=', the CPU build as there is no GPU here' without_cuda=yes
+      index=(--extra-index-url "$CPU_BUILDS") about=', the CPU build as there is no GPU here'
     else
       about=' as pip finds it, perhaps with some GB of CUDA: there is no GPU here, but the index of CPU builds cannot be reached (TORCH_INDEX_URL names another)'
     fi
@@ -115,7 +115,7 @@ choose_torch() {
 
 # install_locked FILE: install FILE, holding the lock on file descriptor 9.
 install_locked() {
-  local file=$1 made_with='' python core torch about tested='' without_cuda='' index=()
+  local file=$1 made_with='' python core torch about tested='' index=()
   flock -n 9 || { echo "another process is setting up $VENV: waiting for it" && flock 9; } >&2
   if requirements_installed "$file"; then return; fi
   if [[ -e $VENV/without-cuda ]] && has_gpu; then
@@ -140,7 +140,10 @@ install_locked() {
   env -u PIP_CONSTRAINT -u PIP_USER -u PIP_TARGET -u PIP_PREFIX "$VENV/bin/python" -m pip install --progress-bar off \
     --constraint "$SETUP_STATE/constraints.txt" "${index[@]}" -r "$ROOT/requirements.txt" -r "$ROOT/$file" "$torch" \
     2>&1 | tee -a "$SETUP_STATE/install.log" | { grep --line-buffered -E '^ *Downloading .*\([0-9.]+ [MG]B\)' >&2 || true; } || install_failed "could not install $file into $VENV"
-  if [[ -n $without_cuda ]]; then touch "$VENV/without-cuda"; fi
+  rm -f "$VENV/without-cuda"
+  if ! has_gpu && [[ -z ${TORCH_INDEX_URL-} ]] && compgen -G "$VENV/lib/python*/site-packages/torch-*+cpu.dist-info" >/dev/null; then
+    touch "$VENV/without-cuda"
+  fi
   echo "$core" >"$VENV/megatron-core.version"
   requirements_stamp requirements.txt >"$VENV/requirements.txt.stamp"
   requirements_stamp "$file" >"$VENV/$file.stamp"
