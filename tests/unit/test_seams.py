@@ -63,6 +63,7 @@ SEAMS: dict[str, list[str]] = {
     "torch.UntypedStorage.resize_": [],
     "torch.nn.Module.forward": [],
     "torch.optim.adam.Adam.exp_avg_sq": [],
+    "torch._fused_adamw_": [],
     "torch.cuda.cudart": [],
     # torchrun
     "torch.distributed.launcher.api.LocalElasticAgent": [],
@@ -83,6 +84,7 @@ SEAMS: dict[str, list[str]] = {
     "megatron.core.tensor_parallel.layers.fused_weight_gradient_mlp_cuda": [],
     "megatron.core.tensor_parallel.layers._grad_accum_fusion_available": [],
     "megatron.core.optimizer.optimizer.MegatronOptimizer.get_grad_norm": ["self"],
+    "megatron.core.transformer.transformer_block.TransformerBlock.config": [],
     "megatron.core.transformer.moe.paged_stash.paged_stash_copy_kernel": [],
     "megatron.core.models.gpt.GPTModel.output_layer": [],
     # megatron-core: methods overridden
@@ -115,8 +117,6 @@ SEAMS: dict[str, list[str]] = {
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.is_stub_optimizer": [],
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.gbuf_ranges": [],
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.model_param_group_index_map": [],
-    "megatron.core.optimizer.cpu_offloading.hybrid_optimizer.HybridDeviceOptimizer._sync_sub_optimizers_state_to_hdo": ["self"],
-    "megatron.core.optimizer.cpu_offloading.hybrid_optimizer.HybridDeviceOptimizer.sub_optimizers": [],
     "megatron.core.optimizer.USING_PYTORCH_OPTIMIZER": [],
     "megatron.core.optimizer.Adam": [],
     "megatron.core.optimizer.distrib_optimizer.Adam": [],

@@ -50,12 +50,17 @@ def describe_kernels(precision: str) -> str:
 
 
 def transformer_config(
-    architecture: Architecture, layout: Layout, precision: str = "fp32", fp8_recipe: str = "tensorwise", recompute: str = "none"
+    architecture: Architecture,
+    layout: Layout,
+    precision: str = "fp32",
+    fp8_recipe: str = "tensorwise",
+    recompute: str = "none",
+    recompute_layers: int = 0,
 ) -> TransformerConfig:
     """megatron-core's configuration of this architecture in this layout.
 
-    precision, fp8_recipe, recompute: words of PRECISION, FP8_RECIPE, RECOMPUTE (`auto` decided). A layout or a precision that
-    the model or the machine does not allow is a `UserError`.
+    precision, fp8_recipe, recompute: words of PRECISION, FP8_RECIPE, RECOMPUTE (`auto` decided). recompute_layers: of each
+    pipeline stage, recomputed whole. A layout or a precision that the model or the machine does not allow is a `UserError`.
     """
     check_layout(layout, architecture)
     params_dtype = DTYPES[precision]
@@ -101,7 +106,7 @@ def transformer_config(
         persist_layer_norm=False,
         **_parallel_fields(architecture, layout, params_dtype),
         **_moe_fields(architecture, layout),
-        **_recompute_fields(recompute),
+        **_recompute_fields(recompute, recompute_layers),
         **(_fp8_fields(fp8_recipe, architecture) if precision == "fp8" else {}),
     )
 
@@ -159,12 +164,14 @@ def _moe_fields(architecture: Architecture, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _recompute_fields(word: str) -> dict[str, Any]:
-    """`selective` recomputes norms and activation functions (DecoderLayer does it), `full` whole layers."""
+def _recompute_fields(word: str, num_layers: int) -> dict[str, Any]:
+    """`selective` recomputes norms and activation functions, which DecoderLayer does; `full`, and num_layers, whole layers."""
     if word == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if num_layers:
+        return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": num_layers}
     if word == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
+        return {"recompute_granularity": "selective", "recompute_modules": []}
     return {}
 
 
@@ -197,7 +204,7 @@ def _fp8_fields(recipe: str, architecture: Architecture) -> dict[str, Any]:
                 f"PRECISION=fp8 needs sizes that are multiples of {_FP8_BLOCK}, the model's {name} is {size}: take bf16"
             )
     history = {"fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"} if recipe == "delayed" else {}
-    # Gradients need the range of e5m2, unless a block has a scale of its own.
+    # Gradients need the range of e5m2, unless every block has its own scale.
     return {"fp8": "e4m3" if recipe == "blockwise" else "hybrid", "fp8_recipe": recipe, **history}
 
 

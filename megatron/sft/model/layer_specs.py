@@ -19,6 +19,7 @@ from megatron.sft.model.decoder_layer import DecoderLayer
 from megatron.sft.model.delta_net.layer import GatedDeltaNet
 from megatron.sft.model.experts.sparse_mlp import SparseMLP
 from megatron.sft.model.norm import ResidualNorm, ResidualSum, RMSNorm
+from megatron.sft.model.recomputation import recomputed_whole, recomputes_selectively
 
 
 def stage_layers(architecture: Architecture, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -26,17 +27,19 @@ def stage_layers(architecture: Architecture, config: TransformerConfig, vp_stage
     rank = parallel_state.get_pipeline_model_parallel_rank()
     first = get_transformer_layer_offset(config, vp_stage, rank)
     count = get_num_layers_to_build(config, vp_stage)
-    specs = {kind: _layer(architecture, config, kind) for kind in set(architecture.layers)}
-    layers = [specs[kind] for kind in architecture.layers[first : first + count]]
+    whole, selective = recomputed_whole(config, vp_stage), recomputes_selectively(config)
+    kinds = [(kind, selective and index >= whole) for index, kind in enumerate(architecture.layers[first : first + count])]
+    specs = {kind: _layer(architecture, config, *kind) for kind in set(kinds)}
+    layers = [specs[kind] for kind in kinds]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def _layer(architecture: Architecture, config: TransformerConfig, facts: Layer) -> ModuleSpec:
+def _layer(architecture: Architecture, config: TransformerConfig, facts: Layer, selective: bool) -> ModuleSpec:
     num_experts = config.num_moe_experts if facts.experts else None
     layer = get_gpt_layer_local_spec(
         num_experts=num_experts, normalization="RMSNorm", qk_layernorm=architecture.query_key_norm is not None
     )
-    layer.module, layer.params = DecoderLayer, {"architecture": architecture, "facts": facts}
+    layer.module, layer.params = DecoderLayer, {"architecture": architecture, "facts": facts, "selective": selective}
     norm = ResidualSum if architecture.norms == "after" else ResidualNorm
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     layer.submodules.sharded_state_dict_keys_map = norm_names(facts)

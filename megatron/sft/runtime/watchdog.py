@@ -68,6 +68,11 @@ def enter(part: str, iteration: int | None = None) -> None:
     _now.since = time.monotonic()
 
 
+def current_part() -> str:
+    """What the main thread is doing, as given to `enter`."""
+    return _now.part
+
+
 def touch() -> None:
     """Progress within the part (another micro-batch, another file): start its clock again."""
     _now.since = time.monotonic()
