@@ -21,6 +21,7 @@ KINDS = {
     "fp16": ["--precision", "fp16"],
     "fp8": ["--precision", "fp8"],
     "fp8 delayed": ["--precision", "fp8", "--fp8-recipe", "delayed"],
+    "fp8 blockwise": ["--precision", "fp8", "--fp8-recipe", "blockwise"],
     "bf16 optimizer": ["--optimizer-precision", "bf16"],
     "offloaded optimizer": ["--optimizer-offload", "1"],
     "selective": ["--recompute", "selective"],

@@ -106,7 +106,7 @@ def transformer_config(
         **_parallel_fields(architecture, layout, params_dtype),
         **_moe_fields(architecture, layout),
         **_recompute_fields(recompute, recompute_layers),
-        **(_fp8_fields(fp8_recipe, architecture) if precision == "fp8" else {}),
+        **(_fp8_fields(fp8_recipe, architecture, layout) if precision == "fp8" else {}),
     )
 
 
@@ -175,7 +175,7 @@ def _recompute_fields(word: str, num_layers: int) -> dict[str, Any]:
     return {}
 
 
-def _fp8_fields(recipe: str, architecture: Architecture) -> dict[str, Any]:
+def _fp8_fields(recipe: str, architecture: Architecture, layout: Layout) -> dict[str, Any]:
     """The layers' matrix products in 8 bits, on bf16 weights.
 
     `tensorwise` scales every tensor by its current largest value; `delayed` by the largest of the last 16 steps; `blockwise`
@@ -195,8 +195,8 @@ def _fp8_fields(recipe: str, architecture: Architecture) -> dict[str, Any]:
         raise UserError(refusal)
     sizes = {
         "hidden size": architecture.hidden_size,
-        "MLP width": architecture.ffn_hidden_size,
-        "query width": architecture.num_heads * architecture.head_dim,
+        "MLP width of a tensor-parallel process": architecture.ffn_hidden_size // layout.tensor_parallel,
+        "query width of a tensor-parallel process": architecture.num_heads * architecture.head_dim // layout.tensor_parallel,
     }
     if latent := architecture.latent:
         sizes |= {"vector for keys and values": latent.kv_rank, "vector for queries": latent.query_rank or 0}
