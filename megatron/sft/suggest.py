@@ -16,15 +16,15 @@ from megatron.sft.planning.fitting.recomputing import recompute_words
 from megatron.sft.planning.layouts import Suggestion, largest_parts, suggest_layouts
 from megatron.sft.planning.memory import GIB, MemorySettings, num_parameters
 from megatron.sft.planning.memory_fit import CARDS
-from megatron.sft.planning.run_time import assumed_speed, full_rows
+from megatron.sft.planning.step_time import MEASURED_GPUS, Cluster
 from megatron.sft.reporting.metrics import clock
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 
 NUM_GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def table(suggestions: list[Suggestion], speed: float, tokens: float) -> str:
-    """The suggestions as lines, with the settings to write into a recipe. speed: tokens a second of the first one."""
+def table(suggestions: list[Suggestion], step_tokens: int, tokens: float) -> str:
+    """The suggestions as lines, with the settings to write into a recipe. step_tokens: of a step; tokens: of the run, or 0."""
     lines = []
     for suggestion in suggestions:
         layout = suggestion.layout
@@ -37,10 +37,15 @@ def table(suggestions: list[Suggestion], speed: float, tokens: float) -> str:
         words = [f"{name}={size}" for name, size in sizes.items() if size > 1]
         words += ["SEQUENCE_PARALLEL=1"] * layout.sequence_parallel + [recompute_words(suggestion.settings)]
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in suggestion.memory.parts().items())
-        here = speed * suggestions[0].cost / suggestion.cost
+        here = step_tokens / suggestion.time.total
         time = f", {clock(tokens / here)} for {tokens / 1e6:,.0f} M tokens" if tokens else ""
         lines.append(f"  {' '.join(words)}  (DP {suggestion.data_parallel})")
-        lines.append(f"      about {here / 1000:,.1f}k tokens/s{time}; {suggestion.memory.total / GIB:.1f} GiB: {parts}")
+        lost = {"communication": suggestion.time.communication, "waiting for pipeline stages": suggestion.time.bubble}
+        shares = ", ".join(f"{name} {part / suggestion.time.total:.0%}" for name, part in lost.items() if part)
+        shares = f" ({shares})" if shares else ""
+        lines.append(
+            f"      about {here / 1000:,.1f}k tokens/s{shares}{time}; {suggestion.memory.total / GIB:.1f} GiB: {parts}"
+        )
     return "\n".join(lines)
 
 
@@ -125,10 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{problem}: {what_helps(architecture, asked, gpu_bytes, settings)}")
     fewest = fewest_gpus(architecture, gpu_bytes, settings, asked.global_batch_size)
     print(f"the fewest GPUs of this size: {fewest}")
-    print("layouts that fit, estimated fastest first (an H100 at 40 % of its peak, divided by what recomputation and")
-    print("communication cost; for another card set TOKENS_PER_SECOND in plan):")
-    speed = assumed_speed(architecture, full_rows(asked.row_length), asked.gpus, bool(asked.lora_rank)) / found[0].cost
-    print(table(found, speed, asked.tokens * 1e6))
+    predicted = f"; more than {MEASURED_GPUS} GPUs were not measured: a prediction" if asked.gpus > MEASURED_GPUS else ""
+    print(f"layouts that fit, estimated fastest first (for H100s, {Cluster().gpus_per_node} a host{predicted};")
+    print("for another card set TOKENS_PER_SECOND in plan):")
+    print(table(found, asked.row_length * asked.global_batch_size, asked.tokens * 1e6))
     return 0
 
 

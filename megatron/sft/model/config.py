@@ -1,6 +1,8 @@
 """megatron-core's TransformerConfig for an architecture, a layout and a precision; built here and nowhere else."""
 
 import os
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -176,10 +178,21 @@ def _recompute_fields(word: str, num_layers: int) -> dict[str, Any]:
 def _fp8_fields(recipe: str, architecture: Architecture) -> dict[str, Any]:
     """The layers' matrix products in 8 bits, on bf16 weights.
 
-    `tensorwise` scales every tensor by its current largest value; `delayed` by the largest of the last 16 steps.
+    `tensorwise` scales every tensor by its current largest value; `delayed` by the largest of the last 16 steps; `blockwise`
+    every 128 values of an activation, and every 128 x 128 of a weight, by their own.
     """
     if not has_transformer_engine():
         raise UserError("PRECISION=fp8 needs a GPU and Transformer Engine (an nvcr PyTorch container has it): take bf16")
+    import transformer_engine
+
+    found = Machine(
+        torch.cuda.get_device_name(),
+        torch.cuda.get_device_capability(),
+        str(torch.version.cuda),
+        getattr(transformer_engine, "__version__", "0"),
+    )
+    if refusal := fp8_refusal(recipe, found):
+        raise UserError(refusal)
     sizes = {
         "hidden size": architecture.hidden_size,
         "MLP width": architecture.ffn_hidden_size,
@@ -191,4 +204,33 @@ def _fp8_fields(recipe: str, architecture: Architecture) -> dict[str, Any]:
                 f"PRECISION=fp8 needs sizes that are multiples of {_FP8_BLOCK}, the model's {name} is {size}: take bf16"
             )
     history = {"fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"} if recipe == "delayed" else {}
-    return {"fp8": "hybrid", "fp8_recipe": recipe, **history}
+    # Gradients need the range of e5m2, unless every block has its own scale.
+    return {"fp8": "e4m3" if recipe == "blockwise" else "hybrid", "fp8_recipe": recipe, **history}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides whether 8-bit products are possible: versions as their libraries write them."""
+
+    gpu: str
+    capability: tuple[int, int]
+    cuda: str
+    transformer_engine: str
+
+
+def fp8_refusal(recipe: str, found: Machine) -> str:
+    """Why a machine cannot compute a recipe, in the words of a `UserError`, or nothing. The limits are Transformer Engine's."""
+    needed = (9, 0) if recipe == "blockwise" else (8, 9)
+    if found.capability < needed:
+        instead = "bf16" if found.capability < (8, 9) else "FP8_RECIPE=tensorwise"
+        return (
+            f"PRECISION=fp8 with FP8_RECIPE={recipe} needs a GPU of compute capability {needed[0]}.{needed[1]}, "
+            f"{found.gpu} has {found.capability[0]}.{found.capability[1]}: take {instead}"
+        )
+    if recipe != "blockwise":
+        return ""
+    for name, version, least in (("CUDA", found.cuda, (12, 9)), ("Transformer Engine", found.transformer_engine, (2, 3))):
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) < least:
+            needs = f"{name} {least[0]}.{least[1]} or newer, here is {version}"
+            return f"FP8_RECIPE=blockwise needs {needs}: take FP8_RECIPE=tensorwise"
+    return ""

@@ -7,13 +7,15 @@ from typing import Any
 
 from megatron.sft.planning import input_checks
 from megatron.sft.planning.fitting.changes import Candidate, changes_text
-from megatron.sft.planning.fitting.recomputing import recompute_cost, recompute_words, with_cheapest_recompute
+from megatron.sft.planning.fitting.recomputing import recompute_words, with_cheapest_recompute
+from megatron.sft.planning.fp8_speed import fp8_advice
 from megatron.sft.planning.memory import GIB, MemorySettings, estimate
 from megatron.sft.planning.memory_fit import fewest_gpus_text, gpu_memory, memory_settings
 from megatron.sft.planning.objective_checks import needs_pairs
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.planning.resolution import Resolution, checkpoint_bytes
-from megatron.sft.planning.run_time import full_rows, measured_rows, tokens_per_second
+from megatron.sft.planning.run_time import ESTIMATED, full_rows, measured_rows, tokens_per_second
+from megatron.sft.planning.step_time import step_time
 from megatron.sft.planning.trained_sizes import num_trained
 from megatron.sft.reporting.metrics import clock
 from megatron.sft.runtime.manifest import Files, gigabytes
@@ -34,6 +36,8 @@ def add_needs(found: Resolution) -> None:
     _add_memory(found)
     _add_disk(found)
     _add_time(found)
+    if found.architecture and found.options.precision in ("bf16", "fp8"):
+        found.add("fp8", fp8_advice(found.architecture, found.layout, found.trained.lora is not None))
 
 
 def _check_sums(found: Resolution, files: Files, check: Callable[..., None], *arguments: Any) -> None:
@@ -109,13 +113,15 @@ def _add_time(found: Resolution) -> None:
         return
     options = found.options
     load = measured_rows(found.rows) if found.rows is not None else full_rows(found.seq_length)
-    run = options.tokens_per_second, options.save, found.architecture, load, found.num_processes
-    frozen = found.trained.lora is not None
     settings = _settings(found)
-    again = recompute_cost(found.architecture, found.layout, settings) if settings else 1.0
-    speed, where = tokens_per_second(*run, frozen, two_heads=needs_pairs(options.objective), recompute=again)
+    if settings is None:
+        return
+    two_heads = needs_pairs(options.objective)
+    step = step_time(found.architecture, found.layout, found.data_parallel, settings, load, two_heads=two_heads)
+    estimated = options.global_batch_size * load.tokens / step.total
+    speed, where = tokens_per_second(options.tokens_per_second, options.save, estimated)
     tokens = found.train_iters * options.global_batch_size * load.tokens
-    if where.startswith("an assumed") and os.environ.get("MEGATRON_SFT_DEVICE") == "cpu":
+    if where.startswith(ESTIMATED) and os.environ.get("MEGATRON_SFT_DEVICE") == "cpu":
         found.add("time", f"for {tokens / 1e9:,.3f} G tokens not known on a CPU: the first steps show it")
         return
     found.add("time", f"{clock(tokens / speed)} for {tokens / 1e9:,.3f} G tokens at {speed:,.0f} tokens/s ({where})")
