@@ -12,10 +12,10 @@ from megatron.sft.families.lora import LoRA, chosen_targets
 from megatron.sft.families.trained import Trained
 from megatron.sft.hf import hub
 from megatron.sft.hf.published_configs import find_architecture
+from megatron.sft.planning.fitting.memory_fit import CARDS
 from megatron.sft.planning.fitting.recomputing import recompute_words
 from megatron.sft.planning.layouts import Suggestion, largest_parts, suggest_layouts
 from megatron.sft.planning.memory import GIB, MemorySettings, num_parameters
-from megatron.sft.planning.memory_fit import CARDS
 from megatron.sft.planning.speed.step_time import MEASURED_GPUS, Cluster
 from megatron.sft.reporting.metrics import clock
 from megatron.sft.runtime.errors import OneLineParser, UserError, run

@@ -140,7 +140,9 @@ def test_every_problem_is_listed_not_only_the_first(recipe: Path, packed_rows: P
 def test_the_gpu_that_a_run_does_not_fit_is_named(recipe: Path) -> None:
     status, output = plan(recipe, GPU_MEMORY_GIB=1)
     assert status == 2 and "has 1.0 (GPU_MEMORY_GIB): no change of one or two settings fits" in output
-    status, output = plan(recipe, GPU_MEMORY_GIB=24)
+    status, output = plan(recipe, GPU_MEMORY_GIB=24, OPTIMIZER_OFFLOAD=0.5)
+    assert line(output, "CPU memory") == "0.0 GB of all processes together for 50% of the optimizer's state"
+    assert line(output, "memory by phase").endswith(" decides")
     assert status == 0 and line(output, "GPU") == "24.0 GiB, GPU_MEMORY_GIB"
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from megatron.sft.families.lora import LoRA, chosen_targets
 from megatron.sft.families.trained import Trained
 from megatron.sft.hf.published_configs import find_architecture, published_configs
+from megatron.sft.planning.fitting.memory_fit import CARDS
 from megatron.sft.planning.memory import GIB, MemorySettings
-from megatron.sft.planning.memory_fit import CARDS
 from megatron.sft.suggest import fewest_gpus
 from tests.process.test_plan import RECIPES, line, plan
 from tests.support import tiny
