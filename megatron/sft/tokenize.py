@@ -45,6 +45,7 @@ from megatron.sft.families.registry import read_architecture
 from megatron.sft.hf.names import shown
 from megatron.sft.hf.tokenizer import auto_tokenizer_note
 from megatron.sft.planning.small_runs import check_positions, data_notes
+from megatron.sft.runtime.console import say_next
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import read_json, sha256_of_file, sha256_of_text
 
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = [validated_source(input) for input in options.inputs]
     fingerprint = _fingerprint(options, sources, template)
     if is_finished(options.prefix, fingerprint):
-        print(f"already tokenised, from the same data, tokenizer and options: {options.prefix}.bin, .idx, .json")
+        print(f"already tokenised, from the same data, tokenizer and options:\n{options.prefix}.bin, .idx, .json")
         if facts := TokenizedRows(options.prefix).manifest.get("read_lengths"):
             print(lengths_line(facts))
     else:
@@ -107,17 +108,17 @@ def _say_next(options: Options) -> None:
     """What the data is too small for, and the command that comes next."""
     manifest = TokenizedRows(options.prefix).manifest
     for note in data_notes(manifest["rows"], manifest["conversations"]):
-        print(f"note: {note}")
+        say_next(f"note: {note}")
     model, source = options.tokenizer, options.inputs[0].name
     if not (model / "config.json").is_file() or len(options.inputs) > 1:
         what = "in a recipe of scripts/sft/"
         if "pairs" in manifest:
             what = "and OBJECTIVE=dpo in a recipe, such as scripts/dpo/DPO_Qwen2.5.sh"
-        print(f"then: set DATA_PATH={options.prefix} {what}")
+        say_next(f"then: set DATA_PATH={options.prefix} {what}")
     else:
         name = re.sub(r"[^\w.-]+", "_", f"{options.inputs[0].short_name}_{model.name}")
         command = ["bash", "tools/new_recipe", name, shown(model), source, str(options.seq_length)]
-        print(f"next: {shlex.join(command)}")
+        say_next(f"next: {shlex.join(command)}")
 
 
 def _check_length(options: Options) -> None:

@@ -43,6 +43,7 @@ from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import check_free_space
 
+SMALLEST_OF_HINTS = 50_000_000  # parameters: smaller models are trained from the beginning, with larger rates
 Result = TypeVar("Result")
 Line = tuple[str, str]  # a name and its value, for people
 
@@ -158,7 +159,7 @@ def _resolve_trained(found: Resolution, architecture: Architecture) -> None:
         return
     found.trained = trained
     found.add("trained", describe(architecture, trained))
-    if hint := lr_hint(found.options, trained):
+    if num_parameters(architecture) >= SMALLEST_OF_HINTS and (hint := lr_hint(found.options, trained)):
         found.add("hint", hint)
     if found.start is None:
         return
@@ -259,7 +260,7 @@ def _resolve_steps(found: Resolution) -> None:
     micro_batches = options.global_batch_size // (options.micro_batch_size * found.data_parallel)
     found.add(
         "a step",
-        f"{options.global_batch_size} rows{_conversations(found)} = {micro_batches} micro-batches of "
+        f"{options.global_batch_size} rows{_conversations(found)} = {micro_batches} micro-batch{'es' * (micro_batches > 1)} of "
         f"{options.micro_batch_size} on each of {found.data_parallel} data-parallel copies",
     )
     if found.training_rows is not None and found.validation_rows is not None:
