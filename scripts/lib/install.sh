@@ -66,7 +66,7 @@ install_locked() {
   if [[ -n ${MEGATRON_SFT_CONSTRAINTS-} ]]; then index+=(--constraint "$MEGATRON_SFT_CONSTRAINTS"); fi
   echo "setting up $VENV for $file: $("$VENV/bin/python" --version), $torch; this happens once (log: $SETUP_STATE/install.log)" >&2
   if [[ -n $made_with && ! -e /dev/nvidia0 && -z ${TORCH_INDEX_URL-} && $torch == torch==2.13.0 ]]; then
-    echo "no GPU here: if pip downloads nvidia packages (some GB), stop it with Ctrl-C and set TORCH_INDEX_URL to the index of CPU builds that PyTorch's installation page names" >&2
+    echo "no GPU here: pip may download nvidia packages of some GB; if no GPU node will use this environment, stop it with Ctrl-C and set TORCH_INDEX_URL as .github/workflows/ci.yml does" >&2
   fi
   # NVIDIA's containers set PIP_CONSTRAINT to pins that forbid newer requirements; our constraints still pin torch.
   env -u PIP_CONSTRAINT -u PIP_USER -u PIP_TARGET -u PIP_PREFIX "$VENV/bin/python" -m pip install --progress-bar off \
