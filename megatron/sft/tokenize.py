@@ -41,7 +41,6 @@ from megatron.sft.data.report import (
 )
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import FORMAT, TokenizedRows, is_finished, token_dtype
-from megatron.sft.families.registry import read_architecture
 from megatron.sft.hf.names import shown
 from megatron.sft.hf.tokenizer import auto_tokenizer_note
 from megatron.sft.planning.small_runs import check_positions, data_notes
@@ -125,6 +124,8 @@ def _check_length(options: Options) -> None:
     """Rows longer than the model's positions are refused now; a model that is not known here is checked when it trains."""
     path = options.tokenizer / "config.json"
     with contextlib.suppress(UserError):
+        from megatron.sft.families.registry import read_architecture  # with torch, which takes seconds
+
         architecture = read_architecture(read_json(path, "model configuration", ""), str(path))
         path = options.tokenizer
     if path == options.tokenizer:

@@ -11,13 +11,13 @@ import numpy as np
 
 from megatron.sft.checkpoint.adapter_record import read_lora_record, refuse_adapters
 from megatron.sft.checkpoint.folder import TRACKER, Checkpoint
-from megatron.sft.data.tokenized import TokenizedRows, data_file, data_prefix
+from megatron.sft.data.tokenized import TokenizedRows, data_prefix
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.trained import Trained
-from megatron.sft.hf.names import similar_folder
 from megatron.sft.hf.published_configs import unconverted
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.planning.adapter_base import base_of
+from megatron.sft.planning.first_checks import data_problems, number_problems, start_problems
 from megatron.sft.planning.memory import num_parameters
 from megatron.sft.planning.objective_checks import check_objective_fits, needs_reference, objective_problems, objective_words
 from megatron.sft.planning.options import TrainOptions
@@ -29,7 +29,6 @@ from megatron.sft.planning.run_plan import (
     eval_iters,
     exported_model,
     layout_for,
-    number_problems,
     split,
     starting_point,
     steps,
@@ -130,10 +129,7 @@ def _resolve_model(found: Resolution, mode: str) -> None:
     if not (options.save / TRACKER).exists() and not options.load.is_dir() and mode != "resume":
         known = found.attempt(unconverted, options.load)
         found.architecture, where, command = known or (None, "", "")
-        near = similar_folder(options.load)
-        found.problems.append(
-            f"PRETRAIN_CHECKPOINT_PATH {options.load} does not exist{near}: make it with scripts/2_convert.sh"
-        )
+        found.problems += start_problems(mode, options)
         found.to_do.append(command)
         found.add("start", f"not there yet{f', sizes from {where}' if where else ''}")
     elif begin := found.attempt(starting_point, mode, options):
@@ -195,8 +191,8 @@ def _resolve_processes(found: Resolution) -> None:
 
 def _resolve_data(found: Resolution) -> None:
     prefix = data_prefix(found.options.data_path)
-    if not data_file(prefix, "json").exists():
-        found.problems.append(f"DATA_PATH {prefix} does not exist: make it with scripts/3_tokenize.sh")
+    if missing := list(data_problems(found.options)):
+        found.problems += missing
         found.to_do.append(untokenized(prefix, found.options))
         found.add("data", "not there yet")
         return
