@@ -60,17 +60,6 @@ model_processes() {
   printf '%s' $((stage * ${PIPELINE_PARALLEL_SIZE:-1}))
 }
 
-# gpus_found: the number of usable GPUs of this machine, 0 without a driver.
-gpus_found() {
-  if [[ ${MEGATRON_SFT_DEVICE-} == cpu ]] || ! command -v nvidia-smi >/dev/null; then
-    printf 0
-  elif [[ -n ${CUDA_VISIBLE_DEVICES-} ]]; then
-    awk -F, '{printf "%d", NF}' <<<"$CUDA_VISIBLE_DEVICES"
-  else
-    nvidia-smi --list-gpus 2>/dev/null | wc -l
-  fi
-}
-
 whole_numbers GPUS_PER_NODE NNODES TENSOR_PARALLEL_SIZE CONTEXT_PARALLEL_SIZE EXPERT_PARALLEL_SIZE PIPELINE_PARALLEL_SIZE
 processes=${GPUS_PER_NODE:-$(gpus_found)}
 if ((processes == 0)); then processes=$(model_processes); fi

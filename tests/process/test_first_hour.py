@@ -128,7 +128,7 @@ MISTAKES = {
         "launch --standalone --nproc-per-node 1 -m megatron.sft.train resume --load nowhere --data-path x --save run",
         "OUTPUT_PATH run has no checkpoint to resume from",
     ),
-    "tokenise with no model": ("tokenize --tokenizer nowhere --input x.json --seq-length 64", "data file x.json does not exist"),
+    "tokenise with no model": ("tokenize --tokenizer nowhere --input x.json --seq-length 64", "x.json does not exist"),
     "generate": ("generate nowhere hello", "nowhere"),
     "evaluate": ("evaluate nowhere x.json", "nowhere"),
     "new recipe": ("new_recipe mine nowhere x.json", "nowhere"),
