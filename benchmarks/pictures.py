@@ -1,4 +1,4 @@
-"""Draws the README's pictures anew, from a quickstart that runs on a terminal of 115 columns.
+"""Draws the README's pictures again, from a quickstart that runs on a terminal of 115 columns.
 
 python -m benchmarks.pictures
 
@@ -37,7 +37,7 @@ def recorded(command: Sequence[str]) -> list[str]:
     child, terminal = pty.fork()
     if not child:
         os.environ |= {"TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LINES": "50"}
-        os.execvp(command[0], command)
+        os.execvp(command[0], list(command))
     output = b""
     try:
         while piece := os.read(terminal, 65536):
@@ -51,7 +51,7 @@ def recorded(command: Sequence[str]) -> list[str]:
 
 
 def screenshot(source: Path, size: tuple[int, int], scale: float, output: Path) -> None:
-    """What a browser shows of a page or SVG in a window of so many style sheet pixels, as a PNG of `scale` dots for each."""
+    """What a browser shows of a page in a window of this size in style sheet pixels, as a PNG of `scale` dots for each."""
     browser = shutil.which(BROWSER)
     if browser is None:
         raise UserError(f"{BROWSER} is not installed: apt-get install {BROWSER}")
@@ -75,7 +75,7 @@ def draw_terminal(lines: Sequence[str], title: str, folder: Path, output: Path) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    OneLineParser(prog="pictures", description="Draw the README's pictures anew.").parse_args(argv)
+    OneLineParser(prog="pictures", description="Draw the README's pictures again.").parse_args(argv)
     os.chdir(ROOT)
     lines = recorded(["bash", "scripts/quickstart.sh"])
     quickstart = Path("outputs/quickstart")

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hosts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(hosts, (socket.gethostname(), os.environ.get("GROUP_RANK", "0")))
     if len(hosts) == 1:
-        raise UserError("one process has nobody to talk to: set GPUS_PER_NODE or NNODES to more")
+        raise UserError("one process has no other to talk to: set GPUS_PER_NODE or NNODES to more")
     nodes = list(dict.fromkeys(hosts))
     seconds = time.monotonic() - started
     kind = f"{device.device_name()}, {device.backend()}"
@@ -111,7 +111,7 @@ def check_results(group: Group) -> None:
             wrong = int((got != wanted).sum())
             raise UserError(
                 f"{what} {group.name} gave {wrong} wrong numbers of {wanted.numel()} on rank {dist.get_rank()} "
-                f"({socket.gethostname()}): look for errors of its GPU or network card (nvidia-smi -q, dmesg) and exclude the node"
+                f"({socket.gethostname()}): look for errors of its GPU or network card (nvidia-smi -q, dmesg), exclude it"
             )
 
     summed = numbers * (place + 1)

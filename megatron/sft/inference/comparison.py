@@ -24,14 +24,14 @@ def write_comparison(
     lines = table_lines(scores)
     text = markdown(names, lines)
     base = table.with_suffix("") if table.suffix in (".md", ".png") else table
-    as_text, picture, beside = (base.with_name(base.name + ending) for ending in (".md", ".png", "-answers.md"))
+    as_text, picture, answers_file = (base.with_name(base.name + ending) for ending in (".md", ".png", "-answers.md"))
     models = [f"{name}: {folder}" for name, folder in zip(names, folders, strict=True)]
     draw(names, lines, picture, "\n".join([*models, time.strftime("%d %B %Y")]))
     write_text(as_text, text)
     said = f"{text}table: {as_text}, {picture}"
     if len(names) > 1 and (answers := "".join(side_by_side(names, of_task) for of_task in zip(*results, strict=True))):
-        write_text(beside, answers)
-        said += f"\nanswers side by side: {beside}"
+        write_text(answers_file, answers)
+        said += f"\nanswers side by side: {answers_file}"
     return said
 
 
