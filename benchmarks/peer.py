@@ -67,7 +67,9 @@ def _model(name: str, num_layers: int) -> Any:
     config = whole.get_text_config()
     config.tie_word_embeddings = whole.tie_word_embeddings
     config._attn_implementation = _ATTENTION
-    config._experts_implementation = "grouped_mm"  # of mixtures: all experts in one product
+    is_mixture = bool(getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None))
+    if is_mixture:
+        config._experts_implementation = "grouped_mm"  # all experts in one product
     if num_layers:
         config.num_hidden_layers = num_layers
         if getattr(config, "layer_types", None):
@@ -80,7 +82,7 @@ def _model(name: str, num_layers: int) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     torch.set_default_dtype(torch.float32)
     # Its own experts would take the place of the grouped product.
-    options = {"swiglu": False} if getattr(config, "num_experts", None) else {}
+    options = {"swiglu": False} if is_mixture else {}
     _apply_liger_kernel_to_instance(model, **options)
     result: Any = model.train()
     return result

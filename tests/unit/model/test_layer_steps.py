@@ -287,3 +287,11 @@ def test_the_gated_delta_rule_is_its_recurrence_and_conversations_do_not_share_a
         [query, key, value, decay, beta],
         20.0 if dtype == torch.float32 else 2.0,
     )
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "needed"),
+    [(9, "3.6.0", True), (9, "3.4.0+gitc5d671f9", True), (9, "3.7.1", False), (9, "3.3.1", False), (10, "3.6.0", False)],
+)
+def test_hopper_needs_tilelang_where_tritons_gradients_are_wrong(capability: int, version: str, needed: bool) -> None:
+    assert delta_net.needs_tilelang(capability, version) == needed

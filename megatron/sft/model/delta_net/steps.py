@@ -4,7 +4,11 @@ On a GPU in 16 bits the kernels of the package flash-linear-attention; in float3
 another, with chunks of tokens solved together (arXiv 2412.06464, section 3.3).
 """
 
+import os
+import shutil
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +20,9 @@ from megatron.sft.runtime.errors import UserError
 _CHUNK = 64
 # From this version on several value heads share a key head.
 _LEAST = (0, 6)
+# On Hopper these versions of Triton, from the first to before the last, compute wrong gradients of the delta rule; the package
+# then refuses, or takes tilelang's kernel (its issue 640).
+_WRONG_TRITON = ((3, 4), (3, 7, 1))
 
 
 def convolved(inputs: Tensor, weight: Tensor, runs: AttentionRuns) -> Tensor:
@@ -130,3 +137,25 @@ def check_kernels(dtype: torch.dtype, device: torch.device) -> None:
     """A `UserError` now, rather than in the first step, where the package is needed and missing."""
     if device.type == "cuda" and dtype != torch.float32:
         _flash_linear_attention()
+        _check_hopper(device)
+
+
+def _check_hopper(device: torch.device) -> None:
+    """A `UserError` where the package would refuse the first backward pass."""
+    import triton
+
+    if not needs_tilelang(torch.cuda.get_device_capability(device)[0], triton.__version__):
+        return
+    reason = f"Triton {triton.__version__} computes wrong gradients of gated delta nets on this GPU"
+    if find_spec("tilelang") is None:
+        raise UserError(f"{reason}, and tilelang, whose kernel is right, is not installed: pip install 'tilelang>=0.1.9'")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if shutil.which("nvcc") is None and not any(home and (Path(home) / "bin" / "nvcc").exists() for home in homes):
+        raise UserError(f"{reason}, and tilelang needs CUDA's compiler nvcc, which is not found: set CUDA_HOME to its folder")
+
+
+def needs_tilelang(capability: int, triton_version: str) -> bool:
+    """True for Hopper, whose major compute capability is 9, with a version of Triton that is wrong there."""
+    first, fixed = _WRONG_TRITON
+    version = tuple(int(part) for part in triton_version.split("+")[0].split(".")[:3])
+    return capability == 9 and first <= version < fixed
