@@ -158,6 +158,7 @@ def _wants_verification(verify: str, source: HFFolder) -> bool:
 def _verify(source: HFFolder, output: Path) -> None:
     from megatron.sft.conversion.logits import compare_whole
 
+    print("comparing its logits with transformers' (VERIFY=0 skips this)", flush=True)
     difference, largest = compare_whole(checkpoint_folder.open_checkpoint(output), source)
     print(f"verified: logits as transformers' to {difference:.2g} (largest {largest:.3g})")
 
