@@ -36,7 +36,7 @@ def recorded(command: Sequence[str]) -> list[str]:
     """What a command leaves on a terminal, line by line, with its colors: of a rewritten line only the last state."""
     child, terminal = pty.fork()
     if not child:
-        os.environ |= {"TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LINES": "50"}
+        os.environ.update(TERM="xterm-256color", COLUMNS=str(COLUMNS), LINES="50")
         os.execvp(command[0], list(command))
     output = b""
     try:
