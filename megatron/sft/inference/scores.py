@@ -77,13 +77,7 @@ def header(models: Sequence[str]) -> list[str]:
 
 def cells(line: TableLine) -> list[str]:
     values = ["-" if score is None else score.text for score in line.scores]
-    asked = next((score.num_questions for score in line.scores if score and score.num_questions), None)
-    return [
-        line.task,
-        line.metric + (f", n = {asked:,}" if asked else ""),
-        *values,
-        *([line.change_text] if len(line.scores) > 1 else []),
-    ]
+    return [line.task, line.metric, *values, *([line.change_text] if len(line.scores) > 1 else [])]
 
 
 def markdown(models: Sequence[str], lines: Sequence[TableLine]) -> str:
@@ -101,7 +95,11 @@ def draw(models: Sequence[str], lines: Sequence[TableLine], output: Path, captio
     figure = Figure(figsize=(0.1, 0.1), dpi=150)  # savefig fits the picture to the table
     axes = figure.subplots()
     axes.axis("off")
-    table = axes.table([names, *map(cells, lines)], loc="center", edges="B")
+    texts = [cells(line) for line in lines]
+    for words, line in zip(texts, lines, strict=True):
+        if asked := next((score.num_questions for score in line.scores if score and score.num_questions), None):
+            words[1] += f", n = {asked:,}"
+    table = axes.table([names, *texts], loc="center", edges="B")
     table.auto_set_font_size(False)
     table.auto_set_column_width(range(len(names)))
     table.scale(1, 1.9)
