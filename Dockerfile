@@ -2,12 +2,14 @@
 #
 #   docker build -t megatron-sft .
 #   bash scripts/cluster/container.sh        a shell in it as yourself, with the GPUs and this repository
-ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
+# Image and megatron-core are a pair: 0.16.1 was released with 25.11, 0.19.2 with 26.06. The set-up takes the image's.
+ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:25.11-py3
 FROM ${BASE_IMAGE}
 
 WORKDIR /opt/megatron-sft
 COPY requirements.txt ./
 COPY scripts/lib scripts/lib
+COPY constraints constraints
 # The environment is based on the image's Python. Every script uses it, including those of a repository mounted elsewhere.
 ENV MEGATRON_SFT_VENV=/opt/megatron-sft/.venv
 RUN PIP_NO_CACHE_DIR=1 bash -c 'source scripts/lib/common.sh && ensure_setup' && chmod -R a+rX /opt/megatron-sft

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,23 +11,33 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import peak_bytes
 from benchmarks.models import cut_architecture
 from benchmarks.rows import BenchmarkRows
+from benchmarks.waiting import Shares, kernels_of, shares_of_all
 from megatron.sft.checkpoint.folder import Checkpoint
+from megatron.sft.checkpoint.torch_format import EMBEDDING, OUTPUT, padded
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.rules import tensor_parallel_part
+from megatron.sft.families.sizes import weight_shape
 from megatron.sft.model import process_groups
+from megatron.sft.model.layout import Layout
+from megatron.sft.model.live_weights import LiveWeight, is_adapter, live_weights
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.planning.run_plan import RunPlan
 from megatron.sft.planning.trained_part import trained_part
-from megatron.sft.runtime import device
+from megatron.sft.runtime import device, ranks
 
 
-def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[list[float], list[float], list[float]]:
-    """Seconds and losses of the timed steps, and `peak_bytes` of the GPU with the most. Every process of the run calls it.
+def measure_steps(
+    arguments: argparse.Namespace, rows: BenchmarkRows
+) -> tuple[list[float], list[float], list[float], Shares | None]:
+    """Seconds and losses of the timed steps, `peak_bytes` of the GPU with the most; with --communication what GPUs wait for.
 
-    With --profile the first timed step is profiled instead of timed.
+    Every process of the run calls it. With --profile or --communication the first timed step is profiled instead of timed.
     """
     device.prepare()
     # Imported after `prepare`, which replaces names that megatron-core reads when it is imported.
@@ -36,14 +47,14 @@ def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[l
     plan = benchmark_plan(arguments, rows)
     with process_groups.parallel(plan.layout):
         engine = Engine(plan)
-        _randomize(engine)
+        randomize(engine)
         feeder, size = Feeder(plan), plan.options.global_batch_size
-        seconds, losses, consumed = [], [], 0
+        seconds, losses, consumed, shares = [], [], 0, None
         for step in range(arguments.warm_up + arguments.steps):
             batches = feeder.training(consumed)
             consumed += size
-            if arguments.profile and step == arguments.warm_up:
-                _profile(partial(engine.train_step, batches), arguments.profile)
+            if (arguments.profile or arguments.communication) and step == arguments.warm_up:
+                shares = _profile(partial(engine.train_step, batches), arguments.profile if ranks.is_rank_0() else "")
                 continue
             torch.cuda.synchronize()
             started = time.perf_counter()
@@ -54,7 +65,7 @@ def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[l
                 losses.append(result.loss.reduce()[0])
         peaks = torch.tensor(peak_bytes(), device=device.current(), dtype=torch.float64)
         torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
-    return seconds, losses, peaks.tolist()
+    return seconds, losses, peaks.tolist(), shares
 
 
 def benchmark_plan(arguments: argparse.Namespace, rows: BenchmarkRows) -> RunPlan:
@@ -67,6 +78,7 @@ def benchmark_plan(arguments: argparse.Namespace, rows: BenchmarkRows) -> RunPla
         precision=arguments.precision,
         fp8_recipe=arguments.fp8_recipe,
         recompute=arguments.recompute,
+        recompute_layers=arguments.recompute_layers,
         optimizer_precision=arguments.optimizer_precision,
         optimizer_offload=arguments.optimizer_offload,
         lora_rank=arguments.lora_rank,
@@ -91,25 +103,45 @@ def benchmark_plan(arguments: argparse.Namespace, rows: BenchmarkRows) -> RunPla
     )
 
 
-def _randomize(engine: Any) -> None:
-    """Weights as at the start of pretraining: normal with deviation 0.02; norms 1, biases 0."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for module in engine.chunks:
-            for name, parameter in module.named_parameters():
-                if "norm" in name:
-                    parameter.fill_(1.0)
-                elif name.endswith("bias"):
-                    parameter.zero_()
-                else:
-                    parameter.normal_(0.0, 0.02)
+@torch.no_grad()
+def randomize(engine: Any) -> None:
+    """Weights as at the start of pretraining: normal with deviation 0.02; norms 1, biases 0. The same ones in every layout."""
+    architecture, layout = engine.plan.architecture, engine.plan.layout
+    for module in engine.chunks:
+        for name, parameter in module.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            elif is_adapter(name):
+                parameter.normal_(0.0, 0.02)
+        for weight in live_weights(module, architecture, layout):
+            if weight.values.dim() > 1:
+                weight.values.copy_(_random_part(weight, architecture, layout))
     engine.optimizer.reload_model_params()
 
 
-def _profile(step: Callable[[], Any], path: str) -> None:
-    """Write a table of one step's GPU time by kernel."""
+def _random_part(weight: LiveWeight, architecture: Architecture, layout: Layout) -> torch.Tensor:
+    """This process's part of the weight, whose values follow from its name."""
+    entry, parameter = weight.entry, weight.parameter
+    generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(entry.megatron.encode()))
+    shape = weight_shape(architecture, entry.rule)
+    whole = torch.randn(shape, generator=generator, device=parameter.device, dtype=parameter.dtype) * 0.02
+    if entry.megatron in (EMBEDDING, OUTPUT):
+        whole = padded(whole, layout.padded_vocab_size(architecture))
+    if entry.expert is not None:
+        group = parallel_state.get_expert_tensor_parallel_group()
+    else:
+        group = parallel_state.get_tensor_model_parallel_group()
+    return tensor_parallel_part(entry.rule, whole, group.rank(), group.size())
+
+
+def _profile(step: Callable[[], Any], path: str) -> Shares:
+    """Write a table of one step's GPU time by kernel to `path`, if it is not empty; what the GPUs of the run wait for."""
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         step()
         torch.cuda.synchronize()
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=100))
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=100))
+    return shares_of_all(kernels_of(profiler))

@@ -12,6 +12,7 @@ same pairs, padded, with its fused head, Liger's layer kernels and precomputed r
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from benchmarks.gpu import gemm_tflops
 from benchmarks.models import cut_architecture
 from benchmarks.pair_rows import PairRows, make_pair_rows
 from benchmarks.rows import BenchmarkRows, make_rows
+from benchmarks.waiting import Shares
 from megatron.sft.families.flops import training_flops
 from megatron.sft.model.layout import Layout
 from megatron.sft.runtime import device, ranks
@@ -39,7 +41,7 @@ class Measurement:
 
     memory: the peak in GiB of the GPU with the most, of tensors and of what torch's allocator held for them. gemm_tflops: of a
     large bf16 product on this card, which says how fast the card is. losses: of the timed steps. pairs: the mean of a step.
-    padding: the share of padding in what is computed.
+    padding: the share of padding in what is computed. waiting: with --communication, of ours.
     """
 
     stack: str
@@ -54,6 +56,7 @@ class Measurement:
     gpus: int = 1
     pairs: float = 0
     padding: float = 0
+    waiting: Shares | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -73,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stack in ["ours", *(word for word in arguments.against.split(",") if word)]:
         if stack not in STACKS:
             raise UserError(f"--against {stack}: choose from {', '.join(STACKS[1:])}")
-        found.append(_in_own_process(stack, arguments.gpus, sys.argv[1:] if argv is None else argv))
+        found.append(in_own_process(stack, arguments.gpus, sys.argv[1:] if argv is None else argv))
         print(line(found[-1], found[0]), flush=True)
     return 0
 
@@ -97,13 +100,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--fp8-recipe", default="tensorwise")
     parser.add_argument("--recompute", default="none")
+    parser.add_argument("--recompute-layers", type=int, default=0)
     parser.add_argument("--optimizer-precision", default="fp32")
-    parser.add_argument("--optimizer-offload", action="store_true")
+    parser.add_argument("--optimizer-offload", type=float, default=0.0, help="share of the optimizer's state in CPU memory")
     parser.add_argument("--expert-parallel", type=int, default=1, help="processes over which experts are spread")
     parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     parser.add_argument("--peer-recompute", action="store_true", help="gradient checkpointing for the peer")
     parser.add_argument("--memory-gib", type=float, default=0, help="the most that torch may allocate")
     parser.add_argument("--against", default="peer", help=f"other stacks: {', '.join(STACKS[1:])}; '' for none")
+    parser.add_argument("--communication", action="store_true", help="measure what GPUs wait for in one step of ours")
     parser.add_argument("--profile", default="", help="file for a table of the kernels of one step")
     parser.add_argument("--stack", default="", choices=("", *STACKS), help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
@@ -119,18 +124,30 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parsed
 
 
-def _in_own_process(stack: str, gpus: int, argv: Sequence[str]) -> Measurement:
-    """Run one stack as a process, or one for each GPU; its last line of output is the measurement."""
+def in_own_process(stack: str, gpus: int, argv: Sequence[str], seconds: float | None = None) -> Measurement:
+    """Run one stack as a process, or one for each GPU; its last line of output is the measurement. seconds: its time limit."""
     command = [sys.executable, "-m", "benchmarks.train", *argv, "--stack", stack]
     if not stack.startswith("peer") and gpus > 1:
         launch = ["megatron.sft.launch", "--standalone", "--local-addr", "localhost", "--nproc-per-node", str(gpus), "-m"]
         command[2:2] = launch
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    if result.returncode:
-        reason = result.stderr.strip().splitlines()[-1:] or ["no message"]
-        print(result.stderr[-4000:], file=sys.stderr)
-        raise UserError(f"the stack {stack} ended with status {result.returncode}: {reason[0]}")
-    return Measurement(**json.loads(result.stdout.strip().splitlines()[-1]))
+    # In its own session, so that a time limit ends the launcher's processes as well.
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
+        try:
+            output, errors = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise UserError(f"the stack {stack} was ended after {seconds:.0f} s") from None
+        except KeyboardInterrupt:
+            os.killpg(process.pid, signal.SIGINT)
+            raise
+    if process.returncode:
+        reason = errors.strip().splitlines()[-1:] or ["no message"]
+        print(errors[-4000:], file=sys.stderr)
+        raise UserError(f"the stack {stack} ended with status {process.returncode}: {reason[0]}")
+    found = json.loads(output.strip().splitlines()[-1])
+    waiting = found.pop("waiting")
+    return Measurement(**found, waiting=Shares(**waiting) if waiting else None)
 
 
 def line(measured: Measurement, ours: Measurement) -> str:
@@ -159,9 +176,9 @@ def measure(arguments: argparse.Namespace) -> Measurement:
         torch.cuda.set_per_process_memory_fraction(arguments.memory_gib * 2**30 / torch.cuda.mem_get_info()[1])
     gemm = gemm_tflops()
     architecture = cut_architecture(arguments)
-    rows = _rows(arguments, architecture.vocab_size, 8 * rows_a_step)
+    rows = rows_of(arguments, architecture.vocab_size, 8 * rows_a_step)
     torch.cuda.reset_peak_memory_stats()
-    seconds, losses, peaks = _steps(arguments, rows)
+    seconds, losses, peaks, waiting = _steps(arguments, rows)
     timed = [rows.counts[index] for index in rows.used(arguments.warm_up, arguments.steps, rows_a_step)]
     measured = Measurement(
         stack=arguments.stack,
@@ -178,11 +195,13 @@ def measure(arguments: argparse.Namespace) -> Measurement:
         losses=losses,
         gpus=1 if is_peer else arguments.gpus,
         pairs=sum(row.pairs for row in timed) / arguments.steps,
+        waiting=waiting,
     )
     return _of_peers_pairs(measured, arguments, rows) if is_peer and isinstance(rows, PairRows) else measured
 
 
-def _rows(arguments: argparse.Namespace, vocabulary: int, num_rows: int) -> BenchmarkRows:
+def rows_of(arguments: argparse.Namespace, vocabulary: int, num_rows: int) -> BenchmarkRows:
+    """The rows that the options ask for, random tokens."""
     if arguments.objective == "dpo":
         prompt, answer = map(int, arguments.pair_means.split(","))
         return make_pair_rows(arguments.row_length, (prompt, answer), vocabulary, num_rows)
@@ -191,7 +210,7 @@ def _rows(arguments: argparse.Namespace, vocabulary: int, num_rows: int) -> Benc
     return make_rows(arguments.row_length, conversations, arguments.trained, vocabulary, num_rows, padded)
 
 
-def _steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[list[float], list[float], list[float]]:
+def _steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[list[float], list[float], list[float], Shares | None]:
     if not arguments.stack.startswith("peer"):
         from benchmarks import ours
 
@@ -199,10 +218,10 @@ def _steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[list[flo
     if isinstance(rows, PairRows):
         from benchmarks import peer_dpo
 
-        return peer_dpo.measure_steps(arguments, rows)
+        return *peer_dpo.measure_steps(arguments, rows), None
     from benchmarks import peer
 
-    return peer.measure_steps(arguments, rows)
+    return *peer.measure_steps(arguments, rows), None
 
 
 def _of_peers_pairs(measured: Measurement, arguments: argparse.Namespace, rows: PairRows) -> Measurement:

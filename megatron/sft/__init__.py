@@ -3,9 +3,17 @@
 `megatron` is a namespace package shared with megatron-core: there must never be a `megatron/__init__.py`.
 """
 
+import importlib.util
+import sys
 import warnings
+from types import SimpleNamespace
 
 __version__ = "0.2.0"
 
-# What megatron-core says, when it is imported, of packages that are not used here.
-warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
+# megatron-core says so when it is imported, which `device.prepare` may come after.
+warnings.filterwarnings("ignore", message="Transformer Engine and|.*Apex is not|MimoModelConfig is experimental")
+
+if importlib.util.find_spec("triton") is None:
+    # megatron-core 0.19 imports Triton for these kernels, which are not used here; torch's CPU build does not have it.
+    _absent = SimpleNamespace(GLOBAL_BLOCK_SIZE=0, paged_stash_copy_kernel=None, paged_stash_pop_kernel=None)
+    sys.modules.setdefault("megatron.core.transformer.moe.ops.paged_stash", _absent)  # type: ignore[arg-type]

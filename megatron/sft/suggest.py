@@ -12,10 +12,11 @@ from megatron.sft.families.lora import LoRA, chosen_targets
 from megatron.sft.families.trained import Trained
 from megatron.sft.hf import hub
 from megatron.sft.hf.published_configs import find_architecture
+from megatron.sft.planning.fitting.recomputing import recompute_words
 from megatron.sft.planning.layouts import Suggestion, largest_parts, suggest_layouts
 from megatron.sft.planning.memory import GIB, MemorySettings, num_parameters
 from megatron.sft.planning.memory_fit import CARDS
-from megatron.sft.planning.run_time import assumed_speed, full_rows
+from megatron.sft.planning.step_time import MEASURED_GPUS, Cluster
 from megatron.sft.reporting.metrics import clock
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 
@@ -27,8 +28,8 @@ SHOWN, EVERY = 5, 1000  # layouts
 NUM_GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def table(suggestions: list[Suggestion], speed: float, tokens: float) -> str:
-    """The suggestions as lines, with the settings to write into a recipe. speed: tokens a second of the first one."""
+def table(suggestions: list[Suggestion], step_tokens: int, tokens: float) -> str:
+    """The suggestions as lines, with the settings to write into a recipe. step_tokens: of a step; tokens: of the run, or 0."""
     lines = []
     for suggestion in suggestions:
         layout = suggestion.layout
@@ -39,12 +40,17 @@ def table(suggestions: list[Suggestion], speed: float, tokens: float) -> str:
             "EXPERT_PARALLEL_SIZE": layout.expert_parallel,
         }
         words = [f"{name}={size}" for name, size in sizes.items() if size > 1]
-        words += ["SEQUENCE_PARALLEL=1"] * layout.sequence_parallel + [f"RECOMPUTE={suggestion.recompute}"]
+        words += ["SEQUENCE_PARALLEL=1"] * layout.sequence_parallel + [recompute_words(suggestion.settings)]
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in suggestion.memory.parts().items())
-        here = speed * suggestions[0].cost / suggestion.cost
+        here = step_tokens / suggestion.time.total
         time = f", {clock(tokens / here)} for {tokens / 1e6:,.0f} M tokens" if tokens else ""
         lines.append(f"  {' '.join(words)}  (DP {suggestion.data_parallel})")
-        lines.append(f"      about {here / 1000:,.1f}k tokens/s{time}; {suggestion.memory.total / GIB:.1f} GiB: {parts}")
+        lost = {"communication": suggestion.time.communication, "waiting for pipeline stages": suggestion.time.bubble}
+        shares = ", ".join(f"{name} {part / suggestion.time.total:.0%}" for name, part in lost.items() if part)
+        shares = f" ({shares})" if shares else ""
+        lines.append(
+            f"      about {here / 1000:,.1f}k tokens/s{shares}{time}; {suggestion.memory.total / GIB:.1f} GiB: {parts}"
+        )
     return "\n".join(lines)
 
 
@@ -92,9 +98,9 @@ def what_helps(architecture: Architecture, asked: argparse.Namespace, gpu_bytes:
         advice.append(f"--gpus {fewest}")
     shorter = [length for length in (16384, 8192, 4096, 2048, 1024) if length < settings.seq_length]
     changes = {f"--row-length {length}": replace(settings, seq_length=length) for length in shorter}
-    offloaded, small = replace(settings, optimizer_offload=True), replace(settings, optimizer_precision="bf16")
-    changes |= {"--optimizer-offload": offloaded, "--optimizer-precision bf16": small}
-    changes["--optimizer-offload --optimizer-precision bf16"] = replace(offloaded, optimizer_precision="bf16")
+    offloaded, small = replace(settings, optimizer_offload=1.0), replace(settings, optimizer_precision="bf16")
+    changes |= {"--optimizer-offload 1": offloaded, "--optimizer-precision bf16": small}
+    changes["--optimizer-offload 1 --optimizer-precision bf16"] = replace(offloaded, optimizer_precision="bf16")
     for words, changed in changes.items():
         if words.startswith("--row-length") and any("--row-length" in each for each in advice):
             continue  # the longest that fits is there
@@ -147,10 +153,10 @@ def suggest(asked: argparse.Namespace, architecture: Architecture, where: str) -
         raise UserError(f"{problem}: {what_helps(architecture, asked, gpu_bytes, settings)}")
     fewest = fewest_gpus(architecture, gpu_bytes, settings, asked.global_batch_size)
     print(f"the fewest GPUs of this size: {fewest}")
-    print("layouts that fit, estimated fastest first (an H100 at 40 % of its peak, divided by what recomputation and")
-    print("communication cost; for another card set TOKENS_PER_SECOND in plan):")
-    speed = assumed_speed(architecture, full_rows(asked.row_length), asked.gpus, bool(asked.lora_rank)) / found[0].cost
-    print(table(found, speed, asked.tokens * 1e6))
+    predicted = f"; more than {MEASURED_GPUS} GPUs were not measured: a prediction" if asked.gpus > MEASURED_GPUS else ""
+    print(f"layouts that fit, estimated fastest first (for H100s, {Cluster().gpus_per_node} a host{predicted};")
+    print("for another card set TOKENS_PER_SECOND in plan):")
+    print(table(found, asked.row_length * asked.global_batch_size, asked.tokens * 1e6))
 
 
 def card_size(text: str) -> float:
@@ -184,7 +190,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--global-batch-size", type=int, default=128)
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp8", "fp32"), default="bf16")
     parser.add_argument("--optimizer-precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--optimizer-offload", action="store_true")
+    parser.add_argument("--optimizer-offload", type=float, default=0.0, help="share of the optimizer in CPU memory")
     parser.add_argument("--lora-rank", type=int, default=0, help="adapters of this rank; 0 trains all weights")
     parser.add_argument("--tokens", type=float, default=0, help="millions of tokens to train on, for the time")
     return parser.parse_args(argv)

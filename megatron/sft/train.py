@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from megatron.sft.planning.options import TrainOptions, parse
 from megatron.sft.runtime import console, ranks, watchdog
-from megatron.sft.runtime.errors import UserError, cause_of, run
+from megatron.sft.runtime.errors import UserError, cause_of, first_line, run
 from megatron.sft.runtime.signals import LOST_PEER, RESUME, StopRequest, name_of
 
 # What gloo and the store say when the process at the other end has died: an effect; the cause is reported by that process.
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{error.strerror}: {place}: check the disk or free space, then run the same command") from error
         if type(error).__name__ == "OutOfMemoryError":
             raise UserError(
-                f"the GPU's memory is full ({cause_of(error)}): take RECOMPUTE=auto or full, more GPUs, or a larger "
-                "TENSOR_PARALLEL_SIZE; tools/plan suggests sizes that fit"
+                f"the GPU's memory is full in {watchdog.current_part()} ({cause_of(error)}): take RECOMPUTE=auto, more GPUs, "
+                "or a larger TENSOR_PARALLEL_SIZE; tools/plan suggests sizes that fit"
             ) from error
         raise
     watchdog.stop()
@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(mode: str, options: TrainOptions, arguments: Sequence[str], stop: StopRequest) -> int:
     """Run in this process until the end, or until `stop` is asked for; returns the exit status."""
     # Imported here: torch takes seconds, and signals are listened to from the first moment.
+    import torch
+
     from megatron.sft.model import process_groups
     from megatron.sft.planning import input_checks
     from megatron.sft.planning.plan_text import name_without_effect, setting_lines, table
@@ -89,7 +91,15 @@ def _train(mode: str, options: TrainOptions, arguments: Sequence[str], stop: Sto
                 return RESUME
         if mode == "reference":
             return 0
-        return Run(plan, stop).train()
+        run: Run | None = None
+        try:
+            run = Run(plan, stop)
+            return run.train()
+        except torch.OutOfMemoryError as error:
+            from megatron.sft.training.steering.out_of_memory import out_of_memory_text
+
+            engine, part = run.engine if run else None, watchdog.current_part()
+            raise UserError(out_of_memory_text(plan, engine, part, first_line(error))) from error
 
 
 def _end() -> None:

@@ -4,9 +4,11 @@
 #   MEGATRON_SFT_PYTHON       a Python that already has the requirements: used as is, nothing is installed
 #   MEGATRON_SFT_VENV         the environment's folder (default: .venv in the repository; in an nvcr container the name includes the
 #                             image's version, so that a container and its host can share one repository)
-#   MEGATRON_SFT_CONSTRAINTS  a file of versions (pip's --constraint): constraints/3.11.txt has those tested by CI
-#   TORCH_INDEX_URL           an extra package index for torch (pip's --extra-index-url): PyTorch's index of CPU builds, to avoid a
-#                             CUDA build of gigabytes on a machine without a GPU, or the index of an older CUDA version
+#   MEGATRON_CORE_VERSION     0.16.1 or 0.19.2 (default: 0.16.1 with Python 3.11 and in nvcr images before 26.06, else 0.19.2)
+#   MEGATRON_SFT_CONSTRAINTS  a file of versions (default: constraints/3.12.txt and its like, by Python's version); none: the newest
+#                             that requirements.txt allows
+#   TORCH_INDEX_URL           an extra package index for torch (pip's --extra-index-url), such as that of an older CUDA version
+#                             (default: on a machine without a GPU, PyTorch's index of CPU builds if it can be reached)
 
 VENV=${MEGATRON_SFT_VENV:-$ROOT/.venv${NVIDIA_PYTORCH_VERSION:+-nvidia-$NVIDIA_PYTORCH_VERSION}}
 SETUP_STATE=$VENV.setup # next to it: the lock, the log and the marker of an unfinished install
@@ -18,9 +20,14 @@ requirements_stamp() {
   { cat "$ROOT/requirements.txt" "$ROOT/$1" && stat -c '%n %s %Y' "$interpreter"; } 2>/dev/null | sha256sum
 }
 
+# has_gpu: true where there is an NVIDIA GPU. A container may have any of a machine's; WSL has another name for all.
+has_gpu() { compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/dxg ]]; }
+
 # requirements_installed FILE: true if nothing changed since the install. Starts no Python.
 requirements_installed() {
-  [[ -f $VENV/$1.stamp && ! -e $SETUP_STATE/unfinished && $(requirements_stamp "$1") == "$(<"$VENV/$1.stamp")" ]]
+  [[ -f $VENV/$1.stamp && ! -e $SETUP_STATE/unfinished && $(requirements_stamp "$1") == "$(<"$VENV/$1.stamp")" ]] || return 1
+  if [[ -e $VENV/without-cuda ]] && has_gpu; then return 1; fi
+  [[ -z ${MEGATRON_CORE_VERSION-} || $MEGATRON_CORE_VERSION == "$(cat "$VENV/megatron-core.version" 2>/dev/null)" ]]
 }
 
 # ensure_requirements FILE: sets PYTHON to a Python with FILE (which may include requirements.txt) installed.
@@ -30,6 +37,7 @@ ensure_requirements() {
     PYTHON=$(type -P "$MEGATRON_SFT_PYTHON") || die "MEGATRON_SFT_PYTHON=$MEGATRON_SFT_PYTHON is not a program: give the path of a Python, or unset it"
     return
   fi
+  [[ $OSTYPE == linux* ]] || die "this system is $OSTYPE, and megatron-core is made for Linux: use a Linux machine or container, or set MEGATRON_SFT_PYTHON to a Python with requirements.txt installed"
   export PYTHON=$VENV/bin/python
   # Packages in ~/.local, installed for another Python or container, must not be mixed in.
   export PYTHONNOUSERSITE=1

@@ -12,7 +12,7 @@
 #   SPLIT=general DATA_NAME=general bash scripts/1_download.sh dataset xingyaoww/code-act
 #   OVERLONG=truncate bash scripts/3_tokenize.sh assets/checkpoints/meta_llama_Llama_2_7b_hf "assets/data/codeact/codeact.json assets/data/general/general.json" 4096
 #
-# Fits (memory by plan): 24 GB: 8 GPUs with RECOMPUTE=full; 40 GB: 4 GPUs; 48 GB: 4 GPUs; 80 GB: 4 GPUs; 141 GB: 4 GPUs
+# Fits (memory by plan): 24 GB: 8 GPUs with RECOMPUTE_LAYERS=14; 40 GB: 4 GPUs; 48 GB: 4 GPUs; 80 GB: 4 GPUs; 141 GB: 4 GPUs
 #
 # To write a new recipe, copy this file and edit it. A variable in the environment overrides the value here.
 #SBATCH --ntasks-per-node=1 --requeue --open-mode=append --signal=B:USR1@300

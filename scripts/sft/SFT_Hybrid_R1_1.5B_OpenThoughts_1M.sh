@@ -15,11 +15,11 @@
 #
 # The files of the other sizes (SFT_Hybrid_R1_7B_OpenThoughts_1M.sh, ...) list these commands for their models, and run this recipe.
 #
-# Fits with 1.5B (memory by plan): 24 GB: 4 GPUs with RECOMPUTE=full; 40 GB: 1 GPU with RECOMPUTE=full; 48 GB: 1 GPU with RECOMPUTE=full; 80 GB: 1 GPU; 141 GB: 1 GPU
-# Fits with 7B (memory by plan): 40 GB: 8 GPUs with RECOMPUTE=full; 48 GB: 8 GPUs with RECOMPUTE=full; 80 GB: 2 GPUs with RECOMPUTE=full; 141 GB: 2 GPUs
-# Fits with 14B (memory by plan): 40 GB: 16 GPUs with RECOMPUTE=full; 48 GB: 16 GPUs with RECOMPUTE=full; 80 GB: 4 GPUs with RECOMPUTE=full; 141 GB: 4 GPUs
-# Fits with 32B (memory by plan): 40 GB: 64 GPUs with RECOMPUTE=full; 48 GB: 32 GPUs with RECOMPUTE=full; 80 GB: 8 GPUs with RECOMPUTE=full; 141 GB: 8 GPUs
-# Fits with Llama_8B (memory by plan): 40 GB: 16 GPUs with RECOMPUTE=full; 48 GB: 8 GPUs with RECOMPUTE=full; 80 GB: 2 GPUs with RECOMPUTE=full; 141 GB: 2 GPUs
+# Fits with 1.5B (memory by plan): 24 GB: 4 GPUs with RECOMPUTE_LAYERS=23; 40 GB: 1 GPU with RECOMPUTE_LAYERS=22; 48 GB: 1 GPU with RECOMPUTE_LAYERS=16; 80 GB: 1 GPU; 141 GB: 1 GPU
+# Fits with 7B (memory by plan): 40 GB: 8 GPUs with RECOMPUTE_LAYERS=27; 48 GB: 8 GPUs with RECOMPUTE_LAYERS=21; 80 GB: 2 GPUs with RECOMPUTE_LAYERS=19; 141 GB: 2 GPUs
+# Fits with 14B (memory by plan): 40 GB: 16 GPUs with RECOMPUTE_LAYERS=43; 48 GB: 16 GPUs with RECOMPUTE_LAYERS=29; 80 GB: 4 GPUs with RECOMPUTE_LAYERS=21; 141 GB: 4 GPUs
+# Fits with 32B (memory by plan): 40 GB: 64 GPUs with RECOMPUTE_LAYERS=47; 48 GB: 32 GPUs with RECOMPUTE_LAYERS=50; 80 GB: 8 GPUs with RECOMPUTE_LAYERS=52; 141 GB: 8 GPUs
+# Fits with Llama_8B (memory by plan): 40 GB: 16 GPUs with RECOMPUTE_LAYERS=26; 48 GB: 8 GPUs with RECOMPUTE_LAYERS=27; 80 GB: 2 GPUs with RECOMPUTE_LAYERS=27; 141 GB: 2 GPUs
 #
 # All sizes use the values of the published 1.5B recipe; no run of another size has been published.
 #

@@ -13,10 +13,10 @@
 # Fits with 0.5B (memory by plan): 24 GB: 1 GPU; 40 GB: 1 GPU; 48 GB: 1 GPU; 80 GB: 1 GPU; 141 GB: 1 GPU
 # Fits with 1.5B (memory by plan): 24 GB: 1 GPU; 40 GB: 1 GPU; 48 GB: 1 GPU; 80 GB: 1 GPU; 141 GB: 1 GPU
 # Fits with 3B (memory by plan): 24 GB: 1 GPU; 40 GB: 1 GPU; 48 GB: 1 GPU; 80 GB: 1 GPU; 141 GB: 1 GPU
-# Fits with 7B (memory by plan): 24 GB: 1 GPU with RECOMPUTE=full; 40 GB: 1 GPU; 48 GB: 1 GPU; 80 GB: 1 GPU; 141 GB: 1 GPU
-# Fits with 14B (memory by plan): 40 GB: 1 GPU with RECOMPUTE=full; 48 GB: 1 GPU with RECOMPUTE=full; 80 GB: 1 GPU; 141 GB: 1 GPU
-# Fits with 32B (memory by plan): 80 GB: 1 GPU with RECOMPUTE=full; 141 GB: 1 GPU
-# Fits with 72B (memory by plan): 48 GB: 4 GPUs with RECOMPUTE=full; 80 GB: 4 GPUs; 141 GB: 4 GPUs
+# Fits with 7B (memory by plan): 24 GB: 1 GPU with RECOMPUTE_LAYERS=15; 40 GB: 1 GPU; 48 GB: 1 GPU; 80 GB: 1 GPU; 141 GB: 1 GPU
+# Fits with 14B (memory by plan): 40 GB: 1 GPU with RECOMPUTE_LAYERS=33; 48 GB: 1 GPU with RECOMPUTE_LAYERS=20; 80 GB: 1 GPU; 141 GB: 1 GPU
+# Fits with 32B (memory by plan): 80 GB: 1 GPU with RECOMPUTE_LAYERS=50; 141 GB: 1 GPU
+# Fits with 72B (memory by plan): 48 GB: 4 GPUs with RECOMPUTE_LAYERS=57; 80 GB: 4 GPUs; 141 GB: 4 GPUs
 #
 # 5_export.sh writes a PEFT folder, or a whole model with MERGE=1. docs/lora.md: what to choose, and how to continue an adapter.
 #

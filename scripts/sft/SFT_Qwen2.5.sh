@@ -12,11 +12,11 @@
 #
 # Fits with 0.5B (memory by plan): 24 GB: 4 GPUs; 40 GB: 4 GPUs; 48 GB: 4 GPUs; 80 GB: 4 GPUs; 141 GB: 4 GPUs
 # Fits with 1.5B (memory by plan): 24 GB: 4 GPUs; 40 GB: 4 GPUs; 48 GB: 4 GPUs; 80 GB: 4 GPUs; 141 GB: 4 GPUs
-# Fits with 3B (memory by plan): 24 GB: 4 GPUs with RECOMPUTE=full; 40 GB: 4 GPUs; 48 GB: 4 GPUs; 80 GB: 4 GPUs; 141 GB: 4 GPUs
-# Fits with 7B (memory by plan): 24 GB: 16 GPUs with RECOMPUTE=full; 40 GB: 4 GPUs with RECOMPUTE=full; 48 GB: 4 GPUs with RECOMPUTE=full; 80 GB: 4 GPUs; 141 GB: 4 GPUs
-# Fits with 14B (memory by plan): 24 GB: 32 GPUs with RECOMPUTE=full; 40 GB: 8 GPUs with RECOMPUTE=full; 48 GB: 8 GPUs with RECOMPUTE=selective; 80 GB: 8 GPUs; 141 GB: 8 GPUs
-# Fits with 32B (memory by plan): 24 GB: 64 GPUs with RECOMPUTE=full; 40 GB: 16 GPUs with RECOMPUTE=full; 48 GB: 16 GPUs with RECOMPUTE=full; 80 GB: 16 GPUs; 141 GB: 16 GPUs
-# Fits with 72B (memory by plan): 40 GB: 64 GPUs with RECOMPUTE=full; 48 GB: 64 GPUs with RECOMPUTE=full; 80 GB: 32 GPUs; 141 GB: 32 GPUs
+# Fits with 3B (memory by plan): 24 GB: 4 GPUs with RECOMPUTE_LAYERS=8; 40 GB: 4 GPUs; 48 GB: 4 GPUs; 80 GB: 4 GPUs; 141 GB: 4 GPUs
+# Fits with 7B (memory by plan): 24 GB: 16 GPUs with RECOMPUTE_LAYERS=12; 40 GB: 4 GPUs with RECOMPUTE_LAYERS=12; 48 GB: 4 GPUs with RECOMPUTE_LAYERS=6; 80 GB: 4 GPUs; 141 GB: 4 GPUs
+# Fits with 14B (memory by plan): 24 GB: 32 GPUs with RECOMPUTE_LAYERS=14; 40 GB: 8 GPUs with RECOMPUTE_LAYERS=13; 48 GB: 8 GPUs with RECOMPUTE=selective; 80 GB: 8 GPUs; 141 GB: 8 GPUs
+# Fits with 32B (memory by plan): 24 GB: 64 GPUs with RECOMPUTE_LAYERS=24; 40 GB: 16 GPUs with RECOMPUTE_LAYERS=30; 48 GB: 16 GPUs with RECOMPUTE_LAYERS=12; 80 GB: 16 GPUs; 141 GB: 16 GPUs
+# Fits with 72B (memory by plan): 40 GB: 64 GPUs with RECOMPUTE_LAYERS=9; 48 GB: 64 GPUs with RECOMPUTE_LAYERS=1; 80 GB: 32 GPUs; 141 GB: 32 GPUs
 #
 # To write a new recipe, copy this file and edit it. A variable in the environment overrides the value here.
 #SBATCH --ntasks-per-node=1 --requeue --open-mode=append --signal=B:USR1@300

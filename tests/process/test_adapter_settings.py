@@ -17,9 +17,9 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(tmp_path_factory.mktemp("adapters"), "qwen2", target_modules=TARGETS)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputed_layers_over_a_frozen_embedding_have_pefts_gradients(case: Case, recompute: str) -> None:
-    case.assert_as_peft(case.train("1x1", "--recompute", recompute))
+@pytest.mark.parametrize("option", ["--recompute selective", "--recompute full", "--recompute-layers 1"])
+def test_recomputed_layers_over_a_frozen_embedding_have_pefts_gradients(case: Case, option: str) -> None:
+    case.assert_as_peft(case.train("1x1", *option.split()))
 
 
 def test_rslora_on_q_and_v_of_a_part_of_the_model_is_pefts(case: Case) -> None:

@@ -65,7 +65,7 @@ def count() -> None:
 
     arguments = train.parse(sys.argv[1:])
     arguments.profile, arguments.steps, arguments.warm_up = "", 2, 0
-    rows, largest = train._rows(arguments, tiny.VOCAB_SIZE, 16), Largest()
+    rows, largest = train.rows_of(arguments, tiny.VOCAB_SIZE, 16), Largest()
     step, seen = Engine.train_step, {"trained": 0, "operations": 0}
 
     def counted(engine: Engine, batches: object) -> object:
@@ -86,8 +86,8 @@ def measure() -> None:
     from benchmarks import peer_dpo, train
 
     arguments = train.parse(sys.argv[1:])
-    rows = train._rows(arguments, tiny.VOCAB_SIZE, 16)
-    seconds, losses, _ = train._steps(arguments, rows)
+    rows = train.rows_of(arguments, tiny.VOCAB_SIZE, 16)
+    seconds, losses, *_ = train._steps(arguments, rows)
     used = rows.used(arguments.warm_up, arguments.steps, arguments.micro_batches)
     pairs, padding = sum(rows.counts[index].pairs for index in used) / arguments.steps, 0.0
     if arguments.stack == "peer":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bats
 # scripts/lib/setup.sh: creating and updating the environment, with the real venv and pip and packages of a few bytes.
-# shellcheck disable=SC2016,SC2164 # bash -c expands its own; bats ends a test at the first failure
+# shellcheck disable=SC2016,SC2030,SC2031,SC2164 # bash -c expands its own; tests are subshells; bats ends a test at the first failure
 bats_require_minimum_version 1.5.0
 
 setup() {
@@ -16,6 +16,10 @@ setup() {
   only_packages_of "$packages"
   root=$(copied_repository "a b's \$(c)")
   echo "one==1.0" >"$root/requirements.txt"
+}
+
+teardown() {
+  if [[ -n ${server-} ]]; then kill "$server"; fi
 }
 
 # ready: set up and list the installed packages.
@@ -89,28 +93,149 @@ ready() {
   grep -q "include-system-site-packages = true" "$root/.venv-nvidia-26.06/pyvenv.cfg"
 }
 
-@test "an unsuitable Python is named with what to do" {
-  mkdir "$BATS_TEST_TMPDIR/bin"
-  for name in python3.12 python3.11 python3 python; do
-    printf '#!/usr/bin/env bash\n[[ $1 == --version ]] && echo "Python 3.9.1" || exit 1\n' >"$BATS_TEST_TMPDIR/bin/$name"
-  done
-  chmod +x "$BATS_TEST_TMPDIR"/bin/*
-  PATH=$BATS_TEST_TMPDIR/bin:$PATH run -2 ready
-  [[ $output == *"error: no Python 3.11 or 3.12 with the venv module (python3 is Python 3.9.1): install one "* ]]
-  [[ ! -e $root/.venv ]]
+# machine PYTHON VERSION [PROGRAM...]: prints a PATH with that Python, which lacks venv, and these programs that do nothing; apt-cache
+# knows python3 and the packages in $known.
+machine() {
+  local folder="$BATS_TEST_TMPDIR/machine $1 $2 $3" name
+  mkdir "$folder"
+  for name in bash dirname readlink sed grep tail mkdir flock touch rm cat cut stat sha256sum; do ln -s "$(type -P "$name")" "$folder/$name"; done
+  cat >"$folder/$1" <<PYTHON
+#!/usr/bin/env bash
+case "\$*" in
+  --version) echo "Python $2.1" ;;
+  *ensurepip*) exit 1 ;;
+  *'%d.%d'*) echo $2 ;;
+  *) [[ $2 == 3.1[123] ]] ;;
+esac
+PYTHON
+  printf '#!/usr/bin/env bash\n[[ " python3 %s " == *" $2 "* ]]\n' "$known" >"$folder/apt-cache"
+  for name in "${@:3}"; do printf '#!/usr/bin/env bash\n' >"$folder/$name"; done
+  chmod +x "$folder/$1" "$folder/apt-cache"
+  for name in "${@:3}"; do chmod +x "$folder/$name"; done
+  echo "$folder"
+}
+
+# advised PATH: the message of the set-up there.
+advised() {
+  PATH=$1 run -2 bash -c 'source "$0/scripts/lib/common.sh"; ensure_setup' "$root"
+  [[ $output == "error: no Python 3.11, 3.12 or 3.13 with the venv module ("* && ! -e $root/.venv ]] || { echo "$output" && return 1; }
+}
+
+@test "without a suitable Python the message names what this distribution has" {
+  known=''
+  advised "$(machine python3 3.12 apt-get)" # Ubuntu 24.04 as it comes
+  [[ $output == *"(Python 3.12.1): install one, as root: apt-get install python3.12-venv; or "* ]]
+  advised "$(machine python3 3.13 apt-get)" # Debian 13
+  [[ $output == *"(Python 3.13.1): install one, as root: apt-get install python3.13-venv; or "* ]]
+  known="python3.11-venv"
+  advised "$(machine python3 3.10 apt-get)" # Ubuntu 22.04
+  [[ $output == *"(Python 3.10.1): install one, as root: apt-get install python3.11-venv (or, without root, conda create "* ]]
+  known=''
+  advised "$(machine python3 3.9 apt-get)" # Debian 11
+  [[ $output == *"(Python 3.9.1): install one, this release of the system has none of them, so conda create -n sft python=3.12 "* ]]
+  advised "$(machine python3 3.14 dnf)"
+  [[ $output == *"(Python 3.14.1): install one, as root: dnf install python3.12 (or, "* ]]
+  advised "$(machine python3 3.6 zypper)"
+  [[ $output == *"install one, as root: zypper install python312 (or, "* ]]
+  advised "$(machine python 2.7 pacman)"
+  [[ $output == *"(there is no python3): install one, for example with conda create -n sft python=3.12 and conda activate sft; or "* ]]
 }
 
 @test "a folder that is not an environment is left alone" {
   mkdir -p "$root/.venv/mine"
   run -2 ready
-  [[ $output == *"error: $root/.venv has no working Python 3.11 or 3.12 and was not created by this project: "* ]]
+  [[ $output == *"error: $root/.venv has no working Python 3.11, 3.12 or 3.13 and was not created by this project: "* ]]
   [[ -d $root/.venv/mine ]]
 }
 
-@test "MEGATRON_SFT_CONSTRAINTS names the versions to take" {
+@test "the versions of constraints/ are taken unless MEGATRON_SFT_CONSTRAINTS names others, or none" {
   package "$packages" one 1.1
+  package "$packages" one 0.9
   echo "one" >"$root/requirements.txt"
-  echo "one==1.0" >"$BATS_TEST_TMPDIR/tested.txt"
-  MEGATRON_SFT_CONSTRAINTS=$BATS_TEST_TMPDIR/tested.txt run -0 ready
+  mkdir "$root/constraints"
+  for version in 3.11 3.12 3.13; do printf '# tested\none==1.0 # here\ntorch==9.9\n' >"$root/constraints/$version.txt"; done
+  run -0 ready
   [[ $output == *"one==1.0"* && $output == *"torch==2.13.0"* ]]
+  rm -r "$root/.venv"
+  MEGATRON_SFT_CONSTRAINTS=none run -0 ready
+  [[ $output == *"one==1.1"* ]]
+  rm -r "$root/.venv"
+  echo "one==0.9" >"$BATS_TEST_TMPDIR/tested.txt"
+  MEGATRON_SFT_CONSTRAINTS=$BATS_TEST_TMPDIR/tested.txt run -0 ready
+  [[ $output == *"one==0.9"* && $output == *"torch==2.13.0"* ]]
+  rm -r "$root/.venv" "$packages"/one-1.0*
+  run -2 ready
+  [[ $output == *"MEGATRON_SFT_CONSTRAINTS=none takes others than those of $root/constraints/3.1"* ]]
+  MEGATRON_SFT_CONSTRAINTS=/nowhere run -2 ready
+  [[ $output == *"error: MEGATRON_SFT_CONSTRAINTS=/nowhere is not a file: "* ]]
+}
+
+@test "megatron-core follows Python and the image, and MEGATRON_CORE_VERSION chooses" {
+  package "$packages" megatron_core 0.16.1
+  package "$packages" megatron_core 0.19.2
+  echo "megatron-core>=0.16.1" >"$root/requirements.txt"
+  MEGATRON_CORE_VERSION=0.16.1 run -0 ready
+  [[ $output == *"megatron"?"core==0.16.1"* ]]
+  # What is installed stays in use until another is asked for.
+  run -0 ready
+  [[ $output != *"setting up"* ]]
+  MEGATRON_CORE_VERSION=0.18.0 run -2 ready
+  [[ $output == *"error: MEGATRON_CORE_VERSION is '0.18.0': give 0.16.1 or 0.19.2, or unset it"* ]]
+  source "$root/scripts/lib/setup.sh"
+  source "$root/scripts/lib/install.sh"
+  [[ $(chosen_core 3.11) == 0.16.1 && $(chosen_core 3.12) == 0.19.2 && $(chosen_core 3.13) == 0.19.2 ]]
+  [[ $(NVIDIA_PYTORCH_VERSION=25.11 chosen_core 3.12) == 0.16.1 && $(NVIDIA_PYTORCH_VERSION=26.06 chosen_core 3.12) == 0.19.2 ]]
+  [[ $(NVIDIA_PYTORCH_VERSION=25.11 MEGATRON_CORE_VERSION=0.19.2 chosen_core 3.12) == 0.19.2 ]]
+  die() { echo "$1" && exit 2; }
+  MEGATRON_CORE_VERSION=0.19.2 run -2 chosen_core 3.11
+  [[ $output == *"MEGATRON_CORE_VERSION=0.19.2 needs Python 3.12 or 3.13, and $VENV has 3.11: "* ]]
+}
+
+# with_index: pip gets torch from an index, and PyTorch's CPU builds are at another; both are folders.
+with_index() {
+  local index
+  for index in cpu all; do mkdir -p "$BATS_TEST_TMPDIR/$index/torch" "$BATS_TEST_TMPDIR/$index/one"; done
+  package "$BATS_TEST_TMPDIR/cpu/torch" torch 2.13.0+cpu
+  package "$BATS_TEST_TMPDIR/all/torch" torch 2.13.0
+  package "$BATS_TEST_TMPDIR/all/one" one 1.0
+  for index in "$BATS_TEST_TMPDIR"/{cpu,all}/*; do
+    (cd "$index" && for wheel in *.whl; do [[ ! -e $wheel ]] || echo "<a href='${wheel/+/%2B}'>$wheel</a>"; done >index.html)
+  done
+  unset PIP_NO_INDEX PIP_FIND_LINKS
+  export PIP_INDEX_URL=file://$BATS_TEST_TMPDIR/all
+  python3 -uc '
+import functools, http.server, sys
+handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=sys.argv[1])
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+print(server.server_port)
+server.serve_forever()' "$BATS_TEST_TMPDIR/cpu" >"$BATS_TEST_TMPDIR/port" 2>/dev/null 3>&- &
+  server=$!
+  until [[ -s $BATS_TEST_TMPDIR/port ]]; do sleep 0.05; done
+  sed -i "s|^CPU_BUILDS=.*|CPU_BUILDS=http://127.0.0.1:$(<"$BATS_TEST_TMPDIR/port")|" "$root/scripts/lib/install.sh"
+  sed -i 's|/dev/nvidia\[0-9\]\*|'"$BATS_TEST_TMPDIR"'/gpu|; s|/dev/dxg|/nowhere|' "$root/scripts/lib/setup.sh"
+  # This machine may be a cluster's.
+  sed -i 's/type -P sbatch qsub bsub/type -P $cluster/' "$root/scripts/lib/install.sh"
+  export cluster=no-such-program
+}
+
+@test "without a GPU torch is the CPU build, which a machine with a GPU replaces" {
+  with_index
+  run -0 ready
+  [[ $output == *", torch==2.13.0, the CPU build as there is no GPU here; "* && $output == *"torch==2.13.0+cpu"* ]]
+  run -0 ready
+  [[ $output != *"setting up"* ]]
+  touch "$BATS_TEST_TMPDIR/gpu"
+  run -0 ready
+  [[ $output == *"$root/.venv has torch's CPU build and there is a GPU here: it is made again"* ]]
+  [[ $output == *", torch==2.13.0; "* && $output != *"torch==2.13.0+cpu"* ]]
+}
+
+@test "torch has CUDA on a cluster's login node, and where the index of CPU builds cannot be reached" {
+  with_index
+  cluster=bash run -0 ready
+  [[ $output == *", torch==2.13.0 with CUDA for the nodes of this cluster; "* && $output != *"+cpu"* ]]
+  rm -r "$root/.venv"
+  kill "$server" && unset server
+  run -0 ready
+  [[ $output == *", torch==2.13.0 as pip finds it, perhaps with some GB of CUDA: "* && $output != *"+cpu"* ]]
 }

@@ -22,6 +22,7 @@ from megatron.sft.checkpoint.folder import (
 )
 from megatron.sft.checkpoint.shard_slice import ShardSlice
 from megatron.sft.checkpoint.writing import CancelledError, WrittenPart, part_from_json, write_index, write_slices
+from megatron.sft.runtime import stores
 from megatron.sft.runtime.errors import cause_of
 
 _PAUSE_SECONDS = 0.02
@@ -58,7 +59,7 @@ def _own_connection(store: Store) -> Store:
         store = store.underlying_store
         prefixes.append("_")
     assert isinstance(store, TCPStore)
-    return PrefixStore("/".join(["own", *prefixes]), TCPStore(store.host, store.port, is_master=False))
+    return PrefixStore("/".join(["own", *prefixes]), stores.connect(store.host, store.port))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 from torch import Tensor, nn
 
 from megatron.sft.checkpoint.model_shards import is_saved_copy, slices_of_range, tensors_by_parameter
@@ -25,6 +24,7 @@ from megatron.sft.runtime import device
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 PREFIX = "optimizer.state"
+_PIECE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Share:
         if not state and hasattr(self.optimizer.optimizer, "allocate"):  # training.adamw.InPlaceAdamW: lower halves are state
             self.optimizer.optimizer.initialize_state(held)
             held, state = self._held()
-        master = values.to(held.device).view_as(held)
+        master = values.view_as(held)
         if "master_param" not in state:
             held.copy_(master)
         elif state["master_param"].dtype == torch.int16:
-            rounded, state["master_param"][:] = split_master_weights(master)
+            rounded, state["master_param"][:] = split_master_weights(master.to(held.device))
             held.copy_(rounded)
         else:
             state["master_param"].copy_(master)
@@ -92,17 +92,26 @@ def join_master_weights(weights: Tensor, lower: Tensor) -> Tensor:
 
     The weight was rounded up where the lower half, read with a sign, is negative (Transformer Engine stores them the same way).
     """
-    low = lower.int()
-    upper = weights.view(torch.int16).int() - (low < 0).int()
-    return ((upper << 16) | (low & 0xFFFF)).view(torch.float32)
+    master = torch.empty_like(weights, dtype=torch.float32)
+    for high, low, joined in zip(*map(_pieces, (weights.view(torch.int16), lower, master)), strict=True):
+        wide = low.int()
+        joined.copy_((((high.int() - (wide < 0).int()) << 16) | (wide & 0xFFFF)).view(torch.float32))
+    return master
 
 
 def split_master_weights(master: Tensor) -> tuple[Tensor, Tensor]:
     """The bfloat16 weights and the int16 lower halves of float32 `master`. Inverse of `join_master_weights`."""
-    bits = master.contiguous().view(torch.int32)
-    lower = bits.to(torch.int16)  # keeps the lower 16 bits
-    upper = (bits >> 16) + (lower < 0).int()
-    return upper.to(torch.int16).view(torch.bfloat16), lower
+    master = master.contiguous()
+    weights, lower = torch.empty_like(master, dtype=torch.int16), torch.empty_like(master, dtype=torch.int16)
+    for bits, high, low in zip(*map(_pieces, (master.view(torch.int32), weights, lower)), strict=True):
+        low.copy_(bits)  # keeps the lower 16 bits
+        high.copy_((bits >> 16) + (low < 0).int())
+    return weights.view(torch.bfloat16), lower
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Its elements in pieces, so that what is computed of one takes little memory."""
+    return tensor.view(-1).split(_PIECE)
 
 
 def inner_optimizers(optimizer: Any) -> list[Any]:
@@ -215,11 +224,6 @@ def _allocate(inner: Any, record: dict[str, Any]) -> None:
         _allocate_torch(inner.optimizer)
     elif hasattr(inner.optimizer, "allocate"):  # training.adamw.InPlaceAdamW
         inner.optimizer.allocate(int(record["step"]))
-    elif isinstance(inner.optimizer, HybridDeviceOptimizer):
-        # megatron-core allocates it by a step with random gradients, which changes the weights.
-        for part in inner.optimizer.sub_optimizers:
-            _allocate_torch(part)
-        inner.optimizer._sync_sub_optimizers_state_to_hdo()
     else:
         state = inner.state_dict()
         for group in state["optimizer"]["param_groups"]:

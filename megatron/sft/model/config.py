@@ -1,6 +1,8 @@
 """megatron-core's TransformerConfig for an architecture, a layout and a precision; built here and nowhere else."""
 
 import os
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,12 +50,17 @@ def describe_kernels(precision: str) -> str:
 
 
 def transformer_config(
-    architecture: Architecture, layout: Layout, precision: str = "fp32", fp8_recipe: str = "tensorwise", recompute: str = "none"
+    architecture: Architecture,
+    layout: Layout,
+    precision: str = "fp32",
+    fp8_recipe: str = "tensorwise",
+    recompute: str = "none",
+    recompute_layers: int = 0,
 ) -> TransformerConfig:
     """megatron-core's configuration of this architecture in this layout.
 
-    precision, fp8_recipe, recompute: words of PRECISION, FP8_RECIPE, RECOMPUTE (`auto` decided). A layout or a precision that
-    the model or the machine does not allow is a `UserError`.
+    precision, fp8_recipe, recompute: words of PRECISION, FP8_RECIPE, RECOMPUTE (`auto` decided). recompute_layers: of each
+    pipeline stage, recomputed whole. A layout or a precision that the model or the machine does not allow is a `UserError`.
     """
     check_layout(layout, architecture)
     params_dtype = DTYPES[precision]
@@ -99,7 +106,7 @@ def transformer_config(
         persist_layer_norm=False,
         **_parallel_fields(architecture, layout, params_dtype),
         **_moe_fields(architecture, layout),
-        **_recompute_fields(recompute),
+        **_recompute_fields(recompute, recompute_layers),
         **(_fp8_fields(fp8_recipe, architecture) if precision == "fp8" else {}),
     )
 
@@ -157,22 +164,35 @@ def _moe_fields(architecture: Architecture, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _recompute_fields(word: str) -> dict[str, Any]:
-    """`selective` recomputes norms and activation functions (DecoderLayer does it), `full` whole layers."""
+def _recompute_fields(word: str, num_layers: int) -> dict[str, Any]:
+    """`selective` recomputes norms and activation functions, which DecoderLayer does; `full`, and num_layers, whole layers."""
     if word == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if num_layers:
+        return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": num_layers}
     if word == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
+        return {"recompute_granularity": "selective", "recompute_modules": []}
     return {}
 
 
 def _fp8_fields(recipe: str, architecture: Architecture) -> dict[str, Any]:
     """The layers' matrix products in 8 bits, on bf16 weights.
 
-    `tensorwise` scales every tensor by its current largest value; `delayed` by the largest of the last 16 steps.
+    `tensorwise` scales every tensor by its current largest value; `delayed` by the largest of the last 16 steps; `blockwise`
+    every 128 values of an activation, and every 128 x 128 of a weight, by their own.
     """
     if not has_transformer_engine():
         raise UserError("PRECISION=fp8 needs a GPU and Transformer Engine (an nvcr PyTorch container has it): take bf16")
+    import transformer_engine
+
+    found = Machine(
+        torch.cuda.get_device_name(),
+        torch.cuda.get_device_capability(),
+        str(torch.version.cuda),
+        getattr(transformer_engine, "__version__", "0"),
+    )
+    if refusal := fp8_refusal(recipe, found):
+        raise UserError(refusal)
     sizes = {
         "hidden size": architecture.hidden_size,
         "MLP width": architecture.ffn_hidden_size,
@@ -184,4 +204,33 @@ def _fp8_fields(recipe: str, architecture: Architecture) -> dict[str, Any]:
                 f"PRECISION=fp8 needs sizes that are multiples of {_FP8_BLOCK}, the model's {name} is {size}: take bf16"
             )
     history = {"fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"} if recipe == "delayed" else {}
-    return {"fp8": "hybrid", "fp8_recipe": recipe, **history}
+    # Gradients need the range of e5m2, unless every block has its own scale.
+    return {"fp8": "e4m3" if recipe == "blockwise" else "hybrid", "fp8_recipe": recipe, **history}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides whether 8-bit products are possible: versions as their libraries write them."""
+
+    gpu: str
+    capability: tuple[int, int]
+    cuda: str
+    transformer_engine: str
+
+
+def fp8_refusal(recipe: str, found: Machine) -> str:
+    """Why a machine cannot compute a recipe, in the words of a `UserError`, or nothing. The limits are Transformer Engine's."""
+    needed = (9, 0) if recipe == "blockwise" else (8, 9)
+    if found.capability < needed:
+        instead = "bf16" if found.capability < (8, 9) else "FP8_RECIPE=tensorwise"
+        return (
+            f"PRECISION=fp8 with FP8_RECIPE={recipe} needs a GPU of compute capability {needed[0]}.{needed[1]}, "
+            f"{found.gpu} has {found.capability[0]}.{found.capability[1]}: take {instead}"
+        )
+    if recipe != "blockwise":
+        return ""
+    for name, version, least in (("CUDA", found.cuda, (12, 9)), ("Transformer Engine", found.transformer_engine, (2, 3))):
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) < least:
+            needs = f"{name} {least[0]}.{least[1]} or newer, here is {version}"
+            return f"FP8_RECIPE=blockwise needs {needs}: take FP8_RECIPE=tensorwise"
+    return ""

@@ -3,7 +3,6 @@
 One forward pass for every device and every linear layer (Transformer Engine's or megatron-core's own).
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
 from megatron.sft.model.experts.sparse_mlp import SparseMLP
 from megatron.sft.model.inputs import PackedRows
-from megatron.sft.model.norm import RMSNorm
+from megatron.sft.model.norm import ProjectionNorm, RMSNorm
 from megatron.sft.model.recomputation import recompute
 from megatron.sft.model.rotary import rotate, split_and_rotate, split_heads, tables_of
 from megatron.sft.model.swiglu import output_gate, swiglu, write_swiglu
@@ -23,14 +22,32 @@ from megatron.sft.model.swiglu import output_gate, swiglu, write_swiglu
 class DecoderLayer(TransformerLayer):
     """Attention (or a gated delta net) and MLP (or experts), each normed before, after or both, and added to the residual."""
 
-    def __init__(self, *args: Any, architecture: Architecture, facts: Layer, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, architecture: Architecture, facts: Layer, selective: bool, **kwargs: Any) -> None:
+        """selective: whether norms and activation functions are recomputed in the backward pass."""
         super().__init__(*args, **kwargs)
-        self.facts, self.architecture = facts, architecture
+        self.facts, self.architecture, self.selective = facts, architecture, selective
         self.rope_index = architecture.ropes.index(facts.rope) if facts.rope else None
         if architecture.norms != "before":
             size, eps = self.config.hidden_size, self.config.layernorm_epsilon
             self.post_attention_layernorm = RMSNorm(self.config, size, eps)
             self.post_mlp_layernorm = RMSNorm(self.config, size, eps)
+        if architecture.query_key_norm == "projection" and facts.mixer != GATED_DELTA_NET:
+            head_dim, eps = architecture.head_dim, self.config.layernorm_epsilon
+            self.self_attention.q_layernorm = ProjectionNorm(self.config, head_dim, architecture.num_heads, eps)
+            self.self_attention.k_layernorm = ProjectionNorm(self.config, head_dim, architecture.num_kv_heads, eps)
+        if selective and self.config.fp8:
+            self._keep_16_bit_inputs()
+
+    def _keep_16_bit_inputs(self) -> None:
+        """Have Transformer Engine keep the inputs that are freed and filled again; it would keep 8-bit copies of them."""
+        from megatron.core.extensions.transformer_engine import set_save_original_input
+
+        if self.architecture.norms != "after":
+            set_save_original_input(self._projection_module)
+        if not isinstance(self.mlp, SparseMLP):
+            if self.architecture.norms != "after":
+                set_save_original_input(self.mlp.linear_fc1)
+            set_save_original_input(self.mlp.linear_fc2)
 
     def forward(
         self, hidden_states: Tensor, *_: Any, rotary_pos_emb: Tensor, packed_seq_params: PackedRows, **__: Any
@@ -40,18 +57,18 @@ class DecoderLayer(TransformerLayer):
         rotary_pos_emb: tables of the micro-batch for all its t tokens (on this context-parallel rank), for each of the
         architecture's `ropes` (see `SFTModel`).
         """
-        again = self.training and torch.is_grad_enabled() and self.config.recompute_granularity == "selective"
+        again = self.training and torch.is_grad_enabled() and self.selective
         # Where nothing is normed before, the layers' inputs are the residual itself.
         norms_again = again and self.architecture.norms != "after"
         residual, normed = self.input_layernorm(hidden_states)
         # [t, 1, groups * (heads / groups + 2) * head_dim], or what a gated delta net starts from
-        projected = self._input_projection(normed)[0]
+        projected = self._projection_module(normed)[0]
         if norms_again:
             recompute(normed, projected, partial(self.input_layernorm.write, residual.detach()))
         attended = self._after(self._mix(projected, rotary_pos_emb, packed_seq_params), "post_attention_layernorm")
         residual, normed = self.pre_mlp_layernorm(residual, attended)
         if isinstance(self.mlp, SparseMLP):
-            output, _ = self.mlp(normed)
+            output, _ = self.mlp(normed, again)
             return residual + self._after((output, None), "post_mlp_layernorm"), None
         kind = self.architecture.activation
         gate_up, inner_bias = self.mlp.linear_fc1(normed)
@@ -66,10 +83,9 @@ class DecoderLayer(TransformerLayer):
         return residual + self._after((output, outer_bias), "post_mlp_layernorm"), None
 
     @property
-    def _input_projection(self) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+    def _projection_module(self) -> Any:
         is_delta_net = self.facts.mixer == GATED_DELTA_NET
-        projection: Callable[..., Any] = self.self_attention.in_proj if is_delta_net else self.self_attention.linear_qkv
-        return projection
+        return self.self_attention.in_proj if is_delta_net else self.self_attention.linear_qkv
 
     def _after(self, output_and_bias: tuple[Tensor, Tensor | None], norm: str) -> Tensor:
         """What a sub-layer's output becomes before it is added to the residual."""

@@ -1,5 +1,6 @@
 """Builds the model: the one place that knows megatron-core's GPTModel and how its layers are put together here."""
 
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron.sft.model.inputs import MicroBatch, PackedRows
 from megatron.sft.model.layer_specs import stage_layers
 from megatron.sft.model.layout import Layout
 from megatron.sft.model.lora.adapters import add_adapters, freeze
+from megatron.sft.model.recomputation import recomputed_whole
 from megatron.sft.model.rotary import rotary_tables, with_query_tables
 from megatron.sft.runtime import device
 
@@ -152,13 +154,18 @@ def build_model(
         architecture=architecture,
     )
     _mark_split_parameters(model)
+    whole = recomputed_whole(config, vp_stage)
+    if config.recompute_method == "block":
+        # Of the stage's layers that are recomputed, this chunk's.
+        model.decoder.config = copy(config)
+        model.decoder.config.recompute_num_layers = whole
     if trained is not None and trained.lora is not None:
         add_adapters(model, architecture, layout, trained.lora)
     elif trained is not None:
         freeze(model, architecture, layout, trained)
     if pre_process and not model.embedding.word_embeddings.weight.requires_grad:
         trains_nothing = not any(parameter.requires_grad for parameter in model.parameters())
-        model.starts_gradient = config.recompute_granularity == "full" or trains_nothing
+        model.starts_gradient = whole > 0 or trains_nothing
     for module in model.modules():
         # Transformer Engine's layers add their weight gradients to main_grad inside the GEMM. megatron-core's switch for it
         # would ask for Apex, which only its own layers need.

@@ -1,6 +1,6 @@
 """How the layers of a stage are put together of megatron-core's parts and this project's: one spec for each layer."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from megatron.sft.model.config import has_transformer_engine
 from megatron.sft.model.decoder_layer import DecoderLayer
 from megatron.sft.model.delta_net.layer import GatedDeltaNet
 from megatron.sft.model.experts.sparse_mlp import SparseMLP
-from megatron.sft.model.norm import ProjectionNorm, ResidualNorm, ResidualSum, RMSNorm
+from megatron.sft.model.norm import ResidualNorm, ResidualSum, RMSNorm
+from megatron.sft.model.recomputation import recomputed_whole, recomputes_selectively
 
 
 def stage_layers(architecture: Architecture, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -26,17 +27,19 @@ def stage_layers(architecture: Architecture, config: TransformerConfig, vp_stage
     rank = parallel_state.get_pipeline_model_parallel_rank()
     first = get_transformer_layer_offset(config, vp_stage, rank)
     count = get_num_layers_to_build(config, vp_stage)
-    specs = {kind: _layer(architecture, config, kind) for kind in set(architecture.layers)}
-    layers = [specs[kind] for kind in architecture.layers[first : first + count]]
+    whole, selective = recomputed_whole(config, vp_stage), recomputes_selectively(config)
+    kinds = [(kind, selective and index >= whole) for index, kind in enumerate(architecture.layers[first : first + count])]
+    specs = {kind: _layer(architecture, config, *kind) for kind in set(kinds)}
+    layers = [specs[kind] for kind in kinds]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def _layer(architecture: Architecture, config: TransformerConfig, facts: Layer) -> ModuleSpec:
+def _layer(architecture: Architecture, config: TransformerConfig, facts: Layer, selective: bool) -> ModuleSpec:
     num_experts = config.num_moe_experts if facts.experts else None
     layer = get_gpt_layer_local_spec(
         num_experts=num_experts, normalization="RMSNorm", qk_layernorm=architecture.query_key_norm is not None
     )
-    layer.module, layer.params = DecoderLayer, {"architecture": architecture, "facts": facts}
+    layer.module, layer.params = DecoderLayer, {"architecture": architecture, "facts": facts, "selective": selective}
     norm = ResidualSum if architecture.norms == "after" else ResidualNorm
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     layer.submodules.sharded_state_dict_keys_map = norm_names(facts)
@@ -48,7 +51,8 @@ def _layer(architecture: Architecture, config: TransformerConfig, facts: Layer) 
         _set_attention(layer.submodules.self_attention.submodules, architecture, config, facts)
     column, row = _linear_layers()
     if not facts.experts:
-        dense = layer.submodules.mlp.submodules
+        mlp = layer.submodules.mlp  # a ModuleSpec in megatron-core 0.16, a partial in 0.19
+        dense = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
         dense.linear_fc1, dense.linear_fc2 = with_bias(column, architecture.mlp_bias), with_bias(row, architecture.mlp_bias)
     else:
         layer.submodules.mlp = SparseMLP
@@ -70,12 +74,9 @@ def _set_attention(attention: Any, architecture: Architecture, config: Transform
         from megatron.core.extensions import transformer_engine as engine
 
         attention.core_attention = engine.TEDotProductAttention
-    if architecture.query_key_norm == "projection":
-        counts = (architecture.num_heads, architecture.num_kv_heads)
-        query, key = (ModuleSpec(module=ProjectionNorm, params={"num_heads": count}) for count in counts)
-        attention.q_layernorm, attention.k_layernorm = query, key
-    else:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm if architecture.query_key_norm else None
+    # `DecoderLayer` makes norms over whole projections: megatron-core takes none that its configuration does not have.
+    by_head = architecture.query_key_norm in ("head", "rotated head")
+    attention.q_layernorm = attention.k_layernorm = RMSNorm if by_head else None
 
 
 def _linear_layers() -> tuple[type, type]:

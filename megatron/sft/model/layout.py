@@ -62,6 +62,11 @@ class Layout:
         return [ends - ends // 2, *[middle] * (stages - 2), ends // 2]
 
 
+def share_of_chunk(num_layers: int, chunk: int, num_chunks: int) -> int:
+    """Of `num_layers` layers of a pipeline stage, those in one of its interleaved chunks: as many in each, the rest first."""
+    return (num_layers + num_chunks - 1 - chunk) // num_chunks
+
+
 def check_layout(layout: Layout, architecture: Architecture) -> None:
     """A `UserError` that names the sizes that work, if the model cannot be split as asked."""
     for name, size in (

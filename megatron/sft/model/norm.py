@@ -56,10 +56,9 @@ class ResidualSum(torch.nn.Module):
 class ProjectionNorm(torch.nn.Module):
     """RMS norm over all heads of a token, which are split over tensor-parallel ranks, as its weight is."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, num_heads: int, **_: Any) -> None:
-        """hidden_size: of one head, as megatron-core asks for norms of queries and keys."""
+    def __init__(self, config: TransformerConfig, head_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
-        self.eps, self.width = eps, num_heads * hidden_size
+        self.eps, self.width = eps, num_heads * head_dim
         size = self.width // parallel_state.get_tensor_model_parallel_world_size()
         self.weight = torch.nn.Parameter(torch.ones(size, dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)

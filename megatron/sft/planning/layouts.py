@@ -5,24 +5,23 @@ from dataclasses import dataclass, replace
 
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.model.layout import Layout, check_layout
-from megatron.sft.planning.memory import MemoryEstimate, MemorySettings, cheapest_recompute, estimate
+from megatron.sft.planning.fitting.recomputing import with_cheapest_recompute
+from megatron.sft.planning.memory import MemorySettings, estimate
+from megatron.sft.planning.memory_phases import MemoryEstimate
+from megatron.sft.planning.run_time import full_rows
+from megatron.sft.planning.step_time import StepTime, step_time
 from megatron.sft.runtime.errors import UserError
-
-# Rough relative step times, only to order suggestions: recomputation, and communication between GPUs.
-_RECOMPUTE_COST = {"none": 1.0, "selective": 1.03, "full": 1.3}
-_TENSOR_COST = {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.35}
-_CONTEXT_COST = {1: 1.0, 2: 1.08, 4: 1.15, 8: 1.25}
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Parallel sizes that fit, the memory they take, and their estimated step time relative to the other suggestions."""
+    """Parallel sizes that fit, the memory they take, and the estimated time of a step of full rows."""
 
     layout: Layout
     data_parallel: int
-    recompute: str
+    settings: MemorySettings  # with the recomputation that was chosen
     memory: MemoryEstimate
-    cost: float
+    time: StepTime
 
 
 def suggest_layouts(
@@ -38,14 +37,12 @@ def suggest_layouts(
         if global_batch_size % (data_parallel * settings.micro_batch_size):
             continue
         here = replace(settings, num_micro_batches=global_batch_size // (data_parallel * settings.micro_batch_size))
-        recompute = cheapest_recompute(architecture, layout, data_parallel, here, gpu_bytes)
-        memory = estimate(architecture, layout, data_parallel, replace(here, recompute=recompute))
+        here = with_cheapest_recompute(architecture, layout, data_parallel, here, gpu_bytes)
+        memory = estimate(architecture, layout, data_parallel, here)
         if memory.fits(gpu_bytes):
-            bubble = 1 + (layout.pipeline_parallel - 1) / here.num_micro_batches
-            cost = _RECOMPUTE_COST[recompute] * _TENSOR_COST[layout.tensor_parallel] * bubble
-            cost *= _CONTEXT_COST[layout.context_parallel]
-            suggestions.append(Suggestion(layout, data_parallel, recompute, memory, cost))
-    suggestions.sort(key=lambda suggestion: (suggestion.cost, suggestion.memory.total))
+            time = step_time(architecture, layout, data_parallel, here, full_rows(settings.seq_length))
+            suggestions.append(Suggestion(layout, data_parallel, here, memory, time))
+    suggestions.sort(key=lambda suggestion: (suggestion.time.total, suggestion.memory.total))
     return suggestions[:count]
 
 
@@ -68,7 +65,7 @@ def largest_parts(
 def _layouts(architecture: Architecture, num_gpus: int, settings: MemorySettings) -> Iterator[Layout]:
     context_sizes = (1, 2, 4, 8)
     expert_sizes = (1, 2, 4, 8) if architecture.moe else (1,)
-    for tensor in _TENSOR_COST:
+    for tensor in (1, 2, 4, 8):
         for pipeline in (1, 2, 4, 8, 16):
             for context in context_sizes:
                 for expert in expert_sizes:

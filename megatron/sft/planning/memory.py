@@ -5,27 +5,24 @@ docs/performance.md compares the estimates with measured peaks.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
 from megatron.sft.families.registry import layer_rules
 from megatron.sft.families.sizes import weight_shape
 from megatron.sft.families.trained import Trained
-from megatron.sft.model.layout import HEAD_CHUNK_TOKENS, Layout
+from megatron.sft.model.layout import HEAD_CHUNK_TOKENS, Layout, share_of_chunk
+from megatron.sft.planning.memory_phases import MemoryEstimate
 from megatron.sft.planning.trained_sizes import stage_trained, unkept_inputs
 
 GIB = 2**30
-# In the order of their cost in time.
-RECOMPUTE_WORDS = ("none", "selective", "full")
 # Not part of torch's own peak: the CUDA context with cuBLAS' and Transformer Engine's workspaces, and NCCL's buffers
 # for every dimension of parallelism.
 _CONTEXT_BYTES = int(1.0 * GIB)
 _NCCL_BYTES = int(0.4 * GIB)
 # Blocks that torch's allocator keeps in addition to the tensors, as a share of the activations.
 _FRAGMENTS = 0.02
-# Share of a GPU's memory that an estimate may fill: it is not exact.
-_USABLE = 0.96
 
 
 @dataclass(frozen=True)
@@ -36,40 +33,12 @@ class MemorySettings:
     micro_batch_size: int = 1
     num_micro_batches: int = 1  # of a step on each data-parallel copy
     precision: str = "bf16"
+    fp8_recipe: str = "tensorwise"
     recompute: str = "none"
+    recompute_layers: int = 0  # of each stage, recomputed whole
     optimizer_precision: str = "fp32"
-    optimizer_offload: bool = False
+    optimizer_offload: float = 0.0  # the share of it in CPU memory
     trained: Trained = Trained()
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on one GPU of the pipeline stage that needs most."""
-
-    stage: int
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int  # kept from the forward to the backward pass
-    working: int  # the output head's chunk, or the largest tensors of one layer's backward pass
-    reserve: int  # CUDA context and NCCL: not part of torch's own figures
-
-    @property
-    def tensors(self) -> int:
-        """What torch.cuda.max_memory_reserved should show."""
-        return self.total - self.reserve
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts().values())
-
-    def fits(self, gpu_bytes: int) -> bool:
-        """True if a GPU of `gpu_bytes` bytes holds it, with a margin of 4 %."""
-        return self.total <= _USABLE * gpu_bytes
-
-    def parts(self) -> dict[str, int]:
-        """Name and bytes of each part."""
-        return {name: value for name, value in self.__dict__.items() if name != "stage"}
 
 
 def estimate(architecture: Architecture, layout: Layout, data_parallel: int, settings: MemorySettings) -> MemoryEstimate:
@@ -78,16 +47,6 @@ def estimate(architecture: Architecture, layout: Layout, data_parallel: int, set
         _stage_estimate(architecture, layout, data_parallel, settings, stage) for stage in range(layout.pipeline_parallel)
     ]
     return max(stages, key=lambda each: each.total)
-
-
-def cheapest_recompute(
-    architecture: Architecture, layout: Layout, data_parallel: int, settings: MemorySettings, gpu_bytes: int
-) -> str:
-    """The word for RECOMPUTE that costs least time and fits `gpu_bytes`; `full` where none fits."""
-    for word in RECOMPUTE_WORDS:
-        if estimate(architecture, layout, data_parallel, replace(settings, recompute=word)).fits(gpu_bytes):
-            return word
-    return RECOMPUTE_WORDS[-1]
 
 
 def num_parameters(architecture: Architecture) -> int:
@@ -144,17 +103,13 @@ def _stage_estimate(
     dense, expert = stage_parameters(architecture, layout, stage)
     copies = data_parallel * layout.context_parallel
     expert_copies = max(1, copies * layout.tensor_parallel // (layout.expert_parallel * layout.expert_tensor_parallel))
-    for_weight, for_gradient, for_optimizer = _bytes_per_parameter(settings)
+    for_weight, for_gradient, for_optimizer, for_built = _bytes_per_parameter(settings)
     trained_dense, trained_expert = dense, expert
     if not settings.trained.everything:
         trained_dense, trained_expert = stage_trained(architecture, layout, settings.trained, stage)
     tokens = settings.seq_length * settings.micro_batch_size // layout.context_parallel
     in_flight = _micro_batches_in_flight(layout, settings.num_micro_batches, stage)
-    kinds = Counter(_stage_layers(architecture, layout, stage))
-    tensors = {kind: layer_tensors(architecture, layout, settings, kind) for kind in kinds}
-    unneeded = unkept_inputs(architecture, settings.trained)
-    kept = {kind: sum(kept_tensors(tensors[kind], settings.recompute, unneeded).values()) for kind in kinds}
-    one_micro_batch = tokens * sum(count * kept[kind] for kind, count in kinds.items())
+    one_micro_batch, working = _kept_and_working(architecture, layout, settings, stage)
     weights = for_weight * (dense + expert)
     if settings.trained.lora is not None:
         weights += for_weight * (trained_dense + trained_expert)
@@ -162,8 +117,8 @@ def _stage_estimate(
         # Two copies of the linear layers' weights in 8 bits, as rows and as columns.
         split, _, _ = _parameters(architecture, _stage_layers(architecture, layout, stage))
         weights += 2 * (split // layout.tensor_parallel + expert)
-    activations = in_flight * one_micro_batch
-    working = max(_largest_layer_tensors(layer, settings.recompute) for layer in tensors.values()) * tokens
+    activations = in_flight * one_micro_batch * tokens
+    working *= tokens
     unit = _element_bytes(settings)
     if stage == layout.pipeline_parallel - 1:
         # The last layer's output, its norm, its trained tokens and their gradient, on all TP ranks alike.
@@ -171,26 +126,64 @@ def _stage_estimate(
         chunk = min(HEAD_CHUNK_TOKENS, tokens) * unit * layout.padded_vocab_size(architecture) // layout.tensor_parallel
         working = max(working, chunk)
     dimensions = (layout.tensor_parallel, layout.pipeline_parallel, layout.context_parallel, data_parallel)
+    shares = trained_dense / copies + trained_expert / expert_copies
+    largest = 4 * min(_largest_parameter(architecture, layout), shares)
     return MemoryEstimate(
         stage=stage,
         weights=int(weights),
         gradients=int(for_gradient * (trained_dense + trained_expert)),
-        optimizer=int(for_optimizer * (trained_dense / copies + trained_expert / expert_copies)),
+        optimizer=int(for_optimizer * shares),
         activations=int(activations * (1 + _FRAGMENTS)),
         working=int(working),
         reserve=_CONTEXT_BYTES + _NCCL_BYTES * sum(size > 1 for size in dimensions),
+        built=int(for_built * shares),
+        converted=int(largest) if settings.optimizer_precision == "bf16" else 0,
     )
 
 
-def _bytes_per_parameter(settings: MemorySettings) -> tuple[int, int, int]:
-    """(weight, gradient, optimizer): the optimizer's are shared by the data-parallel copies."""
-    on_gpu = not settings.optimizer_offload
+def _largest_parameter(architecture: Architecture, layout: Layout) -> float:
+    """Elements of the largest parameter on a process: the embedding, or the first projection of an MLP or of all experts."""
+    hidden, split = architecture.hidden_size, layout.tensor_parallel
+    sizes = [layout.padded_vocab_size(architecture) // split * hidden, 2 * architecture.ffn_hidden_size * hidden / split]
+    if architecture.moe:
+        experts = architecture.moe.num_experts / (layout.expert_parallel * layout.expert_tensor_parallel)
+        sizes.append(2 * architecture.moe.ffn_hidden_size * hidden * experts)
+    return max(sizes)
+
+
+def _kept_and_working(architecture: Architecture, layout: Layout, settings: MemorySettings, stage: int) -> tuple[float, float]:
+    """Bytes a token that the stage's layers keep of a micro-batch, and the most that a layer's backward pass adds to them."""
+    layers = _stage_layers(architecture, layout, stage)
+    size = len(layers) // layout.virtual_pipeline
+    whole = [
+        share_of_chunk(settings.recompute_layers, chunk, layout.virtual_pipeline) for chunk in range(layout.virtual_pipeline)
+    ]
+    words = ["full" if index % size < whole[index // size] else settings.recompute for index in range(len(layers))]
+    keeps_8_bits = settings.precision == "fp8" and settings.fp8_recipe == "delayed"
+    unneeded = unkept_inputs(architecture, settings.trained)
+    kept, freed, working = 0.0, 0.0, {True: 0.0, False: 0.0}
+    for (kind, word), count in Counter(zip(layers, words, strict=True)).items():
+        tensors = layer_tensors(architecture, layout, settings, kind)
+        if word == "selective" and keeps_8_bits:
+            word = "none"
+        of_layer = count * sum(kept_tensors(tensors, word, unneeded).values())
+        is_whole = word == "full"
+        kept, freed = kept + of_layer, freed + of_layer * (not is_whole) / layout.virtual_pipeline
+        working[is_whole] = max(working[is_whole], _largest_layer_tensors(tensors, word))
+    # The first layers' turn comes last, when what the others kept is free again.
+    return kept, max(working[False], working[True] - freed)
+
+
+def _bytes_per_parameter(settings: MemorySettings) -> tuple[int, int, float, float]:
+    """(weight, gradient, optimizer, of it before the first step): the optimizer's are shared by the data-parallel copies."""
+    on_gpu = 1 - settings.optimizer_offload
     if settings.precision == "fp32":
-        return 4, 4, 8 * on_gpu  # the weights are their own master copy
+        # The weights are their own master copy, unless others are in CPU memory.
+        return 4, 4, (12 if settings.optimizer_offload else 8) * on_gpu, 0
     if settings.optimizer_precision == "bf16":
         # Two moments, and the 16 bits that a master weight has more than the weight.
-        return 2, 2, 6 * on_gpu
-    return 2, 4, 12 * on_gpu
+        return 2, 2, 6 * on_gpu, 0
+    return 2, 4, 12 * on_gpu, 4 * (not settings.optimizer_offload)
 
 
 def _micro_batches_in_flight(layout: Layout, num_micro_batches: int, stage: int) -> float:
@@ -220,11 +213,16 @@ def layer_tensors(architecture: Architecture, layout: Layout, settings: MemorySe
     # Inputs of linear layers are kept in 8 bits, but for adapters.
     linear = 1 if settings.precision == "fp8" and settings.trained.lora is None else unit
     hidden = architecture.hidden_size / (tensor_parallel if layout.sequence_parallel else 1)
-    mixer = _delta_net_tensors if layer.mixer == GATED_DELTA_NET else _attention_tensors
+    if layer.mixer == GATED_DELTA_NET:
+        mixer = _delta_net_tensors(architecture, tensor_parallel, unit, linear)
+    else:
+        # megatron-core has the output projection keep the 16 bits that attention keeps anyway, where the scaling allows it.
+        output = linear if settings.fp8_recipe == "delayed" else unit
+        mixer = _attention_tensors(architecture, tensor_parallel, unit, output)
     tensors = {
         "layer input": unit * hidden + 4,
         "attention norm": linear * hidden,
-        **mixer(architecture, tensor_parallel, unit, linear),
+        **mixer,
         "residual": unit * hidden + 4,
         "MLP norm": linear * hidden,
     }

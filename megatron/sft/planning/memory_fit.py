@@ -5,7 +5,8 @@ from dataclasses import replace
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.trained import Trained
 from megatron.sft.model.layout import Layout
-from megatron.sft.planning.memory import GIB, MemorySettings, cheapest_recompute, estimate
+from megatron.sft.planning.fitting.recomputing import asked_recompute, recompute_words, with_cheapest_recompute
+from megatron.sft.planning.memory import GIB, MemorySettings, estimate
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.runtime import device
 
@@ -20,35 +21,37 @@ def fewest_gpus_text(architecture: Architecture, layout: Layout, settings: Memor
     for card, gib in CARDS.items():
         fewest = _fewest_gpus(architecture, layout, settings, global_batch_size, int(gib * GIB))
         if fewest:
-            gpus, recompute = fewest
-            again = f" with RECOMPUTE={recompute}" if recompute != "none" else ""
+            gpus, chosen = fewest
+            again = f" with {recompute_words(chosen)}" if chosen.recompute != "none" else ""
             found.append(f"{card}: {gpus} GPU{'s' if gpus > 1 else ''}{again}")
     return "; ".join(found) or f"no card of up to {list(CARDS)[-1]} with up to {MOST_GPUS} GPUs"
 
 
 def _fewest_gpus(
     architecture: Architecture, layout: Layout, settings: MemorySettings, global_batch_size: int, gpu_bytes: int
-) -> tuple[int, str] | None:
+) -> tuple[int, MemorySettings] | None:
     data_parallel = 1
     while data_parallel * layout.model_size <= MOST_GPUS and data_parallel * settings.micro_batch_size <= global_batch_size:
         here = replace(settings, num_micro_batches=global_batch_size // (data_parallel * settings.micro_batch_size))
-        recompute = settings.recompute
-        if recompute == "auto":
-            recompute = cheapest_recompute(architecture, layout, data_parallel, here, gpu_bytes)
-        if estimate(architecture, layout, data_parallel, replace(here, recompute=recompute)).fits(gpu_bytes):
-            return data_parallel * layout.model_size, recompute
+        if settings.recompute == "auto":
+            here = with_cheapest_recompute(architecture, layout, data_parallel, here, gpu_bytes)
+        if estimate(architecture, layout, data_parallel, here).fits(gpu_bytes):
+            return data_parallel * layout.model_size, here
         data_parallel *= 2
     return None
 
 
 def memory_settings(options: TrainOptions, seq_length: int, data_parallel: int, trained: Trained) -> MemorySettings:
     """The argument of `estimate` for a run's settings."""
+    recompute, recompute_layers = asked_recompute(options)
     return MemorySettings(
         seq_length=seq_length,
         micro_batch_size=options.micro_batch_size,
         num_micro_batches=max(1, options.global_batch_size // (options.micro_batch_size * data_parallel)),
         precision=options.precision,
-        recompute=options.recompute,
+        fp8_recipe=options.fp8_recipe,
+        recompute=recompute,
+        recompute_layers=recompute_layers,
         optimizer_precision=options.optimizer_precision,
         optimizer_offload=options.optimizer_offload,
         trained=trained,

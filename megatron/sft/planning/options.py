@@ -94,13 +94,14 @@ class TrainOptions:
     precision: str = _setting(
         "PRECISION", "of forward and backward; fp8 needs Transformer Engine", "bf16", ("bf16", "fp16", "fp8", "fp32"))
     fp8_recipe: str = _setting(
-        "FP8_RECIPE", "scale of fp8 tensors: from their current values, or from those of the last 16 steps",
-        "tensorwise", ("tensorwise", "delayed"))
+        "FP8_RECIPE", "scales of fp8: by a tensor's present values, those of its last 16 steps, or blocks of 128 (Hopper "
+        "with CUDA 12.9 and Transformer Engine 2.3, or newer)", "tensorwise", ("tensorwise", "delayed", "blockwise"))
     initial_loss_scale: float = _setting("INITIAL_LOSS_SCALE", "first loss scale of fp16", 65536.0)
     loss_scale_window: float = _setting("LOSS_SCALE_WINDOW", "good steps after which fp16 doubles its loss scale", 1000.0)
     optimizer_precision: str = _setting(
         "OPTIMIZER_PRECISION", "of gradients and moments; the master weights are float32 either way", "fp32", ("fp32", "bf16"))
-    optimizer_offload: bool = _setting("OPTIMIZER_OFFLOAD", "keep the optimizer's state in CPU memory (1 or 0)", False)
+    optimizer_offload: float = _setting(
+        "OPTIMIZER_OFFLOAD", "share of the optimizer's state that is kept in CPU memory, from 0 to 1", 0.0)
     lr: float = _setting("LR", "largest learning rate", 1e-05)
     min_lr: float = _setting("MIN_LR", "learning rate at the end", 1e-06)
     lr_decay_style: str = _setting(
@@ -120,6 +121,9 @@ class TrainOptions:
     recompute: str = _setting(
         "RECOMPUTE", "what is recomputed in the backward pass to save memory: nothing, norms and activation functions, "
         "whole layers, or the cheapest of these that fits", "none", ("none", "selective", "full", "auto"))
+    recompute_layers: int = _setting(
+        "RECOMPUTE_LAYERS", "layers of each pipeline stage, its first ones, that are recomputed whole, the others selectively: "
+        "memory and time between RECOMPUTE=selective and full; RECOMPUTE=auto finds the fewest that fit", 0)
 
     lora_rank: int = _setting("LORA_RANK", "rank of the adapters (LoRA) that are trained; 0 trains the weights themselves", 0)
     lora_alpha: float = _setting("LORA_ALPHA", "scale of the adapters, divided by the rank; 0 takes twice the rank", 0.0)
@@ -228,7 +232,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, TrainOptions]:
         parser.add_argument(
             flag_of(setting),
             dest=setting.name,
-            type=_flag if kind is bool else _objective if setting.name == "objective" else kind,
+            type=_TYPES.get(setting.name, _flag if kind is bool else kind),
             default=None if required else setting.default,
             choices=setting.metadata["choices"] or None,
             help=meaning,
@@ -261,6 +265,21 @@ def _flag(text: str) -> bool:
     if text.lower() in ("0", "false", "no", "off", ""):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is neither 1 nor 0")
+
+
+def _share(text: str) -> float:
+    if text.lower() in ("true", "yes", "on", "false", "no", "off", ""):
+        return float(_flag(text))
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
+    return share
+
+
+_TYPES: dict[str, Any] = {"objective": _objective, "optimizer_offload": _share}
 
 
 def as_markdown() -> str:

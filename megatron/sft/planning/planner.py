@@ -3,16 +3,19 @@
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from megatron.sft.planning import input_checks
-from megatron.sft.planning.memory import GIB, cheapest_recompute, estimate
+from megatron.sft.planning.fitting.changes import Candidate, changes_text
+from megatron.sft.planning.fitting.recomputing import recompute_words, with_cheapest_recompute
+from megatron.sft.planning.fp8_speed import fp8_advice
+from megatron.sft.planning.memory import GIB, MemorySettings, estimate
 from megatron.sft.planning.memory_fit import fewest_gpus_text, gpu_memory, memory_settings
 from megatron.sft.planning.objective_checks import needs_pairs
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.planning.resolution import Resolution, checkpoint_bytes
-from megatron.sft.planning.run_time import full_rows, measured_rows, tokens_per_second
+from megatron.sft.planning.run_time import ESTIMATED, full_rows, measured_rows, tokens_per_second
+from megatron.sft.planning.step_time import step_time
 from megatron.sft.reporting.metrics import clock
 from megatron.sft.runtime.manifest import Files, gigabytes
 
@@ -32,6 +35,8 @@ def add_needs(found: Resolution) -> None:
     _add_memory(found)
     _add_disk(found)
     _add_time(found)
+    if found.architecture and found.options.precision in ("bf16", "fp8"):
+        found.add("fp8", fp8_advice(found.architecture, found.layout, found.trained.lora is not None))
 
 
 def _check_sums(found: Resolution, files: Files, check: Callable[..., None], *arguments: Any) -> None:
@@ -43,28 +48,42 @@ def _check_sums(found: Resolution, files: Files, check: Callable[..., None], *ar
         found.add("checksums", f"of {num_bytes / 1e9:.1f} GB in {folder}: compared when the run starts, not here")
 
 
+def _settings(found: Resolution) -> MemorySettings | None:
+    """What the memory depends on, RECOMPUTE=auto decided; None where too little is known."""
+    options, layout = found.options, found.layout
+    if found.architecture is None or not found.data_parallel or not found.seq_length or options.micro_batch_size < 1:
+        return None
+    settings = memory_settings(options, found.seq_length, found.data_parallel, found.trained)
+    if settings.recompute != "auto":
+        return settings
+    gpu_bytes, _ = gpu_memory(options)
+    return with_cheapest_recompute(found.architecture, layout, found.data_parallel, settings, gpu_bytes or 80 * GIB)
+
+
 def _add_memory(found: Resolution) -> None:
     architecture, layout, options = found.architecture, found.layout, found.options
-    if architecture is None or not found.data_parallel or not found.seq_length or options.micro_batch_size < 1:
+    here = _settings(found)
+    if architecture is None or here is None:
         return
     settings = memory_settings(options, found.seq_length, found.data_parallel, found.trained)
     gpu_bytes, where = gpu_memory(options)
-    recompute, chosen = options.recompute, ""
-    if recompute == "auto":
-        recompute = cheapest_recompute(architecture, layout, found.data_parallel, settings, gpu_bytes or 80 * GIB)
-        chosen = "" if gpu_bytes else " (chosen for 80 GB; give GPU_MEMORY_GIB)"
-    needed = estimate(architecture, layout, found.data_parallel, replace(settings, recompute=recompute))
+    chosen = " (chosen for 80 GB; give GPU_MEMORY_GIB)" if settings.recompute == "auto" and not gpu_bytes else ""
+    needed = estimate(architecture, layout, found.data_parallel, here)
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needed.parts().items())
     stage = f" on pipeline stage {needed.stage}" if layout.pipeline_parallel > 1 else ""
-    found.add("memory of a GPU", f"{needed.total / GIB:.1f} GiB{stage} with RECOMPUTE={recompute}{chosen}: {parts}")
+    found.add("memory of a GPU", f"{needed.total / GIB:.1f} GiB{stage} with {recompute_words(here)}{chosen}: {parts}")
+    phases = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needed.phases().items())
+    found.add("memory by phase", f"{phases} GiB of tensors: {needed.decides} decides")
     if found.layout_fits:
         found.add("fits", fewest_gpus_text(architecture, layout, settings, options.global_batch_size))
     if gpu_bytes:
         found.add("GPU", f"{gpu_bytes / GIB:.1f} GiB, {where}")
     if gpu_bytes and not needed.fits(gpu_bytes):
+        largest, size = max(needed.parts().items(), key=lambda part: part[1])
+        start = Candidate(architecture, layout, found.num_processes, options.global_batch_size, here)
         found.problems.append(
-            f"a GPU needs about {needed.total / GIB:.1f} GiB and has {gpu_bytes / GIB:.1f} ({where}): take RECOMPUTE=auto, "
-            "more GPUs, or larger TENSOR_PARALLEL_SIZE or PIPELINE_PARALLEL_SIZE (tools/plan suggests some)"
+            f"a GPU needs about {needed.total / GIB:.1f} GiB in {needed.decides}, {size / GIB:.1f} of it for {largest}, and "
+            f"has {gpu_bytes / GIB:.1f} ({where}): {changes_text(start, gpu_bytes)}"
         )
 
 
@@ -90,11 +109,15 @@ def _add_time(found: Resolution) -> None:
         return
     options = found.options
     load = measured_rows(found.rows) if found.rows is not None else full_rows(found.seq_length)
-    run = options.tokens_per_second, options.save, found.architecture, load, found.num_processes
-    frozen = found.trained.lora is not None
-    speed, where = tokens_per_second(*run, frozen, two_heads=needs_pairs(options.objective))
+    settings = _settings(found)
+    if settings is None:
+        return
+    two_heads = needs_pairs(options.objective)
+    step = step_time(found.architecture, found.layout, found.data_parallel, settings, load, two_heads=two_heads)
+    estimated = options.global_batch_size * load.tokens / step.total
+    speed, where = tokens_per_second(options.tokens_per_second, options.save, estimated)
     tokens = found.train_iters * options.global_batch_size * load.tokens
-    if where.startswith("an assumed") and os.environ.get("MEGATRON_SFT_DEVICE") == "cpu":
+    if where.startswith(ESTIMATED) and os.environ.get("MEGATRON_SFT_DEVICE") == "cpu":
         found.add("time", f"for {tokens / 1e9:,.3f} G tokens not known on a CPU: the first steps show it")
         return
     found.add("time", f"{clock(tokens / speed)} for {tokens / 1e9:,.3f} G tokens at {speed:,.0f} tokens/s ({where})")

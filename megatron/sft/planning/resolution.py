@@ -18,6 +18,7 @@ from megatron.sft.hf.published_configs import unconverted
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.planning.adapter_base import base_of
 from megatron.sft.planning.first_checks import data_problems, number_problems, start_problems
+from megatron.sft.planning.fitting.recomputing import recompute_problems
 from megatron.sft.planning.memory import num_parameters
 from megatron.sft.planning.objective_checks import check_objective_fits, needs_reference, objective_problems, objective_words
 from megatron.sft.planning.options import TrainOptions
@@ -175,6 +176,7 @@ def _resolve_processes(found: Resolution) -> None:
     found.layout = layout = layout_for(found.options, found.architecture)
     found.data_parallel = found.attempt(layout.data_parallel, found.num_processes) or 0
     num_problems = len(found.problems)
+    found.problems += recompute_problems(found.options, layout, found.architecture)
     if found.architecture:
         found.attempt(check_layout, layout, found.architecture)
         found.layout_fits = len(found.problems) == num_problems

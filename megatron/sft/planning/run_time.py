@@ -1,4 +1,4 @@
-"""How long a run will take: from a given speed, the speed of an earlier part of it, or an assumed share of the peak."""
+"""How long a run will take: from a given speed, the speed of an earlier part of it, or an estimate."""
 
 import json
 import statistics
@@ -8,14 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from megatron.sft.data.tokenized import MODE_FIRST, Index, TokenizedRows, data_file, read_index
-from megatron.sft.families.architecture import Architecture
-from megatron.sft.families.flops import head_forward_flops, training_flops
 from megatron.sft.reporting.curves import METRICS
 from megatron.sft.runtime import device
 
-ASSUMED_MFU = 0.40
-# Dense bf16 peak of an H100 or H200, for a machine whose GPU is not known.
+# Dense bf16 peak of an H100 or H200, of which step_time.py has measurements.
 H100_TFLOPS = 989.4
+ESTIMATED = "estimated for"
 
 
 @dataclass(frozen=True)
@@ -46,36 +44,17 @@ def conversation_lengths(index: Index) -> np.ndarray:
     return np.add.reduceat(index.lengths, firsts, dtype=np.int64)
 
 
-def tokens_per_second(
-    given: float,
-    run_folder: Path,
-    architecture: Architecture,
-    load: RowLoad,
-    num_processes: int,
-    frozen: bool = False,
-    two_heads: bool = False,
-) -> tuple[float, str]:
-    """Tokens a second of all processes together, and the source of that figure in words. two_heads: the output head computes
-    every trained token twice in the forward pass."""
+def tokens_per_second(given: float, run_folder: Path, estimated: float) -> tuple[float, str]:
+    """Tokens a second of all processes together, and the source of that figure in words. estimated: without any other, what
+    H100s would do."""
     if given:
         return given, "TOKENS_PER_SECOND"
     if measured := _logged_speed(run_folder / METRICS):
         return measured, f"the median of {run_folder / METRICS}"
     peak = device.peak_tflops()
-    tokens, trained, squares = map(round, (load.tokens, load.trained_tokens, load.sum_squared_lengths))
-    operations = training_flops(architecture, tokens, trained, squares, frozen)
-    operations += head_forward_flops(architecture, trained) if two_heads else 0.0
-    operations /= max(tokens, 1)
-    speed = ASSUMED_MFU * (peak or H100_TFLOPS) * 1e12 / operations * num_processes
-    which = "this GPU's" if peak else "an H100's"
-    return speed, f"an assumed {ASSUMED_MFU:.0%} of {which} {peak or H100_TFLOPS:.0f} TFLOP/s; set TOKENS_PER_SECOND"
-
-
-def assumed_speed(architecture: Architecture, load: RowLoad, num_gpus: int, frozen: bool = False) -> float:
-    """Tokens a second of H100s at the assumed share of their peak."""
-    tokens, trained, squares = map(round, (load.tokens, load.trained_tokens, load.sum_squared_lengths))
-    operations = training_flops(architecture, tokens, trained, squares, frozen) / max(tokens, 1)
-    return ASSUMED_MFU * H100_TFLOPS * 1e12 / operations * num_gpus
+    if not peak:
+        return estimated, f"{ESTIMATED} H100s; set TOKENS_PER_SECOND"
+    return estimated * peak / H100_TFLOPS, f"{ESTIMATED} this GPU's {peak:.0f} TFLOP/s; set TOKENS_PER_SECOND"
 
 
 def _logged_speed(path: Path) -> float | None:

@@ -19,7 +19,8 @@ OTHER_NAMES = {
     "WARMUP_RATIO": "LR_WARMUP_FRACTION", "WARMUP_STEPS": "LR_WARMUP_ITERS", "WARMUP_ITERS": "LR_WARMUP_ITERS",
     "SAVE_STEPS": "SAVE_INTERVALS", "LOGGING_STEPS": "LOG_INTERVAL", "LOG_STEPS": "LOG_INTERVAL", "EVAL_STEPS": "EVAL_INTERVAL",
     "SAVE_TOTAL_LIMIT": "KEEP_LAST", "MAX_GRAD_NORM": "CLIP_GRAD", "GRADIENT_CLIPPING": "CLIP_GRAD",
-    "GRADIENT_CHECKPOINTING": "RECOMPUTE", "RECOMPUTE_GRANULARITY": "RECOMPUTE", "BF16": "PRECISION", "FP16": "PRECISION",
+    "GRADIENT_CHECKPOINTING": "RECOMPUTE", "RECOMPUTE_GRANULARITY": "RECOMPUTE",
+    "RECOMPUTE_NUM_LAYERS": "RECOMPUTE_LAYERS", "BF16": "PRECISION", "FP16": "PRECISION",
     "TORCH_DTYPE": "PRECISION", "OUTPUT_DIR": "OUTPUT_PATH", "SAVE_PATH": "OUTPUT_PATH",
     "MODEL_PATH": "PRETRAIN_CHECKPOINT_PATH",
     "MODEL_NAME_OR_PATH": "PRETRAIN_CHECKPOINT_PATH", "LOAD": "PRETRAIN_CHECKPOINT_PATH", "DATASET": "DATA_PATH",
@@ -54,6 +55,8 @@ def without_effect(options: TrainOptions, num_validation_rows: int | None) -> di
     unless(options.on_nan == "skip", f"ON_NAN={options.on_nan}", "MAX_SKIPPED")
     unless(options.precision == "fp8", f"PRECISION={options.precision}", "FP8_RECIPE")
     unless(options.precision == "fp16", f"PRECISION={options.precision}", "INITIAL_LOSS_SCALE", "LOSS_SCALE_WINDOW")
+    some_whole = f"RECOMPUTE_LAYERS={options.recompute_layers} recomputes the other layers selectively"
+    unless(not options.recompute_layers or options.recompute != "none", some_whole, "RECOMPUTE")
     unless(options.loss_ceiling, "LOSS_CEILING=0", "LOSS_CEILING_PATIENCE")
     adapters = ("LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS", "LORA_SCALING", "LORA_PLUS")
     unless(options.lora_rank or options.lora_init_from, "LORA_RANK=0 trains the weights themselves", *adapters)

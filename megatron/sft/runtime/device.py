@@ -6,8 +6,10 @@ GPU it replaces none. docs/seams.md lists them, with what each is for.
 """
 
 import contextlib
+import logging
 import os
 import random
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron.sft.runtime import ranks
+from megatron.sft.runtime import ranks, stores
 
 SMALLEST_FOR_THREADS = 20_000_000  # parameters; below, threads take longer to meet than to compute
 # Dense bf16 peaks in TFLOP/s from NVIDIA's data sheets (without sparsity); the name is searched in torch's device name.
@@ -191,10 +193,17 @@ def _with_split_lists(all_to_all: Callable[..., Any]) -> Callable[..., Any]:
 
 def _quieten() -> None:
     """Silence warnings of torch and megatron-core that a user of this project can do nothing about."""
-    texts = "Transformer Engine and|Apex is not|transformer_engine|.*deprecat|Setting the shape|The .grad attribute"
+    texts = "Apex is not|transformer_engine|.*deprecat|Setting the shape|The .grad attribute"
     warnings.filterwarnings("ignore", message=texts)
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
+    # megatron-core 0.19 logs these two: its own model class is to be replaced some day, and it makes an argument itself.
+    for module in ("models.gpt.gpt_model", "distributed.distributed_data_parallel"):
+        logging.getLogger(f"megatron.core.{module}").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not re.match("GPTModel IS DEPRECATED|DistributedDataParallel: full_param_layout not provided", record.getMessage())
 
 
 @contextlib.contextmanager
@@ -209,6 +218,7 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[None]:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend(), store=store, rank=0, world_size=1)
     else:
+        stores.prepare()
         device_id = current() if has_gpu() else None
         timeout = timedelta(minutes=timeout_minutes)
         torch.distributed.init_process_group(backend(), timeout=timeout, device_id=device_id)

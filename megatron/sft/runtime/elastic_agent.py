@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import parse_args, run
 
-from megatron.sft.runtime import watchdog
+from megatron.sft.runtime import stores, watchdog
 from megatron.sft.runtime.errors import UserError, fail
 from megatron.sft.runtime.signals import LOST_PEER, PASSED_ON, RESUME, STOP_SIGNALS, SignalRelay
 
@@ -219,6 +219,7 @@ def launch(arguments: Sequence[str], relay: SignalRelay, before_start: Callable[
     if "LOGLEVEL" not in os.environ:
         # torchrun's warnings and its table of failures repeat what the failing process has said.
         logging.disable(logging.ERROR)
+    stores.check_libuv()
     state = Launch(relay, before_start)
     api: Any = launcher
     api.LocalElasticAgent = partial(Agent, state)

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +66,11 @@ def enter(part: str, iteration: int | None = None) -> None:
         _now.iteration = iteration
     _now.part = part
     _now.since = time.monotonic()
+
+
+def current_part() -> str:
+    """What the main thread is doing, as given to `enter`."""
+    return _now.part
 
 
 def touch() -> None:
@@ -215,13 +219,13 @@ def open_store(address: str | None = None, port: int | None = None, seconds: flo
 
     A shared connection would not do: another thread's blocking call holds it up. Address and port default to torchrun's.
     """
-    from torch.distributed import TCPStore
+    from megatron.sft.runtime import stores  # it imports torch
 
     address, port = address or os.environ.get("MASTER_ADDR"), port or int(os.environ.get("MASTER_PORT", "0"))
     if not address or not port:
         return None
     try:
-        return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=seconds))
+        return stores.connect(address, port, seconds)
     except (RuntimeError, ValueError):
         return None
 

@@ -18,7 +18,8 @@ from megatron.sft.model.config import DTYPES, transformer_config
 from megatron.sft.model.gpt import HeadResult, SFTModel, build_model
 from megatron.sft.model.inputs import MicroBatch
 from megatron.sft.model.pipeline import run_schedule
-from megatron.sft.planning.memory import GIB, cheapest_recompute
+from megatron.sft.planning.fitting.recomputing import recompute_words, with_cheapest_recompute
+from megatron.sft.planning.memory import GIB, MemorySettings
 from megatron.sft.planning.memory_fit import gpu_memory, memory_settings
 from megatron.sft.planning.run_plan import RunPlan
 from megatron.sft.runtime import ranks, watchdog
@@ -57,8 +58,9 @@ class Engine:
         self.counters = {"skipped_steps": 0, "overflows": 0}
         options = plan.options
         dtype = DTYPES[options.precision]
-        recompute = _recompute_word(plan)
-        config = transformer_config(plan.architecture, plan.layout, options.precision, options.fp8_recipe, recompute)
+        memory = memory_of(plan)
+        recompute = memory.recompute, memory.recompute_layers
+        config = transformer_config(plan.architecture, plan.layout, options.precision, options.fp8_recipe, *recompute)
         # One chunk on each pipeline stage, or several that are interleaved.
         self.models = []
         for chunk in range(plan.layout.virtual_pipeline):
@@ -126,7 +128,7 @@ class Engine:
 
         The norm is on the CPU already, on every rank, so that looking at it costs no wait for the device.
         """
-        if self.plan.options.optimizer_precision == "bf16":
+        if self.plan.options.optimizer_precision == "bf16" or self.plan.options.optimizer_offload:
             norm = clip_in_place(self.optimizer, self.plan.options.clip_grad)
         else:
             norm = float(type(self.optimizer).get_grad_norm(self.optimizer))
@@ -147,13 +149,16 @@ class Engine:
         try:
             with self.gathered_parameters(), contextlib.ExitStack() as unsummed:
                 for model in self.models:
+                    model.train()  # or nothing would be recomputed
                     model.zero_grad_buffer()  # also re-enables the reduction of gradients
                     unsummed.enter_context(model.no_sync())
                 self._run(batches, forward_only=False)
         finally:
             config.no_sync_func, config.finalize_model_grads_func = before
         buffers = [buffer for model in self.models for buffer in [*model.buffers, *model.expert_parallel_buffers]]
-        return all(bool(torch.isfinite(buffer.grad_data).all()) for buffer in buffers)
+        # Piece by piece: a comparison makes copies of what it compares.
+        pieces = (piece for buffer in buffers for piece in buffer.grad_data.split(1 << 26))
+        return all(bool(torch.isfinite(piece).all()) for piece in pieces)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> LossSum:
         """The loss of this rank's micro-batches without training on them."""
@@ -225,13 +230,17 @@ def _finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None 
     finalize_model_grads(model, None, **options)
 
 
-def _recompute_word(plan: RunPlan) -> str:
-    """RECOMPUTE, with `auto` replaced by the cheapest choice that is estimated to fit this GPU; `none` on a CPU."""
+def memory_of(plan: RunPlan) -> MemorySettings:
+    """RECOMPUTE=auto replaced by the cheapest recomputation that is estimated to fit this GPU, by none on a CPU."""
     options = plan.options
-    gpu_bytes, _ = gpu_memory(options)
-    if options.recompute != "auto" or not gpu_bytes:
-        return "none" if options.recompute == "auto" else options.recompute
     settings = memory_settings(options, plan.seq_length, plan.data_parallel, plan.trained)
-    word = cheapest_recompute(plan.architecture, plan.layout, plan.data_parallel, settings, gpu_bytes)
-    ranks.print_rank_0(f"RECOMPUTE=auto: {word}, the cheapest that is estimated to fit {gpu_bytes / GIB:.0f} GiB")
-    return word
+    if settings.recompute != "auto":
+        return settings
+    gpu_bytes, _ = gpu_memory(options)
+    if not gpu_bytes:
+        return replace(settings, recompute="none")
+    settings = with_cheapest_recompute(plan.architecture, plan.layout, plan.data_parallel, settings, gpu_bytes)
+    ranks.print_rank_0(
+        f"RECOMPUTE=auto: {recompute_words(settings)}, the cheapest that is estimated to fit {gpu_bytes / GIB:.0f} GiB"
+    )
+    return settings

@@ -18,13 +18,21 @@ from megatron.sft.planning.options import TrainOptions
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.training.adamw import InPlaceAdamW
+from megatron.sft.training.offload import OffloadedAdamW
 
 
 def wrap_model(
     config: TransformerConfig, module: MegatronModule, options: TrainOptions, data_parallel: int, **chunk: Any
 ) -> DistributedDataParallel:
-    """The module with buffers that its gradients are summed in, reduced over data-parallel ranks while backward runs."""
-    model = DistributedDataParallel(
+    """The module with buffers that its gradients are summed in, reduced over data-parallel ranks while backward runs.
+
+    Its parameters move into one buffer, and have no values until they are loaded.
+    """
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            # megatron-core copies each into the buffer, next to which all of them would be in memory a second time.
+            parameter.data = parameter.data.new_zeros(1).expand(parameter.shape)
+    return DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=options.optimizer_precision == "fp32",
@@ -37,25 +45,11 @@ def wrap_model(
         module,
         **chunk,
     )
-    _count_padding(model)
-    return model
 
 
 def build_optimizer(options: TrainOptions, dtype: torch.dtype, models: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
     """The optimizer of these model chunks. OPTIMIZER_PRECISION=bf16 keeps gradients and moments in 16 bits."""
-    fields: dict[str, Any] = {}
-    in_place = options.optimizer_precision == "bf16"
-    if in_place and dtype != torch.bfloat16:
-        raise UserError(
-            f"OPTIMIZER_PRECISION=bf16 needs PRECISION=bf16 or fp8, and PRECISION is {options.precision}: take fp32"
-        )
-    if options.optimizer_offload:
-        if not _has_fused_adam() or options.optimizer_precision == "bf16":
-            raise UserError(
-                "OPTIMIZER_OFFLOAD=1 needs a GPU, Transformer Engine's optimizer and OPTIMIZER_PRECISION=fp32: set it to 0"
-            )
-        fields |= {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0, "overlap_cpu_optimizer_d2h_h2d": True}
-        fields |= {"use_precision_aware_optimizer": True}
+    adamw = _own_adamw(options, dtype)
     config = OptimizerConfig(
         optimizer="adam",
         lr=options.lr,
@@ -64,7 +58,7 @@ def build_optimizer(options: TrainOptions, dtype: torch.dtype, models: Sequence[
         adam_beta1=options.adam_beta1,
         adam_beta2=options.adam_beta2,
         adam_eps=options.adam_eps,
-        clip_grad=0.0 if in_place else options.clip_grad,  # InPlaceAdamW clips while it reads the gradients
+        clip_grad=0.0 if adamw else options.clip_grad,  # ours clip while they read the gradients
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         initial_loss_scale=options.initial_loss_scale,
@@ -72,9 +66,8 @@ def build_optimizer(options: TrainOptions, dtype: torch.dtype, models: Sequence[
         params_dtype=dtype,
         use_distributed_optimizer=True,
         overlap_param_gather=True,
-        **fields,
     )
-    with _in_place_adamw(config) if in_place else contextlib.nullcontext():
+    with _built_around(adamw, config) if adamw else contextlib.nullcontext():
         overrides = get_standard_config_overrides(config)
         if options.lora_plus != 1.0:
             # LoRA+ (Hayou et al., 2024): B learns faster than A.
@@ -83,7 +76,11 @@ def build_optimizer(options: TrainOptions, dtype: torch.dtype, models: Sequence[
                 max_lr=options.lr * options.lora_plus, min_lr=options.min_lr * options.lora_plus
             )
         optimizer = get_megatron_optimizer(config, list(models), overrides, use_gloo_process_groups=False)
-    if device.has_gpu():
+    if adamw is OffloadedAdamW:
+        for inner in inner_optimizers(optimizer):
+            inner.optimizer.share = options.optimizer_offload
+            inner.optimizer.check_memory()
+    if device.has_gpu() and not adamw:
         for group in optimizer.param_groups:
             if "fused" in group:
                 # torch's own AdamW would otherwise make several passes over the state.
@@ -91,18 +88,33 @@ def build_optimizer(options: TrainOptions, dtype: torch.dtype, models: Sequence[
     return optimizer
 
 
+def _own_adamw(options: TrainOptions, dtype: torch.dtype) -> type[InPlaceAdamW] | None:
+    """The class that steps this run's parameters, where it is not torch's or Transformer Engine's."""
+    if options.optimizer_precision == "bf16" and dtype != torch.bfloat16:
+        raise UserError(
+            f"OPTIMIZER_PRECISION=bf16 needs PRECISION=bf16 or fp8, and PRECISION is {options.precision}: take fp32"
+        )
+    if options.optimizer_offload and options.optimizer_precision == "bf16":
+        raise UserError(f"OPTIMIZER_OFFLOAD={options.optimizer_offload:g} needs OPTIMIZER_PRECISION=fp32: set one of them back")
+    if options.optimizer_offload:
+        return OffloadedAdamW
+    return InPlaceAdamW if options.optimizer_precision == "bf16" else None
+
+
 @contextlib.contextmanager
-def _in_place_adamw(config: OptimizerConfig) -> Iterator[None]:
-    """Make megatron-core build its distributed optimizer around `InPlaceAdamW` instead of Transformer Engine's AdamW.
+def _built_around(adamw: type[InPlaceAdamW], config: OptimizerConfig) -> Iterator[None]:
+    """Make megatron-core build its distributed optimizer around `adamw` instead of Transformer Engine's AdamW.
 
     The fields are set after megatron-core has checked the configuration, which insists on Transformer Engine.
     """
     config.use_precision_aware_optimizer = True
     config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
-    config.store_param_remainders = True
-    config.main_grads_dtype = config.exp_avg_dtype = config.exp_avg_sq_dtype = torch.bfloat16
+    in_place = adamw is InPlaceAdamW
+    config.store_param_remainders = in_place
+    dtype = torch.bfloat16 if in_place else torch.float32
+    config.main_grads_dtype = config.exp_avg_dtype = config.exp_avg_sq_dtype = dtype
     package: Any = megatron.core.optimizer
-    replaced: list[tuple[Any, str, Any]] = [(package, "Adam", InPlaceAdamW), (package.distrib_optimizer, "Adam", InPlaceAdamW)]
+    replaced: list[tuple[Any, str, Any]] = [(package, "Adam", adamw), (package.distrib_optimizer, "Adam", adamw)]
     replaced += [(package, "USING_PYTORCH_OPTIMIZER", False), (package, "is_te_min_version", lambda version: False)]
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, value in replaced:
@@ -122,7 +134,7 @@ def clip_in_place(optimizer: MegatronOptimizer, clip_grad: float) -> float:
     total = torch.zeros((), dtype=torch.float32, device=device.current())
     inner = inner_optimizers(optimizer)
     for part in inner:
-        gradients = part.get_main_grads_for_grad_norm()
+        gradients = _counted_gradients(part)
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
         square = torch.stack(norms).square().sum() if norms else torch.zeros_like(total)
         torch.distributed.all_reduce(square, group=part.get_grad_stats_parallel_group())
@@ -135,21 +147,8 @@ def clip_in_place(optimizer: MegatronOptimizer, clip_grad: float) -> float:
     return norm
 
 
-def _has_fused_adam() -> bool:
-    if not device.has_gpu():
-        return False
-    from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
-
-    return not USING_PYTORCH_OPTIMIZER
-
-
-def _count_padding(model: DistributedDataParallel) -> None:
-    """Make the optimizer state be saved with the padding between buckets, which the offsets of its parameters include.
-
-    megatron-core 0.16 drops the padding from the gathered state and then reads every parameter after it from the wrong
-    offset: a checkpoint of a model with several buckets would hold shifted weights and moments.
-    """
-    for buffer in [*model.buffers, *model.expert_parallel_buffers]:
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
+def _counted_gradients(part: MegatronOptimizer) -> list[torch.Tensor]:
+    """The gradients of this rank that no other rank counts. The method's name depends on megatron-core's version."""
+    if hasattr(part, "get_main_grads_for_grad_norm"):  # 0.16
+        return part.get_main_grads_for_grad_norm()
+    return part.get_grads_for_grad_norm()

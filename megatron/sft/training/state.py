@@ -28,13 +28,13 @@ from megatron.sft.training.steering.watch import Watch
 
 def run_slices(engine: Engine) -> list[ShardSlice]:
     """What this process writes of a checkpoint. The engine's parameters must be gathered while `values()` are called."""
-    tensors = _saved_tensors(engine)
+    tensors = saved_tensors(engine)
     weights = [to_slice(tensor) for tensor in tensors_to_write(tensors)]
     others = [*scaling_slices(engine.chunks), *_random_slices(_random_states())]
     return [*weights, *optimizer_slices(engine.optimizer, tensors), *others]
 
 
-def _saved_tensors(engine: Engine) -> list[ShardedTensor]:
+def saved_tensors(engine: Engine) -> list[ShardedTensor]:
     """The weights that a checkpoint of the run holds: all of them, or the adapters alone."""
     return adapter_tensors(engine.chunks) if engine.plan.trained.lora else model_tensors(engine.chunks)
 
@@ -88,7 +88,7 @@ def load(engine: Engine) -> tuple[int, int]:
     if engine.plan.base:
         load_weights(engine.plan.base, engine.chunks, engine.plan.layout)
     reader = SliceReader(checkpoint.path)
-    tensors = _saved_tensors(engine)
+    tensors = saved_tensors(engine)
     reader.fill([to_slice(tensor) for tensor in tensors])
     # An optimizer whose steps were skipped has taken fewer than the schedule.
     record = training.get("optimizer", {"step": checkpoint.iteration})

@@ -8,9 +8,8 @@ from megatron.sft.families.lora import LoRA, chosen_targets
 from megatron.sft.families.trained import Trained
 from megatron.sft.hf.published_configs import find_architecture, published_configs
 from megatron.sft.model.layout import Layout
-from megatron.sft.planning import memory
 from megatron.sft.planning.layouts import suggest_layouts
-from megatron.sft.planning.memory import GIB, MemorySettings, cheapest_recompute, estimate, num_parameters
+from megatron.sft.planning.memory import GIB, MemorySettings, estimate, num_parameters
 
 ONE = Layout()
 # A row of 16,384 tokens of the 1.5B model on one GPU, 4 micro-batches a step.
@@ -57,9 +56,8 @@ def test_every_model_of_the_table_can_be_read() -> None:
         (ONE, 1, {"recompute": "full"}, 33.0),
         (ONE, 1, {"optimizer_precision": "bf16"}, 49.0),
         (ONE, 1, {"optimizer_precision": "bf16", "recompute": "selective"}, 38.7),
-        (ONE, 1, {"optimizer_offload": True}, 42.4),
+        (ONE, 1, {"optimizer_offload": 1.0}, 42.4),
         (ONE, 1, {"precision": "fp8"}, 59.5),
-        (ONE, 1, {"precision": "fp8", "recompute": "selective"}, 58.2),
         (ONE, 1, {"seq_length": 8192}, 46.5),
         (ONE, 1, {"seq_length": 32768, "recompute": "selective"}, 73.7),
         (ONE, 2, {}, 52.3),
@@ -122,15 +120,6 @@ def test_the_estimate_of_a_larger_model_is_within_5_percent_of_the_peak_on_an_h1
     assert abs(estimate(architecture, Layout(), 1, settings).tensors / GIB / measured_gib - 1) <= 0.05
 
 
-def test_more_recomputation_takes_less_memory_and_the_cheapest_that_fits_is_taken() -> None:
-    architecture, _ = find_architecture(R1_1_5B)
-    sizes = [estimate(architecture, Layout(), 1, replace(ROW, recompute=word)).total for word in memory.RECOMPUTE_WORDS]
-    assert sizes == sorted(sizes, reverse=True)
-    for word, size in zip(memory.RECOMPUTE_WORDS, sizes, strict=True):
-        assert cheapest_recompute(architecture, Layout(), 1, ROW, int(size * 1.05)) == word
-    assert cheapest_recompute(architecture, Layout(), 1, ROW, 0) == "full"
-
-
 def test_the_first_stage_of_a_pipeline_keeps_a_micro_batch_for_every_stage() -> None:
     architecture, _ = find_architecture("Qwen/Qwen2.5-7B-Instruct")
     few, many = (estimate(architecture, Layout(1, 4), 1, replace(ROW, num_micro_batches=count)).activations for count in (1, 8))
@@ -142,7 +131,7 @@ def test_data_parallel_copies_share_the_optimizer_and_offloading_empties_it() ->
     one, four = (estimate(architecture, Layout(), copies, ROW) for copies in (1, 4))
     assert one.optimizer == 12 * num_parameters(architecture) and four.optimizer == one.optimizer // 4
     assert (one.weights, one.gradients) == (four.weights, four.gradients)
-    assert estimate(architecture, Layout(), 1, replace(ROW, optimizer_offload=True)).optimizer == 0
+    assert estimate(architecture, Layout(), 1, replace(ROW, optimizer_offload=1.0)).optimizer == 0
 
 
 def test_suggested_layouts_fit_divide_the_gpus_and_the_fastest_comes_first() -> None:
@@ -151,4 +140,5 @@ def test_suggested_layouts_fit_divide_the_gpus_and_the_fastest_comes_first() -> 
     assert found and all(suggestion.memory.total <= 80 * GIB for suggestion in found)
     assert all(suggestion.layout.model_size * suggestion.data_parallel == 8 for suggestion in found)
     assert all(architecture.num_kv_heads % suggestion.layout.tensor_parallel == 0 for suggestion in found)
-    assert [suggestion.cost for suggestion in found] == sorted(suggestion.cost for suggestion in found)
+    times = [suggestion.time.total for suggestion in found]
+    assert times == sorted(times)

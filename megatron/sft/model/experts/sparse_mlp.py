@@ -81,17 +81,17 @@ class Experts(MegatronModule):
             set_tensor_model_parallel_attributes(weight, True, dimension, 1)
             weight.allreduce = spread == 1  # else its gradient is summed over the ranks that hold the same experts
 
-    def forward(self, rows: Tensor, weights: Tensor, ends: Tensor, write: Any = None) -> Tensor:
+    def forward(self, rows: Tensor, weights: Tensor, ends: Tensor, again: bool, write: Any = None) -> Tensor:
         """rows [n, hidden size] sorted by expert, each row's weight [n] in float32; the weighted results [n, hidden size].
 
-        write: fills `rows` again in the backward pass, for which they are freed until then.
+        again: SwiGLU's results are freed and computed again in the backward pass. write: fills `rows` again, likewise.
         """
         gate_up, _ = self.linear_fc1(rows, ends)
         active = weighted_swiglu(gate_up, weights)
         results, _ = self.linear_fc2(active, ends)
         if write is not None:
             recompute(rows, gate_up, write)
-        if self.training and torch.is_grad_enabled() and self.config.recompute_granularity == "selective":
+        if again:
             recompute(active, results, partial(write_weighted_swiglu, gate_up.detach(), weights.detach()))
         return results
 
@@ -125,24 +125,24 @@ class SparseMLP(MegatronModule):
         self.experts = Experts(config)
         self.spread = config.expert_model_parallel_size
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
-        """[t / TP with sequence parallelism, 1, hidden size] to the same."""
+    def forward(self, hidden: Tensor, again: bool) -> tuple[Tensor, None]:
+        """[t / TP with sequence parallelism, 1, hidden size] to the same. again: as in `Experts`, rows included."""
         flat = hidden.squeeze(1)
         weights, chosen = self.router(flat)
         if self.experts.split > 1:
-            return self._over_tensor_parallel(flat, weights, chosen).unsqueeze(1), None
+            return self._over_tensor_parallel(flat, weights, chosen, again).unsqueeze(1), None
         rows = routed_rows(chosen, self.config.num_moe_experts)
-        results = self._spread_out(flat, weights, rows) if self.spread > 1 else self._here(flat, weights, rows)
+        compute = self._spread_out if self.spread > 1 else self._here
+        results = compute(flat, weights, rows, again)
         return combine_rows(results, rows).unsqueeze(1), None
 
-    def _here(self, flat: Tensor, weights: Tensor, rows: RoutedRows) -> Tensor:
+    def _here(self, flat: Tensor, weights: Tensor, rows: RoutedRows, again: bool) -> Tensor:
         """[n, hidden size]: results of the rows, all experts being on this process."""
         inputs = gather_rows(flat, rows)
-        selective = self.training and torch.is_grad_enabled() and self.config.recompute_granularity == "selective"
-        write = partial(write_rows, flat.detach(), rows) if selective else None
-        return self.experts(inputs, weights.flatten()[rows.order], rows.ends, write)
+        write = partial(write_rows, flat.detach(), rows) if again else None
+        return self.experts(inputs, weights.flatten()[rows.order], rows.ends, again, write)
 
-    def _over_tensor_parallel(self, flat: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    def _over_tensor_parallel(self, flat: Tensor, weights: Tensor, chosen: Tensor, again: bool) -> Tensor:
         """Every rank computes a part of each expert's width, for all tokens; the parts' results are summed."""
         group = parallel_state.get_expert_tensor_parallel_group()
         if self.config.sequence_parallel:
@@ -153,12 +153,12 @@ class SparseMLP(MegatronModule):
             flat = tensor_parallel.copy_to_tensor_model_parallel_region(flat, group=group)
             weights = tensor_parallel.copy_to_tensor_model_parallel_region(weights, group=group)
         rows = routed_rows(chosen, self.config.num_moe_experts)
-        part = combine_rows(self._here(flat, weights, rows), rows)
+        part = combine_rows(self._here(flat, weights, rows, again), rows)
         if self.config.sequence_parallel:
             return tensor_parallel.reduce_scatter_to_sequence_parallel_region(part, group=group)
         return tensor_parallel.reduce_from_tensor_model_parallel_region(part, group=group)
 
-    def _spread_out(self, flat: Tensor, weights: Tensor, rows: RoutedRows) -> Tensor:
+    def _spread_out(self, flat: Tensor, weights: Tensor, rows: RoutedRows, again: bool) -> Tensor:
         """[n, hidden size]: results of the rows, each computed by the process that holds its expert.
 
         The one wait for the device is for the numbers of rows that go from each process to each.
@@ -178,5 +178,5 @@ class SparseMLP(MegatronModule):
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)
         inputs, scales = permuted(inputs, order, inverse), permuted(scales, order, inverse)
-        results = self.experts(inputs, scales.squeeze(1), ends_of(sorted_experts, local))
+        results = self.experts(inputs, scales.squeeze(1), ends_of(sorted_experts, local), again)
         return tensor_parallel.all_to_all(group, permuted(results, inverse, order), to, from_)

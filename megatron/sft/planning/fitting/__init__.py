@@ -1,0 +1,1 @@
+"""What makes a run fit a GPU: recomputation, and the cheapest other change."""

@@ -1,0 +1,132 @@
+"""The cheapest changes of settings with which a run fits its GPUs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.model.layout import Layout, check_layout
+from megatron.sft.planning.fitting.costs import CONTEXT_COST, OFFLOAD_MICRO_BATCHES, TENSOR_COST
+from megatron.sft.planning.fitting.recomputing import recompute_cost, recompute_words, with_cheapest_recompute
+from megatron.sft.planning.memory import MemorySettings, estimate
+from megatron.sft.runtime.errors import UserError
+
+# How much longer a step takes, or what else a change costs the user, as factors, to order them.
+_ROUNDED_MOMENTS, _SMALLER_MICRO_BATCH, _OTHER_DATA, _MORE_GPUS = 1.05, 1.02, 2.0, 3.0
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A run's settings as far as memory depends on them, after changes in the words of a shell. cost: the factor for them."""
+
+    architecture: Architecture
+    layout: Layout
+    num_gpus: int
+    rows_a_step: int
+    settings: MemorySettings
+    words: tuple[str, ...] = ()
+    cost: float = 1.0
+
+    @property
+    def data_parallel(self) -> int:
+        return self.num_gpus // self.layout.model_size
+
+    def fits(self, gpu_bytes: int) -> bool:
+        """Whether it is estimated to fit."""
+        return estimate(self.architecture, self.layout, self.data_parallel, self.settings).fits(gpu_bytes)
+
+    def changed(
+        self, words: str, cost: float, layout: Layout | None = None, gpus: int = 0, **settings: object
+    ) -> "Candidate | None":
+        """After one more change, or None if the model, the GPUs or the batch do not allow it."""
+        layout, gpus = layout or self.layout, gpus or self.num_gpus
+        asked = replace(self.settings, **settings)  # type: ignore[arg-type]
+        try:
+            check_layout(layout, self.architecture)
+            copies = layout.data_parallel(gpus)
+        except UserError:
+            return None
+        if not copies or self.rows_a_step % (copies * asked.micro_batch_size):
+            return None
+        asked = replace(asked, num_micro_batches=self.rows_a_step // (copies * asked.micro_batch_size))
+        return replace(self, layout=layout, num_gpus=gpus, settings=asked, words=(*self.words, words), cost=self.cost * cost)
+
+
+def cheapest_changes(start: Candidate, gpu_bytes: int) -> list[Candidate]:
+    """The changes that fit, the cheapest first: of recomputation alone, of one setting, or of two if that is too little."""
+    once = [start, *_changes(start)]
+    found = [each for each in (_recomputed(start, one, gpu_bytes) for one in once) if each]
+    if not found:
+        twice = (second for first in once[1:] for second in _changes(first))
+        found = [each for each in (_recomputed(start, two, gpu_bytes) for two in twice) if each]
+    best: dict[frozenset[str], Candidate] = {}
+    for each in sorted(found, key=lambda each: (each.cost, len(each.words))):
+        best.setdefault(frozenset(word.partition("=")[0] for word in each.words), each)
+    return [each for each in best.values() if each.words]
+
+
+def changes_text(start: Candidate, gpu_bytes: int) -> str:
+    """`the cheapest change that fits is A (a step takes about 1.09 times as long); or B`, or that there is none."""
+    found = cheapest_changes(start, gpu_bytes)[:_SHOWN]
+    if not found:
+        return "no change of one or two settings fits: take larger GPUs, adapters (LORA_RANK), or see tools/plan"
+    texts = [" ".join(each.words) for each in found]
+    first = found[0]
+    before = recompute_cost(start.architecture, start.layout, start.settings)
+    slower = recompute_cost(first.architecture, first.layout, first.settings) / before
+    note = f" (a step takes about {slower:.2f} times as long)" if slower > 1.005 else ""
+    others = f"; else {', or '.join(texts[1:])}" if texts[1:] else ""
+    return f"the cheapest change that fits is {texts[0]}{note}{others}"
+
+
+def _recomputed(start: Candidate, one: Candidate, gpu_bytes: int) -> Candidate | None:
+    """The candidate with as little recomputation as fits, if any does; what is asked for now stays where it fits."""
+    if one.fits(gpu_bytes):
+        return one
+    settings = with_cheapest_recompute(one.architecture, one.layout, one.data_parallel, one.settings, gpu_bytes)
+    again = replace(one, settings=settings, words=(*one.words, recompute_words(settings)))
+    if not again.fits(gpu_bytes) or recompute_words(settings) == recompute_words(start.settings):
+        return None
+    before = recompute_cost(start.architecture, start.layout, start.settings)
+    return replace(again, cost=one.cost * recompute_cost(one.architecture, one.layout, settings) / before)
+
+
+def _changes(now: Candidate) -> Iterator[Candidate]:
+    """Each change of one setting that makes a GPU hold less."""
+    asked, layout = now.settings, now.layout
+    found: list[Candidate | None] = []
+    if layout.tensor_parallel > 1 and not layout.sequence_parallel:
+        found.append(now.changed("SEQUENCE_PARALLEL=1", 1.0, replace(layout, sequence_parallel=True)))
+    if asked.micro_batch_size > 1:
+        size = asked.micro_batch_size // 2
+        found.append(now.changed(f"MICRO_BATCH_SIZE={size}", _SMALLER_MICRO_BATCH, micro_batch_size=size))
+    if asked.optimizer_precision == "fp32" and asked.precision in ("bf16", "fp8") and not asked.optimizer_offload:
+        found.append(now.changed("OPTIMIZER_PRECISION=bf16", _ROUNDED_MOMENTS, optimizer_precision="bf16"))
+    if asked.optimizer_precision == "fp32" and asked.precision != "fp32" and asked.trained.lora is None:
+        for share in (share for share in (0.25, 0.5, 0.75, 1.0) if share > asked.optimizer_offload):
+            cost = 1 + OFFLOAD_MICRO_BATCHES * (share - asked.optimizer_offload) / asked.num_micro_batches
+            found.append(now.changed(f"OPTIMIZER_OFFLOAD={share:g}", cost, optimizer_offload=share))
+    found += _larger_layouts(now)
+    for length in (length for length in (32768, 16384, 8192, 4096, 2048, 1024) if length < asked.seq_length):
+        words = f"rows of {length} tokens (LENGTH of scripts/3_tokenize.sh)"
+        found.append(now.changed(words, _OTHER_DATA * asked.seq_length / length, seq_length=length))
+    return (each for each in found if each is not None)
+
+
+def _larger_layouts(now: Candidate) -> Iterator[Candidate | None]:
+    layout = now.layout
+    tensor, context = 2 * layout.tensor_parallel, 2 * layout.context_parallel
+    layouts = []
+    if tensor in TENSOR_COST:
+        words = f"TENSOR_PARALLEL_SIZE={tensor}" + " SEQUENCE_PARALLEL=1" * (not layout.sequence_parallel)
+        cost = TENSOR_COST[tensor] / TENSOR_COST.get(layout.tensor_parallel, 1.0)
+        layouts.append((words, cost, replace(layout, tensor_parallel=tensor, sequence_parallel=True)))
+    if context in CONTEXT_COST:
+        cost = CONTEXT_COST[context] / CONTEXT_COST.get(layout.context_parallel, 1.0)
+        layouts.append((f"CONTEXT_PARALLEL_SIZE={context}", cost, replace(layout, context_parallel=context)))
+    for words, cost, larger in layouts:
+        yield now.changed(words, cost, larger)
+        if now.num_gpus % larger.model_size:
+            gpus = 2 * now.num_gpus
+            yield now.changed(f"{words} on {gpus} GPUs", cost * _MORE_GPUS, larger, gpus)
+    yield now.changed(f"{2 * now.num_gpus} GPUs", _MORE_GPUS, gpus=2 * now.num_gpus)

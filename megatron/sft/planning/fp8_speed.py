@@ -1,0 +1,52 @@
+"""Which of bf16 and the recipes of fp8 is the fastest for a model and a layout, as far as docs/performance.md measured it."""
+
+from dataclasses import dataclass
+
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.model.layout import Layout
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Speeds by recipe, where bf16's is 1.
+
+    width: hidden units a tensor-parallel process. Casts take time by the hidden size, the products that get faster by the
+    hidden size times the width: so the width says what is gained.
+    """
+
+    width: int
+    gains: dict[str, float]
+
+    @property
+    def best(self) -> str:
+        return max(self.gains, key=lambda recipe: self.gains[recipe])
+
+
+# By width; docs/performance.md, "Recipes of fp8", has speeds and commands.
+ALL_WEIGHTS = (
+    Measured(768, {"delayed": 0.92}),  # 1.5B, TP 2
+    Measured(1536, {"tensorwise": 1.21, "delayed": 1.27}),  # 1.5B, one GPU
+    Measured(1792, {"delayed": 1.26}),  # 7B, TP 2
+)
+ADAPTERS = (Measured(3584, {"tensorwise": 1.26}),)  # 7B, one GPU
+
+
+def fp8_advice(architecture: Architecture, layout: Layout, adapters: bool) -> str:
+    """What to take, for people: of the nearest case that is as wide as this one or narrower."""
+    if architecture.moe is not None:
+        return "not measured with experts, which PRECISION=fp8 computes in bf16"
+    width = architecture.hidden_size // layout.tensor_parallel
+    here = f"with {width:,} hidden units a tensor-parallel process"
+    cases = ADAPTERS if adapters else ALL_WEIGHTS
+    slow = [case for case in cases if case.gains[case.best] < 1]
+    fast = [case for case in cases if case not in slow]
+    if slow and width <= slow[-1].width:
+        return f"bf16 is the fastest {here}: at {slow[-1].width:,} {_gains(slow[-1])}"
+    if width < fast[0].width:
+        return f"not measured {here}: at {fast[0].width:,} {_gains(fast[0])}"
+    nearest = [case for case in fast if case.width <= width][-1]
+    return f"FP8_RECIPE={nearest.best} is the fastest measured {here}: at {nearest.width:,} {_gains(nearest)}"
+
+
+def _gains(case: Measured) -> str:
+    return ", ".join(f"{recipe} was {gain} times as fast as bf16" for recipe, gain in case.gains.items())

@@ -1,0 +1,106 @@
+"""Losses of fine-tuning in fp8 beside bf16, step by step, in every layout of two GPUs. Status 1 if they are far apart.
+
+python -m tests.campaigns.fp8_losses [--steps 100] [--recipes tensorwise,delayed,blockwise] [--layouts DP2,TP2,PP2,CP2]
+
+A model of eight layers first learns the quickstart's task in bf16, so that the runs that are compared start where a pretrained
+model does. `--cpu` compares bf16 with fp32 over gloo on a smaller one, to try the program itself.
+"""
+
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.support import tiny
+
+LIMIT_SECONDS = 900
+TOLERANCE = 1e-2  # of the mean loss of all steps, relative
+ROW = 512
+LAYOUTS = {
+    "one GPU": (1, []),
+    "DP2": (2, []),
+    "TP2": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel", "1"]),
+    "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "CP2": (2, ["--context-parallel-size", "2"]),
+}
+# Hidden size, MLP, heads, groups, layers; steps before.
+ON_GPU, ON_CPU = (1024, 2816, 16, 4, 8, 400), (64, 192, 4, 2, 2, 40)
+
+
+def prepare(folder: Path, sizes: tuple[int, ...]) -> None:
+    """`model`, `checkpoint` and `rows`."""
+    import transformers
+
+    tiny.run_module("quickstart", "model", folder / "quickstart")
+    config = transformers.AutoConfig.from_pretrained(folder / "quickstart")
+    config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads = sizes[:4]
+    config.num_hidden_layers, config.max_position_embeddings = sizes[4], 2048
+    config.layer_types, config.head_dim = None, sizes[0] // sizes[2]
+    config = type(config).from_dict({name: value for name, value in config.to_dict().items() if name != "layer_types"})
+    shutil.copytree(folder / "quickstart", folder / "model")
+    for path in (folder / "model").glob("*.safetensors*"):
+        path.unlink()
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder / "model")
+    tiny.run_module("convert", "--source", folder / "model", "--output", folder / "checkpoint")
+    data = tiny.ROOT / "assets" / "quickstart" / "train.json"
+    arguments = ["--tokenizer", folder / "model", "--seq-length", ROW, "--input", data]
+    tiny.run_module("tokenize", *arguments, "--output-prefix", folder / "rows")
+
+
+def train(folder: Path, name: str, start: Path, processes: int, on_cpu: bool, *options: object) -> list[float]:
+    """The loss of every step."""
+    arguments = ["--load", start, "--save", folder / name, "--data-path", folder / "rows", "--seq-length", ROW]
+    arguments += ["--global-batch-size", 8, "--micro-batch-size", 2, "--save-interval", 1000, *options]
+    run = tiny.run if on_cpu else tiny.run_on_gpu
+    run(processes, "megatron.sft.train", *arguments, seconds=LIMIT_SECONDS)
+    return tiny.losses(folder / name)
+
+
+def compare(arguments: argparse.Namespace, folder: Path) -> bool:
+    """Print a line a run; whether all are within the tolerance."""
+    sizes = ON_CPU if arguments.cpu else ON_GPU
+    words = {f"fp8 {recipe}": ["--precision", "fp8", "--fp8-recipe", recipe] for recipe in arguments.recipes.split(",")}
+    plain, others = ("fp32", {"bf16": ["--precision", "bf16"]}) if arguments.cpu else ("bf16", words)
+    prepare(folder, sizes)
+    before = ["--precision", plain, "--lr", 1e-3, "--train-iters", sizes[-1], "--log-interval", 1]
+    learned = train(folder, "before", folder / "checkpoint", 1, arguments.cpu, *before)
+    print(f"before: {learned[0]:.3f} -> {learned[-1]:.3f} in {len(learned)} steps", flush=True)
+    good = True
+    for layout in arguments.layouts.split(","):
+        processes, options = LAYOUTS[layout]
+        options = [*options, "--lr", 1e-4, "--min-lr", 1e-5, "--train-iters", arguments.steps, "--log-interval", 1]
+        runs = {plain: ["--precision", plain], **others}
+        losses = {
+            name: train(folder, f"{layout} {name}", folder / "before", processes, arguments.cpu, *options, *precision)
+            for name, precision in runs.items()
+        }
+        reference = losses.pop(plain)
+        print(f"{layout:<8} {plain:<15} mean loss {statistics.mean(reference):.5f}, last {reference[-1]:.5f}", flush=True)
+        for name, values in losses.items():
+            steps = [abs(a - b) / b for a, b in zip(values, reference, strict=True)]
+            mean = abs(statistics.mean(values) / statistics.mean(reference) - 1)
+            good = good and mean <= TOLERANCE
+            print(
+                f"{layout:<8} {name:<15} mean loss {statistics.mean(values):.5f}, last {values[-1]:.5f}, relative difference "
+                f"of the mean {mean:.1e}, of a step: median {statistics.median(steps):.1e}, largest {max(steps):.1e}",
+                flush=True,
+            )
+    return good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--recipes", default="tensorwise,delayed,blockwise")
+    parser.add_argument("--layouts", default="DP2,TP2,PP2,CP2")
+    parser.add_argument("--cpu", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        return 0 if compare(arguments, Path(name)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Step times next to measured ones (docs/performance.md), and what follows from a layout alone."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.hf.published_configs import find_architecture
+from megatron.sft.model.layout import Layout
+from megatron.sft.planning.memory import MemorySettings
+from megatron.sft.planning.run_time import RowLoad
+from megatron.sft.planning.step_time import Cluster, StepTime, step_time
+
+SMALL, LARGER, DELTA, MIXTURE = (
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+    "Qwen/Qwen2.5-7B-Instruct",
+    "Qwen/Qwen3.5-4B",
+    "Qwen/Qwen3-30B-A3B",
+)
+TP2, PP2 = Layout(2, sequence_parallel=True), Layout(1, 2)
+LESS = {"recompute": "selective", "optimizer_precision": "bf16"}
+
+
+def load(length: int) -> RowLoad:
+    """The benchmark's rows."""
+    lengths = [size * length // 16384 for size in (5200, 4100, 3000, 2100, 1200, 784)]
+    return RowLoad(sum(lengths), sum(lengths), sum(size * size for size in lengths))
+
+
+def time_of(name: str, layout: Layout, copies: int, length: int = 16384, count: int = 4, **settings: object) -> StepTime:
+    asked = MemorySettings(length, num_micro_batches=count, **settings)  # type: ignore[arg-type]
+    return step_time(cut(name), layout, copies, asked, load(length))
+
+
+def cut(name: str) -> Architecture:
+    architecture, _ = find_architecture(name)
+    return replace(architecture, layers=architecture.layers[:4], num_layers=4) if name == MIXTURE else architecture
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "copies", "length", "count", "settings", "tokens_per_second"),
+    [
+        (SMALL, Layout(), 1, 16384, 4, {}, 52_444),
+        (SMALL, Layout(), 2, 16384, 4, {}, 104_285),
+        (SMALL, TP2, 1, 16384, 4, {}, 85_341),
+        (SMALL, PP2, 1, 16384, 4, {}, 80_523),
+        (SMALL, Layout(2, 2, sequence_parallel=True), 1, 16384, 4, {}, 122_213),
+        (SMALL, Layout(), 1, 16384, 4, LESS, 50_460),
+        (SMALL, Layout(), 1, 16384, 4, {"recompute": "full"}, 40_480),
+        (SMALL, Layout(), 1, 8192, 4, {}, 52_831),
+        (SMALL, Layout(), 1, 16384, 4, {"precision": "fp8"}, 63_296),
+        (LARGER, TP2, 1, 8192, 4, LESS, 22_900),
+        (DELTA, Layout(), 1, 16384, 2, LESS, 17_549),
+        (MIXTURE, Layout(), 1, 16384, 4, LESS, 117_267),
+        (MIXTURE, Layout(expert_parallel=2), 2, 16384, 4, LESS, 207_428),
+    ],
+)
+def test_estimates_are_within_6_percent_of_measured_steps(
+    name: str, layout: Layout, copies: int, length: int, count: int, settings: dict[str, object], tokens_per_second: float
+) -> None:
+    found = time_of(name, layout, copies, length, count, **settings)
+    measured = count * copies * load(length).tokens / tokens_per_second
+    assert abs(found.total / measured - 1) <= 0.06
+
+
+def test_more_micro_batches_and_chunks_of_stages_shrink_the_share_of_waiting_stages() -> None:
+    few, many = (time_of(SMALL, Layout(1, 4), 1, count=count) for count in (4, 16))
+    chunks = time_of(SMALL, Layout(1, 4, virtual_pipeline=7), 1)
+    assert few.bubble / few.total > 2 * many.bubble / many.total
+    assert chunks.bubble == pytest.approx(few.bubble / 7, rel=0.1)  # stages send more often
+
+
+def test_tensor_parallelism_over_hosts_is_slower_than_within_one() -> None:
+    settings = MemorySettings(16384, num_micro_batches=4)
+    architecture, _ = find_architecture(LARGER)
+    within, over = (
+        step_time(architecture, Layout(4, sequence_parallel=True), 1, settings, load(16384), Cluster(size)) for size in (8, 2)
+    )
+    assert over.tensor > 3 * within.tensor and over.compute == within.compute
