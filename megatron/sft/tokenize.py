@@ -43,7 +43,7 @@ from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import FORMAT, TokenizedRows, is_finished, token_dtype
 from megatron.sft.hf.names import shown
 from megatron.sft.hf.tokenizer import auto_tokenizer_note
-from megatron.sft.planning.small_runs import check_positions, data_notes
+from megatron.sft.planning.hints.small_runs import check_positions, data_notes
 from megatron.sft.runtime.console import say_next
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import read_json, sha256_of_file, sha256_of_text

@@ -4,9 +4,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
+from megatron.sft.planning.hints.without_effect import effect_notes, misspelled
 from megatron.sft.planning.options import TrainOptions, flag_of, shell_value, variable_of
 from megatron.sft.planning.resolution import Line, Resolution
-from megatron.sft.planning.without_effect import effect_notes, misspelled
 
 # Defaults that a reader asks for; all of them are in settings.json and in `plan all`.
 USUAL = (

@@ -19,6 +19,7 @@ from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.planning.adapter_base import base_of
 from megatron.sft.planning.first_checks import data_problems, number_problems, start_problems
 from megatron.sft.planning.fitting.recomputing import recompute_problems
+from megatron.sft.planning.hints.small_runs import run_notes
 from megatron.sft.planning.memory import num_parameters
 from megatron.sft.planning.objective_checks import check_objective_fits, needs_reference, objective_problems, objective_words
 from megatron.sft.planning.options import TrainOptions
@@ -36,7 +37,6 @@ from megatron.sft.planning.run_plan import (
     untokenized,
     validation_problems,
 )
-from megatron.sft.planning.small_runs import run_notes
 from megatron.sft.planning.trained_part import check_same_training, describe, lr_hint, trained_part
 from megatron.sft.planning.trained_sizes import num_trained
 from megatron.sft.runtime import device
