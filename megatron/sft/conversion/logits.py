@@ -124,9 +124,13 @@ def transformers_logits(
     source: HFFolder, conversations: list[np.ndarray], hidden: list[torch.Tensor] | None = None
 ) -> torch.Tensor:
     """Logits of transformers in float32, each conversation by itself: [tokens of all conversations, vocabulary]."""
+    import transformers
+
     from megatron.sft.hf.auto_model import loaded
 
+    transformers.utils.logging.disable_progress_bar()
     model = loaded(source.config, source.path, stated=source.extension is not None, dtype=torch.float32).eval()
+    device.use_free_processors(model.num_parameters())
     if hidden is not None:
         for layer in getattr(model.model, "language_model", model.model).layers:
             layer.register_forward_hook(_keep_output(hidden))

@@ -64,7 +64,9 @@ def compare_merged(checkpoint: Checkpoint, architecture: Architecture, lora: LoR
 def _adapter_logits(hf_dir: Path, adapter: Path, vocab_size: int, conversations: list[Any]) -> torch.Tensor:
     """PEFT's logits in float32: [tokens of all conversations, vocabulary]."""
     import peft
+    import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     base = loaded(HFFolder(hf_dir).config, hf_dir, dtype=torch.float32)
     model: Any = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
     with torch.no_grad():

@@ -5,8 +5,10 @@ and export compares it between checkpoint and original.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch  # which takes seconds, and a name of a dtype is all that is needed of it here
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class Architecture:
     max_positions: int
     norm_epsilon: float
     tied_embeddings: bool
-    torch_dtype: torch.dtype
+    torch_dtype: "torch.dtype"
     layers: tuple[Layer, ...]
     moe: MoEConfig | None = None
     delta_net: DeltaNetConfig | None = None

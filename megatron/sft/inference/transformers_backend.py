@@ -80,6 +80,7 @@ def load(folder: ModelFolder, dtype: str, seed: int, tokenizer: Any, stop_ids: S
     except Exception as error:  # for a damaged folder transformers raises errors of any type
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model {folder.model} cannot be loaded ({reason}): export or download it again") from None
+    device.use_free_processors(model.num_parameters())
     if folder.adapter:
         model = with_adapter(model, folder.adapter)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
