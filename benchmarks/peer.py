@@ -134,15 +134,20 @@ def _packed_attention(
 ) -> tuple[Tensor, None]:
     """query [1, heads, t, dim], key and value [1, kv heads, t, dim]; returns [1, t, heads, dim].
 
-    With the layer's window, and gpt-oss's sinks, for which transformers has a kernel on the hub alone: ours.
+    With the layer's window, and gpt-oss's sinks, for which transformers has a kernel on the hub alone: ours. Values of another
+    size, as latent attention has them, are padded: the kernel takes one size.
     """
-    from megatron.sft.model.attention import attention_with_sinks, varlen_attention
+    from megatron.sft.model.attention.flash_attention import attention_with_sinks, varlen_attention
     from megatron.sft.model.inputs import AttentionRuns
 
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    size = value.shape[-1]
+    if size != key.shape[-1]:
+        value = torch.nn.functional.pad(value, (0, key.shape[-1] - size))
     cu_seqlens, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
     window = (kwargs["sliding_window"] - 1, 0) if kwargs.get("sliding_window") else (-1, 0)
     if kwargs.get("s_aux") is not None:
         runs = AttentionRuns([longest], [longest], cu_seqlens, cu_seqlens, None)
         return attention_with_sinks(query, key, value, kwargs["s_aux"], runs, scaling, window)[None], None
-    return varlen_attention(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scaling, window)[None], None
+    context = varlen_attention(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scaling, window)
+    return context[None, ..., :size], None

@@ -43,6 +43,7 @@ from megatron.sft.hf.parameters import HFParameters
 from megatron.sft.hf.safetensors_file import tensor_bytes
 from megatron.sft.hf.tokenizer_files import num_tokens
 from megatron.sft.inference.serving import serve_hint
+from megatron.sft.runtime.console import say_next
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import check_free_space, read_json
 from megatron.sft.runtime.whole_folder import whole_folder
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     hints = _export(arguments, output)
     if arguments.push_to:
         _push(output, arguments.push_to)
-    print("\n".join(hints))
+    say_next(*hints)
     return 0
 
 

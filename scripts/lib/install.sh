@@ -96,17 +96,17 @@ is_reachable() {
   [[ -z ${PIP_NO_INDEX-} ]] && "$VENV/bin/python" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5).close()' "$1" 2>/dev/null
 }
 
-# choose_torch: sets torch, where its index is, and what there is to say of it.
+# choose_torch: sets torch and what there is to say of it, and adds its index to pip's options in extra.
 choose_torch() {
   torch=$(grep -i '^torch==' "$SETUP_STATE/constraints.txt") && about=', which is here already' && return
   torch=$TORCH about=''
   if [[ -n ${TORCH_INDEX_URL-} ]]; then
-    index=(--extra-index-url "$TORCH_INDEX_URL")
+    extra+=(--extra-index-url "$TORCH_INDEX_URL")
   elif ! has_gpu; then
     if [[ -n $(type -P sbatch qsub bsub) ]]; then
       about=' with CUDA for the nodes of this cluster'
     elif is_reachable "$CPU_BUILDS/torch/"; then
-      index=(--extra-index-url "$CPU_BUILDS") about=', the CPU build as there is no GPU here' without_cuda=yes
+      extra+=(--extra-index-url "$CPU_BUILDS") about=', the CPU build as there is no GPU here'
     else
       about=' as pip finds it, perhaps with some GB of CUDA: there is no GPU here, but the index of CPU builds cannot be reached (TORCH_INDEX_URL names another)'
     fi
@@ -115,12 +115,12 @@ choose_torch() {
 
 # install_locked FILE: install FILE, holding the lock on file descriptor 9.
 install_locked() {
-  local file=$1 made_with='' python core torch about tested='' without_cuda='' index=()
+  local file=$1 made_with='' python core torch about tested='' extra=()
   flock -n 9 || { echo "another process is setting up $VENV: waiting for it" && flock 9; } >&2
   if requirements_installed "$file"; then return; fi
   if [[ -e $VENV/without-cuda ]] && has_gpu; then
-    echo "$VENV has torch's CPU build and there is a GPU here: it is made again" >&2
-    touch "$SETUP_STATE/unfinished"
+    echo "$VENV has torch's CPU build and there is a GPU here: everything is installed again" >&2
+    extra+=(--force-reinstall) # else a CPU build would do; pip downloads all before it changes anything
   fi
   if [[ -e $SETUP_STATE/unfinished ]] || ! "$VENV/bin/python" -c "import pip; $SUITABLE" 2>/dev/null; then make_venv; fi
   if [[ -z $made_with ]]; then : >"$SETUP_STATE/install.log"; fi
@@ -138,9 +138,12 @@ install_locked() {
   echo "setting up $VENV for $file: $("$VENV/bin/python" --version), $torch$about; megatron-core $core; this happens once (log: $SETUP_STATE/install.log)" >&2
   # NVIDIA's containers set PIP_CONSTRAINT to pins that forbid newer requirements; our constraints still pin torch.
   env -u PIP_CONSTRAINT -u PIP_USER -u PIP_TARGET -u PIP_PREFIX "$VENV/bin/python" -m pip install --progress-bar off \
-    --constraint "$SETUP_STATE/constraints.txt" "${index[@]}" -r "$ROOT/requirements.txt" -r "$ROOT/$file" "$torch" \
+    --constraint "$SETUP_STATE/constraints.txt" "${extra[@]}" -r "$ROOT/requirements.txt" -r "$ROOT/$file" "$torch" \
     2>&1 | tee -a "$SETUP_STATE/install.log" | { grep --line-buffered -E '^ *Downloading .*\([0-9.]+ [MG]B\)' >&2 || true; } || install_failed "could not install $file into $VENV"
-  if [[ -n $without_cuda ]]; then touch "$VENV/without-cuda"; fi
+  rm -f "$VENV/without-cuda"
+  if ! has_gpu && [[ -z ${TORCH_INDEX_URL-} ]] && compgen -G "$VENV/lib/python*/site-packages/torch-*+cpu.dist-info" >/dev/null; then
+    touch "$VENV/without-cuda"
+  fi
   echo "$core" >"$VENV/megatron-core.version"
   requirements_stamp requirements.txt >"$VENV/requirements.txt.stamp"
   requirements_stamp "$file" >"$VENV/$file.stamp"

@@ -99,11 +99,11 @@ def test_experts_train_and_resume_over_ep_and_tp_as_on_one_process(
     assert tiny.losses(tmp_path / "spread") == pytest.approx(tiny.losses(tmp_path / "one"), rel=1e-5)
 
 
-def test_gated_delta_nets_and_norms_over_projections_train_and_resume_in_another_layout_as_on_one_process(
+def test_gated_delta_nets_norms_over_projections_and_latent_attention_train_and_resume_in_another_layout_as_on_one_process(
     exported: tuple[Path, set[str]], packed_rows: Path, tmp_path: Path
 ) -> None:
     """Layers of two kinds, and weights that only these models split over TP, with their optimizer state."""
-    for family in ("qwen3_5", "olmo3"):
+    for family in ("qwen3_5", "olmo3", "deepseek_v3_moe"):
         options = ["--load", exported[0] / family, "--data-path", packed_rows, "--precision", "fp32"]
         options += ["--lr", "1e-3", "--min-lr", "1e-3", "--lr-decay-style", "constant", "--global-batch-size", "8"]
         tiny.launch(1, "train", "train", *options, "--save", tmp_path / f"{family}-one", "--train-iters", "4")

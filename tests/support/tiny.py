@@ -271,6 +271,24 @@ def has_experts(family: str) -> bool:
 
 _LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
+# Queries and keys of 24 dimensions, 8 of them rotated, values of 12; short positions, so that YaRN's corrections show.
+_LATENT = {
+    "num_key_value_heads": 8,
+    "q_lora_rank": 28,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 2,
+    "rope_parameters": {**_YARN, "mscale": 0.6, "mscale_all_dim": 0.8},
+}
 _DELTA_NET = {
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
@@ -437,6 +455,24 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
             "final_logit_softcapping": 3.0,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
             "num_hidden_layers": 6,
+        },
+    ),
+    "deepseek_v2_moe": ("DeepseekV2", {**_LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy"}),
+    # Moonlight: no vector for queries, no groups.
+    "moonlight_moe_bf16": (
+        "DeepseekV3",
+        {**_LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    ),
+    "deepseek_v3_moe": ("DeepseekV3", {**_LATENT, "attention_bias": True}),
+    # As in GLM-4.7-Flash values are as wide as queries and keys.
+    "glm4_moe_lite": (
+        "Glm4MoeLite",
+        {
+            **{name: value for name, value in _LATENT.items() if name != "first_k_dense_replace"},
+            "v_head_dim": 24,
+            "mlp_layer_types": ["dense", "sparse", "dense", "sparse", "sparse"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "rope_interleave": False,
         },
     ),
     "qwen3_5": ("Qwen3_5Text", {"head_dim": 32, **_DELTA_NET}),

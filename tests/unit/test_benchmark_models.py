@@ -14,6 +14,7 @@ from megatron.sft.runtime.errors import UserError
     [
         (["openai/gpt-oss-20b", "--layers", "2"], [32, 32]),
         (["zai-org/GLM-4.5-Air", "--layers", "2", "--skip-layers", "1", "--experts", "32"], [32, 32]),
+        (["deepseek-ai/DeepSeek-V3", "--layers", "1", "--skip-layers", "3", "--experts", "64"], [64]),
         (["baidu/ERNIE-4.5-21B-A3B-PT", "--layers", "3", "--experts", "16"], [0, 16, 16]),
         (["Qwen/Qwen3.5-35B-A3B", "--layers", "4", "--experts", "64"], [64, 64, 64, 64]),
     ],

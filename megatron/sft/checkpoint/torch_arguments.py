@@ -41,6 +41,7 @@ def megatron_arguments(architecture: Architecture, layout: Layout, iteration: in
         group_query_attention=architecture.num_kv_heads != architecture.num_heads,
         num_query_groups=architecture.num_kv_heads,
         kv_channels=architecture.head_dim,
+        multi_latent_attention=architecture.latent is not None,
         qk_layernorm=architecture.query_key_norm is not None,
         window_size=(architecture.windows[0] - 1, 0) if architecture.windows else None,
         num_experts=moe.num_experts if moe else None,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron.sft.checkpoint import torch_file
 from megatron.sft.checkpoint.torch_arguments import megatron_arguments
-from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture
+from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, LATENT_ATTENTION, Architecture
 from megatron.sft.families.parameters import Parameters
 from megatron.sft.families.rules import join_tensor_parallel, tensor_parallel_part
 from megatron.sft.families.weight_names import WeightEntry, checkpoint_name, weight_entries
@@ -27,8 +27,11 @@ FILE = "model_optim_rng.pt"
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 # Classic Megatron-LM builds these layers with Transformer Engine and expects their extra state, None without FP8.
-_ENGINE_LAYERS = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention")
-_ENGINE_DELTA_NET = ("self_attention.in_proj", "self_attention.out_proj")
+_ENGINE_LAYERS = {
+    ATTENTION: ("linear_qkv", "linear_proj", "core_attention"),
+    GATED_DELTA_NET: ("in_proj", "out_proj"),
+    LATENT_ATTENTION: ("linear_q_up", "linear_kv_up", "linear_proj", "core_attention"),
+}
 _ENGINE_MLP = ("mlp.linear_fc1", "mlp.linear_fc2")
 _ENGINE_SHARED = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
 _EXPERT = re.compile(r"\.experts\.experts\.(\d+)\.")
@@ -108,7 +111,7 @@ def _engine_states(architecture: Architecture, layout: Layout, stage: int) -> di
     state: dict[str, None] = {}
     for number in range(counts[stage]):
         layer = architecture.layers[sum(counts[:stage]) + number]
-        mixer = _ENGINE_DELTA_NET if layer.mixer == GATED_DELTA_NET else _ENGINE_LAYERS
+        mixer = [f"self_attention.{name}" for name in _ENGINE_LAYERS[layer.mixer]]
         has_shared = architecture.moe is not None and architecture.moe.shared_width > 0
         block = _ENGINE_MLP if not layer.experts else _ENGINE_SHARED if has_shared else ()
         state.update({f"decoder.layers.{number}.{module}._extra_state": None for module in (*mixer, *block)})

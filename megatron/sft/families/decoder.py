@@ -3,7 +3,8 @@
 A family's table may give other names than those in `NAMES`.
 """
 
-from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
+from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, LATENT_ATTENTION, Architecture, Layer
+from megatron.sft.families.latent_rules import RotatedRows
 from megatron.sft.families.rules import QKV, Buffer, FusedQKV, GateUp, GroupedRows, InterleavedGateUp, Rename, Rule, Transposed
 
 # Modules of a layer on Hugging Face's side, as Llama, Qwen and OLMo have them. `qkv`, `gate_up`: one tensor for several
@@ -46,7 +47,7 @@ def outer(architecture: Architecture) -> tuple[Rule, ...]:
 
 def of_layer(architecture: Architecture, layer: Layer, names: dict[str, str]) -> tuple[Rule, ...]:
     """A layer's table. `names`: as NAMES."""
-    mixer = _delta_net if layer.mixer == GATED_DELTA_NET else _attention
+    mixer = _MIXERS[layer.mixer]
     block = _experts if layer.experts else _mlp
     rules = (*mixer(architecture, names), *block(architecture, names))
     if architecture.norms == "before":
@@ -106,6 +107,35 @@ def _delta_net(architecture: Architecture, names: dict[str, str]) -> tuple[Rule,
         Rename(f"{ours}out_norm.weight", f"{theirs}norm.weight"),
         Rename(f"{ours}out_proj.weight", f"{theirs}out_proj.weight", tp_dim=1),
     )
+
+
+def _latent_attention(architecture: Architecture, names: dict[str, str]) -> tuple[Rule, ...]:
+    """A layer's multi-head latent attention with its norm. What is projected down lies in one parameter: queries first."""
+    sizes = architecture.latent
+    assert sizes is not None
+    ours, theirs, heads = f"{_MEGATRON}self_attention.", f"{_HF}self_attn.", architecture.num_heads
+    down: tuple[str, ...] = (f"{theirs}kv_a_proj_with_mqa",)
+    query = f"{theirs}q_proj.weight"
+    norms: tuple[Rule, ...] = (Rename(f"{ours}kv_layernorm.weight", f"{theirs}kv_a_layernorm.weight"),)
+    if sizes.query_rank:
+        down, query = (f"{theirs}q_a_proj", *down), f"{theirs}q_b_proj.weight"
+        norms += (Rename(f"{ours}q_layernorm.weight", f"{theirs}q_a_layernorm.weight"),)
+    rules: tuple[Rule, ...] = (
+        *_norm_before(architecture, "input_layernorm.weight", names["input_norm"]),
+        RotatedRows(f"{ours}linear_down.weight", tuple(f"{name}.weight" for name in down), 1, tp_dim=None),
+        *norms,
+        RotatedRows(f"{ours}linear_q_up.weight", (query,), heads),
+        Rename(f"{ours}linear_kv_up.weight", f"{theirs}kv_b_proj.weight", tp_dim=0),
+        Rename(f"{ours}linear_proj.weight", f"{theirs}o_proj.weight", tp_dim=1),
+    )
+    if architecture.qkv_bias:
+        rules += (RotatedRows(f"{ours}linear_down.bias", tuple(f"{name}.bias" for name in down), 1, tp_dim=None),)
+    if architecture.output_bias:
+        rules += (Rename(f"{ours}linear_proj.bias", f"{theirs}o_proj.bias"),)
+    return rules
+
+
+_MIXERS = {ATTENTION: _attention, GATED_DELTA_NET: _delta_net, LATENT_ATTENTION: _latent_attention}
 
 
 def _mlp(architecture: Architecture, names: dict[str, str]) -> tuple[Rule, ...]:

@@ -18,7 +18,10 @@ from megatron.sft.runtime.errors import UserError
 
 # The linear layers of a decoder layer, by the end of their names in a family's table, and the word for all of a kind.
 _WORDS = ("attention", "mlp", "experts")
-_ATTENTION = (".linear_qkv.weight", ".linear_proj.weight", ".in_proj.weight", ".out_proj.weight")
+_ATTENTION = (
+    ".linear_qkv.weight", ".linear_proj.weight", ".in_proj.weight", ".out_proj.weight", ".linear_down.weight",
+    ".linear_q_up.weight", ".linear_kv_up.weight",
+)  # fmt: skip
 _LINEAR = (*_ATTENTION, ".linear_fc1.weight", ".linear_fc2.weight")
 PEFT_PREFIX = "base_model.model."
 

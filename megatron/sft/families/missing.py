@@ -47,6 +47,7 @@ _PIECES = (
     _Piece("an attention gate", True, _has("attn_output_gate")),
     _Piece("heads that predict further tokens, carried", True, _has("num_nextn_predict_layers", "mtp_num_hidden_layers")),
     _Piece("a vision tower, carried", True, _has("vision_config")),
+    _Piece("multi-head latent attention", True, _has("kv_lora_rank", "q_lora_rank")),
     _Piece("shared experts", True, _has("n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size")),
     _Piece(
         "a router with sigmoid scores or correction biases",
@@ -57,7 +58,6 @@ _PIECES = (
             or _has("use_routing_bias", "moe_router_enable_expert_bias")(config)
         ),
     ),
-    _Piece("multi-head latent attention", False, _has("kv_lora_rank", "q_lora_rank")),
     _Piece("sparse attention with an indexer", False, _has("index_topk", "index_n_heads")),
     _Piece("capped attention scores", False, _has("attn_logit_softcapping")),
     _Piece("Mamba layers", False, lambda config: any("mamba" in name or name.startswith("ssm_") for name in config)),

@@ -96,8 +96,9 @@ class Caster:
         return result
 
     def report(self) -> str:
-        """`cast float32 to bfloat16: 12 of 100 values rounded, 0 overflow`, or "" where nothing was cast."""
+        """`cast float32 to bfloat16 (rounding is usual): 12 of 100 values rounded, 0 overflow`; "" without a cast."""
         if not self._kinds:
             return ""
         kinds = ", ".join(sorted(self._kinds))
-        return f"cast {kinds}: {self.rounded:,} of {self.values:,} values rounded, {self.overflowed:,} overflow"
+        rounded = f"{self.rounded:,} of {self.values:,} values rounded"
+        return f"cast {kinds} (rounding is usual): {rounded}, {self.overflowed:,} overflow"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron.sft.families import decoder
-from megatron.sft.families.architecture import ATTENTION, Architecture, DeltaNetConfig, Layer, MoEConfig
+from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, DeltaNetConfig, LatentConfig, Layer, MoEConfig
 from megatron.sft.families.config_fields import check_fields, flat_config, text_fields
 from megatron.sft.families.layers import read_layers
 from megatron.sft.families.missing import what_is_missing
@@ -36,11 +36,21 @@ from megatron.sft.tables import (
     seed_oss,
     smollm3,
 )
-from megatron.sft.tables.mixtures import ernie4_5_moe, glm4_moe, gpt_oss, minimax_m2, mixtral, olmoe, qwen2_moe, qwen3_moe
+from megatron.sft.tables.mixtures import (
+    deepseek,
+    ernie4_5_moe,
+    glm4_moe,
+    gpt_oss,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 
 TABLES: tuple[ModuleType, ...] = (
     llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe, qwen3_5, gemma3, phi3, glm4, glm4_moe, olmo, seed_oss,
-    olmoe, smollm3, granite, ernie4_5, ernie4_5_moe, minimax_m2, gpt_oss, hunyuan_v1_dense,
+    olmoe, smollm3, granite, ernie4_5, ernie4_5_moe, minimax_m2, gpt_oss, hunyuan_v1_dense, deepseek,
 )  # fmt: skip
 FAMILIES: dict[str, ModuleType] = {model_type: table for table in TABLES for model_type in table.MODEL_TYPES}
 # model_type of a model that has other parts besides the text model -> the text model's, unless its own text_config says it.
@@ -69,6 +79,7 @@ _OPTIONAL: dict[str, Any] = {
     "experts": None,  # function: config -> whether each layer has experts; else all do where `moe` is there
     "moe": None,  # function: config -> fields of `MoEConfig`; empty for a model without experts
     "delta_net": None,  # function: config -> fields of `DeltaNetConfig`
+    "latent": None,  # function: config -> fields of `LatentConfig`
     "OF_TYPE": {},  # model_type -> what of the above is otherwise for it, where a file has several
 }
 
@@ -171,6 +182,7 @@ def _read(config: dict[str, Any], where: str, family: str, table: dict[str, Any]
     # `dynamic` scaling continues beyond the positions that config.json names.
     stretches = [layer.rope.scaling.factor for layer in layers if layer.rope and layer.rope.scaling]
     dynamic = any(layer.rope.scaling.kind == "dynamic" for layer in layers if layer.rope and layer.rope.scaling)
+    latent = LatentConfig(**table["latent"](config)) if table["latent"] else None
     architecture = Architecture(
         family=family,
         num_layers=int(config["num_hidden_layers"]),
@@ -181,7 +193,7 @@ def _read(config: dict[str, Any], where: str, family: str, table: dict[str, Any]
         ),
         num_heads=num_heads,
         num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
-        head_dim=int(config.get("head_dim") or hidden_size // num_heads),
+        head_dim=latent.head_dim if latent else int(config.get("head_dim") or hidden_size // num_heads),
         vocab_size=int(config["vocab_size"]),
         max_positions=int(int(config["max_position_embeddings"]) * (max(stretches) if dynamic else 1)),
         norm_epsilon=float(config["rms_norm_eps"]),
@@ -190,6 +202,7 @@ def _read(config: dict[str, Any], where: str, family: str, table: dict[str, Any]
         layers=layers,
         moe=MoEConfig(**mixture) if mixture else None,
         delta_net=DeltaNetConfig(**table["delta_net"](config)) if table["delta_net"] else None,
+        latent=latent,
         **{**table["PIECES"], **(table["pieces"](config) if table["pieces"] else {})},
     )
     _check_numbers(architecture, where)
@@ -218,7 +231,12 @@ def _check_numbers(architecture: Architecture, where: str) -> None:
             raise UserError(f"{where}: {name} is {scale}: is it the model's own config.json?")
     if architecture.interleaved_rope and (len(architecture.ropes) > 1 or architecture.query_key_norm):
         raise UserError(f"{where}: interleaved RoPE with several bases or normed queries is not supported")
-    if not any(layer.mixer == ATTENTION for layer in architecture.layers):
+    if architecture.latent and architecture.num_kv_heads != architecture.num_heads:
+        raise UserError(
+            f"{where}: num_key_value_heads={architecture.num_kv_heads} with latent attention of {architecture.num_heads} heads "
+            "is not supported: each head has its own keys and values"
+        )
+    if all(layer.mixer == GATED_DELTA_NET for layer in architecture.layers):
         raise UserError(f"{where}: no layer has attention: is it the model's own config.json?")
 
 

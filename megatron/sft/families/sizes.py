@@ -23,6 +23,7 @@ def weight_shape(architecture: Architecture, rule: Rule) -> tuple[int, ...]:
         "linear_fc1": (2 * width, hidden),
         "linear_fc2": (hidden, width),
         "router": (moe.num_experts if moe else 0, hidden),
+        **_of_latent_attention(architecture),
     }
     if kind == "gate_weight":
         return (1, hidden)
@@ -36,6 +37,22 @@ def weight_shape(architecture: Architecture, rule: Rule) -> tuple[int, ...]:
         heads = architecture.num_heads if module == "q_layernorm" else architecture.num_kv_heads
         return (head_dim * (heads if architecture.query_key_norm == "projection" else 1),)
     return _of_delta_net(architecture, module, kind) or (hidden,)
+
+
+def _of_latent_attention(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of multi-head latent attention, {} for a model without it."""
+    sizes = architecture.latent
+    if sizes is None:
+        return {}
+    hidden, heads = architecture.hidden_size, architecture.num_heads
+    return {
+        "linear_down": (sizes.down_rows, hidden),
+        "linear_q_up": (heads * sizes.head_dim, sizes.query_rank or hidden),
+        "linear_kv_up": (heads * (sizes.nope_dim + sizes.value_dim), sizes.kv_rank),
+        "linear_proj": (hidden, heads * sizes.value_dim),
+        "q_layernorm": (sizes.query_rank or 0,),
+        "kv_layernorm": (sizes.kv_rank,),
+    }
 
 
 def _of_delta_net(architecture: Architecture, module: str, kind: str) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ _WORDS = {
     "embedding": r"^embedding\.",
     "head": r"^output_layer\.",
     "norms": r"norm(\.|_)weight$",
-    "attention": r"\.self_attention\.(linear_(qkv|proj)|in_proj|out_proj)\.(weight|bias)$",
+    "attention": r"\.self_attention\.(linear_(qkv|proj|down|q_up|kv_up)|in_proj|out_proj)\.(weight|bias)$",
     "mlp": r"\.mlp\.linear_fc[12]\.(weight|bias)$",
     "experts": r"\.mlp\.experts\.",
     "shared_experts": r"\.mlp\.shared_experts\.",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, Architecture, Layer
+from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, LATENT_ATTENTION, Architecture, Layer
 from megatron.sft.families.registry import family_rules, layer_rules
 from megatron.sft.families.rules import Buffer, Rule
 from megatron.sft.runtime.errors import UserError
@@ -19,6 +19,7 @@ from megatron.sft.runtime.errors import UserError
 INPUT_NORM = {
     ATTENTION: ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
     GATED_DELTA_NET: ("input_layernorm.", "self_attention.in_proj.layer_norm_"),
+    LATENT_ATTENTION: ("input_layernorm.", "input_layernorm."),
 }
 MLP_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
 _LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")

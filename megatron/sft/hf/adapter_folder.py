@@ -15,13 +15,14 @@ from torch import Tensor
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.lora import PEFT_PREFIX, LoRA, chosen_targets, factor_shapes, kind_of, peft_names
 from megatron.sft.families.weight_names import weight_entries
+from megatron.sft.hf.names import ADAPTER_CONFIG as CONFIG
+from megatron.sft.hf.names import ADAPTER_WEIGHTS as WEIGHTS
 from megatron.sft.hf.safetensors_file import SafetensorsFile, write_file
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import read_json, write_json
 
 # What the modules of a text model begin with in a model with other parts too, in transformers 5 and before; "model." in ours.
 _TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Fields of adapter_config.json that are used, that say nothing about the result, or that may have one value only.
 _USED = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path", "peft_type"}
 _WITHOUT_MEANING = {

@@ -85,7 +85,6 @@ def transformer_config(
         layernorm_zero_centered_gamma=architecture.zero_centered_norm,
         attention_output_gate=architecture.attention_gate,
         softmax_scale=architecture.attention_scale,
-        softmax_type="learnable" if architecture.attention_sinks else "vanilla",
         # Layers of more than one kind lie in a checkpoint under their numbers.
         hetereogenous_dist_checkpoint=architecture.layers_differ,
         **_window_fields(architecture),
@@ -107,7 +106,7 @@ def transformer_config(
         **_parallel_fields(architecture, layout, params_dtype),
         **_moe_fields(architecture, layout),
         **_recompute_fields(recompute, recompute_layers),
-        **(_fp8_fields(fp8_recipe, architecture) if precision == "fp8" else {}),
+        **(_fp8_fields(fp8_recipe, architecture, layout) if precision == "fp8" else {}),
     )
 
 
@@ -164,7 +163,9 @@ def _moe_fields(architecture: Architecture, layout: Layout) -> dict[str, Any]:
 
 
 def _recompute_fields(word: str, num_layers: int) -> dict[str, Any]:
-    """`selective` recomputes norms and activation functions, which DecoderLayer does; `full`, and num_layers, whole layers."""
+    """`selective` recomputes norms, activation functions (DecoderLayer) and heads (LatentAttention); `full`, and num_layers,
+    whole layers.
+    """
     if word == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if num_layers:
@@ -174,7 +175,7 @@ def _recompute_fields(word: str, num_layers: int) -> dict[str, Any]:
     return {}
 
 
-def _fp8_fields(recipe: str, architecture: Architecture) -> dict[str, Any]:
+def _fp8_fields(recipe: str, architecture: Architecture, layout: Layout) -> dict[str, Any]:
     """The layers' matrix products in 8 bits, on bf16 weights.
 
     `tensorwise` scales every tensor by its current largest value; `delayed` by the largest of the last 16 steps; `blockwise`
@@ -194,9 +195,12 @@ def _fp8_fields(recipe: str, architecture: Architecture) -> dict[str, Any]:
         raise UserError(refusal)
     sizes = {
         "hidden size": architecture.hidden_size,
-        "MLP width": architecture.ffn_hidden_size,
-        "query width": architecture.num_heads * architecture.head_dim,
+        "MLP width of a tensor-parallel process": architecture.ffn_hidden_size // layout.tensor_parallel,
+        "query width of a tensor-parallel process": architecture.num_heads * architecture.head_dim // layout.tensor_parallel,
     }
+    if latent := architecture.latent:
+        sizes |= {"vector for keys and values": latent.kv_rank, "vector for queries": latent.query_rank or 0}
+        sizes |= {"value width": architecture.num_heads * latent.value_dim}
     if architecture.moe and architecture.moe.shared_width:
         sizes["shared experts' width"] = architecture.moe.shared_width
     for name, size in sizes.items():

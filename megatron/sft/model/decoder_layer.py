@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
+from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, LATENT_ATTENTION, Architecture, Layer
 from megatron.sft.model.experts.sparse_mlp import SparseMLP
 from megatron.sft.model.inputs import PackedRows
 from megatron.sft.model.norm import ProjectionNorm, RMSNorm
@@ -43,7 +43,8 @@ class DecoderLayer(TransformerLayer):
         from megatron.core.extensions.transformer_engine import set_save_original_input
 
         if self.architecture.norms != "after":
-            set_save_original_input(self._projection_module)
+            for projection in self._projections:
+                set_save_original_input(projection)
         if not isinstance(self.mlp, SparseMLP):
             if self.architecture.norms != "after":
                 set_save_original_input(self.mlp.linear_fc1)
@@ -64,10 +65,11 @@ class DecoderLayer(TransformerLayer):
         norms_again = again and self.architecture.norms != "after"
         residual, normed = self.input_layernorm(hidden_states)
         # [t, 1, groups * (heads / groups + 2) * head_dim], or what a gated delta net starts from
-        projected = self._projection_module(normed)[0]
+        projected = self._project(normed)
         if norms_again:
             recompute(normed, projected, partial(self.input_layernorm.write, residual.detach()))
-        attended = self._after(self._mix(projected, rotary_pos_emb, packed_seq_params), "post_attention_layernorm")
+        attended = self._after(self._mix(projected, rotary_pos_emb, packed_seq_params, again), "post_attention_layernorm")
+        del projected  # the MLP needs its memory
         residual, normed = self.pre_mlp_layernorm(residual, attended)
         if isinstance(self.mlp, SparseMLP):
             output, _ = self.mlp(normed, packed_seq_params, again)
@@ -77,9 +79,19 @@ class DecoderLayer(TransformerLayer):
         return residual + self._after(output_and_bias, "post_mlp_layernorm"), None
 
     @property
-    def _projection_module(self) -> Any:
-        is_delta_net = self.facts.mixer == GATED_DELTA_NET
-        return self.self_attention.in_proj if is_delta_net else self.self_attention.linear_qkv
+    def _projections(self) -> list[Any]:
+        """The split linear layers that take the normed hidden state."""
+        names = {GATED_DELTA_NET: ["in_proj"], ATTENTION: ["linear_qkv"], LATENT_ATTENTION: []}[self.facts.mixer]
+        if self.facts.mixer == LATENT_ATTENTION and not self.self_attention.sizes.query_rank:
+            names = ["linear_q_up"]
+        return [getattr(self.self_attention, name) for name in names]
+
+    def _project(self, normed: Tensor) -> tuple[Tensor, ...]:
+        """All that attention or a gated delta net makes of the normed hidden state: several with latent attention."""
+        if self.facts.mixer == LATENT_ATTENTION:
+            vectors: tuple[Tensor, ...] = self.self_attention.project(normed)
+            return vectors
+        return (self._projections[0](normed)[0],)
 
     def _after(self, output_and_bias: tuple[Tensor, Tensor | None], norm: str) -> Tensor:
         """What a sub-layer's output becomes before it is added to the residual."""
@@ -91,16 +103,20 @@ class DecoderLayer(TransformerLayer):
         scale = self.architecture.residual_scale
         return output if scale == 1.0 else output * scale
 
-    def _mix(self, projected: Tensor, tables: Tensor, packed: PackedRows) -> tuple[Tensor, Tensor | None]:
-        """Attention or gated delta net, with its output projection: (output, its bias)."""
+    def _mix(self, made: tuple[Tensor, ...], tables: Tensor, packed: PackedRows, again: bool) -> tuple[Tensor, Tensor | None]:
+        """Attention or gated delta net, with its output projection: (output, its bias). made: by `_project`."""
+        mixed: tuple[Tensor, Tensor | None]
         if self.facts.mixer == GATED_DELTA_NET:
             assert packed.runs is not None
-            mixed: tuple[Tensor, Tensor | None] = self.self_attention.mix(projected, packed.runs)
+            mixed = self.self_attention.mix(made[0], packed.runs)
+            return mixed
+        if self.facts.mixer == LATENT_ATTENTION:
+            mixed = self.self_attention.mix(made, tables, packed, again)
             return mixed
         if self.rope_index is not None and len(self.architecture.ropes) > 1:
             tables = tables[self.rope_index]
         attention = self.self_attention
-        query, key, value, gates = self._heads(projected.squeeze(1), None if self.rope_index is None else tables)
+        query, key, value, gates = self._heads(made[0].squeeze(1), None if self.rope_index is None else tables)
         context = attention.core_attention(
             query, key, value, None, attn_mask_type=attention.attn_mask_type, packed_seq_params=packed
         )

@@ -156,7 +156,7 @@ class TrainOptions:
         "ASYNC_SAVE", "write checkpoints while training continues, from a copy in CPU memory (1 or 0)", True)
     keep_last: int = _setting("KEEP_LAST", "newest checkpoints to keep; 0 keeps all", 0)
     keep_every: int = _setting(
-        "KEEP_EVERY", "where KEEP_LAST removes checkpoints: iterations that are multiples of this are kept", 0)
+        "KEEP_EVERY", "iterations that this number divides are kept where KEEP_LAST removes others; 0: none", 0)
     verify_checkpoint: bool = _setting(
         "VERIFY_CHECKPOINT", "compare every file of a checkpoint with its checksum before loading it (1 or 0)", True)
     resume_with: str = _setting(
@@ -292,6 +292,11 @@ def as_markdown() -> str:
         "Set them as shell variables in a recipe (`scripts/sft/*.sh`, `scripts/dpo/*.sh`), in the environment, or with "
         "`sbatch --export`.",
         "This page is made by `python -m megatron.sft.options --markdown`.",
+        "",
+        "Not of a run but of the scripts: `GPUS_PER_NODE` (every GPU that is found; on the CPU TP x PP x CP processes),",
+        "for several nodes `NNODES`, `NODE_RANK` and `MASTER_ADDR`, `MEGATRON_SFT_DEVICE=cpu`, `ASSETS_DIR`; in recipes",
+        "`MODEL`, `DATA` and `MODEL_SIZE`. Trackers: `WANDB_API_KEY`, `SWANLAB_API_KEY`, `MLFLOW_TRACKING_URI`.",
+        "`SAVE_INTERVAL` is another name of `SAVE_INTERVALS`.",
         "",
         "| variable | option | default | meaning |",
         "|---|---|---|---|",

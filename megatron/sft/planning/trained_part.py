@@ -42,7 +42,9 @@ def trained_part(options: TrainOptions, architecture: Architecture, saved: LoRA 
     if options.train_router == "1":
         raise UserError("TRAIN_ROUTER=1 with LORA_RANK: with adapters the router stays frozen: unset it, or LORA_RANK=0")
     if options.optimizer_offload:
-        raise UserError("OPTIMIZER_OFFLOAD=1 with LORA_RANK: the state of adapters is small, set it to 0")
+        raise UserError(
+            f"OPTIMIZER_OFFLOAD={options.optimizer_offload:g} with LORA_RANK: the state of adapters is small, set it to 0"
+        )
     return Trained(lora)
 
 

@@ -91,7 +91,7 @@ class MetricsLog:
     def validation(self, iteration: int, loss: float, trained_tokens: int, pairs: dict[str, float] | None = None) -> None:
         """Write the mean loss on the validation rows after `iteration` steps, and the means over their pairs."""
         parts = [f"validation after iteration {iteration}", f"loss {loss:.4f}", *_pair_parts(pairs or {})]
-        ranks.print_rank_0(" | ".join([*parts, f"{trained_tokens:,} trained tokens"]))
+        ranks.print_rank_0(ranks.colored(" | ".join([*parts, f"{trained_tokens:,} trained tokens"])))
         self._write({"iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens, **(pairs or {})})
 
     def close(self) -> None:

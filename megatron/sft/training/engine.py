@@ -19,9 +19,9 @@ from megatron.sft.model.experts.balance import ExpertLoad, load_of, routers_of
 from megatron.sft.model.gpt import HeadResult, SFTModel, build_model
 from megatron.sft.model.inputs import MicroBatch
 from megatron.sft.model.pipeline import run_schedule
+from megatron.sft.planning.fitting.memory_fit import gpu_memory, memory_settings
 from megatron.sft.planning.fitting.recomputing import recompute_words, with_cheapest_recompute
 from megatron.sft.planning.memory import GIB, MemorySettings
-from megatron.sft.planning.memory_fit import gpu_memory, memory_settings
 from megatron.sft.planning.run_plan import RunPlan
 from megatron.sft.runtime import device, ranks, watchdog
 from megatron.sft.training.loss_sums import NUM_PAIR_SUMS, LossSum

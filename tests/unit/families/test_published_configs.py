@@ -16,6 +16,7 @@ from megatron.sft.families.weight_names import check_hf_names, checked_to_megatr
 from megatron.sft.hf.block_scales import unquantised_config
 from megatron.sft.planning.memory import num_parameters
 from megatron.sft.runtime.errors import UserError
+from tests.support import latent_configs
 from tests.support.conversion_worker import on_disk_names
 
 YARN = {"rope_type": "yarn", "type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
@@ -326,6 +327,9 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "mistralai/Devstral-Small-2-24B in 8 bits, in tests of imp": DEVSTRAL,
     "OLMo 2: defaults of the class": of_class("Olmo2"),
     "Mistral 3: defaults of the class": of_class("Mistral3", tie_word_embeddings=False),
+    **latent_configs.CONFIGS,
+    "DeepSeek-V3: defaults of the class": of_class("DeepseekV3"),
+    "GLM-4.7-Flash: defaults of the class": of_class("Glm4MoeLite"),
     "Qwen3-Next without experts: defaults of the class": of_class("Qwen3Next", num_experts=0),
     "zai-org/GLM-4.5-Air": GLM_4_5_AIR,
     "GLM-4.5 with the fields of a public conversion": {
@@ -357,7 +361,19 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "MiniMax with noise in the router": ("router_jitter_noise=0.1 is not", {**MINIMAX_M2, "router_jitter_noise": 0.1}),
     "groups that do not divide the experts": ("1 of 3 groups of 128 experts are not possible", {**GLM_4_5_AIR, "n_group": 3}),
     "more experts a token than there are": ("65 experts a token of 64", {**OLMOE, "num_experts_per_tok": 65}),
-    "DeepSeek-V3: defaults of the class": ("multi-head latent attention", of_class("DeepseekV3")),
+    "Kimi K2.5's text model in four bits, in public tests": (
+        "quantization_config={'quant_method': 'compressed-tensors'} is not supported",
+        {**latent_configs.KIMI_K2, "quantization_config": {"quant_method": "compressed-tensors"}},
+    ),
+    "DeepSeek-V3.2: its indexer": ("index_topk=2048 is not supported", {**latent_configs.DEEPSEEK_V3, "index_topk": 2048}),
+    "DeepSeek-V2 with normed weights, which transformers does not read": (
+        "norm_topk_prob=True is not supported for deepseek_v2",
+        {**latent_configs.DEEPSEEK_V2, "norm_topk_prob": True},
+    ),
+    "Moonlight with fewer keys than queries": (
+        "num_key_value_heads=4 with latent attention of 16 heads",
+        {**latent_configs.MOONLIGHT, "num_key_value_heads": 4},
+    ),
     "Qwen3.5-27B in four bits, in tests of Unsloth": (
         "quantization_config={'quant_method': 'quark'} is not supported",
         {**QWEN3_5, "quantization_config": {"quant_method": "quark"}},
@@ -378,7 +394,7 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
     config = copy.deepcopy(config)
     text = config.get("text_config", config)
     text["num_hidden_layers"], text["vocab_size"] = 8, 300
-    for field in ("layer_types", "no_rope_layers"):
+    for field in ("layer_types", "no_rope_layers", "mlp_layer_types"):
         if text.get(field):
             text[field] = text[field][:8]
     return config
@@ -391,7 +407,7 @@ def test_a_published_configuration_gives_transformers_own_weights(name: str) -> 
     config = small(config)
     architecture = read_architecture(config, name)
     text = config.get("text_config", config)
-    model_type = text.get("model_type", architecture.family)
+    model_type = text.get("model_type", architecture.family).replace("kimi_k2", "deepseek_v3")
     if "text_config" in config:
         text = {**text, "tie_word_embeddings": architecture.tied_embeddings}
     # Ids of tokens are beyond the small vocabulary.

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.sft.model import cross_entropy
-from megatron.sft.model.attention import PackedAttention, attention_with_sinks
+from megatron.sft.model.attention.flash_attention import attention_with_sinks
+from megatron.sft.model.attention.packed_attention import PackedAttention
 from megatron.sft.model.delta_net import steps as delta_net
 from megatron.sft.model.inputs import AttentionRuns
 from megatron.sft.model.norm import add_and_norm

@@ -1,8 +1,6 @@
 """Attention over packed rows without Transformer Engine: every conversation attends to itself only."""
 
-import inspect
 import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,13 +14,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from megatron.sft.model.attention import flash_attention
+from megatron.sft.model.attention.flash_attention import attention_with_sinks, varlen_attention
 from megatron.sft.model.inputs import AttentionRuns, PackedRows
+from megatron.sft.runtime import device
 
 
 class PackedAttention(MegatronModule):
     """Causal attention inside each conversation; takes the place of megatron-core's core attention.
 
-    In 16 bits on a GPU one variable-length flash attention call, else one product after another, a conversation at a time. With
+    In 16 bits on a GPU one call of flash attention, else scaled_dot_product_attention a conversation. With
     context parallelism each rank gathers the keys and values of all of them.
     """
 
@@ -42,6 +43,7 @@ class PackedAttention(MegatronModule):
     ) -> None:
         """window: tokens that one attends to, itself included; None: all. sinks: a learnt score of each head for nothing."""
         super().__init__(config=config)
+        flash_attention.check(config.params_dtype, device.current())
         # (tokens before the own one, 0); -1 before it means all.
         self.window = (-1 if window is None else window - 1, 0)
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -62,20 +64,21 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """query [t, heads, dim], key and value [t, kv heads, dim] to [t, heads * dim], t all tokens of the micro-batch (on
-        this context-parallel rank)."""
+        this context-parallel rank). Where there is no kernel for 16 bits, values may have another size, the result's then."""
         assert isinstance(packed_seq_params, PackedRows), "rows are always packed"
         runs = packed_seq_params.runs
         assert runs is not None
         if runs.key_order is not None:
             key, value = _gathered(key, value, runs.key_order)
+        return self.attend(query, key, value, runs)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, runs: AttentionRuns) -> Tensor:
+        """The same with keys and values of all context-parallel ranks, in the order of `runs.key_order`."""
         # Flash attention computes in 16 bits only.
-        flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-        if self.softmax_offset is not None and flash:
-            context = attention_with_sinks(query, key, value, self.softmax_offset, runs, self.softmax_scale, self.window)
+        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+            context = self._varlen(query, key, value, runs)
         elif self.softmax_offset is not None:
             context = self._with_sinks(query, key, value, runs)
-        elif flash:
-            context = self._varlen(query, key, value, runs)
         else:
             context = self._run_by_run(query, key, value, runs)
         return context.reshape(query.shape[0], -1)
@@ -132,90 +135,10 @@ class PackedAttention(MegatronModule):
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, runs: AttentionRuns) -> Tensor:
         # Flash attention counts from the end of the keys, where the queries stand.
         longest = max(runs.lengths), max(runs.key_lengths)
-        return varlen_attention(
-            query, key, value, runs.cu_seqlens, runs.key_cu_seqlens, *longest, self.softmax_scale, self.window
-        )
-
-
-def attention_with_sinks(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, runs: AttentionRuns, scale: float, window: tuple[int, int]
-) -> Tensor:
-    """torch's causal flash attention in 16 bits over runs of tokens, each head of which has another score, `sinks` [heads].
-
-    query [t, heads, dim], key, value [k, kv heads, dim]. The sink takes a share of the softmax and gives nothing for it.
-    """
-    result: Tensor = _FlashWithSinks.apply(query, key, value, sinks, runs, scale, window)
-    return result
-
-
-class _FlashWithSinks(torch.autograd.Function):
-    """Flash attention knows no sinks, but its logarithms of sums do: with those of a softmax that has one, its backward pass is
-    that softmax's. In it a score's gradient is share * (gradient of the share - sum over the token's gradient * result), and a
-    sink changes nothing but the shares and the result.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        sinks: Tensor,
-        runs: AttentionRuns,
-        scale: float,
-        window: tuple[int, int],
-    ) -> Tensor:
-        places = (runs.cu_seqlens, runs.key_cu_seqlens, max(runs.lengths), max(runs.key_lengths), 0.0, window == (-1, 0))
-        options = {"scale": scale, "window_size_left": window[0], "window_size_right": window[1]}
-        result, sums, *states, _ = torch.ops.aten._flash_attention_forward(query, key, value, *places, False, **options)
-        whole = torch.logaddexp(sums, sinks.float()[:, None])  # [heads, t]
-        context = (result.float() * (sums - whole).exp().t()[:, :, None]).to(result.dtype)
-        ctx.save_for_backward(query, key, value, sinks, context, whole, *states)
-        ctx.places, ctx.options = places, options
-        return context
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks, context, whole, *states = ctx.saved_tensors
-        gradient = gradients[0].contiguous()
-        of_heads = torch.ops.aten._flash_attention_backward(
-            gradient, query, key, value, context, whole, *ctx.places, *states, **ctx.options
-        )
-        products = (gradient.float() * context.float()).sum(dim=-1).t()  # [heads, t]
-        of_sinks = -((sinks.float()[:, None] - whole).exp() * products).sum(dim=1)
-        return *of_heads, of_sinks.to(sinks.dtype), None, None, None
-
-
-def varlen_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    key_cu_seqlens: Tensor,
-    longest: int,
-    longest_key: int,
-    scale: float,
-    window: tuple[int, int] = (-1, 0),
-) -> Tensor:
-    """torch's causal flash attention in 16 bits over runs of tokens: query [t, heads, dim], key, value [k, kv heads, dim]."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    options: dict[str, Any] = {}
-    if query.shape[1] != key.shape[1] and _varlen_asks_for_groups():
-        options["enable_gqa"] = True
-    context = varlen_attn(
-        query, key, value, cu_seqlens, key_cu_seqlens, longest, longest_key, scale=scale, window_size=window, **options
-    )
-    assert isinstance(context, Tensor)
-    return context
-
-
-@cache
-def _varlen_asks_for_groups() -> bool:
-    """True if this torch's varlen_attn has an option for fewer key than query heads (2.11's takes them without one)."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+        how = self.softmax_scale, self.window
+        if self.softmax_offset is not None:
+            return attention_with_sinks(query, key, value, self.softmax_offset, runs, *how)
+        return varlen_attention(query, key, value, runs.cu_seqlens, runs.key_cu_seqlens, *longest, *how)
 
 
 def _gathered(key: Tensor, value: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
