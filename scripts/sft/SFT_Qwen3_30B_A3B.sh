@@ -11,7 +11,7 @@
 #   OVERLONG=truncate bash scripts/3_tokenize.sh assets/checkpoints/Qwen_Qwen3_30B_A3B assets/data/conversations/conversations.json 8192
 #
 # Fits (memory by plan): 40 GB: 16 GPUs with RECOMPUTE_LAYERS=43; 48 GB: 16 GPUs with RECOMPUTE_LAYERS=35; 80 GB: 8 GPUs with RECOMPUTE_LAYERS=2; 141 GB: 8 GPUs
-# Fits with NNODES=2 (memory by plan): 48 GB: 64 GPUs with RECOMPUTE=full; 80 GB: 16 GPUs with RECOMPUTE=full; 141 GB: 8 GPUs
+# Fits with NNODES=2 (memory by plan): 48 GB: 64 GPUs with RECOMPUTE_LAYERS=42; 80 GB: 16 GPUs with RECOMPUTE_LAYERS=16; 141 GB: 8 GPUs
 #
 # To write a new recipe, copy this file and edit it. A variable in the environment overrides the value here.
 #SBATCH --ntasks-per-node=1 --requeue --open-mode=append --signal=B:USR1@300
