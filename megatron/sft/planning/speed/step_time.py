@@ -6,7 +6,7 @@ than were measured it is a prediction, and said to be one wherever it is shown.
 
 from dataclasses import dataclass, replace
 
-from megatron.sft.families.architecture import ATTENTION, Architecture, Layer
+from megatron.sft.families.architecture import ATTENTION, LATENT_ATTENTION, Architecture, Layer
 from megatron.sft.families.flops import head_forward_flops, training_flops
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning.fitting.recomputing import recompute_cost
@@ -183,12 +183,15 @@ def _tensor(architecture: Architecture, layout: Layout, layers: tuple[Layer, ...
 
 
 def _context(architecture: Architecture, layout: Layout, layers: tuple[Layer, ...], tokens: float, cluster: Cluster) -> float:
-    """Keys and values are gathered, their gradients summed."""
-    size = layout.context_parallel
-    attending = sum(layer.mixer == ATTENTION for layer in layers)
+    """Keys and values, or what latent attention makes them of, are gathered, their gradients summed."""
+    size, latent = layout.context_parallel, architecture.latent
+    attending = sum(layer.mixer in (ATTENTION, LATENT_ATTENTION) for layer in layers)
     if size == 1 or not attending:
         return 0.0
-    held = 2 * 2 * architecture.num_kv_heads * architecture.head_dim / layout.tensor_parallel * tokens
+    of_token = 2 * architecture.num_kv_heads * architecture.head_dim / layout.tensor_parallel
+    if latent:
+        of_token = latent.kv_rank / (layout.tensor_parallel if layout.sequence_parallel else 1) + latent.rope_dim
+    held = 2 * of_token * tokens
     return attending * 2 * held * (size - 1) / cluster.bandwidth(layout.tensor_parallel * size, _WITHIN_LAYERS)
 
 
