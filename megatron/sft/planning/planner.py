@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron.sft.planning import input_checks
 from megatron.sft.planning.fitting.changes import Candidate, changes_text
+from megatron.sft.planning.fitting.fp8_speed import fp8_advice
 from megatron.sft.planning.fitting.recomputing import recompute_words, with_cheapest_recompute
-from megatron.sft.planning.fp8_speed import fp8_advice
 from megatron.sft.planning.memory import GIB, MemorySettings, estimate
 from megatron.sft.planning.memory_fit import fewest_gpus_text, gpu_memory, memory_settings
 from megatron.sft.planning.objective_checks import needs_pairs
