@@ -24,8 +24,8 @@ from megatron.sft.families.lora import LoRA, chosen_targets
 from megatron.sft.families.trained import Trained
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning.memory import GIB, MemorySettings, estimate
-from megatron.sft.planning.run_time import RowLoad
-from megatron.sft.planning.step_time import StepTime, step_time
+from megatron.sft.planning.speed.run_time import RowLoad
+from megatron.sft.planning.speed.step_time import StepTime, step_time
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 

@@ -15,11 +15,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory_cases import SEARCH, SUITES, case_arguments, suite
+from benchmarks.memory_cases import AGAIN, SEARCH, SUITES, case_arguments, suite
 from megatron.sft.planning.memory_phases import PHASES
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 
@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [f"{case} --model {arguments.model}" if arguments.model else case for case in cases]
     if not cases:
         raise UserError("nothing to measure: give --suite or --case")
+    for case in cases:
+        case_arguments(case)  # wrong options are said before anything is measured
     if arguments.worker:
         from benchmarks.memory_phases import measure_cases
 
@@ -61,38 +63,31 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _measured(cases: list[str], deadline: float) -> Any:
+def _measured(cases: list[str], deadline: float) -> Iterator[dict[str, Any]]:
     """The results of the cases, one after another. Cases of one GPU share a process as long as it holds nothing afterwards."""
     left = list(cases)
     while left:
         gpus = case_arguments(left[0]).gpus
         together = left[:1] if gpus > 1 else [case for case in left if case_arguments(case).gpus == 1]
-        done = 0
         for result in _worker(together, gpus, deadline):
-            left.remove(together[done])
-            done += 1
+            left.remove(result["case"])
             yield result
-        if not done:
-            yield {"case": left.pop(0), "failed": "the process ended; see above"}
 
 
-def _worker(cases: list[str], gpus: int, deadline: float) -> Any:
+def _worker(cases: list[str], gpus: int, deadline: float) -> Iterator[dict[str, Any]]:
+    """The results of the first cases, at least one of them."""
     launch = ["megatron.sft.launch", "--standalone", "--local-addr", "localhost", "--nproc-per-node", str(gpus), "-m"]
-    command = [
-        sys.executable,
-        "-m",
-        *(launch if gpus > 1 else []),
-        "benchmarks.memory",
-        "--worker",
-        "--deadline",
-        str(deadline),
-    ]
-    command += [f"--case={case}" for case in cases]
+    command = [sys.executable, "-m", *(launch if gpus > 1 else []), "benchmarks.memory", "--worker"]
+    command += ["--deadline", str(deadline), *(f"--case={case}" for case in cases)]
+    done = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith('{"case"'):
                 yield json.loads(line)
+                done += 1
+    if done < len(cases) and (process.returncode != AGAIN or not done):
+        yield {"case": cases[done], "failed": f"the process ended with status {process.returncode}; see above"}
 
 
 def row(result: dict[str, Any]) -> str:

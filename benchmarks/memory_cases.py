@@ -7,6 +7,8 @@ from benchmarks import train
 
 # For `plan` no other phase: forward and backward again.
 SEARCH = "looking for a bad row"
+# The status of a process that leaves the rest to another.
+AGAIN = 4
 _SHORT = {"--steps": "2", "--warm-up": "1"}
 
 _DENSE = "--model Qwen/Qwen2.5-1.5B-Instruct --micro-batches 2"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.memory_cases import SEARCH, case_arguments
+from benchmarks.memory_cases import AGAIN, SEARCH, case_arguments
 from benchmarks.models import cut_architecture
 from benchmarks.ours import benchmark_plan, randomize
 from benchmarks.rows import make_rows
@@ -25,8 +25,8 @@ from megatron.sft.planning.memory_phases import PHASES
 from megatron.sft.runtime import device, ranks
 from megatron.sft.runtime.errors import UserError, first_line
 
-# A process that still holds this much after a case ends with this status, and another measures the rest.
-_LEFT_OVER_BYTES, _AGAIN = 1 << 30, 4
+# A process that still holds this much after a case ends with the status AGAIN, and another measures the rest.
+_LEFT_OVER_BYTES = 1 << 30
 # A case that takes longer ends its process, and the next one gets a fresh one.
 _LONGEST_SECONDS = 180
 _resumed: set[str] = set()
@@ -83,9 +83,16 @@ class Meter:
         self.rests[self.current] = rest
         self.current = ""
 
+    def take_largest(self) -> None:
+        """Replace this process's figures by the largest of all processes; every one of them must call it."""
+        found: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, (self.peaks, self.rests))
+        self.peaks = {name: max(peaks[name] for peaks, _ in found) for name in self.peaks}
+        self.rests = {name: max(rests[name] for _, rests in found) for name in self.rests}
+
 
 def measure_cases(cases: list[str], deadline: float) -> int:
-    """Print a JSON line a case. Returns _AGAIN if memory was left over, and the cases after it are for another process."""
+    """Print a JSON line a case. Returns AGAIN if memory was left over, and the cases after it are for another process."""
     device.prepare()
     for case in cases:
         faulthandler.dump_traceback_later(_LONGEST_SECONDS, exit=True)
@@ -94,7 +101,7 @@ def measure_cases(cases: list[str], deadline: float) -> int:
         if ranks.is_rank_0():
             print(json.dumps(result), flush=True)
         if _left_over() > _LEFT_OVER_BYTES:
-            return _AGAIN
+            return AGAIN
     return 0
 
 
@@ -140,6 +147,7 @@ def _phases(case: str, meter: Meter) -> dict[str, Any]:
     with process_groups.parallel(plan.layout):
         try:
             seconds = _run(plan, meter)
+            meter.take_largest()
             held = torch.cuda.max_memory_reserved() / GIB if device.has_gpu() else None
         finally:
             _forget()

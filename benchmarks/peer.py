@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import peak_bytes
+from benchmarks.models import cut_config
 from benchmarks.rows import BenchmarkRows
-from megatron.sft.hf.published_configs import published_configs
 from megatron.sft.runtime.errors import UserError
 
 _ATTENTION = "packed_varlen"
@@ -20,7 +20,7 @@ def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[l
     """Seconds and losses of the timed steps, and `peak_bytes`. A step is forward and backward of all micro-batches,
     clipping and AdamW.
     """
-    model = _model(arguments.model, arguments.layers)
+    model = _model(arguments)
     if arguments.peer_recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if arguments.lora_rank:
@@ -50,7 +50,7 @@ def measure_steps(arguments: argparse.Namespace, rows: BenchmarkRows) -> tuple[l
     return seconds, losses, peak_bytes()
 
 
-def _model(name: str, num_layers: int) -> Any:
+def _model(arguments: argparse.Namespace) -> Any:
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
     try:
@@ -61,19 +61,13 @@ def _model(name: str, num_layers: int) -> Any:
 
     AttentionInterface.register(_ATTENTION, _packed_attention)
     AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
-    configs = published_configs()
-    fields = dict(configs[name]) if name in configs else None
-    whole = AutoConfig.for_model(**fields) if fields else AutoConfig.from_pretrained(name, trust_remote_code=False)
+    whole = AutoConfig.for_model(**cut_config(arguments))
     config = whole.get_text_config()
     config.tie_word_embeddings = whole.tie_word_embeddings
     config._attn_implementation = _ATTENTION
-    is_mixture = bool(getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None))
+    is_mixture = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     if is_mixture:
         config._experts_implementation = "grouped_mm"  # all experts in one product
-    if num_layers:
-        config.num_hidden_layers = num_layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:num_layers]
     if config.model_type in _WITH_DELTA_NETS:
         _use_fla_convolution()
     torch.manual_seed(0)
@@ -138,9 +132,22 @@ def _batch(rows: BenchmarkRows, index: int) -> dict[str, Tensor | int]:
 def _packed_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """query [1, heads, t, dim], key and value [1, kv heads, t, dim]; returns [1, t, heads, dim]."""
-    from megatron.sft.model.attention import varlen_attention
+    """query [1, heads, t, dim], key and value [1, kv heads, t, dim]; returns [1, t, heads, dim].
+
+    With the layer's window, and gpt-oss's sinks, for which transformers has a kernel on the hub alone: ours. Values of another
+    size, as latent attention has them, are padded: the kernel takes one size.
+    """
+    from megatron.sft.model.attention.flash_attention import attention_with_sinks, varlen_attention
+    from megatron.sft.model.inputs import AttentionRuns
 
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    size = value.shape[-1]
+    if size != key.shape[-1]:
+        value = torch.nn.functional.pad(value, (0, key.shape[-1] - size))
     cu_seqlens, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-    return varlen_attention(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scaling)[None], None
+    window = (kwargs["sliding_window"] - 1, 0) if kwargs.get("sliding_window") else (-1, 0)
+    if kwargs.get("s_aux") is not None:
+        runs = AttentionRuns([longest], [longest], cu_seqlens, cu_seqlens, None)
+        return attention_with_sinks(query, key, value, kwargs["s_aux"], runs, scaling, window)[None], None
+    context = varlen_attention(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scaling, window)
+    return context[None, ..., :size], None

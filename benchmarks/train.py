@@ -84,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(prog="benchmark_train", description=__doc__)
     parser.add_argument("--model", default=MODEL, help="a model folder, its config.json, or a name in assets/models.json")
-    parser.add_argument("--layers", type=int, default=0, help="cut the model to its first layers, so that it fits")
+    parser.add_argument("--layers", type=int, default=0, help="cut the model to this many layers, so that it fits")
+    parser.add_argument("--skip-layers", type=int, default=0, help="begin after this many, such as dense ones before experts")
+    parser.add_argument("--experts", type=int, default=0, help="cut a mixture's layers to this many experts")
     parser.add_argument("--row-length", type=int, default=16384)
     parser.add_argument("--conversations", default="", help="lengths in every row, or lognormal:MEAN; default: 6 that fill it")
     parser.add_argument("--trained", type=float, default=1.0, help="share of each conversation's tokens, at its end")

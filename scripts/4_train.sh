@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Train with settings from shell variables, or from a recipe in scripts/sft/, which ends by running this script.
 #
-#   bash scripts/4_train.sh [train|resume|plan|reference]
-#   bash scripts/sft/RECIPE.sh [train|resume|plan|reference]
+#   bash scripts/4_train.sh [train|resume|plan|plan all|reference]
+#   bash scripts/sft/RECIPE.sh [train|resume|plan|plan all|reference]
 #
 # train      start a new run; refused if OUTPUT_PATH has checkpoints
 # resume     continue a run; refused if OUTPUT_PATH has none
-# plan       print everything about the run without starting it
+# plan       print everything about the run without starting it; plan all: with every default
 # reference  make the reference's log-probabilities of OBJECTIVE=dpo (again); the others make them if they are missing
 # (none)     resume if there is a checkpoint, otherwise train: what a requeued job does
 #
@@ -22,8 +22,9 @@
 # shellcheck source=scripts/lib/common.sh
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/lib/common.sh" || exit 2
 
-help_or_arguments 0 1 "$@"
+help_or_arguments 0 2 "$@"
 mode=${1-}
+if (($# == 2)) && [[ $1,$2 != plan,all ]]; then die "unknown arguments '$1 $2': write train, resume, plan, plan all or reference"; fi
 case $mode in
   '' | train | resume | plan | reference | settings) ;;
   *) die "unknown argument '$mode': write train, resume, plan or reference" ;;
@@ -59,17 +60,6 @@ model_processes() {
   printf '%s' $((stage * ${PIPELINE_PARALLEL_SIZE:-1}))
 }
 
-# gpus_found: the number of usable GPUs of this machine, 0 without a driver.
-gpus_found() {
-  if [[ ${MEGATRON_SFT_DEVICE-} == cpu ]] || ! command -v nvidia-smi >/dev/null; then
-    printf 0
-  elif [[ -n ${CUDA_VISIBLE_DEVICES-} ]]; then
-    awk -F, '{printf "%d", NF}' <<<"$CUDA_VISIBLE_DEVICES"
-  else
-    nvidia-smi --list-gpus 2>/dev/null | wc -l
-  fi
-}
-
 whole_numbers GPUS_PER_NODE NNODES TENSOR_PARALLEL_SIZE CONTEXT_PARALLEL_SIZE EXPERT_PARALLEL_SIZE PIPELINE_PARALLEL_SIZE
 processes=${GPUS_PER_NODE:-$(gpus_found)}
 if ((processes == 0)); then processes=$(model_processes); fi
@@ -87,7 +77,7 @@ if [[ $mode == settings ]]; then # what scripts/cluster/ needs to know about a r
 fi
 
 if [[ $mode == plan ]]; then
-  SETTINGS_FROM_ENVIRONMENT=$exported VARIABLES_SET=$(compgen -v | tr '\n' ' ') PLANNED_PROCESSES=$((processes * ${NNODES:-1})) run_module plan "${arguments[@]}"
+  SETTINGS_FROM_ENVIRONMENT=$exported VARIABLES_SET=$(compgen -v | tr '\n' ' ') PLANNED_PROCESSES=$((processes * ${NNODES:-1})) run_module plan "${@:2}" "${arguments[@]}"
   exit
 fi
 SETTINGS_FROM_ENVIRONMENT=$exported VARIABLES_SET=$(compgen -v | tr '\n' ' ')

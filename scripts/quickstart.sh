@@ -12,6 +12,7 @@ ensure_setup
 cd "$ROOT"
 started=$(date +%s)
 export MEGATRON_SFT_DEVICE=cpu HF_HUB_OFFLINE=1
+export SAY_NEXT=0 # the steps follow each other by themselves
 model=assets/checkpoints/quickstart
 data=assets/data/quickstart/quickstart.json
 out=outputs/quickstart
@@ -34,7 +35,7 @@ mkdir -p "$out" "$(dirname "$data")"
 step "Step 1 of 5: get a model and data (generated from a seed here; a real run downloads them)"
 run_module quickstart model "$model"
 cp assets/quickstart/train.json "$data"
-echo "before training, on held-out questions:"
+echo "before training, on held-out questions (the weights are random: nothing can be right yet):"
 evaluate "$model" "$out/before.json"
 
 step "Step 2 of 5: convert the model to Megatron's format, with each layer split over two processes"
@@ -55,4 +56,3 @@ bash tools/show_sample "${data%/*}/Tokenized-quickstart-quickstart-256_text_docu
 step "Done"
 run_module quickstart report --before "$out/before.json" --after "$out/after.json" --metrics "$out/checkpoints/metrics.jsonl" \
   --export "$out/export" --started "$started" --output "$out/report.json"
-printf 'Pictures: the loss %s, the trained tokens of a row %s\n' "$out/loss.png" "$out/trained_tokens.html"

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 __version__ = "0.2.0"
 
 # megatron-core says so when it is imported, which `device.prepare` may come after.
-warnings.filterwarnings("ignore", message="Transformer Engine and|MimoModelConfig is experimental")
+warnings.filterwarnings("ignore", message="Transformer Engine and|.*Apex is not|MimoModelConfig is experimental")
 
 if importlib.util.find_spec("triton") is None:
     # megatron-core 0.19 imports Triton for these kernels, which are not used here; torch's CPU build does not have it.

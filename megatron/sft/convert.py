@@ -24,6 +24,7 @@ from megatron.sft.hf.download_record import check_weights
 from megatron.sft.hf.folder import HFFolder
 from megatron.sft.hf.parameters import HFParameters
 from megatron.sft.model.layout import Layout, check_layout
+from megatron.sft.runtime.console import say_next
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.whole_folder import whole_folder
 
@@ -97,7 +98,7 @@ def _from_hugging_face(source: HFFolder, arguments: argparse.Namespace) -> None:
             _verify(source, staged)
     print(f"converted {source.path} to {output} ({_form(arguments)})")
     command = f"bash scripts/3_tokenize.sh {shlex.quote(str(source.path))} DATA LENGTH"
-    print(f"then, with your DATA and a LENGTH such as 4096: {command}")
+    say_next(f"then, with your DATA and a LENGTH such as 4096: {command}")
 
 
 def _check_tied(source: HFFolder, skipped: list[str]) -> None:
@@ -142,7 +143,7 @@ def _wants_verification(verify: str, source: HFFolder) -> bool:
         print(f"not compared with transformers: {source.num_bytes / 1e9:.1f} GB of weights (VERIFY=1 compares them)")
         return False
     if source.dequantised:
-        print("not compared with transformers, which computes with the 8-bit weights")
+        print("not compared with transformers, which computes with the quantized weights")
         return False
     import psutil  # type: ignore[import-untyped]
 
@@ -157,6 +158,7 @@ def _wants_verification(verify: str, source: HFFolder) -> bool:
 def _verify(source: HFFolder, output: Path) -> None:
     from megatron.sft.conversion.logits import compare_whole
 
+    print("comparing its logits with transformers' (VERIFY=0 skips this)", flush=True)
     difference, largest = compare_whole(checkpoint_folder.open_checkpoint(output), source)
     print(f"verified: logits as transformers' to {difference:.2g} (largest {largest:.3g})")
 

@@ -24,6 +24,7 @@ from megatron.sft.hf import hub
 from megatron.sft.hf.download_record import RECORD, check_arrived, download_facts
 from megatron.sft.hf.names import ASSETS, data_folder_name, model_folder_name, shown
 from megatron.sft.hf.published_configs import find_architecture
+from megatron.sft.runtime.console import say_next
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import check_free_space, gigabytes, read_json, write_json
 
@@ -214,11 +215,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if arguments.kind == "model":
         folder = place_model(arguments.source, arguments.revision, arguments.assets_dir)
-        print(f"next: bash scripts/2_convert.sh {shown(folder)} 1 1")
+        say_next(f"next: {shlex.join(['bash', 'scripts/2_convert.sh', str(shown(folder)), '1', '1'])}")
         return 0
     selection = Selection(arguments.split, arguments.config, dict(arguments.map_column))
     file = place_dataset(arguments.source, selection, arguments.revision, arguments.assets_dir, arguments.name)
-    print(_tokenize_line(file, arguments.assets_dir))
+    say_next(_tokenize_line(file, arguments.assets_dir))
     return 0
 
 

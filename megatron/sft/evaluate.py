@@ -16,14 +16,14 @@ from megatron.sft.chat.encoding import load_tokenizer
 from megatron.sft.inference.answer_file import kept_values
 from megatron.sft.inference.backends import Decoding
 from megatron.sft.inference.chat_model import BACKENDS, DTYPES, ChatModel, check_control, load_chat_model
+from megatron.sft.inference.comparison import write_comparison
 from megatron.sft.inference.exact_match import exact_match
 from megatron.sft.inference.lm_eval_tasks import LmEvalModel, LmEvalSettings, check_tasks
 from megatron.sft.inference.model_folder import open_model_folder
-from megatron.sft.inference.scores import Score, draw, markdown, table_lines
 from megatron.sft.inference.serving import serve_hint
 from megatron.sft.reporting.curves import run_names
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
-from megatron.sft.runtime.manifest import sha256_of_file, sha256_of_text, write_json, write_text
+from megatron.sft.runtime.manifest import sha256_of_file, sha256_of_text, write_json
 
 RESULTS = Path("outputs/evaluations")
 
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluation = _evaluation(arguments, model, name, controls)
         results.append([evaluation.result(task, _output(arguments, name, task)) for task in tasks])
     if len(models) > 1 or len(tasks) > 1:
-        _write_table(names, results, arguments.table or RESULTS / "scores")
+        print(write_comparison(names, models, results, arguments.table or RESULTS / "scores"))
         print(f"serve it: {serve_hint(models[-1])}")
     return 0
 
@@ -153,17 +153,6 @@ def _check(arguments: argparse.Namespace, models: Sequence[Path], tasks: Sequenc
             raise UserError(f"data file {task} does not exist: check the path")
     if names:
         check_tasks(names, arguments.include)
-
-
-def _write_table(names: Sequence[str], results: Sequence[Sequence[dict[str, Any]]], table: Path) -> None:
-    scores = [[Score(**score) for result in of_model for score in result["scores"]] for of_model in results]
-    lines = table_lines(scores)
-    text = markdown(names, lines)
-    base = table.with_suffix("") if table.suffix in (".md", ".png") else table
-    as_text, picture = (base.with_name(f"{base.name}.{ending}") for ending in ("md", "png"))
-    draw(names, lines, picture)
-    write_text(as_text, text)
-    print(f"{text}table: {as_text}, {picture}")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -43,6 +43,7 @@ from megatron.sft.hf.parameters import HFParameters
 from megatron.sft.hf.safetensors_file import tensor_bytes
 from megatron.sft.hf.tokenizer_files import num_tokens
 from megatron.sft.inference.serving import serve_hint
+from megatron.sft.runtime.console import say_next
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import check_free_space, read_json
 from megatron.sft.runtime.whole_folder import whole_folder
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     hints = _export(arguments, output)
     if arguments.push_to:
         _push(output, arguments.push_to)
-    print("\n".join(hints))
+    say_next(*hints)
     return 0
 
 
@@ -205,12 +206,14 @@ def _tensors(
 def _dtypes(
     checkpoint: Checkpoint, architecture: Architecture, original: HFFolder | None, option: str | None
 ) -> dict[str, torch.dtype]:
-    """Name -> dtype of the Hugging Face tensors to write: `option` (bf16, …) for all, else the original model's."""
-    names = [name for entry in weight_entries(architecture) for name in entry.hf]
-    if option is not None:
-        return dict.fromkeys(names, DTYPE_OPTIONS[option])
+    """Name -> dtype of the Hugging Face tensors to write: `option` (bf16, …), else the original's, as buffers have."""
     record = read_dtype_record(checkpoint, original)
-    return {name: DTYPES[record["hf_dtype_exceptions"].get(name, record["hf_dtype"])] for name in names}
+    dtypes = {}
+    for entry in weight_entries(architecture):
+        for name in entry.hf:
+            kept = DTYPES[record["hf_dtype_exceptions"].get(name, record["hf_dtype"])]
+            dtypes[name] = kept if option is None or entry.is_buffer else DTYPE_OPTIONS[option]
+    return dtypes
 
 
 def _check_same_model(checkpoint: Checkpoint, architecture: Architecture, hf_dir: Path) -> None:

@@ -10,6 +10,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 
+from megatron.sft.planning.first_checks import check_first
+from megatron.sft.planning.options import parse
 from megatron.sft.runtime import console
 from megatron.sft.runtime.errors import run
 from megatron.sft.runtime.signals import LAUNCHER_PID, STARTED, SignalRelay
@@ -25,11 +27,9 @@ def check_inputs(arguments: Sequence[str], num_processes: int) -> None:
     if TRAIN not in arguments:
         return
     from megatron.sft.planning import input_checks
-    from megatron.sft.planning.options import parse
     from megatron.sft.planning.resolution import plan_run
 
     mode, options = parse(arguments[arguments.index(TRAIN) + 1 :])
-    console.fall_back_to(options.save / console.FILE)
     input_checks.check(plan_run(mode, options, num_processes))
     os.environ[input_checks.CHECKED] = "1"  # the processes inherit it
 
@@ -41,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault(STARTED, str(time.time()))
     for name in [name for name in os.environ if name.startswith("PET_")]:
         del os.environ[name]  # defaults of torchrun's options, which PyTorchJob sets: ours come from the command line
+    if TRAIN in arguments:
+        mode, options = parse(arguments[arguments.index(TRAIN) + 1 :])
+        console.fall_back_to(options.save / console.FILE)
+        check_first(mode, options)
     # Imported here: torch takes seconds, and signals are listened to from the first moment.
     from megatron.sft.runtime.elastic_agent import launch
 

@@ -13,7 +13,8 @@ from megatron.sft.data.mixture import parse_inputs
 from megatron.sft.data.tokenized import TokenizedRows, data_file
 from megatron.sft.hf.names import ASSETS, shown, similar_folder
 from megatron.sft.hf.published_configs import find_architecture
-from megatron.sft.planning.small_runs import USUAL_EPOCHS, check_positions, fitting_batch, fitting_split
+from megatron.sft.planning.hints.small_runs import USUAL_EPOCHS, check_positions, fitting_batch, fitting_split
+from megatron.sft.runtime.console import say_next
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import write_bytes
 
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_bytes(path, text.encode())
     print(f"wrote {shown(path)}")
     for command in [*to_do, shlex.join(["bash", str(shown(path)), "plan"]), shlex.join(["bash", str(shown(path)), "train"])]:
-        print(f"next: {command}")
+        say_next(f"next: {command}")
     return 0
 
 

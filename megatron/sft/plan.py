@@ -44,12 +44,14 @@ def report(found: Resolution, settings: Sequence[Line]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    all_defaults = arguments[:1] == ["all"]
+    arguments = arguments[all_defaults:]
     _, options = parse(arguments)
     found = resolve("", options, int(os.environ.get("PLANNED_PROCESSES", "1")))
     name_without_effect(found, os.environ)
     add_needs(found)
     exported = os.environ.get("SETTINGS_FROM_ENVIRONMENT", "").split()  # by scripts/4_train.sh
-    print(report(found, setting_lines(options, arguments, exported)))
+    print(report(found, setting_lines(options, arguments, exported, all_defaults)))
     return 2 if found.problems else 0
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.sft.hf import names
+from megatron.sft.inference.comparison import write_comparison
 from megatron.sft.reporting.curves import read_curve
 from megatron.sft.runtime.errors import OneLineParser, run
 from megatron.sft.runtime.manifest import read_json, sha256_of_file, write_json, write_text
@@ -150,12 +151,11 @@ def _write_model(folder: Path, seed: int) -> None:
     (folder / "model.safetensors").chmod(0o644)
 
 
-# The pages of the run are named by the script, which made them.
-OWN_DATA = """Your own model and data, for example (the fourth line trains; plan in its place says whether it fits):
-  bash scripts/1_download.sh model HuggingFaceTB/SmolLM2-135M-Instruct
+OWN_DATA = """Your own model and data, for example after bash scripts/1_download.sh model HuggingFaceTB/SmolLM2-135M-Instruct:
   bash scripts/2_convert.sh assets/checkpoints/HuggingFaceTB_SmolLM2_135M_Instruct 1 1
-  bash tools/new_recipe mine assets/checkpoints/HuggingFaceTB_SmolLM2_135M_Instruct my_chats.jsonl  # says how to tokenise
-  bash scripts/sft/mine.sh train"""
+  bash scripts/3_tokenize.sh assets/checkpoints/HuggingFaceTB_SmolLM2_135M_Instruct my_chats.jsonl 2048
+  bash tools/new_recipe mine assets/checkpoints/HuggingFaceTB_SmolLM2_135M_Instruct my_chats.jsonl 2048
+  bash scripts/sft/mine.sh train   # or plan: what the run needs, without starting it"""
 
 
 @dataclass(frozen=True)
@@ -183,14 +183,16 @@ def make_report(before: Path, after: Path, metrics: Path, export: str, seconds: 
     return Report(*matches, last["questions"], losses[0], losses[-1], round(seconds, 1), export)
 
 
-def newcomer_lines(report: Report, after: dict[str, Any]) -> str:
-    """What was learned, in words for newcomers, and what to do next. after: the result of the second evaluation."""
+def newcomer_lines(report: Report, after: dict[str, Any], folder: Path) -> str:
+    """What was learned, in words for newcomers, and what to do next. after: the result of the second evaluation.
+    folder: of the pictures."""
     modes = ", ".join(f"{mode['control']} {100 * mode['exact_match']:.0f} %" for mode in after["modes"])
     example = "Sort these names: Tom Ada Quin Ben"
     return (
-        f"A tiny model learned to sort names in {report.seconds:.0f} s. Of {report.held_out} questions that it was not "
-        f"trained on, it now answers {100 * report.exact_match_after:.0f} % correctly ({modes}); "
-        f"before training it was {100 * report.exact_match_before:.0f} %.\n"
+        f"A tiny model learned to sort names; all five steps took {report.seconds:.0f} s.\n"
+        f"It now answers {100 * report.exact_match_after:.0f} % of {report.held_out} questions that it was not trained on "
+        f"({modes}); before, {100 * report.exact_match_before:.0f} %.\n"
+        f"Look at, in {folder}: loss.png, scores.png, scores-answers.md (answers before and after), trained_tokens.html\n"
         f"The model is in {report.export}. Talk to it:\n"
         f'  bash scripts/6_generate.sh {report.export} "{example}"\n'
         f'  CONTROL="{THINK}" bash scripts/6_generate.sh {report.export} "{example}"\n'
@@ -213,7 +215,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds = time.time() - arguments.started
         report = make_report(arguments.before, arguments.after, arguments.metrics, arguments.export, seconds)
         write_json(arguments.output, asdict(report))
-        print(newcomer_lines(report, read_json(arguments.after, "evaluation", "run scripts/7_evaluate.sh first")))
+        results = [read_json(path, "evaluation", "run it first") for path in (arguments.before, arguments.after)]
+        folders = [Path(result["model"]) for result in results]
+        write_comparison(("before", "after"), folders, [[result] for result in results], arguments.output.with_name("scores"))
+        print(newcomer_lines(report, results[1], arguments.output.parent))
     return 0
 
 

@@ -12,14 +12,19 @@ from megatron.sft.families.lora import LoRA, chosen_targets
 from megatron.sft.families.trained import Trained
 from megatron.sft.hf import hub
 from megatron.sft.hf.published_configs import find_architecture
+from megatron.sft.planning.fitting.memory_fit import CARDS
 from megatron.sft.planning.fitting.recomputing import recompute_words
 from megatron.sft.planning.layouts import Suggestion, largest_parts, suggest_layouts
 from megatron.sft.planning.memory import GIB, MemorySettings, num_parameters
-from megatron.sft.planning.memory_fit import CARDS
-from megatron.sft.planning.step_time import MEASURED_GPUS, Cluster
+from megatron.sft.planning.speed.step_time import MEASURED_GPUS, Cluster
 from megatron.sft.reporting.metrics import clock
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 
+# GB on the label of cards that are asked for by name.
+CARD_NAMES = {
+    "L4": 24, "A10": 24, "3090": 24, "4090": 24, "A100-40": 40, "A6000": 48, "L40S": 48, "A100": 80, "H100": 80, "H200": 141,
+}  # fmt: skip
+SHOWN, EVERY = 5, 1000  # layouts
 NUM_GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -111,10 +116,20 @@ def what_helps(architecture: Architecture, asked: argparse.Namespace, gpu_bytes:
 
 def main(argv: Sequence[str] | None = None) -> int:
     asked = _parse(argv)
-    for name in ("gpus", "gpu_memory", "row_length", "micro_batch_size", "global_batch_size"):
+    for name in ("gpus", "gpu_memory", "micro_batch_size", "global_batch_size"):
         if getattr(asked, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(asked, name)}: it must be at least 1")
     architecture, where = architecture_of(asked.model)
+    for place, length in enumerate(asked.row_lengths):
+        asked.row_length = length
+        if place:
+            print()
+        suggest(asked, architecture, where)
+    return 0
+
+
+def suggest(asked: argparse.Namespace, architecture: Architecture, where: str) -> None:
+    """Print what fits, for one length of rows."""
     # A card of 80 GB on its label has 79.1 GiB in nvidia-smi, one of 141 GB 139.8.
     gpu_bytes = int(CARDS.get(f"{asked.gpu_memory:g} GB", asked.gpu_memory) * GIB)
     settings = _settings(asked, architecture)
@@ -124,7 +139,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"GPU{'s' * (asked.gpus > 1)} of {gpu_bytes / GIB:.1f} GiB, "
         f"rows of {asked.row_length:,} tokens, {asked.global_batch_size} rows a step"
     )
-    found = suggest_layouts(architecture, asked.gpus, gpu_bytes, settings, asked.global_batch_size)
+    found = suggest_layouts(architecture, asked.gpus, gpu_bytes, settings, asked.global_batch_size, EVERY)
+    wanted = {"tensor_parallel": asked.tensor_parallel, "pipeline_parallel": asked.pipeline_parallel}
+    wanted = {name: size for name, size in wanted.items() if size}
+    as_wanted = [one for one in found if all(getattr(one.layout, name) == size for name, size in wanted.items())]
+    if found and not as_wanted:
+        sizes = " and ".join(f"--{name.replace('_', '-')} {size}" for name, size in wanted.items())
+        fit = ", ".join(f"TP {one.layout.tensor_parallel} PP {one.layout.pipeline_parallel}" for one in found[:SHOWN])
+        raise UserError(f"nothing fits {asked.gpus} GPUs with {sizes}: what fits is {fit}")
+    found = as_wanted[:SHOWN]
     if not found:
         problem = f"nothing fits {asked.gpus} GPU{'s' * (asked.gpus > 1)} of {gpu_bytes / GIB:.1f} GiB"
         raise UserError(f"{problem}: {what_helps(architecture, asked, gpu_bytes, settings)}")
@@ -134,15 +157,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"layouts that fit, estimated fastest first (for H100s, {Cluster().gpus_per_node} a host{predicted};")
     print("for another card set TOKENS_PER_SECOND in plan):")
     print(table(found, asked.row_length * asked.global_batch_size, asked.tokens * 1e6))
-    return 0
+
+
+def card_size(text: str) -> float:
+    """GB of a number or a card's name, for argparse."""
+    name = text.upper().removeprefix("RTX").strip(" -_").removesuffix("GB")
+    if name in CARD_NAMES:
+        return CARD_NAMES[name]
+    try:
+        return float(name)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a size in GB nor one of {', '.join(CARD_NAMES)}") from None
+
+
+def row_lengths(text: str) -> list[int]:
+    """`4096,16384`, for argparse."""
+    lengths = [int(part) for part in text.split(",")]
+    if min(lengths) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return lengths
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="plan", description=__doc__, allow_abbrev=False)
     parser.add_argument("model")
     parser.add_argument("--gpus", type=int, default=8)
-    parser.add_argument("--gpu-memory", type=float, default=80, help="GB as on the card's label")
-    parser.add_argument("--row-length", type=int, default=16384)
+    parser.add_argument("--gpu-memory", type=card_size, default=80, help="GB as on the card's label, or its name, such as L40S")
+    parser.add_argument("--row-length", type=row_lengths, default=[16384], dest="row_lengths", help="or several: 4096,16384")
+    parser.add_argument("--tensor-parallel", type=int, default=0, help="only layouts of this size; 0: of any")
+    parser.add_argument("--pipeline-parallel", type=int, default=0)
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--global-batch-size", type=int, default=128)
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp8", "fp32"), default="bf16")

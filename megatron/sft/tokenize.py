@@ -41,10 +41,10 @@ from megatron.sft.data.report import (
 )
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import FORMAT, TokenizedRows, is_finished, token_dtype
-from megatron.sft.families.registry import read_architecture
 from megatron.sft.hf.names import shown
 from megatron.sft.hf.tokenizer import auto_tokenizer_note
-from megatron.sft.planning.small_runs import check_positions, data_notes
+from megatron.sft.planning.hints.small_runs import check_positions, data_notes
+from megatron.sft.runtime.console import say_next
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 from megatron.sft.runtime.manifest import read_json, sha256_of_file, sha256_of_text
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = [validated_source(input) for input in options.inputs]
     fingerprint = _fingerprint(options, sources, template)
     if is_finished(options.prefix, fingerprint):
-        print(f"already tokenised, from the same data, tokenizer and options: {options.prefix}.bin, .idx, .json")
+        print(f"already tokenised, from the same data, tokenizer and options:\n{options.prefix}.bin, .idx, .json")
         if facts := TokenizedRows(options.prefix).manifest.get("read_lengths"):
             print(lengths_line(facts))
     else:
@@ -107,23 +107,25 @@ def _say_next(options: Options) -> None:
     """What the data is too small for, and the command that comes next."""
     manifest = TokenizedRows(options.prefix).manifest
     for note in data_notes(manifest["rows"], manifest["conversations"]):
-        print(f"note: {note}")
+        say_next(f"note: {note}")
     model, source = options.tokenizer, options.inputs[0].name
     if not (model / "config.json").is_file() or len(options.inputs) > 1:
         what = "in a recipe of scripts/sft/"
         if "pairs" in manifest:
             what = "and OBJECTIVE=dpo in a recipe, such as scripts/dpo/DPO_Qwen2.5.sh"
-        print(f"then: set DATA_PATH={options.prefix} {what}")
+        say_next(f"then: set DATA_PATH={options.prefix} {what}")
     else:
         name = re.sub(r"[^\w.-]+", "_", f"{options.inputs[0].short_name}_{model.name}")
         command = ["bash", "tools/new_recipe", name, shown(model), source, str(options.seq_length)]
-        print(f"next: {shlex.join(command)}")
+        say_next(f"next: {shlex.join(command)}")
 
 
 def _check_length(options: Options) -> None:
     """Rows longer than the model's positions are refused now; a model that is not known here is checked when it trains."""
     path = options.tokenizer / "config.json"
     with contextlib.suppress(UserError):
+        from megatron.sft.families.registry import read_architecture  # with torch, which takes seconds
+
         architecture = read_architecture(read_json(path, "model configuration", ""), str(path))
         path = options.tokenizer
     if path == options.tokenizer:

@@ -70,7 +70,12 @@ submit_all() {
 }
 
 case $#,$1 in
-  1,*) for step in "${steps[@]}"; do echo "== $step" && run_here "$step"; done ;;
+  1,*)
+    for step in "${steps[@]}"; do
+      if [[ $step == export ]]; then unset SAY_NEXT; else export SAY_NEXT=0; fi
+      echo "== $step" && run_here "$step"
+    done
+    ;;
   2,--slurm)
     # shellcheck source=scripts/cluster/submit.sh
     source "$ROOT/scripts/cluster/submit.sh"

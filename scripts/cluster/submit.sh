@@ -21,7 +21,7 @@ job_options() {
 # gpu_options: the GPUs and processors of a node that trains, one option per line.
 gpu_options() {
   if [[ ${MEGATRON_SFT_DEVICE-} == cpu ]]; then return; fi
-  printf '%s\n' "--gpus-per-node=$GPUS_PER_NODE" "--cpus-per-task=$((GPUS_PER_NODE * CPUS_PER_GPU))"
+  printf '%s\n' "${GPU_REQUEST:---gpus-per-node=$GPUS_PER_NODE}" "--cpus-per-task=$((GPUS_PER_NODE * CPUS_PER_GPU))"
 }
 
 # submit OPTION... SCRIPT ARGUMENT...: submit and print the job id. A batch script finds the repository through the folder it is

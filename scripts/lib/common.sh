@@ -58,6 +58,17 @@ run_python() {
   PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m "$@"
 }
 
+# gpus_found: the number of usable GPUs of this machine, 0 without a driver.
+gpus_found() {
+  if [[ ${MEGATRON_SFT_DEVICE-} == cpu ]] || ! command -v nvidia-smi >/dev/null; then
+    printf 0
+  elif [[ -n ${CUDA_VISIBLE_DEVICES-} ]]; then
+    awk -F, '{printf "%d", NF}' <<<"$CUDA_VISIBLE_DEVICES"
+  else
+    nvidia-smi --list-gpus 2>/dev/null | wc -l
+  fi
+}
+
 # launch PROCESSES MODULE ARGUMENTS...: start that many processes on this node with torchrun. It replaces the shell, so that
 # signals reach torchrun: make it a script's last line. With NNODES > 1 the nodes meet at RDZV_ENDPOINT (host:port of any
 # node) with RDZV_ID, or at MASTER_ADDR and MASTER_PORT with each node's NODE_RANK.

@@ -132,6 +132,8 @@ def gradients_of(model: torch.nn.Module, source: Any, count: int) -> Iterator[tu
     from megatron.sft.model.live_weights import live_weights
 
     for weight in live_weights(model, source.architecture, Layout()):
+        if weight.entry.is_buffer:
+            continue
         parameter: Any = weight.parameter
         gradient = parameter.main_grad
         if parameter.grad is not None and not parameter.grad_added_to_main_grad:

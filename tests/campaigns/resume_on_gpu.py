@@ -24,6 +24,7 @@ KINDS = {
     "fp8 blockwise": ["--precision", "fp8", "--fp8-recipe", "blockwise"],
     "bf16 optimizer": ["--optimizer-precision", "bf16"],
     "offloaded optimizer": ["--optimizer-offload", "1"],
+    "half offloaded": ["--optimizer-offload", "0.5"],
     "selective": ["--recompute", "selective"],
     "fp8 selective": ["--precision", "fp8", "--recompute", "selective"],
     "full": ["--recompute", "full"],

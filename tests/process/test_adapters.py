@@ -18,6 +18,8 @@ WITH_EXPERTS = ["1x1", "TP2", "PP2", "CP2", "DP2", "TP2 x PP2", "EP2", "EP2 x TP
 PHI3 = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 QWEN35 = [*TARGETS, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
 WITHOUT_CP = [layout for layout in EVERYWHERE if "CP" not in layout]
+# Some that every tensor-parallel rank holds whole.
+LATENT = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 MIXTRAL = ["q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"]
 # CI's runs of experts recompute whole layers; dense models do in test_adapter_settings.py.
 OPTIONS = {"qwen3_moe": ["--recompute", "full"]}
@@ -38,6 +40,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "olmo2": ({}, [], EVERYWHERE),
     "gemma3": ({}, [], EVERYWHERE),
     "granite": ({}, [], EVERYWHERE),
+    "deepseek_v2_moe": ({"target_modules": ["q_proj", *LATENT[2:]]}, [], EVERYWHERE),
+    "deepseek_v3_moe": ({"target_modules": LATENT}, ["TP2 + SP", "TP2 x PP2"], EVERYWHERE),
     "qwen3_moe": ({"elsewhere": True}, ["TP2", "EP2 x TP2"], WITH_EXPERTS),
     "mixtral": ({"elsewhere": True, "target_modules": MIXTRAL}, ["EP2"], WITH_EXPERTS),
 }

@@ -31,6 +31,7 @@ def test_before_and_after_on_a_file_makes_a_table_and_asks_nothing_twice(tmp_pat
     results = tmp_path / "outputs/evaluations"
     assert line in (results / "scores.md").read_text()
     assert (results / "scores.png").read_bytes()[:4] == b"\x89PNG"
+    assert "✗" in (results / "scores-answers.md").read_text() and "✓" in (results / "scores-answers.md").read_text()
     assert {path.name for path in results.glob("*.json")} == {"before-names.json", "after-names.json"}
     (results / "scores.md").unlink()
     again = evaluate(tmp_path, *models, data)

@@ -25,11 +25,16 @@ VISION: dict[str, dict[str, Any]] = {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
         "patch_size": 14,
     },
+    "Qwen3_5Moe": {
+        "hidden_size": 32, "intermediate_size": 48, "depth": 1, "num_heads": 2, "out_hidden_size": 64,
+        "num_position_embeddings": 16,
+    },
     "Mistral3": {**PIXTRAL, "model_type": "pixtral", "patch_size": 14, "head_dim": 16},
 }  # fmt: skip
 # The class -> what its text_config says besides.
 WHOLE: dict[str, dict[str, Any]] = {
     "Qwen3_5": tiny.FAMILIES["qwen3_5"][1],
+    "Qwen3_5Moe": tiny.FAMILIES["qwen3_5_moe"][1],
     "Gemma3": {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 24},
     "Mistral3": {**tiny.FAMILIES["ministral3"][1], "model_type": "ministral3"},
 }
@@ -62,7 +67,7 @@ def trained_and_exported(model: Path, packed_rows: Path, tmp_path: Path) -> Path
     return tmp_path / "trained"
 
 
-@pytest.mark.parametrize(("name", "tied"), [("Qwen3_5", True), ("Gemma3", True), ("Mistral3", False)])
+@pytest.mark.parametrize(("name", "tied"), [("Qwen3_5", True), ("Qwen3_5Moe", False), ("Gemma3", True), ("Mistral3", False)])
 def test_the_text_model_is_trained_and_the_rest_of_the_folder_is_exported_bit_for_bit(
     name: str, tied: bool, packed_rows: Path, tmp_path: Path
 ) -> None:
@@ -175,3 +180,50 @@ def test_8_bit_weights_without_scales_or_without_an_entry_in_config_json_are_ref
     assert "are in 8 bits, config.json does not say so" in tiny.run_module("convert", *options, status=2)
     rewrite(model, lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.endswith("_scale_inv")})
     assert "is in 8 bits and has no scales" in tiny.run_module("convert", *options, status=2)
+
+
+def test_deepseek_v3_as_published_in_8_bits_with_a_head_for_a_further_token(packed_rows: Path, tmp_path: Path) -> None:
+    """The weights are trained, the head is exported as it was, also where the experts lie in transformers 5's form."""
+    model = tiny.save_family(tmp_path / "model", "moonlight_moe_bf16")
+
+    def with_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        head = {name.replace("layers.4.", "layers.5."): each + 1 for name, each in tensors.items() if "layers.4." in name}
+        head |= {"model.layers.5.eh_proj.weight": torch.ones(64, 128).bfloat16()}
+        return {**tensors, **head, "model.layers.5.enorm.weight": torch.ones(64).bfloat16()}
+
+    rewrite(model, lambda tensors: in_8_bits(with_head(tensors), 16))
+    config = json.loads((model / "config.json").read_text())
+    entry = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": entry}))
+    output = tiny.run_module("convert", "--source", model, "--output", tmp_path / "checkpoint")
+    assert "weights are in 8 bits" in output and "38 tensors of model.layers.5 are kept for the export" in output
+    tiny.run_module("export", "--load", tmp_path / "checkpoint", "--hf-dir", model, "--output", tmp_path / "exported")
+    # In bfloat16, with the same head: what is trained in the first form, and comes back in the second one.
+    original = tiny.tensors(tmp_path / "exported")
+    assert {name for name in original if "layers.5." in name} == {
+        name for name in load_file(model / "model.safetensors") if "layers.5." in name and not name.endswith("_scale_inv")
+    }
+    bias = original["model.layers.3.mlp.gate.e_score_correction_bias"]
+    assert isinstance(bias, torch.Tensor) and bias.dtype == torch.float32
+    fused = tmp_path / "fused"
+    tiny.run_module("export", "--load", tmp_path / "checkpoint", "--hf-dir", model, "--output", fused)
+    rewrite(fused, in_one_tensor)
+    trained = trained_and_exported(fused, packed_rows, tmp_path / "again")
+    before, after = tiny.tensors(fused), tiny.tensors(trained)
+    assert before.keys() == after.keys() and "model.layers.3.mlp.experts.gate_up_proj" in after
+    changed = {name for name in before if not torch.equal(before[name], after[name])}  # type: ignore[arg-type]
+    assert not [name for name in changed if "layers.5." in name or "correction_bias" in name]
+    latent = {f"model.layers.{layer}.self_attn.{part}.weight" for layer in range(5) for part in ("q_proj", "kv_b_proj")}
+    assert changed >= {"model.layers.3.mlp.experts.gate_up_proj", "model.layers.3.mlp.shared_experts.up_proj.weight", *latent}
+
+
+def in_one_tensor(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The experts of each layer but the head's as one tensor for their gates and ups, and one for their downs."""
+    result = dict(tensors)
+    for layer in range(1, 5):
+        block, parts = f"model.layers.{layer}.mlp.experts.", ("gate_proj", "up_proj", "down_proj")
+        gates, ups, downs = (
+            torch.stack([result.pop(f"{block}{expert}.{part}.weight") for expert in range(8)]) for part in parts
+        )
+        result |= {f"{block}gate_up_proj": torch.cat([gates, ups], dim=1), f"{block}down_proj": downs}
+    return result

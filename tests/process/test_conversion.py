@@ -55,7 +55,7 @@ def test_an_extended_context_is_trained_and_goes_into_the_export(spelling: str, 
     assert "has RoPE scaling of type 'yarn' already" in tiny.run_module("convert", *refused, *options, status=2)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "olmo3", "qwen3_5"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "olmo3", "qwen3_5", "deepseek_v3_moe"])
 def test_megatron_cores_own_loader_reads_a_converted_checkpoint(family: str, tmp_path: Path) -> None:
     """It finds every tensor under the name and in the shape that its model asks for, and gets the source's values."""
     from megatron.core import dist_checkpointing

@@ -113,3 +113,39 @@ def test_the_wrong_kind_of_path_is_named_with_the_command_that_makes_the_right_o
     assert f"bash scripts/3_tokenize.sh MODEL {chats} LENGTH" in said
     said = shell(f"bash {tiny.ROOT}/scripts/3_tokenize.sh {model} {chats} 1000000", tmp_path, status=2)
     assert "LENGTH is 1000000, the model has " in said
+
+
+MISTAKES = {
+    "train without a checkpoint": (
+        "launch --standalone --nproc-per-node 1 -m megatron.sft.train train --load nowhere --data-path x --save run",
+        "PRETRAIN_CHECKPOINT_PATH nowhere does not exist: make it with scripts/2_convert.sh",
+    ),
+    "train with a word for a number": (
+        "launch --standalone --nproc-per-node 1 -m megatron.sft.train train --load nowhere --data-path x --save run --lr abc",
+        "LR: invalid float value: 'abc'",
+    ),
+    "resume of nothing": (
+        "launch --standalone --nproc-per-node 1 -m megatron.sft.train resume --load nowhere --data-path x --save run",
+        "OUTPUT_PATH run has no checkpoint to resume from",
+    ),
+    "tokenise with no model": ("tokenize --tokenizer nowhere --input x.json --seq-length 64", "x.json does not exist"),
+    "generate": ("generate nowhere hello", "nowhere"),
+    "evaluate": ("evaluate nowhere x.json", "nowhere"),
+    "new recipe": ("new_recipe mine nowhere x.json", "nowhere"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_that_needs_no_torch_is_named_without_it(mistake: str, tmp_path: Path) -> None:
+    """torch takes seconds to import, and on a busy machine half a minute."""
+    command, expected = MISTAKES[mistake]
+    module, *arguments = command.split()
+    program = (
+        "import runpy, sys; sys.modules['torch'] = None; sys.argv[1:] = sys.argv[2:]; "
+        f"runpy.run_module('megatron.sft.{module}', run_name='__main__')"
+    )
+    python = [sys.executable, "-c", program, module, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(tiny.ROOT)}
+    done = subprocess.run(python, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert expected in done.stderr.splitlines()[-1]

@@ -41,6 +41,8 @@ CASES: dict[str, tuple[str, str, list[str], str]] = {
         ["--freeze", "model.layers.*.mlp,model.layers.?.self_attn.*.bias", "--recompute", "selective"],
         r"mlp|bias",
     ),
+    "shared experts": ("qwen2_moe", "EP2 x TP2", ["--freeze", "shared_experts"], r"shared_expert"),
+    "router with its bias": ("gpt_oss", "TP2", ["--freeze", "router,attention"], r"mlp\.router\.|[qkvo]_proj"),
     "experts": ("qwen3_moe", "EP2", ["--freeze", "experts"], r"experts\."),
     "router": ("qwen3_moe", "TP2", ["--train-router", "0"], r"mlp\.gate\."),
     "all but experts": (

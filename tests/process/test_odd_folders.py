@@ -22,6 +22,18 @@ def converted_and_exported(model: Path, folder: Path, *options: str) -> Path:
     return folder / "export"
 
 
+def test_kimi_k2_is_compared_with_transformers_as_the_deepseek_v3_that_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.save_family(tmp_path / "model", "moonlight_moe_bf16")
+    config = json.loads((model / "config.json").read_text())
+    of_kimi = {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
+    (model / "config.json").write_text(json.dumps({**config, **of_kimi}))
+    exported = converted_and_exported(model, tmp_path, "--verify", "1")
+    assert "verified: logits as transformers'" in capsys.readouterr().out
+    tiny.assert_same_weights(exported, model)
+
+
 def fused(model: Path, out: Path, block: str, names: tuple[str, str, str], shards: int = 1) -> Path:
     """The folder with transformers 5's fused tensors, the router with the experts in `block`."""
     shutil.copytree(model, out)
@@ -79,10 +91,11 @@ def test_fused_experts_come_back_bit_for_bit_in_the_same_form(
     assert all(torch.equal(ours.tensor(name), theirs.tensor(name)) for name in theirs.tensor_names)
 
 
-def test_what_transformers_saves_fused_is_read_and_it_reads_the_export(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["mixtral", "minimax_m2_moe", "ernie4_5_moe", "qwen2_moe"])
+def test_what_transformers_saves_fused_is_read_and_it_reads_the_export(family: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    single = tiny.save_family(tmp_path / "single", "mixtral")
+    single = tiny.save_family(tmp_path / "single", family)
     model = AutoModelForCausalLM.from_pretrained(single)
     model.save_pretrained(tmp_path / "saved", save_original_format=False)
     assert any(name.endswith("gate_up_proj") for name in load_file(tmp_path / "saved" / "model.safetensors"))

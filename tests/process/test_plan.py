@@ -24,12 +24,12 @@ CASES += [(name, size, name) for name in OF_ANY_SIZE for size in QWEN_SIZES]
 CASES += [(name, "", name) for name in RECIPES if name not in {"SFT_Quickstart", *(case[0] for case in CASES)}]
 
 
-def plan(recipe: Path, **variables: object) -> tuple[int, str]:
+def plan(recipe: Path, *words: str, **variables: object) -> tuple[int, str]:
     """(status, output with every line whole) of `bash RECIPE plan`."""
     ours = {name: value for name, value in os.environ.items() if name.isupper()}
     environment = {**ours, **SERVER.python(), "MEGATRON_SFT_DEVICE": "cpu"}
     result = subprocess.run(
-        ["bash", str(recipe), "plan"],
+        ["bash", str(recipe), "plan", *words],
         env={**environment, **{name: str(value) for name, value in variables.items()}},
         text=True,
         stdout=subprocess.PIPE,
@@ -69,6 +69,16 @@ def test_a_recipe_is_planned_before_its_model_and_data_are_there(
     assert f"{promised}{line(output, 'fits')}\n" in head
 
 
+def test_the_recipe_of_a_mixture_promises_what_plan_says_of_two_nodes(tmp_path: Path) -> None:
+    path = RECIPES["SFT_Qwen3_30B_A3B"]
+    _, output = plan(path, ASSETS_DIR=tmp_path, OUTPUT_PATH=tmp_path / "run", NNODES=2)
+    assert line(output, "processes").startswith("16 = ") and "OPTIMIZER_PRECISION=fp32" in line(output, "recipe")
+    promised = f"# Fits with NNODES=2 (memory by plan): {line(output, 'fits')}\n"
+    assert promised in path.read_text()
+    # No fewer than hold all experts once.
+    assert all(int(count) >= 8 for count in re.findall(r": (\d+) GPU", promised))
+
+
 @pytest.fixture
 def recipe(converted: Path, packed_rows: Path, tmp_path: Path) -> Path:
     """A recipe of the tiny model and data."""
@@ -85,7 +95,8 @@ def test_a_run_that_can_start_is_planned_with_where_each_value_came_from(recipe:
     assert status == 0, output
     assert "LR=0.002" in line(output, "environment") and "TOKENS_PER_SECOND=1000.0" in line(output, "environment")
     assert "MIN_LR=0.0001" in line(output, "recipe") and "TRAIN_ITERS=10 " in line(output, "recipe")
-    assert "WEIGHT_DECAY=0.1" in line(output, "defaults")
+    assert "WEIGHT_DECAY=0.1" in line(output, "defaults") and "ON_NAN" not in output
+    assert "ON_NAN=stop" in line(plan(recipe, "all")[1], "defaults")
     assert line(output, "steps") == "10 (TRAIN_ITERS, 1.25 epochs), of them 0 of warm-up"
     manifest = json.loads(Path(re.search(r"DATA_PATH=(\S+)", output)[1] + ".json").read_text())  # type: ignore[index]
     seconds = 80 / 64 * manifest["tokens"] / 1000
@@ -130,7 +141,9 @@ def test_every_problem_is_listed_not_only_the_first(recipe: Path, packed_rows: P
 def test_the_gpu_that_a_run_does_not_fit_is_named(recipe: Path) -> None:
     status, output = plan(recipe, GPU_MEMORY_GIB=1)
     assert status == 2 and "has 1.0 (GPU_MEMORY_GIB): no change of one or two settings fits" in output
-    status, output = plan(recipe, GPU_MEMORY_GIB=24)
+    status, output = plan(recipe, GPU_MEMORY_GIB=24, OPTIMIZER_OFFLOAD=0.5)
+    assert line(output, "CPU memory") == "0.0 GB of all processes together for 50% of the optimizer's state"
+    assert line(output, "memory by phase").endswith(" decides")
     assert status == 0 and line(output, "GPU") == "24.0 GiB, GPU_MEMORY_GIB"
 
 

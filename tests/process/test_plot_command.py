@@ -17,7 +17,7 @@ def test_tool_writes_next_to_the_metrics(tmp_path):
     line = ["bash", str(ROOT / "tools/plot_loss"), str(folder)]
     done = subprocess.run(line, env=os.environ | {**SERVER.python()}, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == f"loss curve: {folder}/loss.png\n"
-    assert png_size(folder / "loss.png") == (1120, 672)
+    assert png_size(folder / "loss.png") == (864, 576)
 
 
 def test_runs_side_by_side_are_a_table_and_a_picture_by_tokens(tmp_path):
@@ -43,4 +43,4 @@ def test_runs_side_by_side_are_a_table_and_a_picture_by_tokens(tmp_path):
         "| two | 4 | 2.00 | 2.0000 | 1.2500 | 100 |",
         "loss curve: one/comparison.png",
     ]
-    assert png_size(tmp_path / "one" / "comparison.png") == (1120, 672)
+    assert png_size(tmp_path / "one" / "comparison.png") == (864, 576)

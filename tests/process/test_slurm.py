@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             pytest.fail(reason)
         pytest.skip(reason)
     root = tmp_path_factory.mktemp("slurm") / "shared folder"
-    for name in ("scripts", "megatron"):
+    for name in ("scripts", "megatron", "tools"):
         shutil.copytree(tiny.ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(tiny.ROOT / "requirements.txt", root / "requirements.txt")
     tiny.run_module("quickstart", "model", root / "assets" / "checkpoints" / "quickstart")
@@ -83,6 +84,22 @@ def test_the_documentation_has_every_setting_of_a_cluster() -> None:
     assert [name for name in settings if f"`{name}`" not in page] == []
 
 
+def test_the_documentation_s_examples_of_clusters_set_what_the_scripts_read(tmp_path: Path) -> None:
+    file = (tiny.ROOT / "scripts" / "cluster" / "cluster.env").read_text()
+    page = (tiny.ROOT / "docs" / "slurm.md").read_text().partition("Three examples")[2].partition("\n## ")[0]
+    examples = re.findall(r"```bash\n(.*?)```", page, re.S)
+    assert len(examples) == 3
+    for example in examples:
+        names = re.findall(r"\"\$\{(\w+):[=-]", example)
+        assert names and {name for name in names if f"${{{name}:" not in file} <= {"MEGATRON_SFT_VENV", "ASSETS_DIR", "HF_HOME"}
+        script = f"set -euo pipefail; module() {{ :; }}; SCRATCH=/scratch\n{example}\n{file}\n"
+        shown = subprocess.run(
+            ["bash", "-c", script + 'echo "${GPU_REQUEST:---gpus-per-node=$GPUS_PER_NODE} $CONTAINER $PARTITION"'],
+            env={"PATH": os.environ["PATH"]}, text=True, capture_output=True, check=True,
+        )  # fmt: skip
+        assert shown.stdout.split()[0] in ("--gres=gpu:a100:4", "--gpus-per-node=8")
+
+
 def test_what_cannot_run_is_refused_before_nodes_are_requested(site: Site) -> None:
     jobs = site.cluster.command("squeue", "--all", "--states=all", "--noheader")
     output = site.submit(status=2, TENSOR_PARALLEL_SIZE=3)
@@ -97,7 +114,8 @@ def test_what_cannot_run_is_refused_before_nodes_are_requested(site: Site) -> No
     assert site.cluster.command("squeue", "--all", "--states=all", "--noheader") == jobs
 
 
-def test_an_interactive_command_has_the_gpus_and_processors_it_requested(site: Site) -> None:
+@pytest.mark.parametrize("request_", [{}, {"GPU_REQUEST": "--gres=gpu:2"}], ids=["by number", "by gres"])
+def test_an_interactive_command_has_the_gpus_and_processors_it_requested(site: Site, request_: dict[str, str]) -> None:
     answer = site.run(
         *(
             "bash",
@@ -109,8 +127,16 @@ def test_an_interactive_command_has_the_gpus_and_processors_it_requested(site: S
         MEGATRON_SFT_DEVICE="",
         GPUS_PER_NODE=2,
         CPUS_PER_GPU=3,
+        **request_,
     )
     assert "gpus 0,1 cpus 6" in answer
+
+
+def test_the_network_between_two_nodes_is_checked_in_a_step(site: Site) -> None:
+    step = ("srun", "--nodes=2", "--ntasks-per-node=1", "--mpi=none")
+    answer = site.run(*step, "bash", "tools/check_network", "--megabytes", "1", GPUS_PER_NODE=1)
+    assert "2 process(es) on 2 node(s), CPU" in answer and "between nodes, a process of each (2 processes): " in answer
+    assert "every result was right" in answer
 
 
 @dataclass(frozen=True)

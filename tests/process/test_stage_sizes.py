@@ -8,7 +8,15 @@ from tests.support import tiny
 
 
 @pytest.mark.parametrize(
-    ("family", "tensor", "pipeline", "expert"), [("qwen2", 2, 2, 1), ("qwen2_tied_bf16", 1, 2, 1), ("qwen3_moe", 1, 1, 2)]
+    ("family", "tensor", "pipeline", "expert"),
+    [
+        ("qwen2", 2, 2, 1),
+        ("qwen2_tied_bf16", 1, 2, 1),
+        ("qwen3_moe", 1, 1, 2),
+        ("glm4_moe_bf16", 2, 1, 2),
+        ("qwen2_moe", 1, 2, 1),
+        ("gpt_oss", 2, 1, 1),
+    ],
 )
 def test_each_process_has_as_many_weights_as_estimated(
     family: str, tensor: int, pipeline: int, expert: int, tmp_path: Path
@@ -26,3 +34,10 @@ def test_the_plan_tool_reads_a_folder_and_says_what_it_does_not_know(tiny_qwen2:
     one_and_a_half_billion = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
     small = tiny.run_module("suggest", one_and_a_half_billion, "--gpus", 1, "--gpu-memory", 24, status=2)
     assert "1 GPU of 23.6 GiB" in small
+    asked = ("--gpus", 4, "--gpu-memory", "L40S", "--row-length", "4096,16384")
+    both = tiny.run_module("suggest", one_and_a_half_billion, *asked, "--tensor-parallel", 2)
+    assert "rows of 4,096 tokens" in both and "rows of 16,384 tokens" in both and "4 GPUs of 44.5 GiB" in both
+    layouts = [line for line in both.splitlines() if "(DP " in line]
+    assert layouts and all("TENSOR_PARALLEL_SIZE=2" in line for line in layouts)
+    none = tiny.run_module("suggest", one_and_a_half_billion, *asked, "--tensor-parallel", 3, status=2)
+    assert "nothing fits 4 GPUs with --tensor-parallel 3: what fits is TP " in none

@@ -72,7 +72,7 @@ def track(folder: Path, iteration: int, **environment: str) -> tuple[str, list[l
     log = folder / "told.jsonl"
     log.unlink(missing_ok=True)
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "SWANLAB_", "MLFLOW_"))}
-    variables |= {"PYTHONPATH": f"{tiny.ROOT}", "STAND_IN_LOG": str(log), **environment}
+    variables |= {"PYTHONPATH": f"{tiny.ROOT}:{os.environ.get('PYTHONPATH', '')}", "STAND_IN_LOG": str(log), **environment}
     line = [sys.executable, "-c", program]
     done = subprocess.run(line, env=variables, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -156,6 +156,14 @@ def test_swanlab_continues_its_experiment_where_it_can(tmp_path: Path) -> None:
     assert offline[0][1]["mode"] == "offline" and offline[0][1]["id"] is None
     assert track(tmp_path, 0, PYTHONPATH=path) == ("", []), "not imported unless asked for"
     assert not any(b"very-secret" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_swanlab_itself_keeps_a_run_in_files(tmp_path: Path) -> None:
+    pytest.importorskip("swanlab", reason="needs swanlab")
+    said, _ = track(tmp_path, 0, SWANLAB_MODE="offline")
+    assert "SwanLab: offline" in said and "warning" not in said
+    [kept] = (tmp_path / "swanlog").glob("run-*/*.swanlab")
+    assert kept.stat().st_size > 0
 
 
 def test_mlflow_gets_every_step_once(tmp_path: Path) -> None:

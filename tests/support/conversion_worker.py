@@ -17,6 +17,8 @@ import torch
 from megatron.sft.checkpoint.folder import open_checkpoint
 from megatron.sft.compare_logits import megatron_logits, transformers_logits
 from megatron.sft.data.tokenized import Row
+from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.registry import module_names
 from megatron.sft.families.rules import tensor_parallel_part
 from megatron.sft.hf.folder import HFFolder
 from megatron.sft.model import process_groups
@@ -31,6 +33,7 @@ def main() -> None:
     tp, pp, ep, sp = map(int, sys.argv[1:5])
     layout = Layout(tp, pp, sequence_parallel=bool(sp), expert_parallel=ep)
     with process_groups.parallel(layout):
+        assert layout.model_size * max(1, ep // tp) == torch.distributed.get_world_size()
         for name in sys.argv[7:]:
             folder, checkpoint = Path(sys.argv[5]) / name, Path(sys.argv[6]) / name
             source = HFFolder(folder)
@@ -119,6 +122,9 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
     worst, worst_name = 0.0, "-"
     for weight in live_weights(model, architecture, layout):
         entry, name = weight.entry, weight.entry.megatron
+        if entry.is_buffer:
+            assert not hasattr(weight.parameter, "main_grad"), name
+            continue
         whole = entry.rule.to_megatron(architecture, *(expected[hf] for hf in entry.hf))
         if "embedding" in name or "output_layer" in name:
             whole = torch.cat([whole, whole.new_zeros(layout.padded_vocab_size(architecture) - len(whole), whole.shape[1])])
@@ -156,26 +162,27 @@ def transformers_gradients(source: HFFolder, row: Row) -> dict[str, torch.Tensor
         start += int(length)
     (total / int(row.trained.sum())).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return on_disk_names(gradients, source)
+    return on_disk_names(gradients, source.architecture)
 
 
-def on_disk_names(gradients: dict[str, torch.Tensor], source: HFFolder) -> dict[str, torch.Tensor]:
-    """transformers 5 keeps all experts of a layer in one parameter; on disk they are apart."""
+def on_disk_names(gradients: dict[str, torch.Tensor], architecture: Architecture) -> dict[str, torch.Tensor]:
+    """transformers 5 keeps all experts of a layer in one parameter; in the family's table they are apart."""
+    names = module_names(architecture.family)
+    parts = {"gate_up_proj": ("expert_gate", "expert_up"), "down_proj": ("expert_down",)}
     result = {}
-    mixtral = source.architecture.family == "mixtral"
     for name, gradient in gradients.items():
-        if name.endswith("experts.gate_up_proj"):
-            for expert, both in enumerate(gradient):
-                for part, half in zip(("w1", "w3") if mixtral else ("gate_proj", "up_proj"), both.chunk(2), strict=True):
-                    result[name.replace("gate_up_proj", f"{expert}.{part}.weight")] = half
-        elif name.endswith("experts.down_proj"):
-            for expert, down in enumerate(gradient):
-                result[name.replace("down_proj", f"{expert}.{'w2' if mixtral else 'down_proj'}.weight")] = down
-        else:
+        module, _, kind = name.rpartition(".")
+        if not module.endswith(".experts"):
             result[name] = gradient
-    if mixtral:
-        result = {name.replace(".mlp.", ".block_sparse_moe."): gradient for name, gradient in result.items()}
-    return result
+        elif names["expert_fused"]:
+            result |= {f"{module}.{expert}.{kind}": each for expert, each in enumerate(gradient)}
+        else:
+            for expert, each in enumerate(gradient):
+                for part, half in zip(parts[kind], each.chunk(len(parts[kind])), strict=True):
+                    result[f"{module}.{expert}.{names[part]}.weight"] = half
+    if names["fused_correction_bias"]:
+        result = {name.replace(names["fused_correction_bias"], names["correction_bias"][:-3]): g for name, g in result.items()}
+    return {name.replace(".mlp.", f".{names['block']}."): gradient for name, gradient in result.items()}
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ SAMPLE = [(1, 1, 1), (4, 2, 1)]
 def main() -> None:
     models, out, everywhere = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     for model in sorted(path for path in models.iterdir() if path.is_dir()):
-        experts = "moe" in model.name or "mixtral" in model.name
+        experts = tiny.has_experts(model.name)
         for form in ("torch_dist", "torch"):
             for layout in LAYOUTS if model.name in everywhere else SAMPLE:
                 # torch_dist is the same whatever the layout.

@@ -65,7 +65,7 @@ def train(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not re.search(frozen, name))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    decayed = {name: p for name, p in trained.items() if p.ndim > 1}
+    decayed = {name: p for name, p in trained.items() if p.ndim > 1 and not name.endswith("bias")}
     groups = [
         {"params": [p for name, p in decayed.items() if "lora_B" not in name]},
         {"params": [p for name, p in decayed.items() if "lora_B" in name], "lr": lr * plus},

@@ -70,9 +70,16 @@ def save_random(model: "object", folder: Path, dtype: "object" = None) -> Path:
             elif "conv1d" in name:
                 parameter.copy_(0.5 * noise)
             else:
-                parameter.copy_(noise * (0.5 if name.endswith("bias") else 0.1))
+                parameter.copy_(noise * (0.5 if name.endswith("bias") and "correction" not in name else 0.1))
+        for name, buffer in model.named_buffers():  # type: ignore[attr-defined]
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     if dtype is not None:
+        kept = {name: buffer.clone() for name, buffer in model.named_buffers()}  # type: ignore[attr-defined]
         model.to(dtype)  # type: ignore[attr-defined]
+        for name, buffer in kept.items():  # float32, as released models have it
+            if name.endswith("e_score_correction_bias"):
+                model.get_buffer(name).data = buffer  # type: ignore[attr-defined]
     model.save_pretrained(folder)  # type: ignore[attr-defined]
     return folder
 
@@ -254,8 +261,34 @@ def save_family(folder: Path, family: str) -> Path:
     return save_random(model, folder, torch.bfloat16 if family.endswith("_bf16") else None)
 
 
+def has_experts(family: str) -> bool:
+    """Whether one of FAMILIES is a mixture of experts."""
+    return any(
+        name.endswith(("num_experts", "num_local_experts", "n_routed_experts")) and count
+        for name, count in FAMILIES[family][1].items()
+    )
+
+
 _LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
+# Queries and keys of 24 dimensions, 8 of them rotated, values of 12; short positions, so that YaRN's corrections show.
+_LATENT = {
+    "num_key_value_heads": 8,
+    "q_lora_rank": 28,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 2,
+    "rope_parameters": {**_YARN, "mscale": 0.6, "mscale_all_dim": 0.8},
+}
 _DELTA_NET = {
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
@@ -263,6 +296,14 @@ _DELTA_NET = {
     "linear_value_head_dim": 24,
     # With less a head's tiny result is normed up, and with it what transformers' own float32 is off (1e-3 of the logits).
     "rms_norm_eps": 5e-2,
+}
+_GATED_EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+    # More still: the last bit of a weight changes the step sizes' gradients by 1e-4 otherwise.
+    "rms_norm_eps": 0.5,
 }
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen2": ("Qwen2", {}),
@@ -297,6 +338,72 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen3_moe_unnormalised": (
         "Qwen3Moe",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": False, "head_dim": 16},
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [2],
+        },
+    ),
+    "glm4_moe_bf16": (
+        "Glm4Moe",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "n_shared_experts": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.5,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "head_dim": 16,
+            "attention_bias": True,
+            "use_qk_norm": True,
+        },
+    ),
+    "olmoe": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+    "minimax_m2_moe": (
+        "MiniMaxM2",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 32,
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {
+            "moe_num_experts": 8,
+            "moe_k": 3,
+            "moe_intermediate_size": 32,
+            "moe_num_shared_experts": 2,
+            "num_hidden_layers": 5,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 3,
+            "moe_layer_interval": 2,
+            "moe_norm_min": 0.4,
+        },
+    ),
+    "qwen3_5_moe": ("Qwen3_5MoeText", {"head_dim": 32, **_DELTA_NET, **_GATED_EXPERTS}),
+    "qwen3_next_moe": ("Qwen3Next", {"head_dim": 32, **_DELTA_NET, **_GATED_EXPERTS, "mlp_only_layers": [1]}),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 32,
+            "head_dim": 16,
+            "sliding_window": 24,
+            "rope_parameters": {**_YARN, "truncate": False},
+        },
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}),
     "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -348,6 +455,24 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
             "final_logit_softcapping": 3.0,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
             "num_hidden_layers": 6,
+        },
+    ),
+    "deepseek_v2_moe": ("DeepseekV2", {**_LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy"}),
+    # Moonlight: no vector for queries, no groups.
+    "moonlight_moe_bf16": (
+        "DeepseekV3",
+        {**_LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    ),
+    "deepseek_v3_moe": ("DeepseekV3", {**_LATENT, "attention_bias": True}),
+    # As in GLM-4.7-Flash values are as wide as queries and keys.
+    "glm4_moe_lite": (
+        "Glm4MoeLite",
+        {
+            **{name: value for name, value in _LATENT.items() if name != "first_k_dense_replace"},
+            "v_head_dim": 24,
+            "mlp_layer_types": ["dense", "sparse", "dense", "sparse", "sparse"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "rope_interleave": False,
         },
     ),
     "qwen3_5": ("Qwen3_5Text", {"head_dim": 32, **_DELTA_NET}),

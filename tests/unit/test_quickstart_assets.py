@@ -142,6 +142,6 @@ def test_report_has_the_figures_of_the_evaluations_and_of_the_training(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report = quickstart.make_report(tmp_path / "before", tmp_path / "after", tmp_path / "metrics.jsonl", "out/export", 81.26)
     assert report == quickstart.Report(0.0, 0.975, 240, 5.2, 0.04, 81.3, "out/export")
-    words = quickstart.newcomer_lines(report, {"modes": modes})
-    assert "learned to sort names in 81 s. Of 240 questions" in words
+    words = quickstart.newcomer_lines(report, {"modes": modes}, tmp_path)
+    assert "all five steps took 81 s" in words and "of 240 questions" in words and f"in {tmp_path}: loss.png" in words
     assert 'bash scripts/6_generate.sh out/export "Sort these names: Tom Ada Quin Ben"' in words

@@ -4,7 +4,6 @@ A single process reads and writes it for any number of ranks, one parameter in m
 of projects that contain it are read too: other names of the norms, padded vocabularies, optimizer state in the same file.
 """
 
-import argparse
 import itertools
 import re
 from collections.abc import Iterator
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron.sft.checkpoint import torch_file
-from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture
+from megatron.sft.checkpoint.torch_arguments import megatron_arguments
+from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, LATENT_ATTENTION, Architecture
 from megatron.sft.families.parameters import Parameters
 from megatron.sft.families.rules import join_tensor_parallel, tensor_parallel_part
 from megatron.sft.families.weight_names import WeightEntry, checkpoint_name, weight_entries
@@ -27,9 +27,13 @@ FILE = "model_optim_rng.pt"
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 # Classic Megatron-LM builds these layers with Transformer Engine and expects their extra state, None without FP8.
-_ENGINE_LAYERS = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention")
-_ENGINE_DELTA_NET = ("self_attention.in_proj", "self_attention.out_proj")
+_ENGINE_LAYERS = {
+    ATTENTION: ("linear_qkv", "linear_proj", "core_attention"),
+    GATED_DELTA_NET: ("in_proj", "out_proj"),
+    LATENT_ATTENTION: ("linear_q_up", "linear_kv_up", "linear_proj", "core_attention"),
+}
 _ENGINE_MLP = ("mlp.linear_fc1", "mlp.linear_fc2")
+_ENGINE_SHARED = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
 _EXPERT = re.compile(r"\.experts\.experts\.(\d+)\.")
 
 Rank = tuple[int, int, int]  # tensor-, pipeline- and expert-parallel rank
@@ -46,7 +50,7 @@ def rank_folder(rank: Rank, layout: Layout) -> str:
 def save_parameters(folder: Path, architecture: Architecture, layout: Layout, source: Parameters, iteration: int) -> None:
     """Write every rank's part of the model, with the arguments that Megatron-LM checks and `--use-checkpoint-args` reads."""
     content = {
-        "args": _megatron_arguments(architecture, layout, iteration),
+        "args": megatron_arguments(architecture, layout, iteration),
         "checkpoint_version": 3.0,
         "iteration": iteration,
         "num_floating_point_operations_so_far": 0,
@@ -107,9 +111,10 @@ def _engine_states(architecture: Architecture, layout: Layout, stage: int) -> di
     state: dict[str, None] = {}
     for number in range(counts[stage]):
         layer = architecture.layers[sum(counts[:stage]) + number]
-        mixer = _ENGINE_DELTA_NET if layer.mixer == GATED_DELTA_NET else _ENGINE_LAYERS
-        modules = mixer if layer.experts else (*mixer, *_ENGINE_MLP)
-        state.update({f"decoder.layers.{number}.{module}._extra_state": None for module in modules})
+        mixer = [f"self_attention.{name}" for name in _ENGINE_LAYERS[layer.mixer]]
+        has_shared = architecture.moe is not None and architecture.moe.shared_width > 0
+        block = _ENGINE_MLP if not layer.experts else _ENGINE_SHARED if has_shared else ()
+        state.update({f"decoder.layers.{number}.{module}._extra_state": None for module in (*mixer, *block)})
     if stage == layout.pipeline_parallel - 1:
         state.update({"decoder.final_layernorm._extra_state": None, "output_layer._extra_state": None})
     return state
@@ -246,62 +251,3 @@ def _check_arguments(folder: Path, architecture: Architecture, arguments: Any, n
         if name.startswith("num"):
             raise UserError(f"{folder} was written with {name} {stored}, config.json implies {value}: give the right model")
         notes.append(f"the checkpoint was trained with {name} {stored}, config.json says {value}: config.json is used")
-
-
-def _megatron_arguments(architecture: Architecture, layout: Layout, iteration: int) -> argparse.Namespace:
-    stage_layers = layout.stage_layers(architecture)
-    uneven = len(set(stage_layers)) > 1
-    moe, rope = architecture.moe, architecture.ropes[0]
-    llama3 = rope.scaling if rope.scaling and rope.scaling.kind == "llama3" else None
-    return argparse.Namespace(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        num_attention_heads=architecture.num_heads,
-        group_query_attention=architecture.num_kv_heads != architecture.num_heads,
-        num_query_groups=architecture.num_kv_heads,
-        kv_channels=architecture.head_dim,
-        qk_layernorm=architecture.query_key_norm is not None,
-        window_size=(architecture.windows[0] - 1, 0) if architecture.windows else None,
-        num_experts=moe.num_experts if moe else None,
-        moe_ffn_hidden_size=moe.ffn_hidden_size if moe else None,
-        moe_router_topk=moe.experts_per_token if moe else 2,
-        moe_router_pre_softmax=bool(moe and not moe.normalized),
-        seq_length=architecture.max_positions,
-        max_position_embeddings=architecture.max_positions,
-        padded_vocab_size=layout.padded_vocab_size(architecture),
-        make_vocab_size_divisible_by=1,
-        tokenizer_type="HuggingFaceTokenizer",
-        vocab_file=None,
-        add_position_embedding=False,
-        position_embedding_type="rope",
-        rotary_base=int(rope.theta),
-        rotary_percent=rope.dim / architecture.head_dim,
-        use_rope_scaling=llama3 is not None,
-        rope_scaling_factor=llama3.factor if llama3 else 8.0,
-        normalization="RMSNorm",
-        norm_epsilon=architecture.norm_epsilon,
-        swiglu=True,
-        add_bias_linear=architecture.output_bias and architecture.mlp_bias,
-        add_qkv_bias=architecture.qkv_bias,
-        untie_embeddings_and_output_weights=not architecture.tied_embeddings,
-        tensor_model_parallel_size=layout.tensor_parallel,
-        pipeline_model_parallel_size=layout.pipeline_parallel,
-        expert_model_parallel_size=layout.expert_parallel,
-        virtual_pipeline_model_parallel_size=None,
-        decoder_first_pipeline_num_layers=stage_layers[0] if uneven else None,
-        decoder_last_pipeline_num_layers=stage_layers[-1] if uneven else None,
-        data_parallel_random_init=False,
-        params_dtype=architecture.torch_dtype,
-        bf16=architecture.torch_dtype == torch.bfloat16,
-        fp16=architecture.torch_dtype == torch.float16,
-        apply_query_key_layer_scaling=False,
-        attention_softmax_in_fp32=False,
-        masked_softmax_fusion=False,
-        consumed_train_samples=0,
-        consumed_valid_samples=0,
-        skipped_train_samples=0,
-        use_distributed_optimizer=False,
-        ckpt_format="torch",
-        iteration=iteration,
-    )

@@ -44,4 +44,7 @@ def export_adapter(
     write_companions(checkpoint, architecture, hf_dir, None, run_folder, folder)
     # The base's; with it, programs would take the folder for a whole model.
     (folder / "config.json").unlink()
-    write_adapter_folder(folder, lora, str(hf_dir.resolve()), tensors, text_prefix(original.config))
+    mixture = architecture.moe is not None
+    write_adapter_folder(folder, lora, str(hf_dir.resolve()), tensors, text_prefix(original.config), mixture)
+    if mixture and lora.experts and any(".mlp." in name and ".experts." not in name for name in tensors):
+        print("PEFT with transformers 5 does not read adapters of experts together with those of other MLPs: use MERGE=1 there")

@@ -39,10 +39,10 @@ def write_carried(source: HFFolder, folder: Path) -> dict[str, Any]:
 
 
 def describe(names: list[str]) -> str:
-    """The modules that carried tensors are of: `mtp, model.visual`."""
-    parts = {name.rpartition(".")[0] for name in names}
-    roots = sorted({".".join(part.split(".")[: 2 if part.startswith("model.") else 1]) for part in parts})
-    return ", ".join(roots)
+    """The modules that carried tensors are of: `mtp, model.visual`, or `model.layers.61`."""
+    parts = [name.rpartition(".")[0].split(".") for name in names]
+    depths = (1 if part[0] != "model" else 3 if part[1] == "layers" else 2 for part in parts)
+    return ", ".join(sorted({".".join(part[:depth]) for part, depth in zip(parts, depths, strict=True)}))
 
 
 class CarriedTensors:

@@ -124,14 +124,13 @@ def transformers_logits(
     source: HFFolder, conversations: list[np.ndarray], hidden: list[torch.Tensor] | None = None
 ) -> torch.Tensor:
     """Logits of transformers in float32, each conversation by itself: [tokens of all conversations, vocabulary]."""
-    from transformers import CONFIG_MAPPING
+    import transformers
 
-    from megatron.sft.hf.auto_model import auto_class
+    from megatron.sft.hf.auto_model import loaded
 
-    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
-    if source.extension:
-        options["config"] = CONFIG_MAPPING[source.config["model_type"]].from_dict(source.config)
-    model = auto_class(source.config).from_pretrained(source.path, **options).eval()
+    transformers.utils.logging.disable_progress_bar()
+    model = loaded(source.config, source.path, stated=source.extension is not None, dtype=torch.float32).eval()
+    device.use_free_processors(model.num_parameters())
     if hidden is not None:
         for layer in getattr(model.model, "language_model", model.model).layers:
             layer.register_forward_hook(_keep_output(hidden))

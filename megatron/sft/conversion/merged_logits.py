@@ -14,7 +14,7 @@ from megatron.sft.conversion.logits import random_conversations, transformers_lo
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.lora import LoRA
 from megatron.sft.hf.adapter_folder import write_adapter_folder
-from megatron.sft.hf.auto_model import auto_class, text_prefix
+from megatron.sft.hf.auto_model import loaded, text_prefix
 from megatron.sft.hf.folder import HFFolder
 from megatron.sft.runtime.errors import UserError
 
@@ -44,7 +44,7 @@ def compare_merged(checkpoint: Checkpoint, architecture: Architecture, lora: LoR
     with tempfile.TemporaryDirectory() as name:
         stored = StoredAdapters(checkpoint)
         factors, prefix = {each: stored.tensor(each) for each in stored.names}, text_prefix(folder.config)
-        write_adapter_folder(Path(name), lora, str(hf_dir), factors, prefix)
+        write_adapter_folder(Path(name), lora, str(hf_dir), factors, prefix, architecture.moe is not None)
         theirs = _adapter_logits(hf_dir, Path(name), architecture.vocab_size, conversations)
     width = min(ours.shape[1], theirs.shape[1])
     difference, largest = (ours[:, :width] - theirs[:, :width]).abs().max().item(), theirs.abs().max().item()
@@ -64,8 +64,10 @@ def compare_merged(checkpoint: Checkpoint, architecture: Architecture, lora: LoR
 def _adapter_logits(hf_dir: Path, adapter: Path, vocab_size: int, conversations: list[Any]) -> torch.Tensor:
     """PEFT's logits in float32: [tokens of all conversations, vocabulary]."""
     import peft
+    import transformers
 
-    base = auto_class(HFFolder(hf_dir).config).from_pretrained(hf_dir, dtype=torch.float32, trust_remote_code=False)
+    transformers.utils.logging.disable_progress_bar()
+    base = loaded(HFFolder(hf_dir).config, hf_dir, dtype=torch.float32)
     model: Any = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
     with torch.no_grad():
         parts = [model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0] for ids in conversations]

@@ -17,6 +17,7 @@ from megatron.sft.data.tokenized import SIDES, Row, TokenizedRows
 
 GREEN, GREY, RESET = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 SAMPLE_TOKENS = 600
+REPEATED_CHARACTERS = 120  # at the start of a conversation, from which on they are folded
 PAGE_TOKENS = 4000  # shown of a conversation on the page; of longer ones the middle is skipped
 Part = tuple[str, np.ndarray, np.ndarray]  # a heading, [n] tokens, and [n] which are trained
 INVISIBLE = {ord("\t"): "⇥\t", ord("\r"): "␍", ord("\u00a0"): "⍽", ord("\u200b"): "⟨zero width⟩", ord("\ufeff"): "⟨BOM⟩"}
@@ -103,36 +104,54 @@ def page(tokenizer: Any, rows: TokenizedRows, indices: Iterable[int]) -> str:
     return template.render(
         title=rows.prefix.name,
         totals=_totals(manifest),
+        facts=_facts(manifest),
         sources=_sources(manifest),
         notes=manifest.get("notes", []),
         histogram=manifest.get("conversation_lengths", {}).get("histogram", []),
         num_rows=len(rows),
         rows=[(index, rows[index]) for index in indices],
         units_of=partial(units_of, in_pairs=rows.num_pairs > 0),
-        pieces=partial(_page_pieces, tokenizer),
+        pieces=_PagePieces(tokenizer).of,
+        short=_short,
     )
 
 
 def _totals(manifest: dict[str, Any]) -> dict[str, str]:
+    """What one wants to know first."""
     tokens, trained = manifest["tokens"], manifest["trained_tokens"]
+    fill = manifest.get("fill", tokens / (manifest["rows"] * manifest["length"]))
     totals = {
-        "rows": f"{manifest['rows']:,}, of up to {manifest['length']:,} tokens",
         "conversations": f"{manifest['conversations']:,}",
         "tokens": f"{tokens:,}",
         "trained": f"{trained:,} ({100 * trained / tokens:.1f} %)",
-        "fill": f"{100 * manifest.get('fill', tokens / (manifest['rows'] * manifest['length'])):.2f} %",
-        "packing": f"{manifest.get('algorithm', '')}, seed {manifest.get('seed', '')}",
-        "tokenizer": manifest.get("tokenizer", {}).get("name", ""),
+        f"rows of up to {manifest['length']:,} tokens": f"{manifest['rows']:,}, {100 * fill:.1f} % full",
     }
     if manifest.get("pairs"):
         totals["pairs"] = f"{manifest['pairs']:,}"
         for side, facts in manifest.get("sides", {}).items():
             totals[side] = f"{facts['tokens']:,} tokens, {facts['trained_tokens']:,} trained"
-    if "groups" in manifest:
-        totals["groups"] = f"{manifest['groups']:,} by {manifest.get('group_key')}"
-    if lengths := manifest.get("conversation_lengths"):
-        totals |= {f"length, {name}": f"{lengths[name]:,.0f}" for name in ("mean", "median", "longest")}
     return totals
+
+
+def _facts(manifest: dict[str, Any]) -> list[str]:
+    """The rest of the totals, in small print."""
+    facts = []
+    if lengths := manifest.get("conversation_lengths"):
+        named = (f"{name} {lengths[name]:,.0f}" for name in ("mean", "median", "longest"))
+        facts.append(f"tokens of a conversation: {', '.join(named)}")
+    facts.append(f"packing: {manifest.get('algorithm', '')}, seed {manifest.get('seed', '')}")
+    facts.append(f"tokenizer: {manifest.get('tokenizer', {}).get('name', '')}")
+    if "groups" in manifest:
+        facts.append(f"groups: {manifest['groups']:,} by {manifest.get('group_key')}")
+    return facts
+
+
+def _short(number: int) -> str:
+    """`950`, `1.2k`, `16k`, `3M`: for labels of bars."""
+    for unit, size in (("M", 1_000_000), ("k", 1000)):
+        if number >= size:
+            return f"{number / size:.1f}".removesuffix(".0") + unit if number < 10 * size else f"{number // size}{unit}"
+    return str(number)
 
 
 def _sources(manifest: dict[str, Any]) -> list[list[str]]:
@@ -151,12 +170,29 @@ def _sources(manifest: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _page_pieces(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray) -> Iterator[tuple[str, str]]:
-    """(text, kind) with the kinds trained, read and skipped."""
-    num_skipped = len(tokens) - PAGE_TOKENS
-    parts = [slice(None)] if num_skipped <= 0 else [slice(None, PAGE_TOKENS // 2), slice(-(PAGE_TOKENS // 2), None)]
-    for index, part in enumerate(parts):
-        if index:
-            yield f"\n… {num_skipped:,} tokens not shown …\n", "skipped"
-        for text, is_trained in masked_pieces(tokenizer, tokens[part], trained[part]):
-            yield text.translate(INVISIBLE), "trained" if is_trained else "read"
+class _PagePieces:
+    """The pieces of one conversation after another; a long beginning like that of the one before, a system prompt for example,
+    is one piece."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._before: list[str] = []  # lines of the last conversation's beginning
+
+    def of(self, tokens: np.ndarray, trained: np.ndarray) -> Iterator[tuple[str, str]]:
+        """(text, kind) with the kinds trained, read, repeated and skipped."""
+        num_skipped = len(tokens) - PAGE_TOKENS
+        parts = [slice(None)] if num_skipped <= 0 else [slice(None, PAGE_TOKENS // 2), slice(-(PAGE_TOKENS // 2), None)]
+        for index, part in enumerate(parts):
+            if index:
+                yield f"\n… {num_skipped:,} tokens not shown …\n", "skipped"
+            for number, (text, is_trained) in enumerate(masked_pieces(self._tokenizer, tokens[part], trained[part])):
+                shown = text.translate(INVISIBLE)
+                if not index and not number and not is_trained:
+                    lines = shown.splitlines(keepends=True)
+                    equal = [mine == other for mine, other in zip(lines, self._before, strict=False)]
+                    shared = "".join(lines[: [*equal, False].index(False)])
+                    self._before = lines
+                    if len(shared) >= REPEATED_CHARACTERS:
+                        yield shared, "repeated"
+                        shown = shown[len(shared) :]
+                yield shown, "trained" if is_trained else "read"

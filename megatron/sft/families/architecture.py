@@ -5,8 +5,10 @@ and export compares it between checkpoint and original.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch  # which takes seconds, and a name of a dtype is all that is needed of it here
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Rope:
     query_original: int = 0
 
 
-ATTENTION, GATED_DELTA_NET = "attention", "gated_delta_net"
+ATTENTION, GATED_DELTA_NET, LATENT_ATTENTION = "attention", "gated_delta_net", "latent_attention"
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,33 @@ class Layer:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """The mixture of experts that replaces a layer's MLP."""
+    """The mixture of experts that replaces a layer's MLP, its router, and what every token goes through next to it.
+
+    A token goes to the experts with the highest scores, within the groups with the highest scores of groups.
+    """
 
     num_experts: int
     experts_per_token: int
     ffn_hidden_size: int
-    # The weights of a token's experts sum to 1, so softmax before or after choosing the experts gives the same.
+    # The weights of a token's experts, their scores, are divided by their sum, or by `least_sum` where that is more.
     normalized: bool
+    least_sum: float = 0.0
+    # Of a token's logits: "softmax" over all experts, or each one's "sigmoid".
+    scores: str = "softmax"
+    # A vector that is not trained is added to the scores for the choice, not for the weights.
+    correction_bias: bool = False
+    # Experts that follow one another are a group; a group's score is the sum of its two best experts' or the best one's.
+    num_groups: int = 1
+    chosen_groups: int = 1
+    group_score: str = "two best"
+    # The weights are multiplied by it.
+    scale: float = 1.0
+    # Biases of the router's and of the experts' projections.
+    router_bias: bool = False
+    expert_bias: bool = False
+    # Width of the MLP that every token goes through as well, 0 without; times the sigmoid of a projection to one number.
+    shared_width: int = 0
+    shared_gate: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +126,33 @@ class DeltaNetConfig:
 
 
 @dataclass(frozen=True)
+class LatentConfig:
+    """Sizes of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): queries and keys are wider than values.
+
+    A token's keys and values are made of one vector of `kv_rank`, its queries of one of `query_rank`, or of the hidden state
+    where it is None. Of a query or key `nope_dim` dimensions are not rotated; `rope_dim` are, which all keys of a token share.
+    """
+
+    kv_rank: int
+    query_rank: int | None
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    # Of the norms of the two vectors, whatever the other norms have: transformers' and DeepSeek's own.
+    norm_epsilon: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        """Of a query or key."""
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def down_rows(self) -> int:
+        """Outputs of the projection to the vectors and the shared part of the keys."""
+        return (self.query_rank or 0) + self.rope_dim + self.kv_rank
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A model's architecture. `registry.read_architecture` makes it from config.json, the only source of these numbers."""
 
@@ -118,11 +167,12 @@ class Architecture:
     max_positions: int
     norm_epsilon: float
     tied_embeddings: bool
-    torch_dtype: torch.dtype
+    torch_dtype: "torch.dtype"
     layers: tuple[Layer, ...]
     moe: MoEConfig | None = None
     delta_net: DeltaNetConfig | None = None
-    # Biases of query, key and value, of the attention's output, of the MLP.
+    latent: LatentConfig | None = None
+    # Biases of query, key and value (with latent attention: of what is projected down), of the attention's output, of the MLP.
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False

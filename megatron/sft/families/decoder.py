@@ -3,11 +3,14 @@
 A family's table may give other names than those in `NAMES`.
 """
 
-from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
-from megatron.sft.families.rules import QKV, FusedQKV, GateUp, GroupedRows, Rename, Rule
+from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, LATENT_ATTENTION, Architecture, Layer
+from megatron.sft.families.latent_rules import RotatedRows
+from megatron.sft.families.rules import QKV, Buffer, FusedQKV, GateUp, GroupedRows, InterleavedGateUp, Rename, Rule, Transposed
 
 # Modules of a layer on Hugging Face's side, as Llama, Qwen and OLMo have them. `qkv`, `gate_up`: one tensor for several
-# projections, where a family has one. `block`, `expert_…`: where experts lie, and the matrices of one.
+# projections, where a family has one. `block`: where experts lie. `expert_…`: the matrices of one, or `expert_fused` the two
+# of all of them, [experts, inputs, outputs] with gate and up in turn. `router` to `shared_gate`: other modules there, and
+# `correction_bias`, a tensor, [1, experts] if its name ends so; `fused_…` is where transformers 5 itself has it, if elsewhere.
 NAMES = {
     "input_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
@@ -21,6 +24,12 @@ NAMES = {
     "expert_gate": "gate_proj",
     "expert_up": "up_proj",
     "expert_down": "down_proj",
+    "expert_fused": "",
+    "router": "gate",
+    "correction_bias": "gate.e_score_correction_bias",
+    "fused_correction_bias": "",
+    "shared": "shared_experts",
+    "shared_gate": "shared_expert_gate",
     "delta_input": "in_proj_qkv in_proj_z in_proj_b in_proj_a",
 }
 _HF = "model.layers.{layer}."
@@ -38,7 +47,7 @@ def outer(architecture: Architecture) -> tuple[Rule, ...]:
 
 def of_layer(architecture: Architecture, layer: Layer, names: dict[str, str]) -> tuple[Rule, ...]:
     """A layer's table. `names`: as NAMES."""
-    mixer = _delta_net if layer.mixer == GATED_DELTA_NET else _attention
+    mixer = _MIXERS[layer.mixer]
     block = _experts if layer.experts else _mlp
     rules = (*mixer(architecture, names), *block(architecture, names))
     if architecture.norms == "before":
@@ -100,6 +109,35 @@ def _delta_net(architecture: Architecture, names: dict[str, str]) -> tuple[Rule,
     )
 
 
+def _latent_attention(architecture: Architecture, names: dict[str, str]) -> tuple[Rule, ...]:
+    """A layer's multi-head latent attention with its norm. What is projected down lies in one parameter: queries first."""
+    sizes = architecture.latent
+    assert sizes is not None
+    ours, theirs, heads = f"{_MEGATRON}self_attention.", f"{_HF}self_attn.", architecture.num_heads
+    down: tuple[str, ...] = (f"{theirs}kv_a_proj_with_mqa",)
+    query = f"{theirs}q_proj.weight"
+    norms: tuple[Rule, ...] = (Rename(f"{ours}kv_layernorm.weight", f"{theirs}kv_a_layernorm.weight"),)
+    if sizes.query_rank:
+        down, query = (f"{theirs}q_a_proj", *down), f"{theirs}q_b_proj.weight"
+        norms += (Rename(f"{ours}q_layernorm.weight", f"{theirs}q_a_layernorm.weight"),)
+    rules: tuple[Rule, ...] = (
+        *_norm_before(architecture, "input_layernorm.weight", names["input_norm"]),
+        RotatedRows(f"{ours}linear_down.weight", tuple(f"{name}.weight" for name in down), 1, tp_dim=None),
+        *norms,
+        RotatedRows(f"{ours}linear_q_up.weight", (query,), heads),
+        Rename(f"{ours}linear_kv_up.weight", f"{theirs}kv_b_proj.weight", tp_dim=0),
+        Rename(f"{ours}linear_proj.weight", f"{theirs}o_proj.weight", tp_dim=1),
+    )
+    if architecture.qkv_bias:
+        rules += (RotatedRows(f"{ours}linear_down.bias", tuple(f"{name}.bias" for name in down), 1, tp_dim=None),)
+    if architecture.output_bias:
+        rules += (Rename(f"{ours}linear_proj.bias", f"{theirs}o_proj.bias"),)
+    return rules
+
+
+_MIXERS = {ATTENTION: _attention, GATED_DELTA_NET: _delta_net, LATENT_ATTENTION: _latent_attention}
+
+
 def _mlp(architecture: Architecture, names: dict[str, str]) -> tuple[Rule, ...]:
     """A layer's MLP with its norm, under megatron-core's name for a norm that is fused with linear_fc1."""
     ours, theirs = f"{_MEGATRON}mlp.", f"{_HF}mlp."
@@ -120,13 +158,42 @@ def _mlp(architecture: Architecture, names: dict[str, str]) -> tuple[Rule, ...]:
 
 
 def _experts(architecture: Architecture, names: dict[str, str]) -> tuple[Rule, ...]:
-    """A layer's mixture of experts with its norm."""
+    """A layer's mixture of experts with its norm. megatron-core calls the correction bias `expert_bias`."""
+    moe = architecture.moe
+    assert moe is not None
     ours, theirs = f"{_MEGATRON}mlp.", f"{_HF}{names['block']}."
     expert, hf_expert = f"{ours}experts.experts.{{expert}}.", f"{theirs}experts.{{expert}}."
     gate, up, down = (f"{hf_expert}{names[name]}.weight" for name in ("expert_gate", "expert_up", "expert_down"))
-    return (
+    matrices: tuple[Rule, ...] = (
+        GateUp(f"{expert}linear_fc1.weight", gate, up), Rename(f"{expert}linear_fc2.weight", down, tp_dim=1)
+    )  # fmt: skip
+    if names["expert_fused"]:
+        both, down = (f"{hf_expert}{name}" for name in names["expert_fused"].split())
+        matrices = (
+            InterleavedGateUp(f"{expert}linear_fc1.weight", both),
+            Transposed(f"{expert}linear_fc2.weight", down, tp_dim=1),
+        )
+        if moe.expert_bias:
+            matrices += (
+                InterleavedGateUp(f"{expert}linear_fc1.bias", f"{both}_bias"),
+                Rename(f"{expert}linear_fc2.bias", f"{down}_bias"),
+            )
+    rules: tuple[Rule, ...] = (
         *_norm_before(architecture, "pre_mlp_layernorm.weight", names["mlp_norm"]),
-        Rename(f"{ours}router.weight", f"{theirs}gate.weight"),
-        GateUp(f"{expert}linear_fc1.weight", gate, up),
-        Rename(f"{expert}linear_fc2.weight", down, tp_dim=1),
+        Rename(f"{ours}router.weight", f"{theirs}{names['router']}.weight"),
+        *matrices,
     )
+    if moe.router_bias:
+        rules += (Rename(f"{ours}router.bias", f"{theirs}{names['router']}.bias"),)
+    if moe.correction_bias:
+        name = names["correction_bias"]
+        rules += (Buffer(f"{ours}router.expert_bias", f"{theirs}{name.removesuffix('[1]')}", lead=name.endswith("[1]")),)
+    if moe.shared_width:
+        shared, hf_shared = f"{ours}shared_experts.", f"{theirs}{names['shared']}."
+        rules += (
+            GateUp(f"{shared}linear_fc1.weight", f"{hf_shared}gate_proj.weight", f"{hf_shared}up_proj.weight"),
+            Rename(f"{shared}linear_fc2.weight", f"{hf_shared}down_proj.weight", tp_dim=1),
+        )
+    if moe.shared_gate:
+        rules += (Rename(f"{shared}gate_weight", f"{theirs}{names['shared_gate']}.weight"),)
+    return rules

@@ -6,7 +6,7 @@ for recomputation, norms and activations. Attention counts the pairs that a caus
 
 from collections import Counter
 
-from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
+from megatron.sft.families.architecture import GATED_DELTA_NET, LATENT_ATTENTION, Architecture, Layer
 
 
 def training_flops(
@@ -30,8 +30,9 @@ def training_flops(
         if layer.window:
             # A window of w lets at most w tokens be seen: L^2 / 2 becomes w * (L - w / 2) at most.
             seen = min(seen, 2 * layer.window * tokens)
-        # Scores and their use: 4 * heads * head_dim for each of L^2 / 2 pairs, three times.
-        attention += 6.0 * count * architecture.num_heads * architecture.head_dim * seen
+        # Scores and their use: 2 * heads * (size of a key + of a value) for each of L^2 / 2 pairs, three times.
+        value_dim = architecture.latent.value_dim if architecture.latent else architecture.head_dim
+        attention += 3.0 * count * architecture.num_heads * (architecture.head_dim + value_dim) * seen
     of_weight = 4.0 if frozen else 6.0
     head = of_weight * architecture.hidden_size * architecture.vocab_size * trained_tokens
     return of_weight * weights * tokens + 6.0 * states * tokens + head + attention
@@ -44,13 +45,19 @@ def _matrix_elements(architecture: Architecture, layer: Layer) -> int:
         sizes = architecture.delta_net
         assert sizes is not None
         mixer = hidden * (sizes.input_rows + sizes.num_value_heads * sizes.value_dim)
+    elif layer.mixer == LATENT_ATTENTION:
+        latent, heads = architecture.latent, architecture.num_heads
+        assert latent is not None
+        mixer = hidden * latent.down_rows + (latent.query_rank or hidden) * heads * latent.head_dim
+        mixer += heads * (latent.kv_rank * (latent.nope_dim + latent.value_dim) + latent.value_dim * hidden)
     else:
         queries = architecture.num_heads * (2 if architecture.attention_gate else 1)
         mixer = hidden * architecture.head_dim * (queries + architecture.num_heads + 2 * architecture.num_kv_heads)
     if layer.experts:
         moe = architecture.moe
         assert moe is not None
-        return mixer + moe.experts_per_token * 3 * hidden * moe.ffn_hidden_size + moe.num_experts * hidden
+        width = moe.experts_per_token * moe.ffn_hidden_size + moe.shared_width
+        return mixer + 3 * hidden * width + (moe.num_experts + moe.shared_gate) * hidden
     return mixer + 3 * hidden * architecture.ffn_hidden_size
 
 

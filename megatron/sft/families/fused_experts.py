@@ -1,9 +1,11 @@
 """transformers 5's form of experts on disk: one tensor [experts, …] for all experts of a layer instead of one for each.
 
 `gate_up_proj` holds each expert's gate and up projections, one below the other, `down_proj` its down projection. A family's
-table has one tensor for each expert; this gives the same weights in the fused form.
+table has one tensor for each expert; this gives the same weights in the fused form. gpt-oss has no other form: its table has
+parts of the fused tensors, and of their biases.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron.sft.families.architecture import Architecture
+from megatron.sft.families.registry import module_names
 from megatron.sft.families.weight_names import weight_entries
 
 _FUSED = re.compile(r"\.(\w+)\.experts\.gate_up_proj$")
@@ -41,14 +44,18 @@ def fused_experts(architecture: Architecture, block: str) -> FusedExperts:
         found = _EXPERT.match(entry.hf[0])
         assert found is not None, entry.hf
         blocks.add(f"{found[1]}{found[2]}.")
-        fused = f"{found[1]}{block}.experts.{'gate_up_proj' if len(entry.hf) == 2 else 'down_proj'}"
+        part = entry.hf[0][found.end() :]
+        if part.endswith(".weight"):
+            part = "gate_up_proj" if len(entry.hf) == 2 else "down_proj"
+        fused = f"{found[1]}{block}.experts.{part}"
         tensors[fused] = (*tensors.get(fused, ()), entry.hf)
     renamed = {}
-    for name in (name for entry in entries if entry.expert is None for name in entry.hf):
-        for prefix in blocks:
+    buffer = module_names(architecture.family)["fused_correction_bias"]
+    for entry in (entry for entry in entries if entry.expert is None):
+        for name, prefix in itertools.product(entry.hf, blocks):
             if name.startswith(prefix):
                 layer = prefix.removesuffix(".").rpartition(".")[0]
-                renamed[name] = f"{layer}.{block}.{name.removeprefix(prefix)}"
+                renamed[name] = f"{layer}.{block}.{buffer if entry.is_buffer and buffer else name.removeprefix(prefix)}"
     return FusedExperts(tensors, renamed)
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, Layer, Rope
+from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, LATENT_ATTENTION, Layer, Rope
 from megatron.sft.families.rope import read_rope, rope_parameters
 from megatron.sft.runtime.errors import UserError
 
@@ -20,9 +20,10 @@ def read_layers(config: dict[str, Any], table: dict[str, Any], where: str) -> tu
     ropes = _ropes(config, table, set(types), where)
     rotated = table["rotated"](config) if table["rotated"] else [True] * num_layers
     experts = table["experts"](config) if table["experts"] else [table["moe"] is not None] * num_layers
+    attention = LATENT_ATTENTION if table["latent"] else ATTENTION
     return tuple(
         Layer(
-            mixer=GATED_DELTA_NET if types[number] == LINEAR else ATTENTION,
+            mixer=GATED_DELTA_NET if types[number] == LINEAR else attention,
             window=window if types[number] == WINDOW else None,
             rope=ropes[types[number]] if rotated[number] and types[number] != LINEAR else None,
             experts=bool(experts[number]),
@@ -69,6 +70,8 @@ def _ropes(config: dict[str, Any], table: dict[str, Any], types: set[str], where
         elif share not in (None, 1.0) and found.get("rope_type") != "proportional":
             raise UserError(f"{where}: partial_rotary_factor={share!r} is not supported (only 1.0)")
         head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
+        if table["latent"]:
+            head_dim = table["latent"](config)["rope_dim"]
         result[kind] = read_rope(_renamed(found, table), config, head_dim, where, table["ROPE_FIELDS"])
     return result
 

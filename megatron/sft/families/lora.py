@@ -11,14 +11,17 @@ import torch
 
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.registry import family_rules
-from megatron.sft.families.rules import Rule
+from megatron.sft.families.rules import InterleavedGateUp, Rule, Transposed
 from megatron.sft.families.sizes import weight_shape
 from megatron.sft.families.weight_names import WeightEntry, weight_entries
 from megatron.sft.runtime.errors import UserError
 
 # The linear layers of a decoder layer, by the end of their names in a family's table, and the word for all of a kind.
 _WORDS = ("attention", "mlp", "experts")
-_ATTENTION = (".linear_qkv.weight", ".linear_proj.weight", ".in_proj.weight", ".out_proj.weight")
+_ATTENTION = (
+    ".linear_qkv.weight", ".linear_proj.weight", ".in_proj.weight", ".out_proj.weight", ".linear_down.weight",
+    ".linear_q_up.weight", ".linear_kv_up.weight",
+)  # fmt: skip
 _LINEAR = (*_ATTENTION, ".linear_fc1.weight", ".linear_fc2.weight")
 PEFT_PREFIX = "base_model.model."
 
@@ -59,6 +62,8 @@ def kind_of(rule: Rule) -> str:
     """`attention`, `mlp` or `experts` for the weight of a linear layer in a decoder layer, else an empty string."""
     if "{layer}" not in rule.megatron or not rule.megatron.endswith(_LINEAR):
         return ""
+    if isinstance(rule, InterleavedGateUp | Transposed):
+        return ""  # PEFT has its own form of adapters for such tensors
     if "{expert}" in rule.megatron:
         return "experts"
     return "attention" if ".self_attention." in rule.megatron else "mlp"

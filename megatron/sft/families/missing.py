@@ -41,24 +41,23 @@ _PIECES = (
     _Piece("normed queries and keys", True, _has("use_qk_norm", "qk_norm", "qk_layernorm", "use_qk_layernorm")),
     _Piece("biases", True, _has("attention_bias", "use_bias", "mlp_bias", "attention_out_bias", "use_qkv_bias")),
     _Piece("clamped SwiGLU", True, _has("swiglu_limit")),
-    _Piece("attention sinks", True, lambda config: config.get("model_type") in ("gpt_oss", "mimo_v2_flash")),
+    _Piece("attention sinks", True, lambda config: config.get("model_type") == "mimo_v2_flash"),
     _Piece("multipliers", True, _has("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale")),
     _Piece("capped logits", True, _has("final_logit_softcapping")),
     _Piece("an attention gate", True, _has("attn_output_gate")),
     _Piece("heads that predict further tokens, carried", True, _has("num_nextn_predict_layers", "mtp_num_hidden_layers")),
     _Piece("a vision tower, carried", True, _has("vision_config")),
-    _Piece("multi-head latent attention", False, _has("kv_lora_rank", "q_lora_rank")),
-    _Piece("shared experts", False, _has("n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size")),
+    _Piece("multi-head latent attention", True, _has("kv_lora_rank", "q_lora_rank")),
+    _Piece("shared experts", True, _has("n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size")),
     _Piece(
         "a router with sigmoid scores or correction biases",
-        False,
+        True,
         lambda config: (
             config.get("scoring_func") == "sigmoid"
             or config.get("topk_method") == "noaux_tc"
             or _has("use_routing_bias", "moe_router_enable_expert_bias")(config)
         ),
     ),
-    _Piece("biases of experts", False, lambda config: config.get("model_type") == "gpt_oss"),
     _Piece("sparse attention with an indexer", False, _has("index_topk", "index_n_heads")),
     _Piece("capped attention scores", False, _has("attn_logit_softcapping")),
     _Piece("Mamba layers", False, lambda config: any("mamba" in name or name.startswith("ssm_") for name in config)),

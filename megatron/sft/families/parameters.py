@@ -30,16 +30,18 @@ class Parameters(Protocol):
 
 
 class CastParameters:
-    """The parameters of `source` in another precision."""
+    """The parameters of `source` in another precision; buffers keep theirs."""
 
     def __init__(self, source: Parameters, dtype: torch.dtype, caster: "Caster") -> None:
         self._source, self._dtype, self._caster = source, dtype, caster
 
     def meta(self, entry: WeightEntry) -> Tensor:
-        return self._source.meta(entry).to(self._dtype)
+        found = self._source.meta(entry)
+        return found if entry.is_buffer else found.to(self._dtype)
 
     def read(self, entry: WeightEntry) -> Tensor:
-        return self._caster.cast(self._source.read(entry), self._dtype)
+        found = self._source.read(entry)
+        return found if entry.is_buffer else self._caster.cast(found, self._dtype)
 
 
 class WatchedParameters:
@@ -94,8 +96,9 @@ class Caster:
         return result
 
     def report(self) -> str:
-        """`cast float32 to bfloat16: 12 of 100 values rounded, 0 overflow`, or "" where nothing was cast."""
+        """`cast float32 to bfloat16 (rounding is usual): 12 of 100 values rounded, 0 overflow`; "" without a cast."""
         if not self._kinds:
             return ""
         kinds = ", ".join(sorted(self._kinds))
-        return f"cast {kinds}: {self.rounded:,} of {self.values:,} values rounded, {self.overflowed:,} overflow"
+        rounded = f"{self.rounded:,} of {self.values:,} values rounded"
+        return f"cast {kinds} (rounding is usual): {rounded}, {self.overflowed:,} overflow"

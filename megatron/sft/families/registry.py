@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron.sft.families import decoder
-from megatron.sft.families.architecture import ATTENTION, Architecture, DeltaNetConfig, Layer, MoEConfig
+from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, DeltaNetConfig, LatentConfig, Layer, MoEConfig
 from megatron.sft.families.config_fields import check_fields, flat_config, text_fields
 from megatron.sft.families.layers import read_layers
 from megatron.sft.families.missing import what_is_missing
@@ -28,20 +28,29 @@ from megatron.sft.tables import (
     hunyuan_v1_dense,
     llama,
     mistral,
-    mixtral,
     olmo,
     phi3,
     qwen2,
     qwen3,
     qwen3_5,
-    qwen3_moe,
     seed_oss,
     smollm3,
 )
+from megatron.sft.tables.mixtures import (
+    deepseek,
+    ernie4_5_moe,
+    glm4_moe,
+    gpt_oss,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 
 TABLES: tuple[ModuleType, ...] = (
-    llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, qwen3_5, gemma3, phi3, glm4, olmo, seed_oss, smollm3, granite,
-    ernie4_5, hunyuan_v1_dense,
+    llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe, qwen3_5, gemma3, phi3, glm4, glm4_moe, olmo, seed_oss,
+    olmoe, smollm3, granite, ernie4_5, ernie4_5_moe, minimax_m2, gpt_oss, hunyuan_v1_dense, deepseek,
 )  # fmt: skip
 FAMILIES: dict[str, ModuleType] = {model_type: table for table in TABLES for model_type in table.MODEL_TYPES}
 # model_type of a model that has other parts besides the text model -> the text model's, unless its own text_config says it.
@@ -68,8 +77,9 @@ _OPTIONAL: dict[str, Any] = {
     "ropes": None,  # function: config -> RoPE parameters by type of layer
     "rotated": None,  # function: config -> whether each layer rotates queries and keys
     "experts": None,  # function: config -> whether each layer has experts; else all do where `moe` is there
-    "moe": None,  # function: config -> fields of `MoEConfig`
+    "moe": None,  # function: config -> fields of `MoEConfig`; empty for a model without experts
     "delta_net": None,  # function: config -> fields of `DeltaNetConfig`
+    "latent": None,  # function: config -> fields of `LatentConfig`
     "OF_TYPE": {},  # model_type -> what of the above is otherwise for it, where a file has several
 }
 
@@ -107,7 +117,11 @@ def read_architecture(config: dict[str, Any], where: str) -> Architecture:
 
 def carried_names(config: dict[str, Any], names: Iterable[str]) -> set[str]:
     """Those of a folder's tensors that are not trained, but carried from source to export: other parts of the model."""
-    prefixes = read_table(_text_type(config))["CARRIED"]
+    prefixes: tuple[str, ...] = read_table(_text_type(config))["CARRIED"]
+    text = text_fields(config)
+    # Heads that predict further tokens, as layers after the last one.
+    further = range(int(text.get("num_nextn_predict_layers") or 0))
+    prefixes += tuple(f"model.layers.{int(text['num_hidden_layers']) + number}." for number in further)
     return {name for name in names if name.startswith(prefixes)}
 
 
@@ -153,31 +167,42 @@ def family_rules(architecture: Architecture) -> tuple[Rule, ...]:
 
 def layer_rules(architecture: Architecture, layer: Layer) -> tuple[Rule, ...]:
     """The table of weights of such a layer."""
-    return decoder.of_layer(architecture, layer, {**decoder.NAMES, **read_table(architecture.family)["NAMES"]})
+    return decoder.of_layer(architecture, layer, module_names(architecture.family))
+
+
+def module_names(family: str) -> dict[str, str]:
+    """`decoder.NAMES` as the family has them."""
+    return {**decoder.NAMES, **read_table(family)["NAMES"]}
 
 
 def _read(config: dict[str, Any], where: str, family: str, table: dict[str, Any]) -> Architecture:
     num_heads, hidden_size = int(config["num_attention_heads"]), int(config["hidden_size"])
     layers = read_layers(config, table, where)
+    mixture = table["moe"](config) if table["moe"] else {}
     # `dynamic` scaling continues beyond the positions that config.json names.
     stretches = [layer.rope.scaling.factor for layer in layers if layer.rope and layer.rope.scaling]
     dynamic = any(layer.rope.scaling.kind == "dynamic" for layer in layers if layer.rope and layer.rope.scaling)
+    latent = LatentConfig(**table["latent"](config)) if table["latent"] else None
     architecture = Architecture(
         family=family,
         num_layers=int(config["num_hidden_layers"]),
         hidden_size=hidden_size,
-        ffn_hidden_size=int(config["intermediate_size"]),
+        # A model may have no dense layer, and no field for its width.
+        ffn_hidden_size=int(
+            config["intermediate_size" if "intermediate_size" in config or not mixture else "moe_intermediate_size"]
+        ),
         num_heads=num_heads,
         num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
-        head_dim=int(config.get("head_dim") or hidden_size // num_heads),
+        head_dim=latent.head_dim if latent else int(config.get("head_dim") or hidden_size // num_heads),
         vocab_size=int(config["vocab_size"]),
         max_positions=int(int(config["max_position_embeddings"]) * (max(stretches) if dynamic else 1)),
         norm_epsilon=float(config["rms_norm_eps"]),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         torch_dtype=_dtype(config, where),
         layers=layers,
-        moe=MoEConfig(**table["moe"](config)) if table["moe"] else None,
+        moe=MoEConfig(**mixture) if mixture else None,
         delta_net=DeltaNetConfig(**table["delta_net"](config)) if table["delta_net"] else None,
+        latent=latent,
         **{**table["PIECES"], **(table["pieces"](config) if table["pieces"] else {})},
     )
     _check_numbers(architecture, where)
@@ -193,9 +218,9 @@ def _check_numbers(architecture: Architecture, where: str) -> None:
         raise UserError(
             f"{where}: {architecture.num_heads} attention heads cannot share {architecture.num_kv_heads} KV heads evenly"
         )
-    moe, delta_net = architecture.moe, architecture.delta_net
-    if moe and not 1 < moe.experts_per_token <= moe.num_experts:
-        raise UserError(f"{where}: num_experts_per_tok={moe.experts_per_token} of {moe.num_experts} is not supported")
+    if architecture.moe:
+        _check_mixture(architecture.moe, where)
+    delta_net = architecture.delta_net
     if delta_net and delta_net.num_value_heads % delta_net.num_key_heads:
         raise UserError(
             f"{where}: {delta_net.num_value_heads} value heads cannot share {delta_net.num_key_heads} key heads evenly"
@@ -206,8 +231,27 @@ def _check_numbers(architecture: Architecture, where: str) -> None:
             raise UserError(f"{where}: {name} is {scale}: is it the model's own config.json?")
     if architecture.interleaved_rope and (len(architecture.ropes) > 1 or architecture.query_key_norm):
         raise UserError(f"{where}: interleaved RoPE with several bases or normed queries is not supported")
-    if not any(layer.mixer == ATTENTION for layer in architecture.layers):
+    if architecture.latent and architecture.num_kv_heads != architecture.num_heads:
+        raise UserError(
+            f"{where}: num_key_value_heads={architecture.num_kv_heads} with latent attention of {architecture.num_heads} heads "
+            "is not supported: each head has its own keys and values"
+        )
+    if all(layer.mixer == GATED_DELTA_NET for layer in architecture.layers):
         raise UserError(f"{where}: no layer has attention: is it the model's own config.json?")
+
+
+def _check_mixture(moe: MoEConfig, where: str) -> None:
+    """The numbers of experts, groups and those chosen of them must fit together."""
+    groups, size = moe.num_groups, moe.num_experts // max(moe.num_groups, 1)
+    if groups < 1 or moe.num_experts % groups or not 1 <= moe.chosen_groups <= groups:
+        raise UserError(f"{where}: {moe.chosen_groups} of {groups} groups of {moe.num_experts} experts are not possible")
+    if not 1 <= moe.experts_per_token <= moe.chosen_groups * size or moe.ffn_hidden_size < 1 or moe.shared_width < 0:
+        raise UserError(
+            f"{where}: {moe.experts_per_token} experts a token of {moe.chosen_groups * size}, of width {moe.ffn_hidden_size}, "
+            f"and shared ones of width {moe.shared_width} are not possible: is it the model's own config.json?"
+        )
+    if groups > 1 and moe.group_score == "two best" and size < 2:
+        raise UserError(f"{where}: groups of {size} expert have no two best: is it the model's own config.json?")
 
 
 def _dtype(config: dict[str, Any], where: str) -> torch.dtype:

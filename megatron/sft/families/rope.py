@@ -97,7 +97,9 @@ def _scaling(kind: str, parameters: dict[str, Any], config: dict[str, Any], wher
     else:
         low, high = float(parameters.get("beta_slow") or 1), float(parameters.get("beta_fast") or 32)
     possible = float(factor) > 0 if kind == "proportional" else float(factor) >= 1
-    if not (possible and 0 < low < high and original > 1):
+    # Kimi K2 has YaRN's two alike: a step in place of a ramp.
+    ordered = 0 < low < high or (kind != "llama3" and 0 < low == high)
+    if not (possible and ordered and original > 1):
         raise UserError(f"{where}: RoPE scaling with factor {factor}, frequencies {low} to {high} is not possible")
     return RopeScaling(
         kind,

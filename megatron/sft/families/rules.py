@@ -60,6 +60,30 @@ class Rename:
 
 
 @dataclass(frozen=True)
+class Buffer:
+    """A vector that belongs to the model and is not trained. It keeps its dtype, whatever that of the weights.
+
+    lead: the Hugging Face tensor is [1, size].
+    """
+
+    megatron: str
+    name: str
+    lead: bool = False
+    tp_dim: int | None = None
+    num_fused: int = 1
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def to_megatron(self, architecture: Architecture, *tensors: Tensor) -> Tensor:
+        return tensors[0].squeeze(0) if self.lead else tensors[0]
+
+    def to_hf(self, architecture: Architecture, parameter: Tensor) -> tuple[Tensor, ...]:
+        return (parameter[None] if self.lead else parameter,)
+
+
+@dataclass(frozen=True)
 class QKV:
     """Query, key and value projections (weights or biases) in one parameter, grouped by KV head.
 
@@ -115,8 +139,8 @@ def join_heads(architecture: Architecture, query: Tensor, key: Tensor, value: Te
     rest = query.shape[1:]
     groups, dim = architecture.num_kv_heads, architecture.head_dim
     queries = query.reshape(groups, architecture.num_heads // groups, -1, dim, *rest).transpose(1, 2)  # [groups, 1 or 2, heads]
-    heads = [_halved(architecture, queries[:, :1].flatten(1, 2)), queries[:, 1:].flatten(1, 2)]
-    heads += [_halved(architecture, key.reshape(groups, 1, dim, *rest)), value.reshape(groups, 1, dim, *rest)]
+    heads = [halved(architecture, queries[:, :1].flatten(1, 2)), queries[:, 1:].flatten(1, 2)]
+    heads += [halved(architecture, key.reshape(groups, 1, dim, *rest)), value.reshape(groups, 1, dim, *rest)]
     return torch.cat(heads, dim=1).reshape(-1, *rest)
 
 
@@ -128,13 +152,13 @@ def split_heads(architecture: Architecture, parameter: Tensor) -> tuple[Tensor, 
     gates = num_queries if architecture.attention_gate else 0
     grouped = parameter.reshape(groups, -1, dim, *rest)
     query, gate, key, value = grouped.split([num_queries, gates, 1, 1], dim=1)
-    query = _interleaved(architecture, query)
+    query = interleaved(architecture, query)
     if gates:
         query = torch.stack([query, gate], dim=2)
-    return query.reshape(-1, *rest), _interleaved(architecture, key).reshape(-1, *rest), value.reshape(-1, *rest)
+    return query.reshape(-1, *rest), interleaved(architecture, key).reshape(-1, *rest), value.reshape(-1, *rest)
 
 
-def _halved(architecture: Architecture, heads: Tensor) -> Tensor:
+def halved(architecture: Architecture, heads: Tensor) -> Tensor:
     """[groups, heads, head_dim, ...] with pairs of rotated dimensions (2 i, 2 i + 1) put to (i, i + half)."""
     if not architecture.interleaved_rope:
         return heads
@@ -143,8 +167,8 @@ def _halved(architecture: Architecture, heads: Tensor) -> Tensor:
     return torch.cat([pairs, heads[:, :, rotated:]], dim=2)
 
 
-def _interleaved(architecture: Architecture, heads: Tensor) -> Tensor:
-    """The inverse of `_halved`."""
+def interleaved(architecture: Architecture, heads: Tensor) -> Tensor:
+    """The inverse of `halved`."""
     if not architecture.interleaved_rope:
         return heads
     rotated = architecture.ropes[0].dim
@@ -172,6 +196,47 @@ class GateUp:
     def to_hf(self, architecture: Architecture, parameter: Tensor) -> tuple[Tensor, ...]:
         gate, up = parameter.chunk(2, dim=0)
         return gate, up
+
+
+@dataclass(frozen=True)
+class InterleavedGateUp:
+    """The same of one Hugging Face tensor [inputs, outputs] ([outputs] of a bias), whose outputs are gate and up in turn."""
+
+    megatron: str
+    name: str
+    tp_dim: int | None = 0
+    num_fused: int = 2
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def to_megatron(self, architecture: Architecture, *tensors: Tensor) -> Tensor:
+        rows = tensors[0].t()
+        return torch.cat([rows[0::2], rows[1::2]])
+
+    def to_hf(self, architecture: Architecture, parameter: Tensor) -> tuple[Tensor, ...]:
+        return (torch.stack(parameter.chunk(2), dim=1).flatten(0, 1).t().contiguous(),)
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A matrix that the Hugging Face tensor has as [inputs, outputs]."""
+
+    megatron: str
+    name: str
+    tp_dim: int | None = None
+    num_fused: int = 1
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def to_megatron(self, architecture: Architecture, *tensors: Tensor) -> Tensor:
+        return tensors[0].t().contiguous()
+
+    def to_hf(self, architecture: Architecture, parameter: Tensor) -> tuple[Tensor, ...]:
+        return (parameter.t().contiguous(),)
 
 
 @dataclass(frozen=True)

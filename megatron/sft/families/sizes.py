@@ -10,9 +10,11 @@ def weight_shape(architecture: Architecture, rule: Rule) -> tuple[int, ...]:
     query = architecture.num_heads * head_dim
     fused = query * (2 if architecture.attention_gate else 1) + 2 * architecture.num_kv_heads * head_dim
     module, kind = rule.megatron.split(".")[-2:]
-    width = architecture.ffn_hidden_size
-    if architecture.moe and "{expert}" in rule.megatron:
-        width = architecture.moe.ffn_hidden_size
+    moe, width = architecture.moe, architecture.ffn_hidden_size
+    if moe and "{expert}" in rule.megatron:
+        width = moe.ffn_hidden_size
+    elif moe and ".shared_experts." in rule.megatron:
+        width = moe.shared_width
     matrices = {
         "word_embeddings": (architecture.vocab_size, hidden),
         "output_layer": (architecture.vocab_size, hidden),
@@ -20,11 +22,14 @@ def weight_shape(architecture: Architecture, rule: Rule) -> tuple[int, ...]:
         "linear_proj": (hidden, query),
         "linear_fc1": (2 * width, hidden),
         "linear_fc2": (hidden, width),
-        "router": (architecture.moe.num_experts if architecture.moe else 0, hidden),
+        "router": (moe.num_experts if moe else 0, hidden),
+        **_of_latent_attention(architecture),
     }
+    if kind == "gate_weight":
+        return (1, hidden)
     if kind == "weight" and module in matrices:
         return matrices[module]
-    if kind == "bias":
+    if kind in ("bias", "expert_bias"):
         return (matrices[module][0],)
     if kind == "softmax_offset":
         return (architecture.num_heads,)
@@ -32,6 +37,22 @@ def weight_shape(architecture: Architecture, rule: Rule) -> tuple[int, ...]:
         heads = architecture.num_heads if module == "q_layernorm" else architecture.num_kv_heads
         return (head_dim * (heads if architecture.query_key_norm == "projection" else 1),)
     return _of_delta_net(architecture, module, kind) or (hidden,)
+
+
+def _of_latent_attention(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of multi-head latent attention, {} for a model without it."""
+    sizes = architecture.latent
+    if sizes is None:
+        return {}
+    hidden, heads = architecture.hidden_size, architecture.num_heads
+    return {
+        "linear_down": (sizes.down_rows, hidden),
+        "linear_q_up": (heads * sizes.head_dim, sizes.query_rank or hidden),
+        "linear_kv_up": (heads * (sizes.nope_dim + sizes.value_dim), sizes.kv_rank),
+        "linear_proj": (hidden, heads * sizes.value_dim),
+        "q_layernorm": (sizes.query_rank or 0,),
+        "kv_layernorm": (sizes.kv_rank,),
+    }
 
 
 def _of_delta_net(architecture: Architecture, module: str, kind: str) -> tuple[int, ...]:

@@ -17,9 +17,10 @@ _WORDS = {
     "embedding": r"^embedding\.",
     "head": r"^output_layer\.",
     "norms": r"norm(\.|_)weight$",
-    "attention": r"\.self_attention\.(linear_(qkv|proj)|in_proj|out_proj)\.(weight|bias)$",
+    "attention": r"\.self_attention\.(linear_(qkv|proj|down|q_up|kv_up)|in_proj|out_proj)\.(weight|bias)$",
     "mlp": r"\.mlp\.linear_fc[12]\.(weight|bias)$",
     "experts": r"\.mlp\.experts\.",
+    "shared_experts": r"\.mlp\.shared_experts\.",
     "router": r"\.mlp\.router\.",
 }
 
@@ -48,7 +49,7 @@ def frozen_weights(architecture: Architecture, text: str, train_router: bool) ->
     that matches nothing, a pattern that matches a part of a fused weight or some experts of a layer only, and a choice that
     leaves nothing are a `UserError`.
     """
-    entries = list(weight_entries(architecture))
+    entries = [entry for entry in weight_entries(architecture) if not entry.is_buffer]
     frozen: set[str] = set()
     if text and not text.strip(" ,"):
         raise UserError(f"FREEZE={text!r} names nothing: leave it out, or take some of {', '.join(_WORDS)}")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, Architecture, Layer
+from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, LATENT_ATTENTION, Architecture, Layer
 from megatron.sft.families.registry import family_rules, layer_rules
-from megatron.sft.families.rules import Rule
+from megatron.sft.families.rules import Buffer, Rule
 from megatron.sft.runtime.errors import UserError
 
 # Names of live modules -> names of the tables: norms, which are separate modules without Transformer Engine (the one before
@@ -19,6 +19,7 @@ from megatron.sft.runtime.errors import UserError
 INPUT_NORM = {
     ATTENTION: ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
     GATED_DELTA_NET: ("input_layernorm.", "self_attention.in_proj.layer_norm_"),
+    LATENT_ATTENTION: ("input_layernorm.", "input_layernorm."),
 }
 MLP_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
 _LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
@@ -47,6 +48,11 @@ class WeightEntry:
         Where layers do not have the same weights (not `stacked`), each is its own tensor.
         """
         return _EXPERT.sub("", _LAYER.sub("", self.megatron) if self.stacked else self.megatron)
+
+    @property
+    def is_buffer(self) -> bool:
+        """True if it is not trained and keeps its dtype."""
+        return isinstance(self.rule, Buffer)
 
     @property
     def place(self) -> tuple[int, ...]:

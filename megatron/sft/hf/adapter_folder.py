@@ -15,13 +15,14 @@ from torch import Tensor
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.lora import PEFT_PREFIX, LoRA, chosen_targets, factor_shapes, kind_of, peft_names
 from megatron.sft.families.weight_names import weight_entries
+from megatron.sft.hf.names import ADAPTER_CONFIG as CONFIG
+from megatron.sft.hf.names import ADAPTER_WEIGHTS as WEIGHTS
 from megatron.sft.hf.safetensors_file import SafetensorsFile, write_file
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import read_json, write_json
 
 # What the modules of a text model begin with in a model with other parts too, in transformers 5 and before; "model." in ours.
 _TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Fields of adapter_config.json that are used, that say nothing about the result, or that may have one value only.
 _USED = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path", "peft_type"}
 _WITHOUT_MEANING = {
@@ -55,6 +56,8 @@ class AdapterFolder:
         for name, value in self.config.items():
             if name in _USED or name in _WITHOUT_MEANING or not value or value in _ALLOWED.get(name, ()):
                 continue
+            if name == "target_parameters" and all(str(each).endswith(".weight") for each in value):
+                continue  # of linear layers, as `write_adapter_folder` names them
             advice = (
                 "merge it with PEFT's merge_and_unload and convert the result" if name != "use_dora" else "DoRA is not built"
             )
@@ -134,13 +137,25 @@ def _without_other_parts(name: str) -> str:
     return name
 
 
+def _mlp_weights(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Dense MLPs and shared experts by the ends of their weights' names: `shared_experts.up_proj.weight`.
+
+    With transformers 5, PEFT takes names such as `up_proj` among a mixture's modules for its experts, wherever they stand.
+    """
+    modules = {name.rpartition(".lora_")[0] for name in tensors if ".mlp." in name}
+    return sorted({".".join([*module.split(".")[-2:], "weight"]) for module in modules})
+
+
 def write_adapter_folder(
-    folder: Path, lora: LoRA, base: str, tensors: Mapping[str, Tensor], text_prefix: str = "model."
+    folder: Path, lora: LoRA, base: str, tensors: Mapping[str, Tensor], text_prefix: str = "model.", mixture: bool = False
 ) -> None:
     """Write an adapter as PEFT does. base: name or folder of the model under it; tensors: by PEFT's names, in float32.
 
     text_prefix: of hf.auto_model. Where the model has other parts, modules of the same names in them get no adapter.
+    mixture: of a model with experts.
     """
+    parameters = _mlp_weights(tensors) if mixture and not lora.experts else []
+    modules = sorted(set(lora.targets) - {name.split(".")[-2] for name in parameters})
     ours = f"{PEFT_PREFIX}model."
     names = {name: PEFT_PREFIX + text_prefix + name.removeprefix(ours) if name.startswith(ours) else name for name in tensors}
 
@@ -151,7 +166,7 @@ def write_adapter_folder(
     write_file(
         folder / WEIGHTS, {names[name]: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}, each()
     )
-    only_text = re.escape(text_prefix) + rf".*\.({'|'.join(lora.targets)})"
+    only_text = re.escape(text_prefix) + rf".*\.({'|'.join(modules)})"
     rank_or_scale = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     config = {
         "peft_type": "LORA",
@@ -159,9 +174,10 @@ def write_adapter_folder(
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": rank_or_scale,
-        "lora_dropout": lora.dropout,
+        "lora_dropout": 0.0 if parameters else lora.dropout,  # PEFT has none on the latter
         "use_rslora": lora.rslora,
-        "target_modules": list(lora.targets) if text_prefix == "model." else only_text,
+        "target_modules": modules if text_prefix == "model." else only_text,
+        **({"target_parameters": parameters} if parameters else {}),
         "bias": "none",
         "inference_mode": True,
         "fan_in_fan_out": False,

@@ -19,13 +19,16 @@ _UNUSED = (".activation_scale", ".input_scale", ".activation_scale_inv", ".input
 
 
 def unquantised_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """config.json without its quantization entry, if that is one of 8-bit weights with scales. `where` names the file."""
+    """config.json without its quantization entry, if that is one of 8-bit weights with scales, or of MXFP4.
+
+    `where` names the file.
+    """
     text = text_fields(config)
     entry = config.get("quantization_config") or text.get("quantization_config")
-    if not isinstance(entry, dict) or entry.get("quant_method") != "fp8":
+    if not isinstance(entry, dict) or entry.get("quant_method") not in ("fp8", "mxfp4"):
         return config  # refused where the fields are checked
     form = entry.get("fmt", entry.get("weight_format", "e4m3"))
-    if form not in ("e4m3", "e5m2"):
+    if form not in ("e4m3", "e5m2", "float8_e4m3fn", "float8_e5m2"):
         raise UserError(f"{where}: the weights are quantised as {form!r}: take the model in its original precision")
     result = {name: value for name, value in config.items() if name != "quantization_config"}
     if text is config:

@@ -17,6 +17,7 @@ from megatron.sft.families.fused_experts import FusedExperts, fused_block, fused
 from megatron.sft.families.long_context import RopeExtension, extended_config
 from megatron.sft.families.registry import carried_names, config_notes, read_architecture, text_prefixes
 from megatron.sft.hf.block_scales import block_size, dequantised, scales_of, unquantised_config
+from megatron.sft.hf.mxfp4 import BLOCKS, SCALES, packed_experts
 from megatron.sft.hf.safetensors_file import SafetensorsFile, write_file
 from megatron.sft.hf.tokenizer_files import chat_template_sha256, num_tokens, tokenizer_sha256
 from megatron.sft.runtime.errors import UserError
@@ -75,6 +76,16 @@ class HFFolder:
                     self._renamed[prefix + name.removeprefix(there)] = name
                     self._files[prefix + name.removeprefix(there)] = self._files.pop(name)
                     break
+        self._packed = packed_experts(self._files, str(path))
+        if self._packed and not self.dequantised:
+            raise UserError(f"{path}: weights are in MXFP4, config.json does not say so: take the model's own file")
+        for name in self._packed:
+            self._files[name] = self._files.pop(f"{name}{BLOCKS}")
+            self._scale_files[f"{name}{SCALES}"] = self._files.pop(f"{name}{SCALES}")
+        if self._packed:
+            self.notes.append(
+                f"{len(self._packed):,} tensors of experts are in MXFP4: they are read as the bfloat16 they stand for"
+            )
         if self._scales:
             self.notes.append(f"{len(self._scales):,} weights are in 8 bits: they are read as bfloat16, times their scales")
         self.fused_block = fused_block(self._files) if self.architecture.moe else None
@@ -102,8 +113,9 @@ class HFFolder:
             if fused not in self._files:
                 continue  # its parts are reported as missing
             file, num_parts = self._files.pop(fused), len(experts[0])
-            shape = file.entries[fused][1]
-            if len(shape) != 3 or shape[0] != len(experts) or shape[1] % num_parts:
+            packed = self._packed.get(fused)
+            shape = (packed.num_experts, *packed.shape) if packed else file.entries[fused][1]
+            if len(shape) < 2 or shape[0] != len(experts) or shape[1] % num_parts:
                 raise UserError(
                     f"{self.path}: {fused} is {tuple(shape)}, config.json says {len(experts)} experts: weights and "
                     "configuration do not belong together"
@@ -157,8 +169,10 @@ class HFFolder:
             dtype, shape = file.entries[on_disk]
             return (torch.bfloat16 if on_disk in self._scales else dtype), shape
         fused, _, _, num_parts = self._parts[name]
-        dtype, (_, rows, columns) = self._files[name].entries[fused]
-        return dtype, (rows // num_parts, columns)
+        if fused in self._packed:
+            return torch.bfloat16, self._packed[fused].shape
+        dtype, (_, rows, *rest) = self._files[name].entries[fused]
+        return dtype, (rows // num_parts, *rest)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, also a carried one, mapped from the file unless it is in 8 bits there."""
@@ -170,6 +184,8 @@ class HFFolder:
                 return stored
             return dequantised(stored, self._scale(self._scales[on_disk]), self._blocks)
         fused, expert, part, num_parts = self._parts[name]
+        if fused in self._packed:
+            return self._packed[fused].expert(expert)
         return self._files[name].tensor(fused)[expert].chunk(num_parts)[part]
 
     def _scale(self, name: str) -> Tensor:

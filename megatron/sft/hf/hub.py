@@ -102,6 +102,7 @@ def is_id(text: str) -> bool:
 def fetch_config(id: str) -> dict[str, Any]:
     """A model's config.json, a few kilobytes. A `UserError` if it cannot be had."""
     with explained("model", id, "main"):
+        huggingface_hub.HfApi().model_info(id, timeout=ANSWER_TIMEOUT_S)  # once, where the download would try for half a minute
         path = huggingface_hub.hf_hub_download(id, "config.json")
     config: dict[str, Any] = read_json(Path(path), "model configuration", "check the model's page")
     return config

@@ -6,6 +6,9 @@ from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets"
 
+# The files of an adapter as PEFT writes it.
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
 
 def model_folder_name(source: str) -> str:
     """`deepseek-ai/DeepSeek-R1` becomes `deepseek_ai_DeepSeek_R1`."""

@@ -15,7 +15,7 @@ from megatron.sft.runtime.manifest import sha256_of_text
 
 
 class HFParameters:
-    """The parameters of a Hugging Face folder, cast to `dtype` if one is given.
+    """The parameters of a Hugging Face folder, cast to `dtype` if one is given; buffers keep theirs.
 
     Tokens of the tokenizer beyond the embedding's rows get new rows (`with_new_rows`). `crc32`: name of each Hugging Face
     tensor read so far -> CRC-32 of the bytes that were returned. Several threads may read.
@@ -28,6 +28,7 @@ class HFParameters:
         self.caster = Caster()
         self.crc32: dict[str, int] = {}
         self._crc32_on_disk: dict[str, int] = {}
+        self._buffers = {name for entry in weight_entries(folder.architecture) if entry.is_buffer for name in entry.hf}
 
     def meta(self, entry: WeightEntry) -> Tensor:
         tensors = [self.hf_meta(name) for name in entry.hf]
@@ -40,7 +41,8 @@ class HFParameters:
             raise UserError(f"{self.folder.path}: tensor {name} is of dtype {dtype}: quantised weights are not read")
         if self._is_embedding(name) and shape and shape[0] == self.folder.rows_on_disk:
             shape = (self.architecture.vocab_size, *shape[1:])
-        return torch.empty(shape, dtype=self.dtype or dtype, device="meta")
+        kept = self.dtype is None or name in self._buffers
+        return torch.empty(shape, dtype=dtype if kept else self.dtype, device="meta")
 
     def read(self, entry: WeightEntry) -> Tensor:
         tensors = [self.hf_tensor(name) for name in entry.hf]
@@ -52,7 +54,7 @@ class HFParameters:
         self._check(name)
         if self._is_embedding(name) and len(tensor) < self.architecture.vocab_size:
             tensor = with_new_rows(tensor, self.architecture.vocab_size)
-        if self.dtype is not None:
+        if self.dtype is not None and name not in self._buffers:
             tensor = self.caster.cast(tensor, self.dtype)
         self.crc32[name] = self._crc32_on_disk[name] if tensor is on_disk else zlib.crc32(tensor_bytes(tensor))
         return tensor

@@ -1,12 +1,12 @@
 """A model's architecture before it is downloaded or converted: from config.json, or as published in assets/models.json."""
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any
 
 from megatron.sft.families.architecture import Architecture
-from megatron.sft.families.registry import read_architecture
-from megatron.sft.hf.names import ASSETS, model_folder_name
+from megatron.sft.hf.names import ASSETS, model_folder_name, shown
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import read_json
 
@@ -24,15 +24,18 @@ def find_architecture(name: str) -> tuple[Architecture, str]:
     """The architecture of a model given by its folder, config.json or hub id, and where it was read; else a `UserError`."""
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
+    configs = {} if path.is_file() else published_configs()
+    if not path.is_file() and name not in configs:
+        near = difflib.get_close_matches(name, configs, n=1)
+        raise UserError(
+            f"{name} is neither a folder with a config.json nor one of the {len(configs)} in {shown(PUBLISHED)}"
+            f"{f' (did you mean {near[0]}?)' if near else ''}: download it with scripts/1_download.sh model {name}"
+        )
+    from megatron.sft.families.registry import read_architecture  # with torch, which takes seconds
+
     if path.is_file():
         config = read_json(path, "model configuration", "take the model's own file")
         return read_architecture(config, str(path)), str(path)
-    configs = published_configs()
-    if name not in configs:
-        raise UserError(
-            f"{name} is neither a folder with a config.json nor one of {', '.join(configs)}: "
-            f"download it with scripts/1_download.sh model {name}"
-        )
     return read_architecture(configs[name], name), f"{name}'s published config.json"
 
 

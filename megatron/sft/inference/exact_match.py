@@ -68,7 +68,7 @@ def exact_match(
         answers = ask(chat_model, questions, control, decoding)
         modes.append(mode_result(control, answers))
         graded += answers
-        print(_mode_line(modes[-1], decoding), flush=True)
+        print(_mode_line(modes[-1], decoding, named=len(controls) > 1), flush=True)
     correct = sum(answer.correct for answer in graded)
     return {
         "data": str(data),
@@ -106,17 +106,19 @@ def mode_result(control: str, answers: Sequence[GradedAnswer]) -> ModeResult:
     return ModeResult(control, correct / len(answers), correct, len(answers), unfinished)
 
 
-def _mode_line(mode: ModeResult, decoding: Decoding) -> str:
+def _mode_line(mode: ModeResult, decoding: Decoding, named: bool) -> str:
+    name = f"{mode.name}: " if named or mode.control else ""
     cut = f", {mode.unfinished:,} cut at {decoding.max_new_tokens} tokens" if mode.unfinished else ""
-    return f"{mode.name}: exact match {100 * mode.exact_match:.1f} % ({mode.correct:,} of {mode.questions:,}{cut})"
+    return f"{name}exact match {100 * mode.exact_match:.1f} % ({mode.correct:,} of {mode.questions:,}{cut})"
 
 
 def _scores(task: str, modes: Sequence[ModeResult]) -> list[Score]:
     """One score a mode, named after it unless the only mode is the free choice."""
     named = len(modes) > 1 or modes[0].control
+    names = [f"exact match, {mode.name}" if named else "exact match" for mode in modes]
     return [
-        Score(task, f"exact match, {mode.name}" if named else "exact match", mode.exact_match, standard_error(mode))
-        for mode in modes
+        Score(task, name, mode.exact_match, standard_error(mode), num_questions=mode.questions)
+        for name, mode in zip(names, modes, strict=True)
     ]
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from megatron.sft.inference.model_folder import adapter_rank, open_model_folder
 from megatron.sft.inference.scores import Score
-from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError, first_line
 
 # Names that the scripts of other projects use, and lm-eval's names for the same tasks.
@@ -91,6 +90,8 @@ class LmEvalModel:
             if found.adapter:
                 arguments |= {"lora_local_path": str(found.adapter), "max_lora_rank": max(8, adapter_rank(found.adapter))}
             return lm_eval.api.registry.get_model("vllm")(**arguments)
+        from megatron.sft.runtime import device  # with torch, which takes seconds
+
         tokenizer = self._tokenizer()
         if found.adapter:
             arguments["peft"] = str(found.adapter)

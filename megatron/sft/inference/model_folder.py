@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.sft.hf.adapter_folder import CONFIG, WEIGHTS
+from megatron.sft.hf.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from megatron.sft.runtime.errors import UserError, first_line
 from megatron.sft.runtime.manifest import read_json
 
@@ -28,18 +28,18 @@ def open_model_folder(folder: Path) -> ModelFolder:
     """A folder as a user gives it. One without a model, and an adapter whose model is not there, are a `UserError`."""
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist: run scripts/5_export.sh, or correct the path")
-    if not (folder / CONFIG).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} has no config.json: give a model folder, such as scripts/5_export.sh writes")
         return ModelFolder(folder, None, folder)
-    config: Any = read_json(folder / CONFIG, "adapter configuration", "take another copy of the adapter")
+    config: Any = read_json(folder / ADAPTER_CONFIG, "adapter configuration", "take another copy of the adapter")
     named = os.environ.get("BASE") or (config.get("base_model_name_or_path") if isinstance(config, dict) else None)
     if not named or not (Path(named) / "config.json").is_file():
         raise UserError(
             f"{folder} is an adapter of {named}, which is not a model folder here: set BASE to the folder of its base model"
         )
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder} has no {WEIGHTS}: export it again, or take a whole copy")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise UserError(f"{folder} has no {ADAPTER_WEIGHTS}: export it again, or take a whole copy")
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     return ModelFolder(Path(named), folder, folder if has_tokenizer else Path(named))
 
@@ -60,4 +60,4 @@ def with_adapter(model: Any, adapter: Path) -> Any:
 
 def adapter_rank(adapter: Path) -> int:
     """The rank that adapter_config.json names."""
-    return int(read_json(adapter / CONFIG, "adapter configuration", "take another copy of the adapter")["r"])
+    return int(read_json(adapter / ADAPTER_CONFIG, "adapter configuration", "take another copy of the adapter")["r"])

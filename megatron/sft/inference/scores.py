@@ -4,21 +4,23 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron.sft.runtime.manifest import write_bytes
 
-BETTER, WORSE, HEADER = "#15803d", "#b91c1c", "#cfe0f3"
+BETTER, WORSE, SOFT, TRACK, BAR = "#15803d", "#b91c1c", "#6b7280", "#e5e7eb", "#3f7fc1"
 
 
 @dataclass(frozen=True)
 class Score:
-    """One figure of one model. error: its standard error, if known. higher_is_better: None if unknown."""
+    """One figure of one model. error: its standard error, if known. higher_is_better, num_questions: None if unknown."""
 
     task: str
     metric: str
     value: float
     error: float | None = None
     higher_is_better: bool | None = True
+    num_questions: int | None = None
 
     @property
     def is_share(self) -> bool:
@@ -84,26 +86,52 @@ def markdown(models: Sequence[str], lines: Sequence[TableLine]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in table)
 
 
-def draw(models: Sequence[str], lines: Sequence[TableLine], output: Path) -> None:
-    """The table as a PNG; changes for the better are green, others red."""
+def draw(models: Sequence[str], lines: Sequence[TableLine], output: Path, caption: str = "") -> None:
+    """The table as a PNG: a bar below each share, on a track from 0 to 100 %; changes for the better green, others red."""
     from matplotlib.figure import Figure
 
-    names = header(models)
-    figure = Figure(figsize=(0.1, 0.1))  # savefig fits the picture to the table
+    # Columns of models have room for a bar, whatever is in them.
+    names = header([name.rjust(22) for name in models])
+    figure = Figure(figsize=(0.1, 0.1), dpi=150)  # savefig fits the picture to the table
     axes = figure.subplots()
     axes.axis("off")
-    colours = [[HEADER] * len(names), *([["white"] * len(names)] * len(lines))]
-    table = axes.table([names, *map(cells, lines)], colours, loc="center")
+    texts = [cells(line) for line in lines]
+    for words, line in zip(texts, lines, strict=True):
+        if asked := next((score.num_questions for score in line.scores if score and score.num_questions), None):
+            words[1] += f", n = {asked:,}"
+    table = axes.table([names, *texts], loc="center", edges="B")
     table.auto_set_font_size(False)
     table.auto_set_column_width(range(len(names)))
-    table.scale(1, 1.5)
-    for index in range(len(lines) + 1):
-        for column in (0, 1):
-            table[index, column].set_text_props(ha="left")
+    table.scale(1, 1.9)
+    for (row, column), cell in table.get_celld().items():
+        cell.set_edgecolor(TRACK)
+        cell.set_text_props(ha="left" if column < 2 else "right", **({"color": SOFT} if not row else {}))
     for index, line in enumerate(lines, start=1):
         if len(models) > 1 and line.is_better is not None:
             table[index, len(names) - 1].set_text_props(color=BETTER if line.is_better else WORSE)
+    figure.draw_without_rendering()  # places the cells
+    boxes = {
+        place: cell.get_window_extent().transformed(axes.transAxes.inverted()) for place, cell in table.get_celld().items()
+    }
+    width = 0.8 * min(boxes[0, column].width for column in range(2, 2 + len(models)))
+    for index, line in enumerate(lines, start=1):
+        for column, score in enumerate(line.scores, start=2):
+            if score and score.is_share:
+                _draw_bar(axes, boxes[index, column], width, score.value)
+    bottom = boxes[len(lines), 0].min
+    text: Any = {"color": SOFT, "fontsize": "small", "va": "top", "linespacing": 1.5}
+    axes.annotate(caption, bottom, xycoords="axes fraction", xytext=(4, -6), textcoords="offset points", **text)
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=150, format="png", bbox_inches="tight")
+    figure.savefig(picture, format="png", bbox_inches="tight")
     output.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(output, picture.getvalue())
+
+
+def _draw_bar(axes: Any, box: Any, width: float, share: float) -> None:
+    """At the bottom right of a cell, whose place `box` is in fractions of the axes."""
+    from matplotlib.patches import Rectangle
+
+    left, height = box.x1 - width - 0.1 * box.width, 0.1 * box.height
+    for length, color in ((width, TRACK), (share * width, BAR)):
+        place = (left, box.y0 + height), length, height
+        axes.add_patch(Rectangle(*place, color=color, linewidth=0, transform=axes.transAxes, clip_on=False))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron.sft.hf.auto_model import auto_class
+from megatron.sft.hf.auto_model import loaded
 from megatron.sft.inference.backends import Decoding
 from megatron.sft.inference.model_folder import ModelFolder, with_adapter
 from megatron.sft.runtime import device
@@ -75,15 +75,12 @@ def load(folder: ModelFolder, dtype: str, seed: int, tokenizer: Any, stop_ids: S
     transformers.utils.logging.disable_progress_bar()
     try:
         config = read_json(folder.model / "config.json", "model configuration", "export or download the model again")
-        model: Any = auto_class(config).from_pretrained(
-            folder.model,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        precision = dtype if dtype == "auto" else getattr(torch, dtype)
+        model: Any = loaded(config, folder.model, dtype=precision, local_files_only=True)
     except Exception as error:  # for a damaged folder transformers raises errors of any type
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model {folder.model} cannot be loaded ({reason}): export or download it again") from None
+    device.use_free_processors(model.num_parameters())
     if folder.adapter:
         model = with_adapter(model, folder.adapter)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]

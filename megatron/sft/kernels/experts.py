@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron.sft.kernels.layer import activated
+
 _COLUMNS = 1024  # of a row, a program
 
 
@@ -22,19 +24,35 @@ def _sum_rows(rows, places, outputs, width, CHOSEN: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def _weighted_swiglu(gate_up, weights, outputs, width, BLOCK: tl.constexpr):  # noqa: N803
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _halves(gate_up, bias, experts, row, columns, width, BIAS: tl.constexpr):  # noqa: N803
+    """Gate and up of a row in float32, with their expert's bias."""
     inside = columns < width
     gate = tl.load(gate_up + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + (row * 2 + 1) * width + columns, mask=inside, other=0.0).to(tl.float32)
-    result = gate * tl.sigmoid(gate) * up * tl.load(weights + row)
+    if BIAS:
+        own = tl.load(experts + row).to(tl.int64) * 2 * width
+        gate += tl.load(bias + own + columns, mask=inside, other=0.0).to(tl.float32)
+        up += tl.load(bias + own + width + columns, mask=inside, other=0.0).to(tl.float32)
+    return gate, up
+
+
+@triton.jit
+def _weighted_swiglu(
+    gate_up, weights, outputs, bias, experts, width, KIND: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr  # noqa: N803
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    gate, up = _halves(gate_up, bias, experts, row, columns, width, BIAS)
+    active, _, used, _ = activated(gate, up, KIND)
+    result = active * used * tl.load(weights + row)
     tl.store(outputs + row * width + columns, result.to(outputs.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _weighted_swiglu_backward(
-    gate_up, weights, grad_outputs, grad_gate_up, grad_weights, width, BLOCK: tl.constexpr  # noqa: N803
+    gate_up, weights, grad_outputs, grad_gate_up, grad_weights, bias, experts, width,
+    KIND: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """One row a program, whose weight's gradient is a sum over the row."""
     row = tl.program_id(0).to(tl.int64)
@@ -44,15 +62,21 @@ def _weighted_swiglu_backward(
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < width
-        gate = tl.load(gate_up + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(gate_up + (row * 2 + 1) * width + columns, mask=inside, other=0.0).to(tl.float32)
+        gate, up = _halves(gate_up, bias, experts, row, columns, width, BIAS)
         gradient = tl.load(grad_outputs + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-        share = tl.sigmoid(gate)
-        of_weight += gradient * gate * share * up
         scaled = gradient * weight
-        of_gate = scaled * up * share * (1.0 + gate * (1.0 - share))
+        if KIND == "silu":
+            share = tl.sigmoid(gate)
+            of_weight += gradient * gate * share * up
+            of_gate = scaled * up * share * (1.0 + gate * (1.0 - share))
+            of_up = scaled * gate * share
+        else:
+            active, slope, used, unclamped = activated(gate, up, KIND)
+            of_weight += gradient * active * used
+            of_gate = scaled * used * slope
+            of_up = scaled * active * unclamped
         tl.store(grad_gate_up + row * 2 * width + columns, of_gate.to(kind), mask=inside)
-        tl.store(grad_gate_up + (row * 2 + 1) * width + columns, (scaled * gate * share).to(kind), mask=inside)
+        tl.store(grad_gate_up + (row * 2 + 1) * width + columns, of_up.to(kind), mask=inside)
     tl.store(grad_weights + row, tl.sum(of_weight, axis=0))
 
 
@@ -67,21 +91,35 @@ def sum_rows(rows: Tensor, places: Tensor) -> Tensor:
     return outputs
 
 
-def weighted_swiglu(gate_up: Tensor, weights: Tensor, outputs: Tensor) -> None:
-    """outputs [n, width] = silu(first half) * second half of gate_up [n, 2 * width] * weights [n] (float32)."""
+# [experts, 2 * width], and int32 [n], each row's expert.
+Bias = tuple[Tensor, Tensor] | None
+
+
+def weighted_swiglu(gate_up: Tensor, weights: Tensor, outputs: Tensor, kind: str = "silu", bias: Bias = None) -> None:
+    """outputs [n, width] = activation(first half) * second half of gate_up [n, 2 * width] * weights [n] (float32).
+
+    kind: of `model/swiglu.py`. bias: added to gate_up first.
+    """
     num_rows, width = outputs.shape
     if num_rows:
         grid = (num_rows, triton.cdiv(width, _COLUMNS))
-        _weighted_swiglu[grid](gate_up, weights, outputs, width, BLOCK=_COLUMNS, num_warps=4)
+        values, experts = bias or (gate_up, gate_up)  # not read without one
+        _weighted_swiglu[grid](
+            gate_up, weights, outputs, values, experts, width, KIND=kind, BIAS=bias is not None, BLOCK=_COLUMNS, num_warps=4
+        )
 
 
-def weighted_swiglu_backward(gate_up: Tensor, weights: Tensor, grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+def weighted_swiglu_backward(
+    gate_up: Tensor, weights: Tensor, grad_outputs: Tensor, kind: str = "silu", bias: Bias = None
+) -> tuple[Tensor, Tensor]:
     """The gradients of gate_up and of the weights."""
     num_rows, width = grad_outputs.shape
     gradient, of_weights = torch.empty_like(gate_up), torch.empty_like(weights)
     if num_rows:
         block = min(_COLUMNS, triton.next_power_of_2(width))
+        values, experts = bias or (gate_up, gate_up)
         _weighted_swiglu_backward[(num_rows,)](
-            gate_up, weights, grad_outputs, gradient, of_weights, width, BLOCK=block, num_warps=4
-        )
+            gate_up, weights, grad_outputs, gradient, of_weights, values, experts, width,
+            KIND=kind, BIAS=bias is not None, BLOCK=block, num_warps=4,
+        )  # fmt: skip
     return gradient, of_weights

@@ -60,7 +60,7 @@ def _norm_backward(
 
 
 @triton.jit
-def _activated(gate, up, KIND: tl.constexpr):  # noqa: N803
+def activated(gate, up, KIND: tl.constexpr):  # noqa: N803
     """(the gate's activation, its derivative, up as it is used, 1 where up is not clamped) of `model/swiglu.py`'s kinds."""
     if KIND == "gelu_tanh":
         # 0.5 * (1 + tanh(u)) is the sigmoid of 2 u.
@@ -89,7 +89,7 @@ def _swiglu(gate_up, outputs, width, KIND: tl.constexpr, BLOCK: tl.constexpr):  
     inside = columns < width
     gate = tl.load(gate_up + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + (row * 2 + 1) * width + columns, mask=inside, other=0.0).to(tl.float32)
-    active, _, used, _ = _activated(gate, up, KIND)
+    active, _, used, _ = activated(gate, up, KIND)
     tl.store(outputs + row * width + columns, (active * used).to(outputs.dtype.element_ty), mask=inside)
 
 
@@ -106,7 +106,7 @@ def _swiglu_backward(gate_up, grad_outputs, grad_gate_up, width, KIND: tl.conste
         of_gate = gradient * up * share * (1.0 + gate * (1.0 - share))
         of_up = gradient * gate * share
     else:
-        active, slope, used, unclamped = _activated(gate, up, KIND)
+        active, slope, used, unclamped = activated(gate, up, KIND)
         of_gate = gradient * used * slope
         of_up = gradient * active * unclamped
     kind = grad_gate_up.dtype.element_ty

@@ -85,7 +85,6 @@ def transformer_config(
         layernorm_zero_centered_gamma=architecture.zero_centered_norm,
         attention_output_gate=architecture.attention_gate,
         softmax_scale=architecture.attention_scale,
-        softmax_type="learnable" if architecture.attention_sinks else "vanilla",
         # Layers of more than one kind lie in a checkpoint under their numbers.
         hetereogenous_dist_checkpoint=architecture.layers_differ,
         **_window_fields(architecture),
@@ -155,9 +154,8 @@ def _moe_fields(architecture: Architecture, layout: Layout) -> dict[str, Any]:
         "num_moe_experts": moe.num_experts,
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
         "moe_router_topk": moe.experts_per_token,
-        # Softmax over the chosen experts' scores alone makes their weights sum to 1.
-        "moe_router_pre_softmax": not moe.normalized,
-        "moe_router_dtype": "fp32",
+        # The router here does not read it; megatron-core refuses its own default where a token goes to one expert.
+        "moe_router_pre_softmax": True,
         "moe_router_load_balancing_type": "none",
         "expert_model_parallel_size": layout.expert_parallel,
         "expert_tensor_parallel_size": layout.expert_tensor_parallel,
@@ -165,7 +163,9 @@ def _moe_fields(architecture: Architecture, layout: Layout) -> dict[str, Any]:
 
 
 def _recompute_fields(word: str, num_layers: int) -> dict[str, Any]:
-    """`selective` recomputes norms and activation functions, which DecoderLayer does; `full`, and num_layers, whole layers."""
+    """`selective` recomputes norms, activation functions (DecoderLayer) and heads (LatentAttention); `full`, and num_layers,
+    whole layers.
+    """
     if word == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if num_layers:
@@ -198,6 +198,11 @@ def _fp8_fields(recipe: str, architecture: Architecture, layout: Layout) -> dict
         "MLP width of a tensor-parallel process": architecture.ffn_hidden_size // layout.tensor_parallel,
         "query width of a tensor-parallel process": architecture.num_heads * architecture.head_dim // layout.tensor_parallel,
     }
+    if latent := architecture.latent:
+        sizes |= {"vector for keys and values": latent.kv_rank, "vector for queries": latent.query_rank or 0}
+        sizes |= {"value width": architecture.num_heads * latent.value_dim}
+    if architecture.moe and architecture.moe.shared_width:
+        sizes["shared experts' width"] = architecture.moe.shared_width
     for name, size in sizes.items():
         if size % _FP8_BLOCK:
             raise UserError(

@@ -10,13 +10,13 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
+from megatron.sft.families.architecture import ATTENTION, GATED_DELTA_NET, LATENT_ATTENTION, Architecture, Layer
 from megatron.sft.model.experts.sparse_mlp import SparseMLP
 from megatron.sft.model.inputs import PackedRows
 from megatron.sft.model.norm import ProjectionNorm, RMSNorm
 from megatron.sft.model.recomputation import recompute
 from megatron.sft.model.rotary import rotate, split_and_rotate, split_heads, tables_of
-from megatron.sft.model.swiglu import output_gate, swiglu, write_swiglu
+from megatron.sft.model.swiglu import gated_mlp, output_gate
 
 
 class DecoderLayer(TransformerLayer):
@@ -43,11 +43,14 @@ class DecoderLayer(TransformerLayer):
         from megatron.core.extensions.transformer_engine import set_save_original_input
 
         if self.architecture.norms != "after":
-            set_save_original_input(self._projection_module)
+            for projection in self._projections:
+                set_save_original_input(projection)
         if not isinstance(self.mlp, SparseMLP):
             if self.architecture.norms != "after":
                 set_save_original_input(self.mlp.linear_fc1)
             set_save_original_input(self.mlp.linear_fc2)
+        elif self.mlp.shared_experts is not None:
+            set_save_original_input(self.mlp.shared_experts.linear_fc2)
 
     def forward(
         self, hidden_states: Tensor, *_: Any, rotary_pos_emb: Tensor, packed_seq_params: PackedRows, **__: Any
@@ -62,30 +65,33 @@ class DecoderLayer(TransformerLayer):
         norms_again = again and self.architecture.norms != "after"
         residual, normed = self.input_layernorm(hidden_states)
         # [t, 1, groups * (heads / groups + 2) * head_dim], or what a gated delta net starts from
-        projected = self._projection_module(normed)[0]
+        projected = self._project(normed)
         if norms_again:
             recompute(normed, projected, partial(self.input_layernorm.write, residual.detach()))
-        attended = self._after(self._mix(projected, rotary_pos_emb, packed_seq_params), "post_attention_layernorm")
+        attended = self._after(self._mix(projected, rotary_pos_emb, packed_seq_params, again), "post_attention_layernorm")
+        del projected  # the MLP needs its memory
         residual, normed = self.pre_mlp_layernorm(residual, attended)
         if isinstance(self.mlp, SparseMLP):
-            output, _ = self.mlp(normed, again)
+            output, _ = self.mlp(normed, packed_seq_params, again)
             return residual + self._after((output, None), "post_mlp_layernorm"), None
-        kind = self.architecture.activation
-        gate_up, inner_bias = self.mlp.linear_fc1(normed)
-        if norms_again:
-            recompute(normed, gate_up, partial(self.pre_mlp_layernorm.write, residual.detach()))
-        if inner_bias is not None:
-            gate_up = gate_up + inner_bias
-        active = swiglu(gate_up, kind)
-        output, outer_bias = self.mlp.linear_fc2(active)
-        if again:
-            recompute(active, output, partial(write_swiglu, gate_up.detach(), kind=kind))
-        return residual + self._after((output, outer_bias), "post_mlp_layernorm"), None
+        write = partial(self.pre_mlp_layernorm.write, residual.detach()) if norms_again else None
+        output_and_bias = gated_mlp(self.mlp, normed, self.architecture.activation, again, write)
+        return residual + self._after(output_and_bias, "post_mlp_layernorm"), None
 
     @property
-    def _projection_module(self) -> Any:
-        is_delta_net = self.facts.mixer == GATED_DELTA_NET
-        return self.self_attention.in_proj if is_delta_net else self.self_attention.linear_qkv
+    def _projections(self) -> list[Any]:
+        """The split linear layers that take the normed hidden state."""
+        names = {GATED_DELTA_NET: ["in_proj"], ATTENTION: ["linear_qkv"], LATENT_ATTENTION: []}[self.facts.mixer]
+        if self.facts.mixer == LATENT_ATTENTION and not self.self_attention.sizes.query_rank:
+            names = ["linear_q_up"]
+        return [getattr(self.self_attention, name) for name in names]
+
+    def _project(self, normed: Tensor) -> tuple[Tensor, ...]:
+        """All that attention or a gated delta net makes of the normed hidden state: several with latent attention."""
+        if self.facts.mixer == LATENT_ATTENTION:
+            vectors: tuple[Tensor, ...] = self.self_attention.project(normed)
+            return vectors
+        return (self._projections[0](normed)[0],)
 
     def _after(self, output_and_bias: tuple[Tensor, Tensor | None], norm: str) -> Tensor:
         """What a sub-layer's output becomes before it is added to the residual."""
@@ -97,16 +103,20 @@ class DecoderLayer(TransformerLayer):
         scale = self.architecture.residual_scale
         return output if scale == 1.0 else output * scale
 
-    def _mix(self, projected: Tensor, tables: Tensor, packed: PackedRows) -> tuple[Tensor, Tensor | None]:
-        """Attention or gated delta net, with its output projection: (output, its bias)."""
+    def _mix(self, made: tuple[Tensor, ...], tables: Tensor, packed: PackedRows, again: bool) -> tuple[Tensor, Tensor | None]:
+        """Attention or gated delta net, with its output projection: (output, its bias). made: by `_project`."""
+        mixed: tuple[Tensor, Tensor | None]
         if self.facts.mixer == GATED_DELTA_NET:
             assert packed.runs is not None
-            mixed: tuple[Tensor, Tensor | None] = self.self_attention.mix(projected, packed.runs)
+            mixed = self.self_attention.mix(made[0], packed.runs)
+            return mixed
+        if self.facts.mixer == LATENT_ATTENTION:
+            mixed = self.self_attention.mix(made, tables, packed, again)
             return mixed
         if self.rope_index is not None and len(self.architecture.ropes) > 1:
             tables = tables[self.rope_index]
         attention = self.self_attention
-        query, key, value, gates = self._heads(projected.squeeze(1), None if self.rope_index is None else tables)
+        query, key, value, gates = self._heads(made[0].squeeze(1), None if self.rope_index is None else tables)
         context = attention.core_attention(
             query, key, value, None, attn_mask_type=attention.attn_mask_type, packed_seq_params=packed
         )

@@ -37,11 +37,14 @@ class PackedRows(PackedSeqParams):
     """Where a micro-batch's conversations begin, over all context-parallel ranks, and what this rank's tokens attend to.
 
     token_lengths: [t] int64, the length of each token's conversation without padding, on the host: for rotations that depend
-    on it.
+    on it. real: [t] bool, False for padding and for rows that only fill a batch; None where all are real.
+    balance_scale: float32 scalar, what a layer's loss of uneven experts is multiplied by; None without this loss.
     """
 
     runs: AttentionRuns | None = None
     token_lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    real: Tensor | None = None
+    balance_scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class MicroBatch:
     loss_count: int64 scalar, what the summed loss is to be divided by (trained tokens, conversations, or pairs), this rank's
     part.
     num_tokens, sum_squared_lengths: of the conversations of all ranks without padding.
+    is_blank: its rows only fill the batch.
     gradient_scale: float32 scalar, what the gradient of the summed loss is to be multiplied by; None is 1.
     sources: [n] int64, which of the data's `num_sources` sources each target is from; None where there is one only.
     pairs: where the conversations are pairs.
@@ -86,6 +90,7 @@ class MicroBatch:
     loss_count: Tensor
     num_tokens: int
     sum_squared_lengths: int
+    is_blank: bool = False
     gradient_scale: Tensor | None = None
     sources: Tensor | None = None
     num_sources: int = 0

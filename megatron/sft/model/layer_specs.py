@@ -11,9 +11,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
+from megatron.sft.families.architecture import GATED_DELTA_NET, LATENT_ATTENTION, Architecture, Layer, MoEConfig
 from megatron.sft.families.weight_names import norm_names
-from megatron.sft.model.attention import PackedAttention
+from megatron.sft.model.attention.flash_attention import missing_here
+from megatron.sft.model.attention.latent_attention import LatentAttention
+from megatron.sft.model.attention.packed_attention import PackedAttention
 from megatron.sft.model.config import has_transformer_engine
 from megatron.sft.model.decoder_layer import DecoderLayer
 from megatron.sft.model.delta_net.layer import GatedDeltaNet
@@ -47,6 +49,9 @@ def _layer(architecture: Architecture, config: TransformerConfig, facts: Layer, 
         layer.submodules.self_attention = ModuleSpec(
             module=GatedDeltaNet, params={"sizes": architecture.delta_net, "linear": _linear_layers()}
         )
+    elif facts.mixer == LATENT_ATTENTION:
+        parts = {"linear": _linear_layers(), "core_attention": _core_attention(architecture, config, facts)}
+        layer.submodules.self_attention = ModuleSpec(module=LatentAttention, params={"architecture": architecture, **parts})
     else:
         _set_attention(layer.submodules.self_attention.submodules, architecture, config, facts)
     column, row = _linear_layers()
@@ -55,7 +60,9 @@ def _layer(architecture: Architecture, config: TransformerConfig, facts: Layer, 
         dense = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
         dense.linear_fc1, dense.linear_fc2 = with_bias(column, architecture.mlp_bias), with_bias(row, architecture.mlp_bias)
     else:
-        layer.submodules.mlp = SparseMLP
+        assert architecture.moe is not None
+        linear = (with_bias(column, False), with_bias(row, False))
+        layer.submodules.mlp = _sparse_mlp(architecture.moe, linear, architecture.activation)
     return layer
 
 
@@ -64,19 +71,24 @@ def _set_attention(attention: Any, architecture: Architecture, config: Transform
     column, row = _linear_layers()
     attention.linear_qkv = with_bias(column, architecture.qkv_bias)
     attention.linear_proj = with_bias(row, architecture.output_bias)
-    # Its own attention over packed rows, which gets its layer's window.
-    attention.core_attention = ModuleSpec(
-        module=PackedAttention, params={"window": facts.window, "sinks": architecture.attention_sinks}
-    )
-    windowed_part = config.context_parallel_size > 1 and facts.window is not None
-    if has_transformer_engine() and config.params_dtype != torch.float32 and not windowed_part:
-        # It has no packed attention in float32, nor a window on a part of the row.
-        from megatron.core.extensions import transformer_engine as engine
-
-        attention.core_attention = engine.TEDotProductAttention
+    attention.core_attention = _core_attention(architecture, config, facts)
     # `DecoderLayer` makes norms over whole projections: megatron-core takes none that its configuration does not have.
     by_head = architecture.query_key_norm in ("head", "rotated head")
     attention.q_layernorm = attention.k_layernorm = RMSNorm if by_head else None
+
+
+def _core_attention(architecture: Architecture, config: TransformerConfig, facts: Layer) -> Any:
+    """Attention itself over packed rows: Transformer Engine's where it can, else this project's, with its layer's window."""
+    # It has no packed attention in float32 or with sinks. Over parts of rows its ring takes much longer than gathering keys and
+    # values does, and has no windows, nor values of another size than keys.
+    whole_rows = config.context_parallel_size == 1
+    ring = not whole_rows and missing_here() and facts.window is None and facts.mixer != LATENT_ATTENTION
+    possible = config.params_dtype != torch.float32 and not architecture.attention_sinks
+    if has_transformer_engine() and possible and (whole_rows or ring):
+        from megatron.core.extensions import transformer_engine as engine
+
+        return engine.TEDotProductAttention
+    return ModuleSpec(module=PackedAttention, params={"window": facts.window, "sinks": architecture.attention_sinks})
 
 
 def _linear_layers() -> tuple[type, type]:
@@ -86,6 +98,17 @@ def _linear_layers() -> tuple[type, type]:
 
         return engine.TEColumnParallelLinear, engine.TERowParallelLinear
     return tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear
+
+
+@cache
+def _sparse_mlp(moe: MoEConfig, linear: tuple[type, type], activation: str) -> type:
+    """The class of these mixtures: megatron-core passes a class its configuration alone, and warns of other specs."""
+
+    class Mixture(SparseMLP):
+        def __init__(self, config: TransformerConfig, **_: Any) -> None:
+            super().__init__(config, moe, linear, activation)
+
+    return Mixture
 
 
 @cache

@@ -79,12 +79,16 @@ def check_layout(layout: Layout, architecture: Architecture) -> None:
         if size < 1:
             raise UserError(f"{name}={size} is not possible: parallel sizes start at 1")
     tensor_parallel = layout.tensor_parallel
-    width = architecture.moe.ffn_hidden_size if architecture.moe else architecture.ffn_hidden_size
+    moe = architecture.moe
     sizes = {"attention heads": architecture.num_heads, "KV heads": architecture.num_kv_heads}
     if architecture.delta_net:
         sizes["key heads of gated delta nets"] = architecture.delta_net.num_key_heads
-    if layout.expert_parallel == 1:
-        sizes["MLP width"] = width
+    if moe is None or not all(layer.experts for layer in architecture.layers):
+        sizes["MLP width"] = architecture.ffn_hidden_size
+    if moe and layout.expert_parallel == 1:
+        sizes["expert width"] = moe.ffn_hidden_size
+    if moe and moe.shared_width:
+        sizes["shared experts' width"] = moe.shared_width
     works = [n for n in range(1, architecture.num_kv_heads + 1) if all(size % n == 0 for size in sizes.values())]
     undivided = [f"{size} {what}" for what, size in sizes.items() if size % tensor_parallel]
     if undivided:

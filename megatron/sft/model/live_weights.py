@@ -1,5 +1,6 @@
 """The parameters of a live model with their lines of the family's table."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from megatron.sft.families.weight_names import WeightEntry, checkpoint_name, wei
 from megatron.sft.model.layout import Layout
 
 _ADAPTER = ".adapter."
+# Ends of the names of buffers that belong to the model's weights.
+BUFFERS = (".mlp.router.expert_bias",)
 
 
 def is_adapter(name: str) -> bool:
@@ -23,11 +26,11 @@ def is_adapter(name: str) -> bool:
 class LiveWeight:
     """A weight of the table in this process.
 
-    name: of the parameter within the model. values: the part of `parameter` that it is, which may hold several experts.
+    name: of the parameter, or buffer, within the model. values: the part of it that this is; it may hold several experts.
     """
 
     name: str
-    parameter: nn.Parameter
+    parameter: nn.Parameter | Tensor
     values: Tensor
     entry: WeightEntry
 
@@ -41,7 +44,8 @@ def live_weights(model: Any, architecture: Architecture, layout: Layout) -> Iter
     experts = architecture.moe.num_experts // layout.expert_parallel if architecture.moe else 0
     first_layer = model.decoder.layers[0].layer_number - 1
     first_expert = experts * parallel_state.get_expert_model_parallel_rank()
-    for live_name, parameter in model.named_parameters():
+    buffers = (pair for pair in model.named_buffers() if pair[0].endswith(BUFFERS))
+    for live_name, parameter in itertools.chain(model.named_parameters(), buffers):
         if is_adapter(live_name):
             continue
         name = checkpoint_name(live_name, architecture, first_layer)

@@ -1,6 +1,6 @@
 """What is computed again in the backward pass: whole layers, or the memory of single tensors that is freed until then."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -29,23 +29,33 @@ def recomputes_selectively(config: TransformerConfig) -> bool:
     return (word == "selective" or method == "block") and not (config.fp8 and config.fp8_recipe == "delayed")
 
 
-def recompute(output: Tensor, before: Tensor, write: Callable[[Tensor], None]) -> None:
-    """Free the memory of `output` and have `write(output)` fill it again when the gradient of `before` is there.
+def recompute(outputs: Tensor | Sequence[Tensor], before: Tensor | Sequence[Tensor], write: Callable[..., None]) -> None:
+    """Free the memory of `outputs` and have `write(*outputs)` fill it again when the gradient of `before` is there.
 
-    `before` is what was made from `output` (which its backward pass reads); nothing else may read `output` until then.
-    Without a gradient for `before` nothing holds `output` anyway.
+    `before` is all that was made from `outputs` (which its backward pass reads); nothing else may read them until then.
+    Without a gradient for `before` nothing holds them anyway.
     """
-    if not before.requires_grad:
+    made = [each for each in _several(before) if each.requires_grad]
+    if not made:
         return
-    target = output.data  # without autograd's count of changes
-    size = target.untyped_storage().size()
-    target.untyped_storage().resize_(0)
-    # Emptied when used: autograd keeps the hook, and what it holds, until the whole backward pass is over.
-    needed = [(target, write)]
+    targets = [output.data for output in _several(outputs)]  # without autograd's count of changes
+    sizes = [target.untyped_storage().size() for target in targets]
+    for target in targets:
+        target.untyped_storage().resize_(0)
+    # Emptied when used: autograd keeps the hooks, and what they hold, until the whole backward pass is over.
+    needed = [(targets, write)]
 
     def fill(_: Tensor) -> None:
-        target, write = needed.pop()
-        target.untyped_storage().resize_(size)
-        write(target)
+        if not needed:
+            return
+        targets, write = needed.pop()
+        for target, size in zip(targets, sizes, strict=True):
+            target.untyped_storage().resize_(size)
+        write(*targets)
 
-    before.register_hook(fill)
+    for each in made:
+        each.register_hook(fill)
+
+
+def _several(tensors: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else tensors

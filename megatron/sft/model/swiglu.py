@@ -1,10 +1,14 @@
-"""The gated activation of the dense MLP: SwiGLU and its kin. And attention's output gate."""
+"""The gated activation of MLPs: SwiGLU and its kin. And attention's output gate."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron.sft.model.recomputation import recompute
 
 # gpt-oss: gates up to this, and up between minus this and this; the sigmoid's slope.
 _LIMIT, _SLOPE = 7.0, 1.702
@@ -19,6 +23,26 @@ def swiglu(gate_up: Tensor, kind: str = "silu") -> Tensor:
     return result
 
 
+def gated_mlp(
+    mlp: Any, inputs: Tensor, kind: str, again: bool, write: Callable[[Tensor], None] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(output, its bias) of an MLP's `linear_fc1` and `linear_fc2` with the activation of `swiglu` between them.
+
+    again: the activation is freed until the backward pass and made again there, and with `write`, which fills them, the inputs
+    too.
+    """
+    gate_up, inner_bias = mlp.linear_fc1(inputs)
+    if write is not None:
+        recompute(inputs, gate_up, write)
+    if inner_bias is not None:
+        gate_up = gate_up + inner_bias
+    active = swiglu(gate_up, kind)
+    output, outer_bias = mlp.linear_fc2(active)
+    if again:
+        recompute(active, output, partial(write_swiglu, gate_up.detach(), kind=kind))
+    return output, outer_bias
+
+
 def write_swiglu(gate_up: Tensor, outputs: Tensor, kind: str = "silu") -> None:
     """The same, written into `outputs` without gradient."""
     if gate_up.is_cuda:
@@ -27,10 +51,11 @@ def write_swiglu(gate_up: Tensor, outputs: Tensor, kind: str = "silu") -> None:
         layer.swiglu(gate_up, outputs, kind)
     else:
         gate, up = (half.float() for half in gate_up.chunk(2, dim=-1))
-        outputs.copy_(_gated(gate, up, kind))
+        outputs.copy_(gated(gate, up, kind))
 
 
-def _gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """activation(gate) * up in float32, by autograd's own operations."""
     if kind == "gelu_tanh":
         return F.gelu(gate, approximate="tanh") * up
     if kind == "clamped_silu":
@@ -59,7 +84,7 @@ class _SwiGLU(torch.autograd.Function):
             return swiglu_backward(gate_up, gradient, ctx.kind), None
         with torch.enable_grad():
             halves = [half.float().requires_grad_() for half in gate_up.detach().chunk(2, dim=-1)]
-            of_halves = torch.autograd.grad(_gated(halves[0], halves[1], ctx.kind), halves, gradient.float())
+            of_halves = torch.autograd.grad(gated(halves[0], halves[1], ctx.kind), halves, gradient.float())
         return torch.cat(of_halves, dim=-1).to(gate_up.dtype), None
 
 

@@ -76,6 +76,9 @@ def check_checkpoint(checkpoint: Checkpoint, architecture: Architecture, checksu
     check_checkpoint_manifest(checkpoint.path, checkpoint.manifest, checkpoint.iteration)
     stated = checkpoint.manifest.get("shape", {})
     for name, value in architecture_record(architecture).items():
+        if isinstance(value, dict) and isinstance(stated.get(name), dict):
+            # Facts that an older manifest does not know are at their defaults.
+            value = {fact: value[fact] for fact in value if fact in stated[name]}
         # The weights may have been cast while they were converted.
         if name != "torch_dtype" and name in stated and stated[name] != value:
             raise UserError(

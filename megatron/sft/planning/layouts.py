@@ -8,8 +8,8 @@ from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.planning.fitting.recomputing import with_cheapest_recompute
 from megatron.sft.planning.memory import MemorySettings, estimate
 from megatron.sft.planning.memory_phases import MemoryEstimate
-from megatron.sft.planning.run_time import full_rows
-from megatron.sft.planning.step_time import StepTime, step_time
+from megatron.sft.planning.speed.run_time import full_rows
+from megatron.sft.planning.speed.step_time import StepTime, step_time
 from megatron.sft.runtime.errors import UserError
 
 

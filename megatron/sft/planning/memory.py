@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from megatron.sft.families.architecture import GATED_DELTA_NET, Architecture, Layer
+from megatron.sft.families.architecture import Architecture, Layer
 from megatron.sft.families.registry import layer_rules
+from megatron.sft.families.rules import Buffer
 from megatron.sft.families.sizes import weight_shape
 from megatron.sft.families.trained import Trained
+from megatron.sft.model.kept_tensors import MIXERS
 from megatron.sft.model.layout import HEAD_CHUNK_TOKENS, Layout, share_of_chunk
 from megatron.sft.planning.memory_phases import MemoryEstimate
 from megatron.sft.planning.trained_sizes import stage_trained, unkept_inputs
@@ -23,6 +25,10 @@ _CONTEXT_BYTES = int(1.0 * GIB)
 _NCCL_BYTES = int(0.4 * GIB)
 # Blocks that torch's allocator keeps in addition to the tensors, as a share of the activations.
 _FRAGMENTS = 0.02
+# What RECOMPUTE=selective does not keep.
+_MADE_AGAIN = frozenset(
+    {"attention norm", "MLP norm", "activation", "rows of experts", "shared activation", "again query", "again key and value"}
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def num_parameters(architecture: Architecture) -> int:
 
 def stage_parameters(architecture: Architecture, layout: Layout, stage: int) -> tuple[int, int]:
     """Weights on one process of a pipeline stage: those that every data-parallel copy holds, and those of its experts."""
-    split, whole, expert = _parameters(architecture, _stage_layers(architecture, layout, stage))
+    split, whole, expert, whole_expert = _parameters(architecture, _stage_layers(architecture, layout, stage))
     last = layout.pipeline_parallel - 1
     embedding = layout.padded_vocab_size(architecture) // layout.tensor_parallel * architecture.hidden_size
     dense = split // layout.tensor_parallel + whole
@@ -67,7 +73,7 @@ def stage_parameters(architecture: Architecture, layout: Layout, stage: int) -> 
         dense += architecture.hidden_size  # the last norm
         if not architecture.tied_embeddings or last > 0:  # tied stages hold a copy each
             dense += embedding
-    return dense, expert // (layout.expert_parallel * layout.expert_tensor_parallel)
+    return dense, (expert // layout.expert_tensor_parallel + whole_expert) // layout.expert_parallel
 
 
 def _stage_layers(architecture: Architecture, layout: Layout, stage: int) -> tuple[Layer, ...]:
@@ -75,26 +81,29 @@ def _stage_layers(architecture: Architecture, layout: Layout, stage: int) -> tup
     return architecture.layers[sum(counts[:stage]) : sum(counts[: stage + 1])]
 
 
-def _parameters(architecture: Architecture, layers: Sequence[Layer]) -> tuple[int, int, int]:
-    """Of these layers: weights that TP splits, weights that every process holds, weights of all experts together."""
+def _parameters(architecture: Architecture, layers: Sequence[Layer]) -> tuple[int, int, int, int]:
+    """Of these layers: weights that TP splits, and those that every process holds; the same of all experts together."""
     of_each = [[size * count for size in _layer_parameters(architecture, kind)] for kind, count in Counter(layers).items()]
-    split, whole, expert = (sum(sizes) for sizes in zip(*of_each, strict=True))
-    return split, whole, expert
+    split, whole, expert, whole_expert = (sum(sizes) for sizes in zip(*of_each, strict=True))
+    return split, whole, expert, whole_expert
 
 
-def _layer_parameters(architecture: Architecture, layer: Layer) -> tuple[int, int, int]:
-    """The three of one layer, by the family's table."""
-    split = whole = expert = 0
+def _layer_parameters(architecture: Architecture, layer: Layer) -> tuple[int, int, int, int]:
+    """The four of one layer, by the family's table. Buffers do not count, as in transformers."""
+    split = whole = expert = whole_expert = 0
     for rule in layer_rules(architecture, layer):
+        if isinstance(rule, Buffer):
+            continue
         size = prod(weight_shape(architecture, rule))
         if "{expert}" in rule.megatron:
             assert architecture.moe is not None
-            expert += size * architecture.moe.num_experts
+            size *= architecture.moe.num_experts
+            expert, whole_expert = (expert, whole_expert + size) if rule.tp_dim is None else (expert + size, whole_expert)
         elif rule.tp_dim is None:
             whole += size
         else:
             split += size
-    return split, whole, expert
+    return split, whole, expert, whole_expert
 
 
 def _stage_estimate(
@@ -115,7 +124,7 @@ def _stage_estimate(
         weights += for_weight * (trained_dense + trained_expert)
     if settings.precision == "fp8":
         # Two copies of the linear layers' weights in 8 bits, as rows and as columns.
-        split, _, _ = _parameters(architecture, _stage_layers(architecture, layout, stage))
+        split, *_ = _parameters(architecture, _stage_layers(architecture, layout, stage))
         weights += 2 * (split // layout.tensor_parallel + expert)
     activations = in_flight * one_micro_batch * tokens
     working *= tokens
@@ -213,16 +222,12 @@ def layer_tensors(architecture: Architecture, layout: Layout, settings: MemorySe
     # Inputs of linear layers are kept in 8 bits, but for adapters.
     linear = 1 if settings.precision == "fp8" and settings.trained.lora is None else unit
     hidden = architecture.hidden_size / (tensor_parallel if layout.sequence_parallel else 1)
-    if layer.mixer == GATED_DELTA_NET:
-        mixer = _delta_net_tensors(architecture, tensor_parallel, unit, linear)
-    else:
-        # megatron-core has the output projection keep the 16 bits that attention keeps anyway, where the scaling allows it.
-        output = linear if settings.fp8_recipe == "delayed" else unit
-        mixer = _attention_tensors(architecture, tensor_parallel, unit, output)
+    # megatron-core has the output projection keep the 16 bits that attention keeps anyway, where the scaling allows it.
+    output = linear if settings.fp8_recipe == "delayed" else unit
     tensors = {
         "layer input": unit * hidden + 4,
         "attention norm": linear * hidden,
-        **mixer,
+        **MIXERS[layer.mixer](architecture, layout, unit, linear, output),
         "residual": unit * hidden + 4,
         "MLP norm": linear * hidden,
     }
@@ -242,40 +247,12 @@ def layer_tensors(architecture: Architecture, layout: Layout, settings: MemorySe
     # Scores, the choice, and where rows come from and go to. Between processes rows cannot be made again.
     routed = {"router": 12.0 * moe.num_experts + 32.0 * chosen, "MLP norm": unit * hidden}
     rows = "rows of experts" if layout.expert_parallel == 1 else "rows of other processes"
-    return {**tensors, **routed, rows: chosen * unit * hidden, "gate and up": 2 * unit * width, "activation": unit * width}
-
-
-def _attention_tensors(architecture: Architecture, tensor_parallel: int, unit: int, linear: int) -> dict[str, float]:
-    query = architecture.num_heads * architecture.head_dim / tensor_parallel
-    key_value = architecture.num_kv_heads * architecture.head_dim / tensor_parallel
-    tensors = {
-        "query": unit * query,
-        "key and value": 2 * unit * key_value,
-        "attention result": unit * query + 4 * architecture.num_heads / tensor_parallel,
-        "attention result in 8 bits": linear * query if linear != unit else 0,
-    }
-    if architecture.attention_gate:
-        tensors |= {"gate": unit * query, "gated result": linear * query}
+    tensors |= {**routed, rows: chosen * unit * hidden, "gate and up": 2 * unit * width, "activation": unit * width}
+    if moe.shared_width:
+        width = moe.shared_width / tensor_parallel
+        tensors |= {"shared gate and up": 2 * unit * width, "shared activation": linear * width}
+        tensors |= {"shared output": unit * hidden} if moe.shared_gate else {}
     return tensors
-
-
-def _delta_net_tensors(architecture: Architecture, tensor_parallel: int, unit: int, linear: int) -> dict[str, float]:
-    """The convolution keeps its input, the delta rule query, key, value and step sizes, the gated norm its input and gate."""
-    sizes = architecture.delta_net
-    assert sizes is not None
-    values = sizes.num_value_heads * sizes.value_dim / tensor_parallel
-    convolved = sizes.convolved_rows / tensor_parallel
-    # The delta rule keeps normed queries and keys, and a 64 x 64 matrix of each value head and chunk of 64 tokens.
-    queries_keys = 2 * sizes.num_key_heads * sizes.key_dim / tensor_parallel
-    return {
-        "projected": unit * sizes.input_rows / tensor_parallel,
-        "convolved": unit * convolved,
-        "normed queries and keys": unit * queries_keys,
-        "chunks": unit * 64 * sizes.num_value_heads / tensor_parallel,
-        "step sizes": 12.0 * sizes.num_value_heads / tensor_parallel,
-        "delta result": unit * values,
-        "gated result": linear * values,
-    }
 
 
 def kept_tensors(layer: dict[str, float], recompute: str, unneeded: frozenset[str] = frozenset()) -> dict[str, float]:
@@ -283,9 +260,9 @@ def kept_tensors(layer: dict[str, float], recompute: str, unneeded: frozenset[st
     if recompute == "full":
         return {"layer input": layer["layer input"]}
     layer = {name: size for name, size in layer.items() if name not in unneeded}
-    again = {"attention norm", "MLP norm", "activation", "rows of experts"} if recompute == "selective" else set()
+    again = _MADE_AGAIN if recompute == "selective" else frozenset()
     if "router" in layer:
-        again -= {"MLP norm"}  # the router and the rows are made of it
+        again = again - {"MLP norm"}  # the router and the rows are made of it
     return {name: size for name, size in layer.items() if name not in again}
 
 
@@ -295,5 +272,11 @@ def _largest_layer_tensors(layer: dict[str, float], recompute: str) -> float:
     # The gradients of experts' results and of their rows.
     gradients += 2 * max(layer.get("rows of experts", 0.0), layer.get("rows of other processes", 0.0))
     again = sum(layer.values()) - sum(kept_tensors(layer, recompute).values())
-    # Norms and activation are computed again one at a time.
-    return gradients + (again if recompute == "full" else min(again, layer["activation"]))
+    # With latent attention the heads' gradients are more than the MLP's.
+    heads = {name: size for name, size in layer.items() if name.endswith(("query", "key and value")) and "vectors" in layer}
+    of_heads = sum(heads.values()) + layer["attention result"] if heads else 0.0
+    if recompute == "full":
+        return again + max(gradients, of_heads)
+    # Norms, activation, and the heads of latent attention are computed again one at a time.
+    repeated = sum(size for name, size in heads.items() if recompute == "selective" and name in _MADE_AGAIN)
+    return max(gradients + min(again, layer["activation"]), of_heads + repeated)

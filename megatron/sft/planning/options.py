@@ -136,11 +136,13 @@ class TrainOptions:
     lora_plus: float = _setting("LORA_PLUS", "factor of the learning rate of the adapters' B; 1 is plain LoRA", 1.0)
     lora_init_from: str = _setting("LORA_INIT_FROM", "PEFT folder of an adapter to continue, with its rank and targets", "")
     freeze: str = _setting(
-        "FREEZE", "what is not trained: embedding, head, norms, attention, mlp, experts, router, layers 0-11, or a pattern of "
-        "Hugging Face's names; separate several with commas", "")
+        "FREEZE", "what is not trained: embedding, head, norms, attention, mlp, experts, shared_experts, router, layers 0-11, "
+        "or a pattern of Hugging Face's names; separate several with commas", "")
     train_router: str = _setting(
         "TRAIN_ROUTER", "whether a mixture's router is trained; auto: with all weights, not with adapters",
         "auto", ("auto", "1", "0"))
+    moe_aux_loss: float = _setting(
+        "MOE_AUX_LOSS", "weight of a loss of unevenly loaded experts, on average over a mixture's layers; 0 is none", 0.0)
 
     gpu_memory_gib: float = _setting(
         "GPU_MEMORY_GIB", "memory of a GPU in GiB, for plan and RECOMPUTE=auto; 0 takes the GPU found", 0.0)
@@ -154,7 +156,7 @@ class TrainOptions:
         "ASYNC_SAVE", "write checkpoints while training continues, from a copy in CPU memory (1 or 0)", True)
     keep_last: int = _setting("KEEP_LAST", "newest checkpoints to keep; 0 keeps all", 0)
     keep_every: int = _setting(
-        "KEEP_EVERY", "where KEEP_LAST removes checkpoints: iterations that are multiples of this are kept", 0)
+        "KEEP_EVERY", "iterations that this number divides are kept where KEEP_LAST removes others; 0: none", 0)
     verify_checkpoint: bool = _setting(
         "VERIFY_CHECKPOINT", "compare every file of a checkpoint with its checksum before loading it (1 or 0)", True)
     resume_with: str = _setting(
@@ -290,6 +292,11 @@ def as_markdown() -> str:
         "Set them as shell variables in a recipe (`scripts/sft/*.sh`, `scripts/dpo/*.sh`), in the environment, or with "
         "`sbatch --export`.",
         "This page is made by `python -m megatron.sft.options --markdown`.",
+        "",
+        "Not of a run but of the scripts: `GPUS_PER_NODE` (every GPU that is found; on the CPU TP x PP x CP processes),",
+        "for several nodes `NNODES`, `NODE_RANK` and `MASTER_ADDR`, `MEGATRON_SFT_DEVICE=cpu`, `ASSETS_DIR`; in recipes",
+        "`MODEL`, `DATA` and `MODEL_SIZE`. Trackers: `WANDB_API_KEY`, `SWANLAB_API_KEY`, `MLFLOW_TRACKING_URI`.",
+        "`SAVE_INTERVAL` is another name of `SAVE_INTERVALS`.",
         "",
         "| variable | option | default | meaning |",
         "|---|---|---|---|",

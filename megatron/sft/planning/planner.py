@@ -7,15 +7,16 @@ from typing import Any
 
 from megatron.sft.planning import input_checks
 from megatron.sft.planning.fitting.changes import Candidate, changes_text
-from megatron.sft.planning.fitting.fp8_speed import fp8_advice
+from megatron.sft.planning.fitting.memory_fit import fewest_gpus_text, gpu_memory, memory_settings
 from megatron.sft.planning.fitting.recomputing import recompute_words, with_cheapest_recompute
 from megatron.sft.planning.memory import GIB, MemorySettings, estimate
-from megatron.sft.planning.memory_fit import fewest_gpus_text, gpu_memory, memory_settings
 from megatron.sft.planning.objective_checks import needs_pairs
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.planning.resolution import Resolution, checkpoint_bytes
-from megatron.sft.planning.run_time import ESTIMATED, full_rows, measured_rows, tokens_per_second
-from megatron.sft.planning.step_time import step_time
+from megatron.sft.planning.speed.fp8_speed import fp8_advice
+from megatron.sft.planning.speed.run_time import ESTIMATED, full_rows, measured_rows, tokens_per_second
+from megatron.sft.planning.speed.step_time import step_time
+from megatron.sft.planning.trained_sizes import num_trained
 from megatron.sft.reporting.metrics import clock
 from megatron.sft.runtime.manifest import Files, gigabytes
 
@@ -74,6 +75,9 @@ def _add_memory(found: Resolution) -> None:
     found.add("memory of a GPU", f"{needed.total / GIB:.1f} GiB{stage} with {recompute_words(here)}{chosen}: {parts}")
     phases = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needed.phases().items())
     found.add("memory by phase", f"{phases} GiB of tensors: {needed.decides} decides")
+    if share := options.optimizer_offload:
+        size = 12 * share * num_trained(architecture, found.trained)  # master weights and two moments in float32
+        found.add("CPU memory", f"{size / 1e9:.1f} GB of all processes together for {share:.0%} of the optimizer's state")
     if found.layout_fits:
         found.add("fits", fewest_gpus_text(architecture, layout, settings, options.global_batch_size))
     if gpu_bytes:

@@ -11,14 +11,15 @@ import numpy as np
 
 from megatron.sft.checkpoint.adapter_record import read_lora_record, refuse_adapters
 from megatron.sft.checkpoint.folder import TRACKER, Checkpoint
-from megatron.sft.data.tokenized import TokenizedRows, data_file, data_prefix
+from megatron.sft.data.tokenized import TokenizedRows, data_prefix
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.trained import Trained
-from megatron.sft.hf.names import similar_folder
 from megatron.sft.hf.published_configs import unconverted
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.planning.adapter_base import base_of
+from megatron.sft.planning.first_checks import data_problems, number_problems, start_problems
 from megatron.sft.planning.fitting.recomputing import recompute_problems
+from megatron.sft.planning.hints.small_runs import run_notes
 from megatron.sft.planning.memory import num_parameters
 from megatron.sft.planning.objective_checks import check_objective_fits, needs_reference, objective_problems, objective_words
 from megatron.sft.planning.options import TrainOptions
@@ -30,20 +31,19 @@ from megatron.sft.planning.run_plan import (
     eval_iters,
     exported_model,
     layout_for,
-    number_problems,
     split,
     starting_point,
     steps,
     untokenized,
     validation_problems,
 )
-from megatron.sft.planning.small_runs import run_notes
 from megatron.sft.planning.trained_part import check_same_training, describe, lr_hint, trained_part
 from megatron.sft.planning.trained_sizes import num_trained
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.runtime.manifest import check_free_space
 
+SMALLEST_OF_HINTS = 50_000_000  # parameters: smaller models are trained from the beginning, with larger rates
 Result = TypeVar("Result")
 Line = tuple[str, str]  # a name and its value, for people
 
@@ -130,10 +130,7 @@ def _resolve_model(found: Resolution, mode: str) -> None:
     if not (options.save / TRACKER).exists() and not options.load.is_dir() and mode != "resume":
         known = found.attempt(unconverted, options.load)
         found.architecture, where, command = known or (None, "", "")
-        near = similar_folder(options.load)
-        found.problems.append(
-            f"PRETRAIN_CHECKPOINT_PATH {options.load} does not exist{near}: make it with scripts/2_convert.sh"
-        )
+        found.problems += start_problems(mode, options)
         found.to_do.append(command)
         found.add("start", f"not there yet{f', sizes from {where}' if where else ''}")
     elif begin := found.attempt(starting_point, mode, options):
@@ -159,7 +156,7 @@ def _resolve_trained(found: Resolution, architecture: Architecture) -> None:
         return
     found.trained = trained
     found.add("trained", describe(architecture, trained))
-    if hint := lr_hint(found.options, trained):
+    if num_parameters(architecture) >= SMALLEST_OF_HINTS and (hint := lr_hint(found.options, trained)):
         found.add("hint", hint)
     if found.start is None:
         return
@@ -196,8 +193,8 @@ def _resolve_processes(found: Resolution) -> None:
 
 def _resolve_data(found: Resolution) -> None:
     prefix = data_prefix(found.options.data_path)
-    if not data_file(prefix, "json").exists():
-        found.problems.append(f"DATA_PATH {prefix} does not exist: make it with scripts/3_tokenize.sh")
+    if missing := list(data_problems(found.options)):
+        found.problems += missing
         found.to_do.append(untokenized(prefix, found.options))
         found.add("data", "not there yet")
         return
@@ -261,7 +258,7 @@ def _resolve_steps(found: Resolution) -> None:
     micro_batches = options.global_batch_size // (options.micro_batch_size * found.data_parallel)
     found.add(
         "a step",
-        f"{options.global_batch_size} rows{_conversations(found)} = {micro_batches} micro-batches of "
+        f"{options.global_batch_size} rows{_conversations(found)} = {micro_batches} micro-batch{'es' * (micro_batches > 1)} of "
         f"{options.micro_batch_size} on each of {found.data_parallel} data-parallel copies",
     )
     if found.training_rows is not None and found.validation_rows is not None:

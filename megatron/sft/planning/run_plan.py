@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron.sft.checkpoint import verification
-from megatron.sft.checkpoint.folder import Checkpoint, iterations, open_checkpoint
+from megatron.sft.checkpoint.folder import Checkpoint, open_checkpoint
 from megatron.sft.data.row_order import split_rows
 from megatron.sft.data.tokenized import TokenizedRows
 from megatron.sft.families.architecture import Architecture
@@ -20,7 +20,8 @@ from megatron.sft.families.registry import read_architecture
 from megatron.sft.families.trained import Trained
 from megatron.sft.hf.names import shown
 from megatron.sft.model.layout import Layout
-from megatron.sft.planning.options import TrainOptions, variable_named
+from megatron.sft.planning.first_checks import is_continued, start_problems
+from megatron.sft.planning.options import TrainOptions
 from megatron.sft.planning.reference_plan import ReferencePlan
 from megatron.sft.runtime.errors import UserError
 
@@ -103,16 +104,9 @@ def starting_point(mode: str, options: TrainOptions) -> tuple[bool, Checkpoint]:
     """Whether the run continues one in OUTPUT_PATH, and the checkpoint that it begins from."""
     if mode == "reference":
         return False, open_checkpoint(options.load)
-    there = verification.has_checkpoints(options.save)
-    if mode == "train" and there:
-        newest = next(iter(iterations(options.save)), "unknown")
-        raise UserError(
-            f"OUTPUT_PATH {options.save} already has checkpoints (iteration {newest}): "
-            "resume continues that run (resume instead of train), or set another OUTPUT_PATH"
-        )
-    if mode == "resume" and not there:
-        raise UserError(f"OUTPUT_PATH {options.save} has no checkpoint to resume from: say train to start the run")
-    if there:
+    for problem in start_problems(mode, options):
+        raise UserError(problem)
+    if is_continued(mode, options):
         return True, verification.newest_checkpoint(options.save)
     return False, open_checkpoint(options.load)
 
@@ -178,22 +172,6 @@ def check_data_fits(rows: TokenizedRows, options: TrainOptions, architecture: Ar
                 f"{rows.prefix} was made with the {what} of {facts.get('path')} (checksum {of_data[:12]}…), the model's in "
                 f"{source.get('path')} is another ({of_model[:12]}…): rerun scripts/3_tokenize.sh with {source.get('path')}"
             )
-
-
-def number_problems(options: TrainOptions) -> Iterator[str]:
-    """What is wrong with the numbers by themselves."""
-    for name in ("micro_batch_size", "global_batch_size", "log_interval", "save_interval", "eval_interval"):
-        if getattr(options, name) < 1:
-            yield f"{variable_named(name)} is {getattr(options, name)}: it must be at least 1"
-    if options.train_iters < 0 or (options.train_iters == 0 and not options.epochs > 0):
-        yield f"TRAIN_ITERS={options.train_iters} and EPOCHS={options.epochs} give no steps: set one above 0"
-    if not 0 <= options.min_lr <= options.lr:
-        yield f"MIN_LR={options.min_lr} must lie between 0 and LR={options.lr}"
-    for name in ("early_stop_patience", "loss_ceiling", "export_every"):
-        if getattr(options, name) < 0:
-            yield f"{variable_named(name)} is {getattr(options, name)}: it must be 0 (off) or more"
-    if options.loss_ceiling_patience < 1:
-        yield f"LOSS_CEILING_PATIENCE is {options.loss_ceiling_patience}: it must be at least 1"
 
 
 def validation_problems(options: TrainOptions, num_validation_rows: int) -> Iterator[str]:

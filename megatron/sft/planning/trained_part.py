@@ -28,6 +28,10 @@ def trained_part(options: TrainOptions, architecture: Architecture, saved: LoRA 
     lora = _lora(options, architecture, saved)
     if options.train_router != "auto" and architecture.moe is None:
         raise UserError(f"TRAIN_ROUTER={options.train_router}: {architecture.family} has no router: unset it")
+    if not 0.0 <= options.moe_aux_loss < math.inf:
+        raise UserError(f"MOE_AUX_LOSS={options.moe_aux_loss}: take 0 for none, or a weight such as 0.001")
+    if options.moe_aux_loss and architecture.moe is None:
+        raise UserError(f"MOE_AUX_LOSS={options.moe_aux_loss:g}: {architecture.family} has no experts: unset it")
     if lora is None:
         frozen = frozen_weights(architecture, options.freeze, options.train_router != "0")
         if options.train_router == "1" and any(".mlp.router." in name for name in frozen):
@@ -38,7 +42,9 @@ def trained_part(options: TrainOptions, architecture: Architecture, saved: LoRA 
     if options.train_router == "1":
         raise UserError("TRAIN_ROUTER=1 with LORA_RANK: with adapters the router stays frozen: unset it, or LORA_RANK=0")
     if options.optimizer_offload:
-        raise UserError("OPTIMIZER_OFFLOAD=1 with LORA_RANK: the state of adapters is small, set it to 0")
+        raise UserError(
+            f"OPTIMIZER_OFFLOAD={options.optimizer_offload:g} with LORA_RANK: the state of adapters is small, set it to 0"
+        )
     return Trained(lora)
 
 

@@ -16,8 +16,8 @@ def num_trained(architecture: Architecture, trained: Trained) -> int:
     """Parameters of the whole model that are trained."""
     if trained.lora is not None:
         return sum(trained.lora.rank * sum(sizes) for _, _, sizes in factor_shapes(architecture, trained.lora))
-    entries = weight_entries(architecture)
-    return sum(prod(weight_shape(architecture, entry.rule)) for entry in entries if trained.trains(entry.megatron))
+    entries = (entry for entry in weight_entries(architecture) if not entry.is_buffer and trained.trains(entry.megatron))
+    return sum(prod(weight_shape(architecture, entry.rule)) for entry in entries)
 
 
 @cache
@@ -33,11 +33,11 @@ def stage_trained(architecture: Architecture, layout: Layout, trained: Trained, 
                 # B is split where the layer's outputs are, A where its inputs are.
                 split, whole = (outputs, inputs) if entry.rule.tp_dim == 0 else (inputs, outputs)
                 size = layout.tensor_parallel if entry.expert is None else layout.expert_tensor_parallel
-                count = rank * (split / size + whole)
+                count = rank * (split / (size if entry.rule.tp_dim is not None else 1) + whole)
                 dense, expert = (dense + count, expert) if entry.expert is None else (dense, expert + count)
         return int(dense), int(expert / layout.expert_parallel)
     for entry in weight_entries(architecture):
-        if not trained.trains(entry.megatron) or not _is_here(entry, architecture, layout, stage):
+        if entry.is_buffer or not trained.trains(entry.megatron) or not _is_here(entry, architecture, layout, stage):
             continue
         size = layout.tensor_parallel if entry.expert is None else layout.expert_tensor_parallel
         count = prod(weight_shape(architecture, entry.rule)) / (size if entry.rule.tp_dim is not None else 1)
@@ -65,7 +65,8 @@ def unkept_inputs(architecture: Architecture, trained: Trained) -> frozenset[str
     if trained.lora is None:
         return frozenset()  # FREEZE by layers: taken as trained
     read_by = {
-        "attention norm": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+        "attention norm": ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa"),
+        "normed vectors": ("q_b_proj", "kv_b_proj"),
         "MLP norm": ("gate_proj", "up_proj", "gate_up_proj"),
         "activation": ("down_proj",),
     }
@@ -73,6 +74,6 @@ def unkept_inputs(architecture: Architecture, trained: Trained) -> frozenset[str
     names = {
         name
         for name, readers in read_by.items()
-        if not set(readers) & set(trained.lora.targets) or (inside and name != "attention norm")
+        if not set(readers) & set(trained.lora.targets) or (inside and name in ("MLP norm", "activation"))
     }
     return frozenset(names)

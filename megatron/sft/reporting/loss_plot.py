@@ -11,8 +11,8 @@ from megatron.sft.runtime.manifest import write_bytes
 
 COLOURS = ("#1f5fa8", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490")
 DASHES = ("-", "--", "-.", (0, (1, 1)))  # of one colour's runs, once there are more runs than colours
-# Pages show a picture at about 500 pixels: few inches make large letters there.
-SIZE_INCHES, DOTS_PER_INCH = (7.0, 4.2), 160
+# Pages show a picture at 400 to 800 pixels: few inches make large letters there.
+SIZE_INCHES, DOTS_PER_INCH = (5.4, 3.6), 160
 VALIDATION_COLOUR = "#c2410c"  # of a single run
 SMOOTHING_SHARE = 1 / 25  # of the steps, in one mean
 AXES = {"iteration": "iteration", "epoch": "epoch", "tokens": "tokens (million)"}
@@ -51,6 +51,8 @@ def draw(curves: Sequence[Curve], output: Path, title: str, axis: str = "iterati
         if below:
             _draw_margins(below[0], curve, style, axis)
     _add_labels(axes, lr_axes, curves, title)
+    if axis == "iteration" and len(curves) == 1:
+        _add_epochs(axes, curves[0])
     (below or [axes])[-1].set_xlabel(AXES[axis])
     if below:
         below[0].set_ylabel("reward margin")
@@ -65,8 +67,12 @@ def _draw_run(axes: Any, lr_axes: Any, curve: Curve, style: dict[str, Any], is_o
     label = f"{curve.name}: loss" if is_one_of_several else "loss"
     raw_label = None if is_one_of_several else f"{label} (as logged)"
     x, colour = curve.x(axis), style["color"]
-    axes.plot(x, curve.losses, color=colour, alpha=0.3, linewidth=0.8, label=raw_label)
-    axes.plot(x, smoothed(curve.losses), **style, linewidth=1.8, label=f"{label} (smoothed)")
+    means = smoothed(curve.losses)
+    if int(len(curve.losses) * SMOOTHING_SHARE / 2) == 0:
+        axes.plot(x, means, **style, linewidth=1.8, label=label)
+    else:
+        axes.plot(x, curve.losses, color=colour, alpha=0.3, linewidth=0.8, label=raw_label)
+        axes.plot(x, means, **style, linewidth=1.8, label=f"{label} (smoothed)")
     if curve.validation_losses:
         validation = label.replace("loss", "validation loss")
         points = (curve.validation_x(axis), curve.validation_losses)
@@ -122,7 +128,21 @@ def _add_labels(axes: Any, lr_axes: Any, curves: Sequence[Curve], title: str) ->
     lr_axes.set_ylabel("learning rate", color="grey")
     lr_axes.tick_params(colors="grey")
     lr_axes.set_ylim(bottom=0)
-    lr_axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    lr_axes.yaxis.set_major_formatter(lambda rate, place: f"{rate:.1e}".replace("e-0", "e-") if rate else "0")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+        lr_axes.spines[side].set_visible(False)
+
+
+def _add_epochs(axes: Any, curve: Curve) -> None:
+    """A second axis, on top, with the epochs of the iterations."""
+    epochs_a_step = curve.x("epoch")[-1] / curve.iterations[-1]
+    if not epochs_a_step > 0:  # nan: of runs from before epochs were kept
+        return
+    ends = axes.secondary_xaxis("top", functions=(lambda x: x * epochs_a_step, lambda epoch: epoch / epochs_a_step))
+    ends.tick_params(colors="grey", labelsize="small")
+    ends.set_xlabel("epoch", color="grey", fontsize="small")
+    ends.spines["top"].set_visible(False)
 
 
 def title_of(curves: Sequence[Curve]) -> str:

@@ -24,7 +24,9 @@ class StepMetrics:
     the step's conversations, for the operations of attention. num_processes: those that share the work, one a GPU.
     skipped_steps: in the whole run so far. source_losses: name of a data source to its mean loss per trained token and its
     trained tokens, of all steps since the last line. loss_scale: of fp16. memory_bytes: the largest peak of a process. pairs:
-    means over the pairs, by TRL's names, with the two parts of the loss where it has an SFT part.
+    means over the pairs, by TRL's names, with the two parts of the loss where it has an SFT part. experts: of mixtures, the
+    tokens of the most loaded expert over the mean, on average over the layers (`expert_load`) and in the worst one
+    (`expert_load_worst`, `expert_load_layer`), and with MOE_AUX_LOSS the loss before its coefficient (`moe_aux_loss`).
     """
 
     iteration: int
@@ -42,6 +44,7 @@ class StepMetrics:
     loss_scale: float | None = None
     memory_bytes: int = 0
     pairs: dict[str, float] = field(default_factory=dict)
+    experts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -79,15 +82,16 @@ class MetricsLog:
             "tflops_per_process": round(tflops, 4),
             "mfu": None if mfu is None else round(mfu, 4),
             **step.pairs,
+            **step.experts,
             "sources": {name: {"loss": loss, "trained_tokens": tokens} for name, (loss, tokens) in sources.items()},
         }
-        hidden = ("sum_squared_lengths", "num_processes", "source_losses", "pairs")
+        hidden = ("sum_squared_lengths", "num_processes", "source_losses", "pairs", "experts")
         self._write({name: value for name, value in values.items() if name not in hidden and value not in (None, {})})
 
     def validation(self, iteration: int, loss: float, trained_tokens: int, pairs: dict[str, float] | None = None) -> None:
         """Write the mean loss on the validation rows after `iteration` steps, and the means over their pairs."""
         parts = [f"validation after iteration {iteration}", f"loss {loss:.4f}", *_pair_parts(pairs or {})]
-        ranks.print_rank_0(" | ".join([*parts, f"{trained_tokens:,} trained tokens"]))
+        ranks.print_rank_0(ranks.colored(" | ".join([*parts, f"{trained_tokens:,} trained tokens"])))
         self._write({"iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens, **(pairs or {})})
 
     def close(self) -> None:
@@ -115,6 +119,7 @@ class MetricsLog:
             f"epoch {self._epoch(step):.2f}",
             f"loss {step.loss:.4f}",
             *_pair_parts(step.pairs),
+            *_expert_parts(step.experts),
             f"lr {step.lr:.2e}",
             f"grad norm {step.grad_norm:.2f}",
             f"{step.seconds:.2f} s",
@@ -157,6 +162,15 @@ def _pair_parts(pairs: dict[str, float]) -> list[str]:
     logps = f"log p {pairs['logps/chosen']:.1f} {pairs['logps/rejected']:.1f}"
     sft = [f"SFT part {pairs['sft_loss']:.4f}"] if "sft_loss" in pairs else []
     return [*sft, f"{rewards}, accuracy {100 * accuracy:.0f} %", logps]
+
+
+def _expert_parts(experts: dict[str, float]) -> list[str]:
+    """What a log line says of a mixture's load."""
+    if not experts:
+        return []
+    worst = f"in layer {experts['expert_load_layer']:.0f} {experts['expert_load_worst']:.2f}"
+    loss = [f"balance {experts['moe_aux_loss']:.3f}"] if "moe_aux_loss" in experts else []
+    return [f"most loaded expert {experts['expert_load']:.2f} x the mean, {worst}", *loss]
 
 
 def forget_after(folder: Path, iteration: int) -> None:

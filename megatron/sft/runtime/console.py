@@ -70,6 +70,12 @@ class _Console:
         return iter(self._stream)
 
 
+def say_next(*lines: str) -> None:
+    """Print what a user may do next; nothing in a script that takes all steps itself, as the quickstart does (SAY_NEXT=0)."""
+    if os.environ.get("SAY_NEXT", "1") != "0":
+        print("\n".join(lines), flush=True)
+
+
 def protect() -> None:
     """Make this process's standard output and error unable to end it. Safe to call more than once."""
     for descriptor, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron.sft.runtime import ranks, stores
 
+SMALLEST_FOR_THREADS = 20_000_000  # parameters; below, threads take longer to meet than to compute
 # Dense bf16 peaks in TFLOP/s from NVIDIA's data sheets (without sparsity); the name is searched in torch's device name.
 _PEAK_TFLOPS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "H800": 989.4, "A100": 312.0, "A800": 312.0}
 
@@ -29,6 +30,19 @@ _PEAK_TFLOPS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "H800": 989.4,
 def has_gpu() -> bool:
     """True if torch sees a CUDA device and CPU was not asked for with MEGATRON_SFT_DEVICE=cpu."""
     return os.environ.get("MEGATRON_SFT_DEVICE", "") != "cpu" and torch.cuda.is_available()
+
+
+def use_free_processors(num_parameters: int) -> None:
+    """Let torch compute with as many threads on the CPU as will not wait for each other: one for a small model, else one for
+    each processor that is free now. OMP_NUM_THREADS decides where it is set.
+
+    Measured on two processors with four other programs: SmolLM2-135M answers 16 questions in 17 to 30 s with two threads, in
+    4 s with one; the quickstart's model 240 in 11 to 19 s and 4 to 5 s.
+    """
+    if has_gpu() or os.environ.get("OMP_NUM_THREADS"):
+        return
+    free = torch.get_num_threads() - round(os.getloadavg()[0])
+    torch.set_num_threads(max(1, free if num_parameters >= SMALLEST_FOR_THREADS else 1))
 
 
 def current() -> torch.device:
@@ -42,9 +56,10 @@ def backend() -> str:
 
 
 def device_name() -> str:
-    """The device with its size, for people: `NVIDIA H200, 139 GiB` or `CPU, 2 thread(s) a process`."""
+    """The device with its size, for people: `NVIDIA H200, 139 GiB` or `CPU, 2 threads a process`."""
     if not has_gpu():
-        return f"CPU, {torch.get_num_threads()} thread(s) a process"
+        threads = torch.get_num_threads()
+        return f"CPU, {threads} thread{'s' if threads > 1 else ''} a process"
     properties = torch.cuda.get_device_properties(current())
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 

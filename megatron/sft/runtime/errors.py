@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -70,8 +69,6 @@ def run(main: Callable[[], int], under_torchrun: bool = False) -> NoReturn:
         # A terminal of another encoding shows ? for what it lacks; stderr has replacements by default.
         sys.stdout.reconfigure(errors="replace")
     console.protect()
-    # What megatron-core says of packages that are not used here.
-    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
     try:
         status = main()
     except UserError as error:

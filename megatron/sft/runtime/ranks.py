@@ -4,6 +4,7 @@ RANK in the environment does not make a run: every pod of a PyTorchJob or of PAI
 """
 
 import os
+import re
 import shutil
 import sys
 
@@ -13,6 +14,7 @@ _RUN_ID = "TORCHELASTIC_RUN_ID"  # torchrun, ours or torch's, sets it for the pr
 _OF_A_RUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK")
 
 _line_is_open = False
+_GREY, _BOLD, _RESET = "\x1b[90m", "\x1b[1m", "\x1b[0m"
 
 
 def in_a_run() -> bool:
@@ -48,12 +50,23 @@ def rewrite_rank_0(message: str) -> None:
     Whatever is printed next keeps the line that stands there.
     """
     global _line_is_open
-    if not is_rank_0() or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+    if not is_rank_0() or not _on_terminal():
         print_rank_0(message)
         return
     width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be rewritten
-    print(f"\r\033[K{message[:width]}", end="", flush=True)
+    print(f"\r\033[K{colored(message[:width])}", end="", flush=True)
     _line_is_open = True
+
+
+def _on_terminal() -> bool:
+    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def colored(message: str) -> str:
+    """A line of metrics with its loss in bold and its bars in grey, on a terminal that is not asked for NO_COLOR."""
+    if not _on_terminal() or os.environ.get("NO_COLOR"):
+        return message
+    return re.sub(r"(?<=\| )loss \S+", rf"{_BOLD}\g<0>{_RESET}", message).replace(" | ", f"{_GREY} | {_RESET}")
 
 
 def end_line() -> None:

@@ -45,6 +45,8 @@ def make_micro_batch(
     local_index = np.full(len(tokens), -1)
     local_index[rank_tokens] = np.arange(len(rank_tokens))
 
+    real = np.zeros(len(tokens), dtype=bool)
+    real[token_positions] = np.concatenate([np.full(len(row.tokens), row.trained.any()) for row in rows])
     targets = token_positions[np.concatenate([row.trained for row in rows])]  # [n of all ranks]
     weights, counted = _weights(targets, cu_seqlens, average_over)
     hidden_indices = local_index[targets - 1]  # the hidden state before a token predicts it
@@ -59,7 +61,11 @@ def make_micro_batch(
         tokens=put(tokens[rank_tokens][None], torch.int64),
         position_ids=put(position_ids[rank_tokens][None], torch.int64),
         packed=_packed_rows(
-            lengths, put(cu_seqlens, torch.int32), query_chunks(lengths, part), _by_token(true_lengths, lengths)[rank_tokens]
+            lengths,
+            put(cu_seqlens, torch.int32),
+            query_chunks(lengths, part),
+            _by_token(true_lengths, lengths)[rank_tokens],
+            real[rank_tokens],
         ),
         targets=Targets(
             put(hidden_indices[is_local], torch.int64),
@@ -68,6 +74,7 @@ def make_micro_batch(
         ),
         loss_count=torch.tensor(num_counted, dtype=torch.int64, device=device),
         num_tokens=len(token_positions),
+        is_blank=not real.any(),
         sum_squared_lengths=sum(int(np.square(row.conversation_lengths).sum()) for row in rows),
         sources=put(_sources_of_targets(rows)[is_local], torch.int64) if num_sources else None,
         num_sources=num_sources,
@@ -142,7 +149,9 @@ def _by_token(true_lengths: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(np.append(true_lengths, lengths[len(true_lengths) :]), lengths)
 
 
-def _packed_rows(lengths: np.ndarray, cu_seqlens: Tensor, chunks: QueryChunks, token_lengths: np.ndarray) -> PackedRows:
+def _packed_rows(
+    lengths: np.ndarray, cu_seqlens: Tensor, chunks: QueryChunks, token_lengths: np.ndarray, real: np.ndarray
+) -> PackedRows:
     def cumulated(run_lengths: np.ndarray) -> Tensor:
         return _put(np.concatenate([[0], np.cumsum(run_lengths)]), torch.int32, cu_seqlens.device)
 
@@ -163,4 +172,5 @@ def _packed_rows(lengths: np.ndarray, cu_seqlens: Tensor, chunks: QueryChunks, t
         max_seqlen_kv=longest,
         runs=runs,
         token_lengths=token_lengths,
+        real=None if real.all() else _put(real, torch.bool, cu_seqlens.device),
     )

@@ -15,14 +15,15 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron.sft.model.config import DTYPES, transformer_config
+from megatron.sft.model.experts.balance import ExpertLoad, load_of, routers_of
 from megatron.sft.model.gpt import HeadResult, SFTModel, build_model
 from megatron.sft.model.inputs import MicroBatch
 from megatron.sft.model.pipeline import run_schedule
+from megatron.sft.planning.fitting.memory_fit import gpu_memory, memory_settings
 from megatron.sft.planning.fitting.recomputing import recompute_words, with_cheapest_recompute
 from megatron.sft.planning.memory import GIB, MemorySettings
-from megatron.sft.planning.memory_fit import gpu_memory, memory_settings
 from megatron.sft.planning.run_plan import RunPlan
-from megatron.sft.runtime import ranks, watchdog
+from megatron.sft.runtime import device, ranks, watchdog
 from megatron.sft.training.loss_sums import NUM_PAIR_SUMS, LossSum
 from megatron.sft.training.optimizer import build_optimizer, clip_in_place, wrap_model
 from megatron.sft.training.preferences import bound, objective_of
@@ -54,6 +55,7 @@ class Engine:
     def __init__(self, plan: RunPlan) -> None:
         self.plan = plan
         self.objective = objective_of(plan.options)
+        self.num_mixtures = sum(layer.experts for layer in plan.architecture.layers)
         # Kept in checkpoints: steps skipped because of numbers that are not finite, and because of fp16's loss scale.
         self.counters = {"skipped_steps": 0, "overflows": 0}
         options = plan.options
@@ -107,9 +109,15 @@ class Engine:
         # Gradients are divided where backward starts, which saves a pass over all of them at the end.
         counts = torch.stack([_counts(batch) for batch in batches]).sum(dim=0)
         torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        count, chosen_tokens = counts.clamp(min=1)
+        count, chosen_tokens, num_batches = counts.clamp(min=1)
         scale = 1.0 / count.float()
-        scaled = [replace(batch, gradient_scale=scale) for batch in batches]
+        balance = None
+        if self.plan.options.moe_aux_loss:
+            # The mean over the micro-batches of all processes, and over the layers.
+            balance = self.plan.options.moe_aux_loss / (num_batches * self.num_mixtures).float()
+        scaled = [
+            replace(batch, gradient_scale=scale, packed=replace(batch.packed, balance_scale=balance)) for batch in batches
+        ]
         loss = self._run(scaled, forward_only=False, sft_scale=count.double() / chosen_tokens)
         watchdog.enter("optimizer")
         lr = float(get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0)
@@ -122,6 +130,21 @@ class Engine:
         # A loss scale of 1 or less is not what makes a gradient overflow.
         overflow = float(self.optimizer.get_loss_scale()) > 1.0
         return StepResult(loss, math.inf, lr, applied=False, overflow=overflow)
+
+    def expert_load(self) -> ExpertLoad | None:
+        """How evenly tokens went to experts since the last call, over all processes; None without experts.
+
+        Every rank must call it. Waits for the device.
+        """
+        moe = self.plan.architecture.moe
+        if moe is None:
+            return None
+        place = device.current()
+        sums = torch.zeros(self.plan.architecture.num_layers, moe.num_experts + 2, dtype=torch.float64, device=place)
+        for layer, balance in routers_of(self.models):
+            sums[layer] += balance.taken(place)
+        torch.distributed.all_reduce(sums)
+        return load_of(sums.cpu())
 
     def _checked_grad_norm(self) -> float:
         """megatron-core calls this before it clips and before anything is changed.
@@ -204,9 +227,11 @@ def _report_loss(batch: MicroBatch, result: HeadResult) -> tuple[Tensor, Tensor,
 
 
 def _counts(batch: MicroBatch) -> Tensor:
-    """[2] int64, this rank's part of what a step's losses are divided by: the loss's count, and tokens of chosen answers."""
+    """[3] int64, this rank's part of what a step's losses are divided by: the loss's count, tokens of chosen answers, and
+    micro-batches, which the first context-parallel rank counts."""
     chosen = torch.zeros_like(batch.loss_count) if batch.pairs is None else batch.pairs.num_targets[0::2].sum()
-    return torch.stack([batch.loss_count, chosen])
+    counts = not batch.is_blank and parallel_state.get_context_parallel_rank() == 0
+    return torch.stack([batch.loss_count, chosen, torch.full_like(batch.loss_count, counts)])
 
 
 def _report(batch: MicroBatch, summed_loss: Tensor, token_losses: Tensor, report: Tensor | None) -> Tensor:

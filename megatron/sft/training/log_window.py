@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron.sft.model.experts.balance import ExpertLoad
 from megatron.sft.model.inputs import MicroBatch
 from megatron.sft.runtime import device
 from megatron.sft.training.engine import StepResult
@@ -66,6 +67,14 @@ class Window:
             memory_bytes=memory,
             pairs=means.pairs,
         )
+
+
+def expert_values(load: ExpertLoad | None) -> dict[str, float]:
+    """`StepMetrics.experts`."""
+    if load is None:
+        return {}
+    values = {"expert_load": load.mean, "expert_load_worst": load.worst, "expert_load_layer": load.worst_layer}
+    return values if load.loss is None else {**values, "moe_aux_loss": load.loss}
 
 
 def source_losses(sums: Sequence[float], names: Sequence[str]) -> dict[str, tuple[float, int]]:

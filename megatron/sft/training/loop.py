@@ -20,10 +20,10 @@ from megatron.sft.runtime.signals import RESUME, STOP_FILE, StopRequest, name_of
 from megatron.sft.training import nonfinite, state
 from megatron.sft.training.engine import Engine, StepResult
 from megatron.sft.training.feeder import Feeder
-from megatron.sft.training.log_window import Window
+from megatron.sft.training.log_window import Window, expert_values
 from megatron.sft.training.pair_guard import AccuracyWatch, wrong_start
 from megatron.sft.training.saver import Saver
-from megatron.sft.training.steering.endings import keep_settings, last_words, name_best, nothing_left
+from megatron.sft.training.steering.endings import keep_settings, name_best, nothing_left, say_last_words
 from megatron.sft.training.steering.live_export import LiveExport
 from megatron.sft.training.steering.requests import Requests
 
@@ -217,6 +217,7 @@ class Run:
                 loss_scale=self._loss_scale(),
                 memory_bytes=totals.memory_bytes,
                 pairs=totals.pairs,
+                experts=expert_values(self.engine.expert_load()),
             )
         )
         if self._all_reduce_max(self.saver.watch.steps(totals.loss, steps, self.options)):
@@ -281,7 +282,7 @@ class Run:
         self.log.close()
         self.picture.close()
         if finished:
-            ranks.print_rank_0(last_words(self.plan, self.saver.watch, self.iteration))
+            say_last_words(self.plan, self.saver.watch, self.iteration)
             return 0
         kept = f"after iteration {self.iteration}, which is saved" if self.saver.last_saved else "before the first step"
         ranks.print_rank_0(f"stopped by {name_of(code)} {kept}: the same command continues from there (status {RESUME})")

@@ -80,10 +80,10 @@ class OffloadedAdamW(InPlaceAdamW):
                     continue
                 if not self.state[parameter]:
                     self.initialize_state(parameter)
-                work += _pieces(parameter, gradient, self.state[parameter], group)
+                work += _pieces(parameter, gradient, self.state[parameter], group, parameter in self.away)
         here, away = [[piece for piece in work if piece.is_away == wanted] for wanted in (False, True)]
         if away:
-            self._transfers = self._transfers or _Transfers(away[0])
+            self._transfers = self._transfers or _Transfers(away[0].weights.is_cuda)
             self._transfers.begin(away)
         for piece in here:
             piece.step(piece.gradient, self.grad_scale)
@@ -117,9 +117,10 @@ class _Piece:
         )  # fmt: skip
 
 
-def _pieces(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Iterator[_Piece]:
+def _pieces(
+    parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any], is_away: bool
+) -> Iterator[_Piece]:
     tensors = (parameter.detach(), gradient, state["master_param"], state["exp_avg"], state["exp_avg_sq"])
-    is_away = state["master_param"].device.type == "cpu"
     for weights, part, master, first, second in zip(*(each.view(-1).split(_PIECE) for each in tensors), strict=True):
         yield _Piece(weights, part, master, first, second, group, is_away)
 
@@ -130,17 +131,13 @@ class _Transfers:
     Each direction has its own stream. Where the GPU is the CPU, the same copies are made at once.
     """
 
-    def __init__(self, first: _Piece) -> None:
-        self._pinned = first.weights.is_cuda
+    def __init__(self, pinned: bool) -> None:
         self._incoming, self._outgoing = torch.cuda.Stream(), torch.cuda.Stream()
-        self._gradients = [self._buffer(torch.float32) for _ in range(_UNDER_WAY)]
-        self._weights = [self._buffer(first.weights.dtype) for _ in range(_UNDER_WAY)]
+        buffers = [torch.empty(_PIECE, dtype=torch.float32, pin_memory=pinned) for _ in range(2 * _UNDER_WAY)]
+        self._gradients, self._weights = buffers[:_UNDER_WAY], buffers[_UNDER_WAY:]
         self._sent: list[Any] = [None] * _UNDER_WAY
         self._coming: deque[tuple[_Piece, Tensor, Any]] = deque()
         self._left: deque[_Piece] = deque()
-
-    def _buffer(self, dtype: torch.dtype) -> Tensor:
-        return torch.empty(_PIECE, dtype=dtype, pin_memory=self._pinned)
 
     def begin(self, pieces: list[_Piece]) -> None:
         """The first gradients start to come."""
@@ -175,7 +172,7 @@ class _Transfers:
     def _send(self, piece: _Piece, index: int) -> None:
         if self._sent[index] is not None:
             self._sent[index].synchronize()
-        rounded = self._weights[index][: len(piece.master)]
+        rounded = self._weights[index].view(piece.weights.dtype)[: len(piece.master)]
         rounded.copy_(piece.master)
         with torch.cuda.stream(self._outgoing):
             piece.weights.copy_(rounded, non_blocking=True)

@@ -20,6 +20,7 @@ from megatron.sft.checkpoint.folder import Kept, check_room, clear_leftovers, it
 from megatron.sft.checkpoint.optimizer_state import values_without_state
 from megatron.sft.checkpoint.shard_slice import ShardSlice
 from megatron.sft.checkpoint.staging import BackgroundAllocation, Staging, staged_bytes
+from megatron.sft.hf.names import shown
 from megatron.sft.runtime import device, ranks
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.training.engine import Engine
@@ -164,7 +165,7 @@ class Saver:
                 shutil.rmtree(unfinished_path(self._root, task.iteration), ignore_errors=True)
             raise UserError(f"the checkpoint of iteration {task.iteration} was not written: {result.error}{self._advice()}")
         self.last_saved = task.iteration
-        saved = f"saved {iteration_path(self._root, task.iteration)} in {result.seconds:.1f} s"
+        saved = f"saved {shown(iteration_path(self._root, task.iteration))} in {result.seconds:.1f} s"
         was_async = task.stalled_seconds < 0.9 * result.seconds
         ranks.print_rank_0(saved + (f", training stalled for {task.stalled_seconds:.1f} s" if was_async else ""))
         for note in result.notes:

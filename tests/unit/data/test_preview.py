@@ -100,7 +100,23 @@ def test_the_page_shows_rows_with_their_masks_and_the_totals(
         assert f"{number:,}" in text
     for wanted in ("30", "3 longer than 256 tokens", "/data/<x>.jsonl", "a <note>"):
         assert html.escape(wanted) in text
-    assert page.tags.count("rect") == len(rows.manifest["conversation_lengths"]["histogram"])
+    assert page.tags.count("i") == len(rows.manifest["conversation_lengths"]["histogram"])
+
+
+def test_a_system_prompt_that_every_conversation_has_is_shown_once() -> None:
+    from megatron.sft.data.preview import _PagePieces
+
+    class Words:
+        def decode(self, ids: list[int], **_: object) -> str:
+            return "".join(("You are a clerk.\n" * 10, "Question one?\n", "Question two?\n", "Answer.")[id] for id in ids)
+
+    import numpy as np
+
+    pieces = _PagePieces(Words())
+    system, mask = "You are a clerk.\n" * 10, np.array([False, False, True])
+    assert list(pieces.of(np.array([0, 1, 3]), mask)) == [(f"{system}Question one?\n", "read"), ("Answer.", "trained")]
+    again = list(pieces.of(np.array([0, 2, 3]), mask))
+    assert again == [(system, "repeated"), ("Question two?\n", "read"), ("Answer.", "trained")]
 
 
 def test_the_page_loads_nothing_from_elsewhere(prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

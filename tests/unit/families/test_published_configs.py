@@ -16,6 +16,8 @@ from megatron.sft.families.weight_names import check_hf_names, checked_to_megatr
 from megatron.sft.hf.block_scales import unquantised_config
 from megatron.sft.planning.memory import num_parameters
 from megatron.sft.runtime.errors import UserError
+from tests.support import latent_configs
+from tests.support.conversion_worker import on_disk_names
 
 YARN = {"rope_type": "yarn", "type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 QWEN3_5_TEXT: dict[str, Any] = {
@@ -181,6 +183,102 @@ DEVSTRAL: dict[str, Any] = {
         "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
     },
 }  # fmt: skip
+GLM_4_5_AIR: dict[str, Any] = {
+    "architectures": ["Glm4MoeForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "pad_token_id": 151329,
+    "eos_token_id": [151329, 151336, 151338], "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
+    "partial_rotary_factor": 0.5, "initializer_range": 0.02, "intermediate_size": 10944, "max_position_embeddings": 131072,
+    "model_type": "glm4_moe", "moe_intermediate_size": 1408, "norm_topk_prob": True, "num_attention_heads": 96,
+    "n_group": 1, "topk_group": 1, "n_routed_experts": 128, "n_shared_experts": 1, "routed_scaling_factor": 1.0,
+    "num_experts_per_tok": 8, "first_k_dense_replace": 1, "num_hidden_layers": 46, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 1000000, "num_nextn_predict_layers": 1,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.54.0", "use_cache": True,
+    "use_qk_norm": False, "vocab_size": 151552,
+}  # fmt: skip
+QWEN1_5_MOE: dict[str, Any] = {
+    "architectures": ["Qwen2MoeForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
+    "decoder_sparse_step": 1, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+    "intermediate_size": 5632, "max_position_embeddings": 32768, "max_window_layers": 21, "model_type": "qwen2_moe",
+    "moe_intermediate_size": 1408, "norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 60,
+    "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 16, "output_router_logits": False,
+    "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 5632,
+    "sliding_window": 32768, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_sliding_window": False,
+    "vocab_size": 151936,
+}  # fmt: skip
+MINIMAX_M2: dict[str, Any] = {
+    "architectures": ["MiniMaxM2ForCausalLM"], "attn_type_list": [1] * 62, "hidden_act": "silu", "hidden_size": 3072,
+    "head_dim": 128, "initializer_range": 0.02, "intermediate_size": 1536, "max_position_embeddings": 196608,
+    "model_type": "minimax_m2", "mtp_transformer_layers": 1, "num_attention_heads": 48, "num_experts_per_tok": 8,
+    "num_hidden_layers": 62, "num_key_value_heads": 8, "num_local_experts": 256, "num_mtp_modules": 3,
+    "output_router_logits": False, "qk_norm_type": "per_layer", "rms_norm_eps": 1e-06, "rope_theta": 5000000,
+    "rotary_dim": 64, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0, "scoring_func": "sigmoid",
+    "shared_intermediate_size": 0, "sliding_window": None, "tie_word_embeddings": False, "use_cache": True,
+    "use_mtp": True, "use_qk_norm": True, "use_routing_bias": True, "vocab_size": 200064, "torch_dtype": "bfloat16",
+    "auto_map": {"AutoConfig": "configuration_minimax_m2.MiniMaxM2Config"},
+    "quantization_config": {
+        "activation_scheme": "dynamic", "fmt": "float8_e4m3fn", "quant_method": "fp8", "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+    },
+}  # fmt: skip
+ERNIE_MOE: dict[str, Any] = {
+    "architectures": ["Ernie4_5_MoeForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+    "hidden_size": 2560, "intermediate_size": 12288, "max_position_embeddings": 131072, "model_type": "ernie4_5_moe",
+    "num_attention_heads": 20, "num_key_value_heads": 4, "num_hidden_layers": 28, "pad_token_id": 0, "rms_norm_eps": 1e-05,
+    "use_cache": False, "vocab_size": 103424, "rope_theta": 500000, "use_bias": False, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16", "moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
+    "moe_layer_end_index": 27, "moe_layer_interval": 1, "moe_intermediate_size": 1536, "moe_gate": "topk", "moe_k": 6,
+    "moe_capacity": [64, 64, 64], "moe_use_aux_free": True, "num_nextn_predict_layers": 1,
+    "auto_map": {"AutoModelForCausalLM": "modeling_ernie4_5_moe.Ernie4_5_MoeForCausalLM"},
+}  # fmt: skip
+GPT_OSS_20B: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "eos_token_id": 200002,
+    "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880, "initial_context_length": 4096,
+    "initializer_range": 0.02, "intermediate_size": 2880, "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072, "model_type": "gpt_oss", "num_attention_heads": 64, "num_experts_per_tok": 4,
+    "num_hidden_layers": 24, "num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": False,
+    "pad_token_id": 199999, "rms_norm_eps": 1e-05, "rope_theta": 150000, "router_aux_loss_coef": 0.9,
+    "sliding_window": 128, "swiglu_limit": 7.0, "tie_word_embeddings": False, "transformers_version": "4.55.0.dev0",
+    "use_cache": True, "vocab_size": 201088,
+    "rope_scaling": {
+        "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096, "rope_type": "yarn",
+        "truncate": False,
+    },
+    "quantization_config": {
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+        "quant_method": "mxfp4",
+    },
+}  # fmt: skip
+QWEN3_NEXT: dict[str, Any] = {
+    "architectures": ["Qwen3NextForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
+    "decoder_sparse_step": 1, "eos_token_id": 151645, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu",
+    "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 5120, "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_value_head_dim": 128,
+    "max_position_embeddings": 262144, "mlp_only_layers": [], "model_type": "qwen3_next", "moe_intermediate_size": 512,
+    "norm_topk_prob": True, "num_attention_heads": 16, "num_experts": 512, "num_experts_per_tok": 10,
+    "num_hidden_layers": 48, "num_key_value_heads": 2, "output_router_logits": False, "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000000, "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 512, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+    "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+QWEN3_5_MOE: dict[str, Any] = {
+    **QWEN3_5, "model_type": "qwen3_5_moe", "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+    "tie_word_embeddings": False,
+    "text_config": {
+        **{name: value for name, value in QWEN3_5_TEXT.items() if name != "intermediate_size"},
+        "model_type": "qwen3_5_moe_text", "hidden_size": 2048, "num_attention_heads": 16, "num_hidden_layers": 40,
+        "linear_num_value_heads": 32, "moe_intermediate_size": 512, "num_experts": 256, "num_experts_per_tok": 8,
+        "output_router_logits": False, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+OLMOE: dict[str, Any] = {
+    "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None,
+    "eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 1024,
+    "max_position_embeddings": 4096, "model_type": "olmoe", "norm_topk_prob": False, "num_attention_heads": 16,
+    "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 16, "num_key_value_heads": 16,
+    "output_router_logits": False, "pad_token_id": 1, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0,
+    "router_aux_loss_coef": 0.01, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+    "vocab_size": 50304,
+}  # fmt: skip
 
 
 def of_class(name: str, **changes: Any) -> dict[str, Any]:
@@ -229,15 +327,53 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "mistralai/Devstral-Small-2-24B in 8 bits, in tests of imp": DEVSTRAL,
     "OLMo 2: defaults of the class": of_class("Olmo2"),
     "Mistral 3: defaults of the class": of_class("Mistral3", tie_word_embeddings=False),
+    **latent_configs.CONFIGS,
+    "DeepSeek-V3: defaults of the class": of_class("DeepseekV3"),
+    "GLM-4.7-Flash: defaults of the class": of_class("Glm4MoeLite"),
     "Qwen3-Next without experts: defaults of the class": of_class("Qwen3Next", num_experts=0),
+    "zai-org/GLM-4.5-Air": GLM_4_5_AIR,
+    "GLM-4.5 with the fields of a public conversion": {
+        **GLM_4_5_AIR,
+        "topk_method": "noaux_tc",
+        "moe_router_dtype": "float32",
+        "decoder_sparse_step": 1,
+        "use_qk_norm": True,
+        "hidden_size": 5120,
+        "router_aux_loss_coef": 0.001,
+    },
+    "Qwen/Qwen1.5-MoE-A2.7B": QWEN1_5_MOE,
+    "MiniMaxAI/MiniMax-M2, in 8 bits": MINIMAX_M2,
+    "baidu/ERNIE-4.5-21B-A3B-PT": ERNIE_MOE,
+    "openai/gpt-oss-20b, in MXFP4": GPT_OSS_20B,
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": QWEN3_NEXT,
+    "Qwen/Qwen3.5-35B-A3B": QWEN3_5_MOE,
+    "allenai/OLMoE-1B-7B-0924": OLMOE,
+    **{
+        f"{name}: defaults of the class": of_class(name)
+        for name in ("Qwen2Moe", "MiniMaxM2", "Ernie4_5_Moe", "GptOss", "Olmoe", "Qwen3Next", "Qwen3_5MoeText")
+    },
 }
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "Qwen3-Next with its experts: defaults of the class": ("num_experts=512 is not supported", of_class("Qwen3Next")),
-    "gpt-oss: defaults of the class": (
-        "it needs experts, windows in some layers, scaled positions, biases",
-        {**of_class("GptOss"), "rope_scaling": {"rope_type": "yarn"}},
+    "OLMoE with clipped queries": ("clip_qkv=8.0 is not supported for olmoe", {**OLMOE, "clip_qkv": 8.0}),
+    "gpt-oss with another limit": ("swiglu_limit=8.0 is not supported for gpt_oss", {**GPT_OSS_20B, "swiglu_limit": 8.0}),
+    "GLM-4.5 with another router": ("scoring_func='softmax' is not supported", {**GLM_4_5_AIR, "scoring_func": "softmax"}),
+    "ERNIE without its correction": ("moe_use_aux_free=False is not", {**ERNIE_MOE, "moe_use_aux_free": False}),
+    "MiniMax with noise in the router": ("router_jitter_noise=0.1 is not", {**MINIMAX_M2, "router_jitter_noise": 0.1}),
+    "groups that do not divide the experts": ("1 of 3 groups of 128 experts are not possible", {**GLM_4_5_AIR, "n_group": 3}),
+    "more experts a token than there are": ("65 experts a token of 64", {**OLMOE, "num_experts_per_tok": 65}),
+    "Kimi K2.5's text model in four bits, in public tests": (
+        "quantization_config={'quant_method': 'compressed-tensors'} is not supported",
+        {**latent_configs.KIMI_K2, "quantization_config": {"quant_method": "compressed-tensors"}},
     ),
-    "DeepSeek-V3: defaults of the class": ("multi-head latent attention", of_class("DeepseekV3")),
+    "DeepSeek-V3.2: its indexer": ("index_topk=2048 is not supported", {**latent_configs.DEEPSEEK_V3, "index_topk": 2048}),
+    "DeepSeek-V2 with normed weights, which transformers does not read": (
+        "norm_topk_prob=True is not supported for deepseek_v2",
+        {**latent_configs.DEEPSEEK_V2, "norm_topk_prob": True},
+    ),
+    "Moonlight with fewer keys than queries": (
+        "num_key_value_heads=4 with latent attention of 16 heads",
+        {**latent_configs.MOONLIGHT, "num_key_value_heads": 4},
+    ),
     "Qwen3.5-27B in four bits, in tests of Unsloth": (
         "quantization_config={'quant_method': 'quark'} is not supported",
         {**QWEN3_5, "quantization_config": {"quant_method": "quark"}},
@@ -258,7 +394,7 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
     config = copy.deepcopy(config)
     text = config.get("text_config", config)
     text["num_hidden_layers"], text["vocab_size"] = 8, 300
-    for field in ("layer_types", "no_rope_layers"):
+    for field in ("layer_types", "no_rope_layers", "mlp_layer_types"):
         if text.get(field):
             text[field] = text[field][:8]
     return config
@@ -271,7 +407,7 @@ def test_a_published_configuration_gives_transformers_own_weights(name: str) -> 
     config = small(config)
     architecture = read_architecture(config, name)
     text = config.get("text_config", config)
-    model_type = text.get("model_type", architecture.family)
+    model_type = text.get("model_type", architecture.family).replace("kimi_k2", "deepseek_v3")
     if "text_config" in config:
         text = {**text, "tie_word_embeddings": architecture.tied_embeddings}
     # Ids of tokens are beyond the small vocabulary.
@@ -279,13 +415,17 @@ def test_a_published_configuration_gives_transformers_own_weights(name: str) -> 
     theirs = transformers.CONFIG_MAPPING[model_type].from_dict({**text, **ids})
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(theirs)
-    shapes = {key: parameter for key, parameter in model.named_parameters() if not key.startswith("mtp")}
+    parameters = {key: parameter for key, parameter in model.named_parameters() if not key.startswith("mtp")}
+    # transformers has the correction bias of routers as a buffer, but for ERNIE's.
+    buffers = {key: buffer for key, buffer in model.named_buffers() if key.endswith("e_score_correction_bias")}
+    buffers |= {key: parameters.pop(key) for key in list(parameters) if key.endswith("e_score_correction_bias")}
+    shapes = on_disk_names({**parameters, **buffers}, architecture)
     check_hf_names(architecture, set(shapes), name)
     for entry in weight_entries(architecture):
         parameter = checked_to_megatron(entry, architecture, [shapes[key] for key in entry.hf], name)
         back = entry.rule.to_hf(architecture, parameter)
         assert [tensor.shape for tensor in back] == [shapes[key].shape for key in entry.hf]
-    assert num_parameters(architecture) == sum(parameter.numel() for parameter in shapes.values())
+    assert num_parameters(architecture) == sum(parameter.numel() for parameter in parameters.values())
 
 
 @pytest.mark.parametrize("name", REFUSED)

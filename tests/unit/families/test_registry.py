@@ -19,18 +19,27 @@ CONFIG = {
     "max_position_embeddings": 16,
     "rms_norm_eps": 1e-6,
 }
-MIXTURE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
+MIXTURE = {
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 2,
+    "moe_intermediate_size": 6, "shared_expert_intermediate_size": 8,
+}  # fmt: skip
+
+
+LATENT = {"q_lora_rank": 6, "kv_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
 
 
 def _config(family: str) -> dict[str, object]:
-    of_mixtures = {
-        "qwen3_moe": {name: MIXTURE[name] for name in MIXTURE if name != "num_local_experts"},
-        "mixtral": {name: MIXTURE[name] for name in ("num_local_experts", "num_experts_per_tok")},
-    }
+    if family in ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"):
+        experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+        return {**CONFIG, "model_type": family, **LATENT, **experts, "num_key_value_heads": 4, "n_shared_experts": 1}
+    used = getattr(FAMILIES[family], "USED", ())
+    mixture = {} if family == "qwen3_5_text" else {name: size for name, size in MIXTURE.items() if name in used}
     if "qwen3_5" in family or "qwen3_next" in family:
         delta_net = {f"linear_{name}": 2 for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")}
-        return {**CONFIG, "model_type": family, "head_dim": 8, "full_attention_interval": 2, **delta_net}
-    return {**CONFIG, "model_type": family, **of_mixtures.get(family, {})}
+        mixture |= {"head_dim": 8, "full_attention_interval": 2, **delta_net}
+    if family == "glm4_moe":
+        mixture["head_dim"] = 8
+    return {**CONFIG, "model_type": family, **mixture}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -45,6 +54,8 @@ def test_every_family_reads_its_table_both_ways(family: str) -> None:
 def _hf_shape(name: str, architecture: Architecture) -> tuple[int, ...]:
     query, key = architecture.num_heads * architecture.head_dim, architecture.num_kv_heads * architecture.head_dim
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
+    if architecture.latent and ("self_attn" in name or "correction_bias" in name):
+        return _latent_shape(name)
     if "linear_attn" in name:
         return _delta_net_shape(name, architecture)
     query *= 2 if architecture.attention_gate else 1
@@ -53,7 +64,16 @@ def _hf_shape(name: str, architecture: Architecture) -> tuple[int, ...]:
     for part, size in rows.items():
         if part in name:
             return (size,) if name.endswith("bias") else (size, hidden)
-    return (hidden,) if "norm" in name else (hidden, hidden)
+    if "moe_statics" in name:
+        return (1, hidden)
+    return (hidden,) if "norm" in name or name.endswith("bias") else (hidden, hidden)
+
+
+def _latent_shape(name: str) -> tuple[int, ...]:
+    """With the sizes of LATENT, 4 heads, 4 experts and a hidden size of 24."""
+    shapes: dict[str, tuple[int, ...]] = {"q_a_proj": (6, 24), "q_b_proj": (48, 6), "kv_a_proj_with_mqa": (14, 24)}
+    shapes |= {"q_a_layernorm": (6,), "kv_a_layernorm": (10,), "kv_b_proj": (56, 10), "o_proj": (24, 24), "e_score": (4,)}
+    return next(shape for part, shape in shapes.items() if f".{part}" in name)
 
 
 def _delta_net_shape(name: str, architecture: Architecture) -> tuple[int, ...]:
@@ -77,17 +97,17 @@ def _delta_net_shape(name: str, architecture: Architecture) -> tuple[int, ...]:
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 REFUSED = {
     "model_type 'gpt2' is not supported: config.json names nothing unusual, but a table": {"model_type": "gpt2"},
-    "choose one of ernie4_5, gemma3, gemma3_text": {"model_type": "gpt2"},
-    "it needs experts, biases, clamped SwiGLU and attention sinks, which exist here, and biases of experts": {
-        "model_type": "gpt_oss",
+    "choose one of deepseek_v2, deepseek_v3, ernie4_5": {"model_type": "gpt2"},
+    "it needs experts, biases, attention sinks and a router with sigmoid scores or correction biases, which exist here; a": {
+        "model_type": "mimo_v2_flash",
         "num_local_experts": 4,
         "attention_bias": True,
-        "swiglu_limit": 7.0,
+        "scoring_func": "sigmoid",
     },
-    "it needs multi-head latent attention and shared experts, which do not; a table of its weights is missing": {
-        "model_type": "deepseek_v3",
+    "it needs multi-head latent attention, which exists here, and sparse attention with an indexer, which does not": {
+        "model_type": "deepseek_v32",
         "kv_lora_rank": 512,
-        "n_shared_experts": 1,
+        "index_topk": 2048,
     },
     "model_type None is not supported": {"model_type": None},
     "hidden_act='gelu' is not supported for qwen2 (only 'silu')": {"hidden_act": "gelu"},

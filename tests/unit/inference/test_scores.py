@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron.sft.evaluate import named_models
+from megatron.sft.inference.comparison import side_by_side
 from megatron.sft.inference.lm_eval_tasks import task_scores
 from megatron.sft.inference.scores import Score, draw, markdown, table_lines
 from megatron.sft.inference.serving import serve_hint
@@ -32,6 +33,22 @@ def test_picture_grows_with_the_table(tmp_path: Path):
     draw(["one"], table_lines([[Score(f"task{number}", "acc", number / 10) for number in range(9)]]), tmp_path / "nine.png")
     heights = [int.from_bytes(path.read_bytes()[20:24], "big") for path in (tmp_path / "a" / "one.png", tmp_path / "nine.png")]
     assert heights[1] > 3 * heights[0]
+
+
+def test_answers_are_shown_side_by_side_and_those_that_changed_first():
+    def records(*answers: tuple[str, bool]) -> list[dict[str, object]]:
+        return [
+            {"control": "", "question": f"q{index}", "reference": "r|", "answer": answer, "correct": correct}
+            for index, (answer, correct) in enumerate(answers)
+        ]
+
+    results = [{"data": "d.json", "records": records(("a", False), ("b", False))}]
+    results.append({"data": "d.json", "records": records(("c", False), ("line\ntwo", True))})
+    assert side_by_side(["before", "after"], results) == (
+        "## d.json: 2 questions\n\n| question | reference | before | after |\n|---|---|---|---|\n"
+        "| q1 | r\\| | ✗ b | ✓ line<br>two |\n| q0 | r\\| | ✗ a | ✗ c |\n\n"
+    )
+    assert side_by_side(["before", "after"], [{"task": "gsm8k"}, {"task": "gsm8k"}]) == ""
 
 
 def test_groups_stand_for_their_tasks():

@@ -15,37 +15,59 @@ DEVICES = [
 
 
 def mixture(
-    hidden: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, up: torch.Tensor, down: torch.Tensor
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    bias: torch.Tensor,
+    kind: str,
 ) -> torch.Tensor:
-    """The definition, token by token."""
+    """The definition, token by token. The clamped activation with its bias is gpt-oss's."""
     results = []
     for token, row in enumerate(hidden):
         parts = []
         for weight, expert in zip(weights[token], chosen[token].tolist(), strict=True):
-            gate, value = (up[expert] @ row).chunk(2)
-            parts.append(weight * (down[expert] @ (F.silu(gate) * value)))
+            gate, value = (up[expert] @ row + (bias[expert] if kind == "clamped_silu" else 0)).chunk(2)
+            if kind == "clamped_silu":
+                gate, value = gate.clamp(max=7.0), value.clamp(-7.0, 7.0)
+                active = gate * torch.sigmoid(1.702 * gate) * (value + 1)
+            else:
+                active = F.silu(gate) * value
+            parts.append(weight * (down[expert] @ active))
         results.append(torch.stack(parts).sum(dim=0))
     return torch.stack(results)
 
 
 def ours(
-    hidden: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, up: torch.Tensor, down: torch.Tensor
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    bias: torch.Tensor,
+    kind: str,
 ) -> torch.Tensor:
     rows = routed.routed_rows(chosen, EXPERTS)
     gate_up = grouped_product(routed.gather_rows(hidden, rows), up, rows.ends)
-    active = routed.weighted_swiglu(gate_up, weights.flatten()[rows.order])
+    added = routed.expert_bias(bias, rows.ends, len(gate_up)) if kind == "clamped_silu" else None
+    active = routed.weighted_swiglu(gate_up, weights.flatten()[rows.order], kind, added)
     return routed.combine_rows(grouped_product(active, down, rows.ends), rows)
 
 
+@pytest.mark.parametrize("kind", ["silu", "clamped_silu"])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_a_mixture_is_its_definition_with_autograds_gradients(device: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_a_mixture_is_its_definition_with_autograds_gradients(
+    device: str, dtype: torch.dtype, tolerance: float, kind: str
+) -> None:
     torch.manual_seed(0)
     inputs = [
         torch.randn(TOKENS, HIDDEN),
         torch.rand(TOKENS, CHOSEN),
         torch.randn(EXPERTS, 2 * WIDTH, HIDDEN) * HIDDEN**-0.5,
         torch.randn(EXPERTS, HIDDEN, WIDTH) * WIDTH**-0.5,
+        4 * torch.randn(EXPERTS, 2 * WIDTH),  # some beyond the limits of 7
     ]
     # Experts 2 and 7 get no token, expert 0 one of every token.
     others = torch.tensor([1, 3, 4, 5, 6])
@@ -54,11 +76,12 @@ def test_a_mixture_is_its_definition_with_autograds_gradients(device: str, dtype
     for function, kind, place in ((mixture, torch.float32, "cpu"), (ours, dtype, device)):
         parts = [part.detach().to(dtype).to(place, kind).clone().requires_grad_() for part in inputs]
         parts[1] = inputs[1].detach().to(place).clone().requires_grad_()
-        output = function(parts[0], parts[1], chosen.to(place), parts[2], parts[3])
+        output = function(parts[0], parts[1], chosen.to(place), parts[2], parts[3], parts[4], kind)
         output.backward(torch.sin(torch.arange(output.numel(), device=place)).view_as(output).to(output.dtype))
-        results.append([output.detach().cpu().float(), *(part.grad.cpu().float() for part in parts)])  # type: ignore[union-attr]
+        results.append([output.detach().cpu().float(), *(part.grad.cpu().float() for part in parts if part.grad is not None)])
     for expected, given in zip(*results, strict=True):
         assert (given - expected).norm() <= tolerance * expected.norm()
+    assert len(results[1]) == (6 if kind == "clamped_silu" else 5)
     assert results[1][3][2].abs().sum() == 0 == results[1][4][7].abs().sum()
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.sft.model import cross_entropy
-from megatron.sft.model.attention import PackedAttention
+from megatron.sft.model.attention.flash_attention import attention_with_sinks
+from megatron.sft.model.attention.packed_attention import PackedAttention
 from megatron.sft.model.delta_net import steps as delta_net
 from megatron.sft.model.inputs import AttentionRuns
 from megatron.sft.model.norm import add_and_norm
@@ -243,11 +244,13 @@ def test_attention_with_sinks_is_that_of_gpt_oss_in_transformers_conversation_by
         return (torch.cat(results).flatten(1),)
 
     def ours(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> tuple[Tensor]:
-        attention = SimpleNamespace(
-            softmax_offset=sinks, softmax_scale=DIM**-0.5, window=(-1 if window is None else window - 1, 0)
-        )
+        reach = (-1 if window is None else window - 1, 0)
+        cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+        runs = AttentionRuns(lengths, lengths, cu_seqlens, cu_seqlens, None)
+        if device == "cuda" and dtype == torch.bfloat16:
+            return (attention_with_sinks(query, key, value, sinks, runs, DIM**-0.5, reach).flatten(1),)
+        attention = SimpleNamespace(softmax_offset=sinks, softmax_scale=DIM**-0.5, window=reach)
         attention._mask = lambda *args, **kwargs: PackedAttention._mask(attention, *args, **kwargs)  # type: ignore[arg-type]
-        runs = AttentionRuns(lengths, lengths, torch.zeros(0), torch.zeros(0), None)
         return (PackedAttention._with_sinks(attention, query, key, value, runs).flatten(1),)  # type: ignore[arg-type]
 
     agree(ours, formula, inputs, 4.0)

@@ -6,7 +6,7 @@ import pytest
 
 from megatron.sft.model.config import Machine, fp8_refusal
 from megatron.sft.model.layout import Layout
-from megatron.sft.planning.fitting.fp8_speed import fp8_advice
+from megatron.sft.planning.speed.fp8_speed import fp8_advice
 from tests.support.step_figures import SHAPE
 
 HOPPER = Machine("NVIDIA H100", (9, 0), "13.0", "2.11.0")

@@ -36,6 +36,8 @@ R1_1_5B, ROW = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", MemorySettings(16384
         ("allenai/OLMo-2-1124-7B-Instruct", 7_298_617_344),
         ("THUDM/GLM-4-9B-0414", 9_400_279_040),
         ("baidu/ERNIE-4.5-0.3B-PT", 360_748_032),
+        ("deepseek-ai/DeepSeek-V2-Lite", 15_706_484_224),
+        ("deepseek-ai/DeepSeek-V3", 671_026_404_352),
     ],
 )
 def test_the_number_of_parameters_is_the_published_one(model: str, published: int) -> None:

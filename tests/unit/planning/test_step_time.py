@@ -8,8 +8,8 @@ from megatron.sft.families.architecture import Architecture
 from megatron.sft.hf.published_configs import find_architecture
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning.memory import MemorySettings
-from megatron.sft.planning.run_time import RowLoad
-from megatron.sft.planning.step_time import Cluster, StepTime, step_time
+from megatron.sft.planning.speed.run_time import RowLoad
+from megatron.sft.planning.speed.step_time import Cluster, StepTime, step_time
 
 SMALL, LARGER, DELTA, MIXTURE = (
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",

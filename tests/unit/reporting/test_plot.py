@@ -40,7 +40,7 @@ def test_runs_are_named_apart():
 def test_several_runs_make_one_picture(tmp_path):
     curves = [read_curve(write_metrics(tmp_path / name), name) for name in ("one", "two")]
     draw(curves, tmp_path / "new" / "loss.png", "Loss of 2 runs")
-    assert png_size(tmp_path / "new" / "loss.png") == (1120, 672)
+    assert png_size(tmp_path / "new" / "loss.png") == (864, 576)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["loss.png"]
 
 
@@ -50,7 +50,7 @@ def test_margins_of_pairs_are_read_and_drawn_below_the_losses(tmp_path):
     figures = [[curve], [curve, read_curve(write_metrics(tmp_path / "sft"), "sft")]]
     for number, curves in enumerate(figures):
         draw(curves, tmp_path / f"{number}.png", "margins")
-        assert png_size(tmp_path / f"{number}.png") == (1120, 672)
+        assert png_size(tmp_path / f"{number}.png") == (864, 576)
 
 
 @pytest.mark.parametrize(

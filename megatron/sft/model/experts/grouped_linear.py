@@ -11,15 +11,19 @@ from megatron.sft.runtime import ranks
 
 
 class GroupedLinear(nn.Module):
-    """The same linear layer of this process's experts. weight: [experts, outputs, inputs]."""
+    """The same linear layer of this process's experts. weight: [experts, outputs, inputs]; bias: [experts, outputs] or None."""
 
-    def __init__(self, num_experts: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    def __init__(self, num_experts: int, outputs: int, inputs: int, dtype: torch.dtype, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, outputs, inputs, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_experts, outputs, dtype=dtype)) if bias else None
 
-    def forward(self, rows: Tensor, ends: Tensor) -> tuple[Tensor, None]:
-        """rows [n, inputs] sorted by expert, to [n, outputs]. ends: int32 [experts], the rows up to and with each expert's."""
-        return grouped_product(rows, self.weight, ends), None
+    def forward(self, rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor | None]:
+        """rows [n, inputs] sorted by expert, to (their products [n, outputs], the bias, which is not added).
+
+        ends: int32 [experts], the rows up to and with each expert's.
+        """
+        return grouped_product(rows, self.weight, ends), self.bias
 
 
 def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -75,6 +79,13 @@ def _outer(gradient: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
     if _in_one(rows):
         return F.grouped_mm(gradient.t(), rows, offs=ends)
     return torch.stack([of.t() @ part for of, part in zip(*_split(ends, gradient, rows), strict=True)])
+
+
+def sums_by_expert(rows: Tensor, ends: Tensor) -> Tensor:
+    """[experts, width]: the sum of each expert's rows [n, width]."""
+    # As a product with as many ones as the grouped product can take.
+    ones = rows.new_ones(len(rows), 16)
+    return _outer(rows, ones, ends)[:, :, 0]
 
 
 def _split(ends: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from megatron.sft.model.experts.grouped_linear import sums_by_expert
+from megatron.sft.model.swiglu import gated
 
 
 @dataclass(frozen=True)
@@ -64,21 +66,55 @@ def permuted(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     return result
 
 
-def weighted_swiglu(gate_up: Tensor, weights: Tensor) -> Tensor:
-    """silu(gate) * up * weight of each row: [n, width] of gate_up [n, 2 * width] and weights [n] in float32."""
-    result: Tensor = _WeightedSwiGLU.apply(gate_up, weights)
+@dataclass(frozen=True)
+class ExpertBias:
+    """A bias of each expert, and the rows that it is added to.
+
+    values: [experts, width]. experts: int32 [n], each row's. ends: int32 [experts], the rows up to and with each expert's.
+    """
+
+    values: Tensor
+    experts: Tensor
+    ends: Tensor
+
+
+def expert_bias(values: Tensor, ends: Tensor, num_rows: int) -> ExpertBias:
+    """values [experts, width] for rows that are sorted by expert."""
+    places = torch.arange(num_rows, device=ends.device, dtype=ends.dtype)
+    return ExpertBias(values, torch.searchsorted(ends, places, right=True, out_int32=True), ends)
+
+
+def weighted_swiglu(gate_up: Tensor, weights: Tensor, kind: str = "silu", bias: ExpertBias | None = None) -> Tensor:
+    """activation(gate) * up * weight of each row: [n, width] of gate_up [n, 2 * width] and weights [n] in float32.
+
+    kind: as in `swiglu`. bias: added to gate_up first.
+    """
+    values = None if bias is None else bias.values
+    result: Tensor = _WeightedSwiGLU.apply(gate_up, weights, values, kind, bias)
     return result
 
 
-def write_weighted_swiglu(gate_up: Tensor, weights: Tensor, outputs: Tensor) -> None:
+def write_weighted_swiglu(
+    gate_up: Tensor, weights: Tensor, outputs: Tensor, kind: str = "silu", bias: ExpertBias | None = None
+) -> None:
     """The same, written into `outputs` without gradient."""
     if gate_up.is_cuda:
         from megatron.sft.kernels import experts
 
-        experts.weighted_swiglu(gate_up, weights, outputs)
+        place = None if bias is None else (bias.values.detach(), bias.experts)
+        experts.weighted_swiglu(gate_up, weights, outputs, kind, place)
         return
-    gate, up = (half.float() for half in gate_up.chunk(2, dim=-1))
-    outputs.copy_(F.silu(gate) * up * weights[:, None])
+    gate, up = _halves(gate_up, bias)
+    outputs.copy_(gated(gate, up, kind) * weights[:, None])
+
+
+def _halves(gate_up: Tensor, bias: ExpertBias | None) -> tuple[Tensor, Tensor]:
+    """Gate and up in float32, with their bias."""
+    wide = gate_up.float()
+    if bias is not None:
+        wide = wide + bias.values.detach().float()[bias.experts]
+    gate, up = wide.chunk(2, dim=-1)
+    return gate, up
 
 
 def _summed(rows: Tensor, places: Tensor) -> Tensor:
@@ -125,22 +161,36 @@ class _Permute(torch.autograd.Function):
 
 class _WeightedSwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, gate_up: Tensor, weights: Tensor, values: Tensor | None, kind: str, bias: ExpertBias | None
+    ) -> Tensor:
+        """values: the bias's, for their gradient."""
         outputs = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-        write_weighted_swiglu(gate_up, weights, outputs)
+        write_weighted_swiglu(gate_up, weights, outputs, kind, bias)
         ctx.save_for_backward(gate_up, weights)
+        ctx.kind, ctx.bias = kind, bias
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gate_up, weights = ctx.saved_tensors
-        gradient = gradients[0].contiguous()
-        if gate_up.is_cuda:
-            from megatron.sft.kernels.experts import weighted_swiglu_backward
+        bias: ExpertBias | None = ctx.bias
+        of_gate_up, of_weights = _weighted_swiglu_backward(gate_up, weights, gradients[0].contiguous(), ctx.kind, bias)
+        of_bias = None if bias is None or not ctx.needs_input_grad[2] else sums_by_expert(of_gate_up, bias.ends)
+        return of_gate_up, of_weights, of_bias, None, None
 
-            return weighted_swiglu_backward(gate_up, weights, gradient)
-        gate, up = (half.float() for half in gate_up.chunk(2, dim=-1))
-        share, scaled = gate.sigmoid(), gradient.float() * weights[:, None]
-        of_weights = (gradient.float() * gate * share * up).sum(dim=-1)
-        of_gate = scaled * up * share * (1 + gate * (1 - share))
-        return torch.cat([of_gate, scaled * gate * share], dim=-1).to(gate_up.dtype), of_weights
+
+def _weighted_swiglu_backward(
+    gate_up: Tensor, weights: Tensor, gradient: Tensor, kind: str, bias: ExpertBias | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of gate_up and of the weights."""
+    if gate_up.is_cuda:
+        from megatron.sft.kernels.experts import weighted_swiglu_backward
+
+        place = None if bias is None else (bias.values.detach(), bias.experts)
+        return weighted_swiglu_backward(gate_up, weights, gradient, kind, place)
+    with torch.enable_grad():
+        halves = [half.requires_grad_() for half in _halves(gate_up, bias)]
+        active = gated(halves[0], halves[1], kind)
+        of_halves = torch.autograd.grad(active, halves, gradient.float() * weights[:, None])
+    return torch.cat(of_halves, dim=-1).to(gate_up.dtype), (gradient.float() * active.detach()).sum(dim=-1)

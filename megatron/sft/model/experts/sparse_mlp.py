@@ -9,13 +9,15 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
+from megatron.sft.families.architecture import MoEConfig
 from megatron.sft.model.experts.grouped_linear import GroupedLinear
 from megatron.sft.model.experts.routed_rows import (
     RoutedRows,
     combine_rows,
     ends_of,
+    expert_bias,
     gather_rows,
     permuted,
     routed_rows,
@@ -23,76 +25,51 @@ from megatron.sft.model.experts.routed_rows import (
     write_rows,
     write_weighted_swiglu,
 )
+from megatron.sft.model.experts.router import Router
+from megatron.sft.model.experts.shared import SharedExperts
+from megatron.sft.model.inputs import PackedRows
 from megatron.sft.model.recomputation import recompute
 
 
-class Router(nn.Module):
-    """Chooses each token's experts and their weights, in float32. weight: [experts, hidden size]."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.config = config
-        weight: Any = nn.Parameter(torch.empty(config.num_moe_experts, config.hidden_size, dtype=config.params_dtype))
-        # Each tensor-parallel rank routes its part of the tokens; megatron-core sums the gradients.
-        weight.sequence_parallel = config.sequence_parallel
-        self.weight = weight
-
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [t, hidden size] to (weights [t, chosen] float32, experts [t, chosen] int64)."""
-        scores: Tensor = _Scores.apply(hidden, self.weight)
-        chosen = self.config.moe_router_topk
-        if self.config.moe_router_pre_softmax:
-            weights, experts = scores.softmax(dim=-1).topk(chosen, dim=-1)
-        else:
-            values, experts = scores.topk(chosen, dim=-1)
-            weights = values.softmax(dim=-1)  # sums to 1
-        return weights, experts
-
-
-class _Scores(torch.autograd.Function):
-    """hidden @ weight^T in float32, keeping both as they are."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        return hidden.float() @ weight.float().t()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight = ctx.saved_tensors
-        gradient = gradients[0]
-        of_weight = (gradient.t() @ hidden.float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        return (gradient @ weight.float()).to(hidden.dtype), of_weight
-
-
 class Experts(MegatronModule):
-    """This process's experts: gate and up projection, SwiGLU and down projection of each."""
+    """This process's experts: gate and up projection, activation and down projection of each."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, moe: MoEConfig, activation: str) -> None:
+        """activation: as in `swiglu`."""
         super().__init__(config=config)
+        self.activation = activation
         self.split = parallel_state.get_expert_tensor_parallel_world_size()
         spread = config.expert_model_parallel_size
         self.num_local = config.num_moe_experts // spread
         width = config.moe_ffn_hidden_size // self.split
-        self.linear_fc1 = GroupedLinear(self.num_local, 2 * width, config.hidden_size, config.params_dtype)
-        self.linear_fc2 = GroupedLinear(self.num_local, config.hidden_size, width, config.params_dtype)
+        options = {"dtype": config.params_dtype, "bias": moe.expert_bias}
+        self.linear_fc1 = GroupedLinear(self.num_local, 2 * width, config.hidden_size, **options)
+        self.linear_fc2 = GroupedLinear(self.num_local, config.hidden_size, width, **options)
         for dimension, linear in ((1, self.linear_fc1), (2, self.linear_fc2)):
-            weight: Any = linear.weight
-            set_tensor_model_parallel_attributes(weight, True, dimension, 1)
-            weight.allreduce = spread == 1  # else its gradient is summed over the ranks that hold the same experts
+            for parameter in linear.parameters():
+                set_tensor_model_parallel_attributes(parameter, True, dimension, 1)
+                # Unless all processes hold all experts: the gradient is summed over those that hold the same.
+                parameter.allreduce = spread == 1  # type: ignore[attr-defined]
+        if moe.expert_bias and spread == 1 and self.split > 1:
+            # Whole on every tensor-parallel rank, which adds it to its part of the tokens (`SparseMLP`).
+            whole: Any = self.linear_fc2.bias
+            whole.tensor_model_parallel, whole.sequence_parallel = False, config.sequence_parallel
 
     def forward(self, rows: Tensor, weights: Tensor, ends: Tensor, again: bool, write: Any = None) -> Tensor:
         """rows [n, hidden size] sorted by expert, each row's weight [n] in float32; the weighted results [n, hidden size].
 
-        again: SwiGLU's results are freed and computed again in the backward pass. write: fills `rows` again, likewise.
+        Without the bias of the down projection. again: the activation's results are freed and computed again in the backward
+        pass. write: fills `rows` again, likewise.
         """
-        gate_up, _ = self.linear_fc1(rows, ends)
-        active = weighted_swiglu(gate_up, weights)
+        gate_up, values = self.linear_fc1(rows, ends)
+        bias = None if values is None else expert_bias(values, ends, len(rows))
+        active = weighted_swiglu(gate_up, weights, self.activation, bias)
         results, _ = self.linear_fc2(active, ends)
         if write is not None:
             recompute(rows, gate_up, write)
         if again:
-            recompute(active, results, partial(write_weighted_swiglu, gate_up.detach(), weights.detach()))
+            fill = partial(write_weighted_swiglu, gate_up.detach(), weights.detach(), kind=self.activation, bias=bias)
+            recompute(active, results, fill)
         return results
 
     def sharded_state_dict(
@@ -103,38 +80,68 @@ class Experts(MegatronModule):
         first = self.num_local * parallel_state.get_expert_model_parallel_rank()
         copies = parallel_state.get_expert_data_parallel_rank()
         found = {}
-        for name, axis, blocks in (("linear_fc1", 0, 2), ("linear_fc2", 1, 1)):
-            for index, matrix in enumerate(getattr(self, name).weight.data.unbind(0)):
+        axes = {
+            "linear_fc1.weight": (0, 2),
+            "linear_fc1.bias": (0, 2),
+            "linear_fc2.weight": (1, 1),
+            "linear_fc2.bias": (None, 1),
+        }
+        for name, parameter in self.named_parameters():
+            if name not in axes:
+                continue  # an adapter's
+            axis, blocks = axes[name]
+            for index, matrix in enumerate(parameter.data.unbind(0)):
                 for block, part in enumerate(matrix.chunk(blocks, dim=0)):
-                    key = f"{prefix}experts.{name}.weight"
-                    place = (block * self.split + rank, blocks * self.split)
+                    key = f"{prefix}experts.{name}"
                     offsets = [*sharded_offsets, (len(sharded_offsets), first + index, self.config.num_moe_experts)]
-                    lead = len(offsets)
+                    lead, replica = len(offsets), (0, rank if axis is None else 0, copies)
+                    if axis is not None:
+                        offsets.append((lead + axis, block * self.split + rank, blocks * self.split))
                     found[f"{key}.{index}.{block}"] = ShardedTensor.from_rank_offsets(
-                        key, part, *offsets, (lead + axis, *place), replica_id=(0, 0, copies), prepend_axis_num=lead
+                        key, part, *offsets, replica_id=replica, prepend_axis_num=lead
                     )
         return found
 
 
 class SparseMLP(MegatronModule):
-    """Router and experts, spread over expert-parallel ranks or split over tensor-parallel ones."""
+    """Router and experts, spread over expert-parallel ranks or split over tensor-parallel ones, and shared experts."""
 
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, moe: MoEConfig, linear: tuple[type, type], activation: str = "silu") -> None:
+        """linear: the classes of the column- and the row-parallel layer. activation: of the experts, as in `swiglu`."""
         super().__init__(config=config)
-        self.router = Router(config)
-        self.experts = Experts(config)
+        self.router = Router(config, moe)
+        self.experts = Experts(config, moe, activation)
+        self.shared_experts = SharedExperts(config, moe, linear) if moe.shared_width else None
         self.spread = config.expert_model_parallel_size
 
-    def forward(self, hidden: Tensor, again: bool) -> tuple[Tensor, None]:
+    def forward(self, hidden: Tensor, packed: PackedRows, again: bool) -> tuple[Tensor, None]:
         """[t / TP with sequence parallelism, 1, hidden size] to the same. again: as in `Experts`, rows included."""
         flat = hidden.squeeze(1)
-        weights, chosen = self.router(flat)
+        weights, chosen = self.router(flat, packed)
+        # First, so that the processes that exchange rows need not wait for each other at once.
+        shared = None if self.shared_experts is None else self.shared_experts(hidden, again)
+        mixed = self._mixed(flat, weights, chosen, again)
+        if self.experts.linear_fc2.bias is not None:
+            mixed = mixed + self._output_bias(weights, chosen)
+        return (mixed.unsqueeze(1) if shared is None else shared + mixed.unsqueeze(1)), None
+
+    def _mixed(self, flat: Tensor, weights: Tensor, chosen: Tensor, again: bool) -> Tensor:
+        """[t, hidden size]: each token's weighted sum of what its experts give."""
         if self.experts.split > 1:
-            return self._over_tensor_parallel(flat, weights, chosen, again).unsqueeze(1), None
+            return self._over_tensor_parallel(flat, weights, chosen, again)
         rows = routed_rows(chosen, self.config.num_moe_experts)
         compute = self._spread_out if self.spread > 1 else self._here
-        results = compute(flat, weights, rows, again)
-        return combine_rows(results, rows).unsqueeze(1), None
+        return combine_rows(compute(flat, weights, rows, again), rows)
+
+    def _output_bias(self, weights: Tensor, chosen: Tensor) -> Tensor:
+        """[t, hidden size]: each token's weighted sum of the biases of its experts' down projections."""
+        bias: Any = self.experts.linear_fc2.bias
+        if self.spread > 1:
+            # The backward pass sums what every process gives for its tokens.
+            group = parallel_state.get_expert_model_parallel_group()
+            bias = tensor_parallel.gather_from_sequence_parallel_region(bias, tensor_parallel_output_grad=True, group=group)
+        shares = weights.new_zeros(len(weights), len(bias)).scatter(1, chosen, weights)
+        return (shares @ bias.float()).to(bias.dtype)
 
     def _here(self, flat: Tensor, weights: Tensor, rows: RoutedRows, again: bool) -> Tensor:
         """[n, hidden size]: results of the rows, all experts being on this process."""

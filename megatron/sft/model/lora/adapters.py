@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -23,7 +24,7 @@ from megatron.sft.families.trained import Trained
 from megatron.sft.families.weight_names import WeightEntry
 from megatron.sft.model.layout import Layout
 from megatron.sft.model.live_weights import live_weights
-from megatron.sft.model.lora.low_rank import Dropout, add_product, project
+from megatron.sft.model.lora.low_rank import Dropout, add_grouped, add_product, project, project_grouped
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ class HeldRows:
 
 @dataclass(frozen=True)
 class Split:
-    """How a linear layer is spread over the ranks of `group`: its outputs (`column`) or its inputs."""
+    """How a linear layer is spread over the ranks of `group`: its outputs (`column`), its inputs, or not at all.
+
+    size: of the group, or 1 for a layer that each of its ranks holds whole; `replicated` then, where there are several.
+    """
 
     column: bool
     rank: int
@@ -64,6 +68,7 @@ class Split:
     group: Any
     sequence_parallel: bool
     expert: bool
+    replicated: bool = False
 
 
 class Adapter(nn.Module):
@@ -102,7 +107,8 @@ class Adapter(nn.Module):
             set_tensor_model_parallel_attributes(parameter, True, 0 if split.column else 1, 1)
         parameter.allreduce = getattr(base, "allreduce", True)
         # A part of the tokens each: megatron-core sums the gradients of parameters marked this way over TP.
-        parameter.sequence_parallel = split.sequence_parallel and not split.expert and not split_here
+        whole = split.replicated or not split_here
+        parameter.sequence_parallel = split.sequence_parallel and not split.expert and whole
         return parameter
 
     def factors(self, letter: str) -> list[Tensor]:
@@ -143,25 +149,25 @@ class Adapter(nn.Module):
         return tensor_parallel.reduce_from_tensor_model_parallel_region(low, group=group)
 
     def _blocks(self, factors: list[Tensor]) -> Tensor:
-        """[outputs, projections * rank]: each output's row has its projection's B in that projection's columns."""
-        blocks = torch.block_diag(*factors) if len(factors) > 1 else factors[0]
+        """[outputs, projections * rank], or of each expert: each output's row has its projection's B in that projection's
+        columns."""
+        after = (len(factors) - 1) * self.lora.rank
+        blocks = [
+            F.pad(factor, (place * self.lora.rank, after - place * self.lora.rank)) for place, factor in enumerate(factors)
+        ]
+        stacked = torch.cat(blocks, dim=-2) if after else factors[0]
         if self._order is None:
-            return blocks
-        padded = torch.cat([blocks, blocks.new_zeros(1, blocks.shape[1])])
-        return padded.index_select(0, self._order)
+            return stacked
+        return F.pad(stacked, (0, 0, 0, 1)).index_select(-2, self._order)
 
     def _forward_grouped(self, linear: Callable[..., Any], inputs: Tensor, ends: Tensor) -> tuple[Any, Any]:
         """Several experts in one layer, their rows one after another; ends: int32 [experts], the rows up to and with each's."""
-        dropout = self._dropout()
-        counts = torch.cat([ends.new_zeros(1), ends]).diff().tolist()
-        downs, ups = self._summed(self.factors("A"), self.split.column), self._summed(self.factors("B"), not self.split.column)
-        added = []
-        for expert, tokens in enumerate(inputs.split(counts)):
-            seeds = None if dropout is None else Dropout(dropout.probability, tuple(s + expert for s in dropout.seeds))
-            _, low = project(tokens, torch.cat([down[expert] for down in downs]), seeds)
-            added.append(low @ (self._blocks([up[expert] for up in ups]) * self.lora.scale).t())
+        # Put together before their gradients are summed: those of parts would lie apart, and megatron-core's sum be lost.
+        (down,) = self._summed([torch.cat(self.factors("A"), dim=1)], self.split.column)
+        (up,) = self._summed([self._blocks(self.factors("B")) * self.lora.scale], not self.split.column)
+        low = project_grouped(inputs, down, ends, self._dropout())
         outputs, bias = linear(inputs, ends)
-        return outputs + torch.cat(added), bias
+        return add_grouped(outputs, low, up, ends), bias
 
     def _dropout(self) -> Dropout | None:
         if not self.training or not self.lora.dropout:
@@ -187,7 +193,7 @@ class Adapter(nn.Module):
                     yield Factor(down_name, down, a, _pair(a.shape), (0, 0), True, split.expert)
                     whole, rows = (b.shape[0] * split.size, b.shape[1]), b.split([count for _, count in runs])
                     for part, (first, _) in zip(rows, runs, strict=True):
-                        yield Factor(up_name, up, part, whole, (first, 0), False, split.expert)
+                        yield Factor(up_name, up, part, whole, (first, 0), split.replicated, split.expert)
                 else:
                     whole, first = (a.shape[0], a.shape[1] * split.size), a.shape[1] * split.rank
                     yield Factor(down_name, down, a, whole, (0, first), False, split.expert)
@@ -220,7 +226,8 @@ def add_adapters(model: Any, architecture: Architecture, layout: Layout, lora: L
 def freeze(model: Any, architecture: Architecture, layout: Layout, trained: Trained) -> None:
     """Take the gradients from the weights that `trained` freezes."""
     for weight in live_weights(model, architecture, layout):
-        weight.parameter.requires_grad_(trained.trains(weight.entry.megatron))
+        if not weight.entry.is_buffer:
+            weight.parameter.requires_grad_(trained.trains(weight.entry.megatron))
 
 
 def _add_adapter(
@@ -233,7 +240,11 @@ def _add_adapter(
         rank, group = parallel_state.get_expert_tensor_parallel_rank(), parallel_state.get_expert_tensor_parallel_group()
     else:
         rank, group = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_group()
-    split = Split(entry.rule.tp_dim == 0, rank, size, group, config.sequence_parallel and size > 1, expert)
+    whole, sequence_parallel = entry.rule.tp_dim is None, config.sequence_parallel and size > 1
+    if whole:
+        split = Split(True, rank, 1, group, sequence_parallel, expert, replicated=size > 1)
+    else:
+        split = Split(entry.rule.tp_dim == 0, rank, size, group, sequence_parallel, expert)
     held = [_rows(entry, place, architecture, base.shape[-2], split) for place in weights[0].projections]
     adapter = Adapter(weights, base, held, lora, split)
     module.adapter = adapter

@@ -4,7 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from megatron.sft.model.experts.grouped_linear import grouped_product
+
+# torch's grouped product takes rows whose length in 16 bits is a multiple of 16 bytes.
+_ALIGNED = 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,43 @@ def add_product(outputs: Tensor, low: Tensor, factors: Tensor) -> Tensor:
     """
     result: Tensor = _AddProduct.apply(outputs, low, factors)
     return result
+
+
+def project_grouped(inputs: Tensor, factors: Tensor, ends: Tensor, dropout: Dropout | None) -> Tensor:
+    """[n, projections * rank]: each row's projection by its expert's A's, factors [experts, projections * rank, width].
+
+    inputs [n, width], sorted by expert; ends: int32 [experts], the rows up to and with each expert's.
+    """
+    if dropout is None:
+        return _aligned_product(inputs, factors, ends)
+    blocks = factors.chunk(len(dropout.seeds), dim=1)
+    parts = [_aligned_product(inputs * dropout.mask(place, inputs), block, ends) for place, block in enumerate(blocks)]
+    return torch.cat(parts, dim=1) * dropout.scale
+
+
+def add_grouped(outputs: Tensor, low: Tensor, factors: Tensor, ends: Tensor) -> Tensor:
+    """As `add_product`, each row with its expert's factors: outputs [n, width], low [n, m], factors [experts, width, m]."""
+    missing = -low.shape[1] % _ALIGNED
+    if missing:
+        low, factors = F.pad(low, (0, missing)), F.pad(factors, (0, missing))
+    result: Tensor = _AddInPlace.apply(outputs, grouped_product(low, factors, ends))
+    return result
+
+
+def _aligned_product(rows: Tensor, factors: Tensor, ends: Tensor) -> Tensor:
+    outputs = factors.shape[1]
+    return grouped_product(rows, F.pad(factors, (0, 0, 0, -outputs % _ALIGNED)), ends)[:, :outputs]
+
+
+class _AddInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, added: Tensor) -> Tensor:
+        # Autograd must not see the change: the linear layer's backward pass does not need its result.
+        return outputs.data.add_(added)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients[0], gradients[0]
 
 
 class _Project(torch.autograd.Function):

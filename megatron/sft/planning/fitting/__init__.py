@@ -1,1 +1,1 @@
-"""What makes a run fit a GPU, recomputation and the cheapest other change, and which precision is fast on it."""
+"""What makes a run fit a GPU: the fewest GPUs, recomputation, the cheapest other change."""

@@ -4,9 +4,10 @@ import shlex
 from pathlib import Path
 
 from megatron.sft.checkpoint.folder import BEST, write_best
+from megatron.sft.hf.names import shown
 from megatron.sft.planning.options import options_record
 from megatron.sft.planning.run_plan import RunPlan
-from megatron.sft.runtime import ranks
+from megatron.sft.runtime import console, ranks
 from megatron.sft.runtime.manifest import write_bytes, write_json
 from megatron.sft.training.steering.watch import Watch
 
@@ -54,13 +55,15 @@ def nothing_left(plan: RunPlan, watch: Watch, iteration: int) -> str:
     return ""
 
 
-def last_words(plan: RunPlan, watch: Watch, iteration: int) -> str:
-    """What a finished run says: what it has written, and the command that comes next."""
+def say_last_words(plan: RunPlan, watch: Watch, iteration: int) -> None:
+    """What a finished run has written, and the command that comes next; on rank 0 only."""
     save, source = plan.options.save, plan.start.manifest.get("source", {}).get("path", "HF_DIR")
     early = f" (EARLY_STOP_PATIENCE: {watch.since} validations without a lower loss)" if iteration < plan.train_iters else ""
-    command = ["bash", "scripts/5_export.sh", str(save), str(source), str(save / "export")]
-    lines = [f"done: {iteration} steps{early}, checkpoints in {save}"]
+    command = ["bash", "scripts/5_export.sh", shown(save), shown(Path(source)), shown(save / "export")]
+    lines = [f"done: {iteration} steps{early}, checkpoints in {shown(save)}"]
     if watch.best is not None:
         lines.append(f"best checkpoint: iteration {watch.best}, validation loss {watch.best_loss:.4f}")
         command += ["best"] * (watch.best != iteration)
-    return "\n".join([*lines, f"next: {shlex.join(command)}"])
+    ranks.print_rank_0("\n".join(lines))
+    if ranks.is_rank_0():
+        console.say_next(f"next: {shlex.join(command)}")

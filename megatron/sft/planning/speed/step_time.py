@@ -11,7 +11,7 @@ from megatron.sft.families.flops import head_forward_flops, training_flops
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning.fitting.recomputing import recompute_cost
 from megatron.sft.planning.memory import MemorySettings, layer_tensors, stage_parameters
-from megatron.sft.planning.run_time import RowLoad
+from megatron.sft.planning.speed.run_time import RowLoad
 
 MEASURED_GPUS = 4
 # Operations a second of an H100 or H200 in 16 bits: the layers' products, those of experts, attention, states of gated delta

@@ -31,6 +31,9 @@ def _fewest_gpus(
     architecture: Architecture, layout: Layout, settings: MemorySettings, global_batch_size: int, gpu_bytes: int
 ) -> tuple[int, MemorySettings] | None:
     data_parallel = 1
+    # Experts are spread over the processes of a pipeline stage.
+    while data_parallel * layout.model_size // layout.pipeline_parallel % layout.expert_parallel:
+        data_parallel += 1
     while data_parallel * layout.model_size <= MOST_GPUS and data_parallel * settings.micro_batch_size <= global_batch_size:
         here = replace(settings, num_micro_batches=global_batch_size // (data_parallel * settings.micro_batch_size))
         if settings.recompute == "auto":

@@ -1,8 +1,6 @@
 """Attention over packed rows without Transformer Engine: every conversation attends to itself only."""
 
-import inspect
 import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,13 +14,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from megatron.sft.model.attention import flash_attention
+from megatron.sft.model.attention.flash_attention import attention_with_sinks, varlen_attention
 from megatron.sft.model.inputs import AttentionRuns, PackedRows
+from megatron.sft.runtime import device
 
 
 class PackedAttention(MegatronModule):
     """Causal attention inside each conversation; takes the place of megatron-core's core attention.
 
-    In 16 bits on a GPU one variable-length flash attention call, else scaled_dot_product_attention a conversation. With
+    In 16 bits on a GPU one call of flash attention, else scaled_dot_product_attention a conversation. With
     context parallelism each rank gathers the keys and values of all of them.
     """
 
@@ -42,6 +43,7 @@ class PackedAttention(MegatronModule):
     ) -> None:
         """window: tokens that one attends to, itself included; None: all. sinks: a learnt score of each head for nothing."""
         super().__init__(config=config)
+        flash_attention.check(config.params_dtype, device.current())
         # (tokens before the own one, 0); -1 before it means all.
         self.window = (-1 if window is None else window - 1, 0)
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -62,17 +64,21 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """query [t, heads, dim], key and value [t, kv heads, dim] to [t, heads * dim], t all tokens of the micro-batch (on
-        this context-parallel rank)."""
+        this context-parallel rank). Where there is no kernel for 16 bits, values may have another size, the result's then."""
         assert isinstance(packed_seq_params, PackedRows), "rows are always packed"
         runs = packed_seq_params.runs
         assert runs is not None
         if runs.key_order is not None:
             key, value = _gathered(key, value, runs.key_order)
+        return self.attend(query, key, value, runs)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, runs: AttentionRuns) -> Tensor:
+        """The same with keys and values of all context-parallel ranks, in the order of `runs.key_order`."""
         # Flash attention computes in 16 bits only.
-        if self.softmax_offset is not None:
-            context = self._with_sinks(query, key, value, runs)
-        elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
             context = self._varlen(query, key, value, runs)
+        elif self.softmax_offset is not None:
+            context = self._with_sinks(query, key, value, runs)
         else:
             context = self._run_by_run(query, key, value, runs)
         return context.reshape(query.shape[0], -1)
@@ -129,41 +135,10 @@ class PackedAttention(MegatronModule):
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, runs: AttentionRuns) -> Tensor:
         # Flash attention counts from the end of the keys, where the queries stand.
         longest = max(runs.lengths), max(runs.key_lengths)
-        return varlen_attention(
-            query, key, value, runs.cu_seqlens, runs.key_cu_seqlens, *longest, self.softmax_scale, self.window
-        )
-
-
-def varlen_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    key_cu_seqlens: Tensor,
-    longest: int,
-    longest_key: int,
-    scale: float,
-    window: tuple[int, int] = (-1, 0),
-) -> Tensor:
-    """torch's causal flash attention in 16 bits over runs of tokens: query [t, heads, dim], key, value [k, kv heads, dim]."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    options: dict[str, Any] = {}
-    if query.shape[1] != key.shape[1] and _varlen_asks_for_groups():
-        options["enable_gqa"] = True
-    context = varlen_attn(
-        query, key, value, cu_seqlens, key_cu_seqlens, longest, longest_key, scale=scale, window_size=window, **options
-    )
-    assert isinstance(context, Tensor)
-    return context
-
-
-@cache
-def _varlen_asks_for_groups() -> bool:
-    """True if this torch's varlen_attn has an option for fewer key than query heads (2.11's takes them without one)."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+        how = self.softmax_scale, self.window
+        if self.softmax_offset is not None:
+            return attention_with_sinks(query, key, value, self.softmax_offset, runs, *how)
+        return varlen_attention(query, key, value, runs.cu_seqlens, runs.key_cu_seqlens, *longest, *how)
 
 
 def _gathered(key: Tensor, value: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""Families with mixtures of experts, and their dense relatives where one file has both."""
