@@ -13,7 +13,6 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron.sft.families.architecture import GATED_DELTA_NET, LATENT_ATTENTION, Architecture, Layer, MoEConfig
 from megatron.sft.families.weight_names import norm_names
-from megatron.sft.model.attention.flash_attention import missing_here
 from megatron.sft.model.attention.latent_attention import LatentAttention
 from megatron.sft.model.attention.packed_attention import PackedAttention
 from megatron.sft.model.config import has_transformer_engine
@@ -79,12 +78,11 @@ def _set_attention(attention: Any, architecture: Architecture, config: Transform
 
 def _core_attention(architecture: Architecture, config: TransformerConfig, facts: Layer) -> Any:
     """Attention itself over packed rows: Transformer Engine's where it can, else this project's, with its layer's window."""
-    # It has no packed attention in float32 or with sinks. Over parts of rows its ring takes much longer than gathering keys and
-    # values does, and has no windows, nor values of another size than keys.
-    whole_rows = config.context_parallel_size == 1
-    ring = not whole_rows and missing_here() and facts.window is None and facts.mixer != LATENT_ATTENTION
+    # It has no packed attention in float32 or with sinks, nor, on a part of the row, a window or values of another size than
+    # keys.
+    whole_rows = config.context_parallel_size == 1 or (facts.window is None and facts.mixer != LATENT_ATTENTION)
     possible = config.params_dtype != torch.float32 and not architecture.attention_sinks
-    if has_transformer_engine() and possible and (whole_rows or ring):
+    if has_transformer_engine() and possible and whole_rows:
         from megatron.core.extensions import transformer_engine as engine
 
         return engine.TEDotProductAttention

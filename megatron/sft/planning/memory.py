@@ -122,10 +122,9 @@ def _stage_estimate(
     weights = for_weight * (dense + expert)
     if settings.trained.lora is not None:
         weights += for_weight * (trained_dense + trained_expert)
-    if settings.precision == "fp8":
-        # Two copies of the linear layers' weights in 8 bits, as rows and as columns.
-        split, *_ = _parameters(architecture, _stage_layers(architecture, layout, stage))
-        weights += 2 * (split // layout.tensor_parallel + expert)
+    # Two copies of the linear layers' weights in 8 bits, as rows and as columns; experts are computed in 16.
+    split, *_ = _parameters(architecture, _stage_layers(architecture, layout, stage))
+    cast = 2 * split // layout.tensor_parallel if settings.precision == "fp8" else 0
     activations = in_flight * one_micro_batch * tokens
     working *= tokens
     unit = _element_bytes(settings)
@@ -139,13 +138,14 @@ def _stage_estimate(
     largest = 4 * min(_largest_parameter(architecture, layout), shares)
     return MemoryEstimate(
         stage=stage,
-        weights=int(weights),
+        weights=int(weights) + cast,
         gradients=int(for_gradient * (trained_dense + trained_expert)),
         optimizer=int(for_optimizer * shares),
         activations=int(activations * (1 + _FRAGMENTS)),
         working=int(working),
         reserve=_CONTEXT_BYTES + _NCCL_BYTES * sum(size > 1 for size in dimensions),
         built=int(for_built * shares),
+        cast=cast,
         converted=int(largest) if settings.optimizer_precision == "bf16" else 0,
     )
 

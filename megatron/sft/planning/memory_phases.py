@@ -20,6 +20,7 @@ class MemoryEstimate:
     working: int  # the output head's chunk, or the largest tensors of one layer's backward pass
     reserve: int  # CUDA context and NCCL: not part of torch's own figures
     built: int = 0  # of the optimizer, before the first step
+    cast: int = 0  # of the weights, their copies in 8 bits, which the first forward pass makes
     converted: int = 0  # the largest parameter's share in float32, which saving and resuming make of 16-bit states
 
     @property
@@ -43,7 +44,7 @@ class MemoryEstimate:
 
     def parts(self) -> dict[str, int]:
         """Name and bytes of each part of the forward and backward passes, the phase that nearly always decides."""
-        hidden = ("stage", "built", "converted")
+        hidden = ("stage", "built", "cast", "converted")
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in hidden}
 
     def phases(self) -> dict[str, int]:
@@ -51,12 +52,12 @@ class MemoryEstimate:
         model = self.weights + self.gradients
         rest, passes = model + self.optimizer, self.activations + self.working
         sizes = (
-            model + self.built,
+            model + self.built - self.cast,
             model + self.built + passes,
             rest + passes,
             rest,
             rest + self.working,
             rest + self.converted,
-            rest + 2 * self.converted,
+            rest + 2 * self.converted - self.cast,
         )
         return dict(zip(PHASES, sizes, strict=True))

@@ -39,7 +39,7 @@ def varlen_attention(
 
 def check(dtype: torch.dtype, device: torch.device) -> None:
     """A `UserError` now, rather than in the first step, where this torch has no such attention."""
-    if device.type == "cuda" and dtype != torch.float32 and (missing := missing_here()):
+    if device.type == "cuda" and dtype != torch.float32 and (missing := _missing()):
         raise UserError(
             f"this model's attention needs torch 2.11 or later in 16 bits ({torch.__version__}'s varlen_attn lacks "
             f"{', '.join(missing)}): take a newer container, or PRECISION=fp32 for a test"
@@ -47,7 +47,7 @@ def check(dtype: torch.dtype, device: torch.device) -> None:
 
 
 @cache
-def missing_here() -> tuple[str, ...]:
+def _missing() -> tuple[str, ...]:
     """What of `varlen_attn` this torch does not have; empty from 2.11 on."""
     try:
         from torch.nn.attention.varlen import varlen_attn

@@ -18,7 +18,7 @@ MEASURED_GPUS = 4
 # nets, the output head.
 PRODUCTS, EXPERTS, ATTENTION_PAIRS, STATES, HEAD = 680e12, 560e12, 312e12, 40e12, 595e12
 # In 8 bits, casts included, relative to 16; without TensorFloat-32.
-_FP8_GAIN, _FLOAT32_PRODUCTS = 1.32, 45e12
+_FP8_GAIN, _FLOAT32_PRODUCTS = 1.42, 45e12
 # Rows are sorted, gathered and summed again: passes over them, forward and backward; gradients of experts' weights are added to
 # the buffer: bytes of each.
 _ROW_PASSES, _EXPERT_GRADIENT_BYTES = 12, 6
@@ -32,7 +32,7 @@ _OPTIMIZER_BYTES = 2.2e12
 # gradients do, and between hosts (400 Gbit/s a GPU).
 _WITHIN_LAYERS, _WITHIN_GRADIENTS, BETWEEN_HOSTS = 200e9, 330e9, 40e9
 # Attention over a part of each conversation, relative to the whole.
-_CONTEXT_ATTENTION = 1.25
+_CONTEXT_ATTENTION = 1.95
 
 
 @dataclass(frozen=True)
