@@ -126,7 +126,7 @@ def _random_part(weight: LiveWeight, architecture: Architecture, layout: Layout)
     entry, parameter = weight.entry, weight.parameter
     generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(entry.megatron.encode()))
     shape = weight_shape(architecture, entry.rule)
-    whole = torch.randn(shape, generator=generator, device=parameter.device, dtype=parameter.dtype) * 0.02
+    whole = torch.randn(shape, generator=generator, device=parameter.device, dtype=parameter.dtype).mul_(0.02)
     if entry.megatron in (EMBEDDING, OUTPUT):
         whole = padded(whole, layout.padded_vocab_size(architecture))
     if entry.expert is not None:
