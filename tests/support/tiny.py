@@ -337,7 +337,14 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "qwen3_moe_unnormalised": (
         "Qwen3Moe",
-        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": False, "head_dim": 16},
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": False,
+            "head_dim": 16,
+            "mlp_only_layers": [3],
+        },
     ),
     "qwen2_moe": (
         "Qwen2Moe",

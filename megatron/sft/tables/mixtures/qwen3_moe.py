@@ -1,13 +1,22 @@
-"""Qwen3 with a mixture of experts in every layer."""
+"""Qwen3 with a mixture of experts in every layer, or in some."""
 
 from typing import Any
 
 MODEL_TYPES = ("qwen3_moe",)
-FIXED = {"attention_bias": False, "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
+FIXED = {"attention_bias": False, "use_sliding_window": False}
 IMMATERIAL = {"sliding_window", "max_window_layers", "output_router_logits", "router_aux_loss_coef"}
 # transformers 5 calls num_experts num_local_experts.
-USED = {"num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
+USED = {
+    "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers",
+    "decoder_sparse_step",
+}  # fmt: skip
+DEFAULTS = {"decoder_sparse_step": 1}
 PIECES = {"query_key_norm": "head"}
+
+
+def experts(config: dict[str, Any]) -> list[bool]:
+    step, dense = int(config["decoder_sparse_step"]), config.get("mlp_only_layers") or []
+    return [(layer + 1) % step == 0 and layer not in dense for layer in range(int(config["num_hidden_layers"]))]
 
 
 def moe(config: dict[str, Any]) -> dict[str, Any]:
