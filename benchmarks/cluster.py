@@ -85,7 +85,7 @@ class Expected:
 
 def main(argv: Sequence[str] | None = None) -> int:
     asked = parse(argv)
-    cases = [*asked.case, *(SUITES[asked.suite].strip().splitlines() if asked.suite else [])]
+    cases = [*asked.case, *(suite(asked.suite) if asked.suite else [])]
     if not cases:
         raise UserError(f"nothing to measure: give --suite ({', '.join(SUITES)}) or --case")
     if not device.has_gpu():
@@ -104,6 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     file.write(json.dumps({"case": case, **found}) + "\n")
         print(line, flush=True)
     return 0 if good else 1
+
+
+def suite(name: str) -> list[str]:
+    """The cases of a suite."""
+    return SUITES[name].strip().splitlines()
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

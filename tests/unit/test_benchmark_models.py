@@ -1,8 +1,11 @@
 """The parts of models that benchmarks measure are the same for our stack and its peer."""
 
+import shlex
+
 import pytest
 import torch
 
+from benchmarks import cluster
 from benchmarks.models import cut_architecture, cut_config
 from benchmarks.train import parse
 from megatron.sft.planning.memory import num_parameters
@@ -39,3 +42,12 @@ def test_layers_and_experts_that_a_model_has_not_are_refused() -> None:
     for cut, reason in ((["--layers", "99"], "has 28 layers"), (["--experts", "4"], "has none")):
         with pytest.raises(UserError, match=reason):
             cut_architecture(parse(["--model", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", *cut]))
+
+
+@pytest.mark.parametrize("name", cluster.SUITES)
+def test_every_case_of_a_suite_fits_the_gpus_that_it_is_for(name: str) -> None:
+    for case in cluster.suite(name):
+        arguments = parse(shlex.split(case))
+        arguments.gpus, arguments.stack = {"two": 2, "four": 4, "eight": 8}[name.partition("-")[0]], "ours"
+        expected = cluster.expect(arguments)
+        assert 5 < expected.memory_gib < 0.96 * 79 and expected.time.total > 0, case
