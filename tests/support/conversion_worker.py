@@ -135,7 +135,9 @@ def gradient_difference(checkpoint: Path, source: HFFolder, layout: Layout) -> t
         ours = weight.parameter.main_grad
         if ours.shape != weight.values.shape:  # of several experts
             ours = ours[(weight.values.data_ptr() - weight.parameter.data_ptr()) // weight.values.nbytes]
-        difference = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-6))
+        # Of a typical part: two numbers of a rank can be as good as zero next to the whole parameter's gradient.
+        typical = torch.maximum(theirs.norm(), whole.norm() / size**0.5)
+        difference = float((ours - theirs).norm() / typical.clamp(min=1e-6))
         if difference > worst:
             worst, worst_name = difference, name
     return largest(worst), worst_name

@@ -302,8 +302,6 @@ _GATED_EXPERTS = {
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 48,
-    # More still: the last bit of a weight changes the step sizes' gradients by 1e-4 otherwise.
-    "rms_norm_eps": 0.5,
 }
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen2": ("Qwen2", {}),
