@@ -96,9 +96,9 @@ class Caster:
         return result
 
     def report(self) -> str:
-        """`cast float32 to bfloat16 (rounding is usual): 12 of 100 values rounded, 0 overflow`; "" without a cast."""
+        """`cast float32 to bfloat16: 12 of 100 values rounded (which is usual), 0 overflow`; "" without a cast."""
         if not self._kinds:
             return ""
         kinds = ", ".join(sorted(self._kinds))
-        rounded = f"{self.rounded:,} of {self.values:,} values rounded"
-        return f"cast {kinds} (rounding is usual): {rounded}, {self.overflowed:,} overflow"
+        rounded = f"{self.rounded:,} of {self.values:,} values rounded" + " (which is usual)" * bool(self.rounded)
+        return f"cast {kinds}: {rounded}, {self.overflowed:,} overflow"
