@@ -19,7 +19,7 @@ def read_layers(config: dict[str, Any], table: dict[str, Any], where: str) -> tu
     _check_types(config, table, list(types), where)
     ropes = _ropes(config, table, set(types), where)
     rotated = table["rotated"](config) if table["rotated"] else [True] * num_layers
-    experts = table["experts"](config) if table["experts"] else [table["moe"] is not None] * num_layers
+    experts = table["experts"](config) if table["experts"] else _experts(config, table, where)
     attention = LATENT_ATTENTION if table["latent"] else ATTENTION
     return tuple(
         Layer(
@@ -30,6 +30,17 @@ def read_layers(config: dict[str, Any], table: dict[str, Any], where: str) -> tu
         )
         for number in range(num_layers)
     )
+
+
+def _experts(config: dict[str, Any], table: dict[str, Any], where: str) -> list[bool]:
+    """Whether each layer has experts: all of a mixture do, but for `mlp_only_layers` and those between every
+    `decoder_sparse_step`th one, in families that have the fields."""
+    asked, dense = config.get("decoder_sparse_step"), config.get("mlp_only_layers") or []
+    step = 1 if asked is None else int(asked)
+    if step < 1:
+        raise UserError(f"{where}: decoder_sparse_step={step} is not possible: it starts at 1")
+    is_mixture = bool(table["moe"] and table["moe"](config))
+    return [is_mixture and (layer + 1) % step == 0 and layer not in dense for layer in range(int(config["num_hidden_layers"]))]
 
 
 def _check_types(config: dict[str, Any], table: dict[str, Any], types: list[str], where: str) -> None:

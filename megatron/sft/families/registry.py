@@ -76,7 +76,7 @@ _OPTIONAL: dict[str, Any] = {
     "layer_types": None,  # function: config -> the type of each layer, where config.json does not say
     "ropes": None,  # function: config -> RoPE parameters by type of layer
     "rotated": None,  # function: config -> whether each layer rotates queries and keys
-    "experts": None,  # function: config -> whether each layer has experts; else all do where `moe` is there
+    "experts": None,  # function: config -> whether each layer has experts; else as `layers._experts` has it
     "moe": None,  # function: config -> fields of `MoEConfig`; empty for a model without experts
     "delta_net": None,  # function: config -> fields of `DeltaNetConfig`
     "latent": None,  # function: config -> fields of `LatentConfig`

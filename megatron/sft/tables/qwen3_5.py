@@ -20,7 +20,7 @@ IMMATERIAL = {
 }  # fmt: skip
 DEFAULTS = {
     "head_dim": 256, "full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32, "decoder_sparse_step": 1,
+    "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
 }  # fmt: skip
 NAMES = {"shared": "shared_expert"}
 PARTIAL_ROTARY = 0.25
@@ -45,11 +45,6 @@ def delta_net(config: dict[str, Any]) -> dict[str, int]:
     fields = {"key_dim": "key_head_dim", "value_dim": "value_head_dim", "kernel": "conv_kernel_dim"}
     fields |= {"num_key_heads": "num_key_heads", "num_value_heads": "num_value_heads"}
     return {field: int(config[f"linear_{name}"]) for field, name in fields.items()}
-
-
-def experts(config: dict[str, Any]) -> list[bool]:
-    step, dense, layers = config["decoder_sparse_step"], config.get("mlp_only_layers") or [], range(config["num_hidden_layers"])
-    return [bool(config.get("num_experts")) and (layer + 1) % step == 0 and layer not in dense for layer in layers]
 
 
 def moe(config: dict[str, Any]) -> dict[str, Any]:

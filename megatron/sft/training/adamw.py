@@ -5,7 +5,7 @@ reads weight, lower bits, gradient and both moments once, computes in float32, a
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +72,12 @@ class InPlaceAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of every parameter that has a gradient. Deterministic: every element is computed alone."""
+        for parameter, gradient, group in self.begin_step():
+            _step(parameter, gradient, self.state[parameter], group, self.grad_scale)
+
+    def begin_step(self) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+        """Every parameter that has a gradient, with it and the parameter's group, whose count of steps grows by one; it has its
+        state then."""
         for group in self.param_groups:
             group["step"] = int(group["step"]) + 1
             for parameter in group["params"]:
@@ -80,7 +86,7 @@ class InPlaceAdamW(torch.optim.Optimizer):
                     continue
                 if not self.state[parameter]:
                     self.initialize_state(parameter)
-                _step(parameter, gradient, self.state[parameter], group, self.grad_scale)
+                yield parameter, gradient, group
 
     def get_unscaled_state(self, parameter: Tensor, name: str) -> Tensor:
         """A state as it is stored; nothing is scaled here."""

@@ -72,15 +72,8 @@ class OffloadedAdamW(InPlaceAdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of every parameter that has a gradient."""
         work: list[_Piece] = []
-        for group in self.param_groups:
-            group["step"] = int(group["step"]) + 1
-            for parameter in group["params"]:
-                gradient = getattr(parameter, "decoupled_grad", None)
-                if gradient is None or not parameter.numel():
-                    continue
-                if not self.state[parameter]:
-                    self.initialize_state(parameter)
-                work += _pieces(parameter, gradient, self.state[parameter], group, parameter in self.away)
+        for parameter, gradient, group in self.begin_step():
+            work += _pieces(parameter, gradient, self.state[parameter], group, parameter in self.away)
         here, away = [[piece for piece in work if piece.is_away == wanted] for wanted in (False, True)]
         if away:
             self._transfers = self._transfers or _Transfers(away[0].weights.is_cuda)

@@ -189,3 +189,13 @@ def test_gated_delta_nets_are_split_by_key_heads_and_not_over_contexts() -> None
         check_layout(Layout(tensor_parallel=2), architecture)
     with pytest.raises(UserError, match=r"CP=2 is not possible with the gated delta nets of qwen3_5_text"):
         check_layout(Layout(context_parallel=2), architecture)
+
+
+def test_dense_layers_of_a_mixture_are_those_between_its_steps_and_those_named() -> None:
+    config = {**CONFIG, **MIXTURE, "model_type": "qwen3_moe", "num_hidden_layers": 6, "head_dim": 6}
+    config = {name: value for name, value in config.items() if name not in ("n_routed_experts", "moe_num_experts", "moe_k")}
+    config = {**config, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    del config["shared_expert_intermediate_size"]
+    assert [layer.experts for layer in read_architecture(config, "it").layers] == [False, True, False, False, False, True]
+    with pytest.raises(UserError, match="decoder_sparse_step=0"):
+        read_architecture({**config, "decoder_sparse_step": 0}, "it")

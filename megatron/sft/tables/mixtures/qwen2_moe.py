@@ -12,18 +12,13 @@ USED = {
 }  # fmt: skip
 DEFAULTS = {
     "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
-    "decoder_sparse_step": 1, "qkv_bias": True,
+    "qkv_bias": True,
 }  # fmt: skip
 NAMES = {"shared": "shared_expert"}
 
 
 def pieces(config: dict[str, Any]) -> dict[str, Any]:
     return {"qkv_bias": bool(config["qkv_bias"])}
-
-
-def experts(config: dict[str, Any]) -> list[bool]:
-    step, dense = int(config["decoder_sparse_step"]), config.get("mlp_only_layers") or []
-    return [(layer + 1) % step == 0 and layer not in dense for layer in range(int(config["num_hidden_layers"]))]
 
 
 def moe(config: dict[str, Any]) -> dict[str, Any]:

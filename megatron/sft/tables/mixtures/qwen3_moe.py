@@ -10,13 +10,7 @@ USED = {
     "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers",
     "decoder_sparse_step",
 }  # fmt: skip
-DEFAULTS = {"decoder_sparse_step": 1}
 PIECES = {"query_key_norm": "head"}
-
-
-def experts(config: dict[str, Any]) -> list[bool]:
-    step, dense = int(config["decoder_sparse_step"]), config.get("mlp_only_layers") or []
-    return [(layer + 1) % step == 0 and layer not in dense for layer in range(int(config["num_hidden_layers"]))]
 
 
 def moe(config: dict[str, Any]) -> dict[str, Any]:
