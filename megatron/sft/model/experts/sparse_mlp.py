@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron.sft.families.architecture import MoEConfig
+from megatron.sft.model.experts.casts import can_multiply
 from megatron.sft.model.experts.grouped_linear import GroupedLinear
 from megatron.sft.model.experts.routed_rows import (
     RoutedRows,
@@ -29,6 +30,7 @@ from megatron.sft.model.experts.router import Router
 from megatron.sft.model.experts.shared import SharedExperts
 from megatron.sft.model.inputs import PackedRows
 from megatron.sft.model.recomputation import recompute
+from megatron.sft.runtime import device
 
 
 class Experts(MegatronModule):
@@ -42,7 +44,8 @@ class Experts(MegatronModule):
         spread = config.expert_model_parallel_size
         self.num_local = config.num_moe_experts // spread
         width = config.moe_ffn_hidden_size // self.split
-        options = {"dtype": config.params_dtype, "bias": moe.expert_bias}
+        in_8_bits = bool(config.fp8) and can_multiply(device.current())
+        options = {"dtype": config.params_dtype, "bias": moe.expert_bias, "in_8_bits": in_8_bits}
         self.linear_fc1 = GroupedLinear(self.num_local, 2 * width, config.hidden_size, **options)
         self.linear_fc2 = GroupedLinear(self.num_local, config.hidden_size, width, **options)
         for dimension, linear in ((1, self.linear_fc1), (2, self.linear_fc2)):
