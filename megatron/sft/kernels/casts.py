@@ -10,15 +10,20 @@ _ROWS, _COLUMNS = 128, 64
 
 
 @triton.jit
+def store_cast(wide, outputs, scales, row, columns, width, LARGEST: tl.constexpr, LEAST: tl.constexpr):  # noqa: N803
+    """One row in 8 bits and its scale. wide: float32, 0 beyond the width."""
+    largest = tl.maximum(tl.max(tl.abs(wide), axis=0), LEAST)
+    tl.store(scales + row, largest / LARGEST)
+    tl.store(outputs + row * width + columns, (wide * (LARGEST / largest)).to(tl.float8e4nv), mask=columns < width)
+
+
+@triton.jit
 def _cast_rows(values, outputs, scales, width, LARGEST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
     """One row a program, read once."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    wide = tl.load(values + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(wide), axis=0), LEAST)
-    tl.store(scales + row, largest / LARGEST)
-    tl.store(outputs + row * width + columns, (wide * (LARGEST / largest)).to(tl.float8e4nv), mask=inside)
+    wide = tl.load(values + row * width + columns, mask=columns < width, other=0.0).to(tl.float32)
+    store_cast(wide, outputs, scales, row, columns, width, LARGEST, LEAST)
 
 
 @triton.jit
@@ -58,10 +63,14 @@ def cast_rows(values: Tensor, largest: float, least: float) -> tuple[Tensor, Ten
     if values.numel():
         block = triton.next_power_of_2(width)
         _cast_rows[(scales.numel(),)](
-            values, outputs, scales, width,
-            LARGEST=largest, LEAST=least, BLOCK=block, num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
+            values, outputs, scales, width, LARGEST=largest, LEAST=least, BLOCK=block, num_warps=warps_of_row(block)
         )  # fmt: skip
     return outputs, scales
+
+
+def warps_of_row(block: int) -> int:
+    """For a program that holds a whole row in registers."""
+    return 4 if block <= 2048 else 8 if block <= 8192 else 16
 
 
 def cast_columns(values: Tensor, largest: float, least: float) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron.sft.model.experts import routed_rows as routed
 from megatron.sft.model.experts.casts import Cast, can_multiply, cast_columns, cast_rows
 from megatron.sft.model.experts.grouped_linear import GroupedLinear, grouped_product
 
@@ -107,6 +108,45 @@ def test_products_and_gradients_of_the_rows_are_near_the_exact_ones_and_those_of
         assert of_weights[0].eq(0).all() and of_weights[3].ne(0).any()  # type: ignore[index]
     else:
         assert of_weights is None
+
+
+@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("kind", ["silu", "clamped_silu"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_activation_in_8_bits_is_the_cast_of_that_in_16_with_its_gradients(device: str, kind: str, written: bool) -> None:
+    torch.manual_seed(0)
+    tokens, width = 50, 80
+    chosen = torch.randint(0, len(COUNTS), (tokens, 2), device=device)
+    rows = routed.routed_rows(chosen, len(COUNTS))
+    inputs = [torch.randn(2 * tokens, 2 * width), torch.rand(2 * tokens), torch.randn(len(COUNTS), 2 * width)]
+    results = []
+    for with_cast in (False, True):
+        gate_up, weights, values = (each.to(device, torch.bfloat16).requires_grad_() for each in inputs)
+        weights = inputs[1].to(device).requires_grad_()
+        bias = routed.expert_bias(values, rows.ends, 2 * tokens) if kind == "clamped_silu" else None
+        if with_cast:
+            active, cast = routed.weighted_swiglu_and_cast(gate_up, weights, kind, bias, written)
+        else:
+            active = routed.weighted_swiglu(gate_up, weights, kind, bias)
+            cast = cast_rows(active.detach())
+        active.backward(torch.sin(torch.arange(active.numel(), device=device)).view_as(active).to(active.dtype))
+        results.append((active.detach(), cast, [each.grad for each in (gate_up, weights, values) if each.grad is not None]))
+    (plain, apart, expected), (active, together, given) = results
+    if written:
+        torch.testing.assert_close(active, plain)
+    torch.testing.assert_close(together.scales, apart.scales, rtol=1e-6, atol=0)
+    assert (together.values.float() == apart.values.float()).float().mean() > 0.999
+    assert len(given) == (3 if bias is not None else 2)
+    assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gathered_casts_are_casts_of_gathered_rows(device: str) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(20, 48).to(device, torch.bfloat16)
+    rows = routed.routed_rows(torch.randint(0, 6, (20, 3), device=device), 6)
+    gathered, expected = cast_rows(hidden).rows(rows.tokens), cast_rows(hidden[rows.tokens])
+    assert torch.equal(gathered.values.float(), expected.values.float()) and torch.equal(gathered.scales, expected.scales)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron.sft.runtime import ranks
 
 # The largest finite value of e4m3; what a row's largest value counts as at least, so that zeros have a scale.
-_LARGEST, _LEAST = 448.0, 1e-30
+LARGEST, LEAST = 448.0, 1e-30
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,22 @@ class Cast:
         """float32 [..., n, width]: what they stand for."""
         return self.values.float() * self.scales[..., None]
 
+    def rows(self, places: Tensor) -> "Cast":
+        """Of a matrix's cast, the rows [k] at these places."""
+        # Elements of 8 bytes: torch copies element by element.
+        gathered = self.values.view(torch.int64).index_select(0, places).view(self.values.dtype)
+        return Cast(gathered, self.scales.index_select(0, places))
+
 
 def cast_rows(values: Tensor) -> Cast:
     """Of values [..., n, width], in one pass on a GPU."""
     if values.is_cuda:
         from megatron.sft.kernels import casts
 
-        return Cast(*casts.cast_rows(values.contiguous(), _LARGEST, _LEAST))
+        return Cast(*casts.cast_rows(values.contiguous(), LARGEST, LEAST))
     wide = values.float()
-    largest = wide.abs().amax(dim=-1).clamp(min=_LEAST)
-    return Cast((wide * (_LARGEST / largest)[..., None]).to(torch.float8_e4m3fn), largest / _LARGEST)
+    largest = wide.abs().amax(dim=-1).clamp(min=LEAST)
+    return Cast((wide * (LARGEST / largest)[..., None]).to(torch.float8_e4m3fn), largest / LARGEST)
 
 
 def cast_columns(values: Tensor) -> Cast:
@@ -46,7 +52,7 @@ def cast_columns(values: Tensor) -> Cast:
     if values.is_cuda:
         from megatron.sft.kernels import casts
 
-        return Cast(*casts.cast_columns(values.contiguous(), _LARGEST, _LEAST))
+        return Cast(*casts.cast_columns(values.contiguous(), LARGEST, LEAST))
     return cast_rows(values.transpose(1, 2).contiguous())
 
 
