@@ -157,6 +157,7 @@ SEAMS: dict[str, list[str]] = {
         "pg_collection",
     ],
     "megatron.core.fp8_utils.get_fp8_recipe": ["config"],
+    "megatron.core.transformer.module.MegatronModule.is_first_microbatch": [],
     "megatron.core.transformer.transformer_config.TransformerConfig.hetereogenous_dist_checkpoint": [],
     "megatron.core.transformer.transformer_layer.get_transformer_layer_offset": ["config", "vp_stage", "pp_rank"],
     "megatron.core.models.gpt.gpt_layer_specs.get_gpt_layer_local_spec": [],
