@@ -25,3 +25,25 @@ def test_experts_in_8_bits_are_near_those_in_32_and_the_same_over_processes_reco
 @pytest.mark.gpu
 def test_the_same_on_a_gpu(configs: list[Path]) -> None:
     assert tiny.run_on_gpu(1, str(WORKER), *configs).count("equal") == 1
+
+
+def test_a_run_with_experts_in_8_bits_is_near_bf16_and_resumes_in_another_layout(packed_rows: Path, tmp_path: Path) -> None:
+    """A resumed run casts the weights that it loads: one whose casts were older than its weights would differ from it."""
+    model = tiny.save_family(tmp_path / "model", "qwen3_moe")
+    tiny.run_module("convert", "--source", model, "--output", tmp_path / "checkpoint")
+    train = tiny.ROOT / "tests" / "support" / "fp8_train.py"
+    options = ["--load", tmp_path / "checkpoint", "--data-path", packed_rows, "--global-batch-size", 8, "--micro-batch-size", 2]
+    options += ["--lr", "1e-3", "--min-lr", "1e-3", "--lr-decay-style", "constant", "--train-iters", 4]
+    fp8 = [*options, "--precision", "fp8"]
+    tiny.launch(1, "train", "train", *options, "--precision", "bf16", "--save", tmp_path / "bf16")
+    tiny.launch_test_worker(1, train, "train", *fp8, "--save", tmp_path / "whole", "--save-interval", 2)
+    pipeline = ["--pipeline-model-parallel-size", 2, "--recompute", "selective"]
+    tiny.launch_test_worker(
+        2, train, "resume", *fp8, *pipeline, "--save", tiny.as_of(2, tmp_path / "whole", tmp_path / "stages")
+    )
+    experts = ["--expert-model-parallel-size", 2]
+    tiny.launch_test_worker(2, train, "train", *fp8, *experts, "--save", tmp_path / "spread")
+    bf16, whole, stages, spread = (tiny.losses(tmp_path / name) for name in ("bf16", "whole", "stages", "spread"))
+    assert whole == pytest.approx(bf16, rel=1e-3) and whole != pytest.approx(bf16, rel=1e-5)
+    assert stages == pytest.approx(whole, rel=1e-7)
+    assert spread == pytest.approx(whole, rel=1e-3)
