@@ -101,7 +101,7 @@ def can_multiply(device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     # torch has the kernel for Hopper alone.
-    suits = hasattr(F, "scaled_grouped_mm") and torch.cuda.get_device_capability(device) == (9, 0)
+    suits = hasattr(F, "scaled_grouped_mm") and hasattr(F, "ScalingType") and torch.cuda.get_device_capability(device) == (9, 0)
     if not suits:
         ranks.print_rank_0(
             f"experts are computed in bfloat16: {torch.cuda.get_device_name(device)} with torch {torch.__version__} has no "
