@@ -13,6 +13,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.support import tiny
@@ -77,27 +78,30 @@ def compare(arguments: argparse.Namespace, folder: Path) -> bool:
     before = ["--precision", plain, "--lr", 1e-3, "--train-iters", sizes[-1], "--log-interval", 1]
     learned = train(folder, "before", folder / "checkpoint", 1, arguments.cpu, *before)
     print(f"before: {learned[0]:.3f} -> {learned[-1]:.3f} in {len(learned)} steps", flush=True)
-    good = True
-    layouts = arguments.layouts or (OF_MIXTURE if arguments.model == "mixture" else OF_DENSE)
-    for layout in layouts.split(","):
+    runs = {plain: ["--precision", plain], **others}
+    layouts = (arguments.layouts or (OF_MIXTURE if arguments.model == "mixture" else OF_DENSE)).split(",")
+    schedule = ["--lr", 1e-4, "--min-lr", 1e-5, "--train-iters", arguments.steps, "--log-interval", 1]
+
+    def losses_of(case: tuple[str, str]) -> list[float]:
+        layout, name = case
         processes, options = LAYOUTS[layout]
-        options = [*options, "--lr", 1e-4, "--min-lr", 1e-5, "--train-iters", arguments.steps, "--log-interval", 1]
-        runs = {plain: ["--precision", plain], **others}
-        losses = {
-            name: train(folder, f"{layout} {name}", folder / "before", processes, arguments.cpu, *options, *precision)
-            for name, precision in runs.items()
-        }
-        reference = losses.pop(plain)
-        print(f"{layout:<8} {plain:<15} mean loss {statistics.mean(reference):.5f}, last {reference[-1]:.5f}", flush=True)
-        for name, values in losses.items():
+        options = [*options, *schedule, *runs[name]]
+        return train(folder, f"{layout} {name}", folder / "before", processes, arguments.cpu, *options)
+
+    cases = [(layout, name) for layout in layouts for name in runs]
+    good, reference = True, [0.0]
+    with ThreadPoolExecutor(arguments.at_once) as pool:
+        for (layout, name), values in zip(cases, pool.map(losses_of, cases), strict=True):
+            line = f"{layout:<8} {name:<15} mean loss {statistics.mean(values):.5f}, last {values[-1]:.5f}"
+            if name == plain:
+                reference = values
+                print(line, flush=True)
+                continue
             steps = [abs(a - b) / b for a, b in zip(values, reference, strict=True)]
             mean = abs(statistics.mean(values) / statistics.mean(reference) - 1)
             good = good and mean <= TOLERANCE
-            print(
-                f"{layout:<8} {name:<15} mean loss {statistics.mean(values):.5f}, last {values[-1]:.5f}, relative difference "
-                f"of the mean {mean:.1e}, of a step: median {statistics.median(steps):.1e}, largest {max(steps):.1e}",
-                flush=True,
-            )
+            apart = f"median {statistics.median(steps):.1e}, largest {max(steps):.1e}"
+            print(f"{line}, relative difference of the mean {mean:.1e}, of a step: {apart}", flush=True)
     return good
 
 
@@ -107,6 +111,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--recipes", default="tensorwise,delayed,blockwise")
     parser.add_argument("--layouts", default="", help=f"default: {OF_DENSE}, of a mixture {OF_MIXTURE}")
+    parser.add_argument("--at-once", type=int, default=4, help="runs side by side on the same GPUs")
     parser.add_argument("--cpu", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
