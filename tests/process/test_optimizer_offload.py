@@ -72,7 +72,7 @@ def test_a_slow_cpu_changes_no_bit_and_is_waited_for_layer_by_layer(
 ) -> None:
     name, spoil = request.node.callspec.id, 3 if processes == 1 else 0
     here = watched(dense, f"{name} here", processes, *HERE, *options, spoil=spoil)
-    away = watched(dense, f"{name} away", processes, *AWAY, *options, spoil=spoil, seconds=0.01)
+    away = watched(dense, f"{name} away", processes, *AWAY, *options, spoil=spoil, slow=True)
     assert len(set(away.losses)) == STEPS - (spoil > 0)
     assert (here.losses, here.parts) == (away.losses, away.parts)
     for steps in away.steps:
