@@ -6,27 +6,24 @@ happens at the same time changes a bit of a result.
 """
 
 import os
-from collections.abc import Iterable
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
+from megatron.sft.planning.memory import OFFLOADED_BYTES
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.training.adamw import InPlaceAdamW
-from megatron.sft.training.transfers import BUFFER_BYTES, Factors, Shard, Transfers, step_elements
-
-# Master weight and two moments in float32, and the buffer for the gradient.
-BYTES_PER_PARAMETER = 12 + BUFFER_BYTES
+from megatron.sft.training.transfers import Factors, Shard, Transfers, step_elements
 
 
 class OffloadedAdamW(InPlaceAdamW):
     """`InPlaceAdamW`'s place in megatron-core, with float32 states: `master_param`, `exp_avg` and `exp_avg_sq`.
 
-    share: of the parameters' elements, whose states are in CPU memory; set before the first step. Weights of any dtype,
-    gradients in float32. A step returns while the CPU computes: `finish`, or the hooks of `training.overlap`, come before weights or states
-    of that share are read.
+    share: of the parameters' elements, whose states are in CPU memory. Weights of any dtype, gradients in float32. A step
+    returns while the CPU computes: `finish`, or what `training.overlap` adds to a model, must come before weights or states of
+    that share are read.
     """
 
     share = 1.0
@@ -37,10 +34,10 @@ class OffloadedAdamW(InPlaceAdamW):
         self._transfers: Transfers | None = None
 
     def place(self, transfers: Transfers, places: dict[Tensor, int]) -> None:
-        """Choose the parameters whose state is in CPU memory, before any has a state. places: where the forward pass is when it
-        needs them, unlike for every parameter of every optimizer with these `transfers`.
+        """Choose the parameters whose state is in CPU memory, before any has a state: the last ones that the share has room
+        for, which the CPU has the most time to step.
 
-        The last ones that the share has room for are taken, which the CPU has the most time for.
+        places: of every parameter in the forward pass; all optimizers with these `transfers` count in one.
         """
         self._transfers = transfers
         room = round(self.share * sum(map(torch.numel, places)))
@@ -58,7 +55,7 @@ class OffloadedAdamW(InPlaceAdamW):
 
     def check_memory(self) -> None:
         """A `UserError` if this machine's memory does not hold the states and gradients of its processes."""
-        num_bytes = sum(map(torch.numel, self.shards)) * BYTES_PER_PARAMETER
+        num_bytes = sum(map(torch.numel, self.shards)) * OFFLOADED_BYTES
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         free = psutil.virtual_memory().available
         if num_bytes * processes > free:
@@ -72,7 +69,8 @@ class OffloadedAdamW(InPlaceAdamW):
         """One step of every parameter that has a gradient: of those on the GPU now, of the others from now on."""
         here, away = [], []
         for parameter, gradient, group in self.begin_step():
-            factors = Factors(group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["step"], self.grad_scale)
+            beta1, beta2 = group["betas"]
+            factors = Factors(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["step"], self.grad_scale)
             if shard := self.shards.get(parameter):
                 shard.state = self.state[parameter]
                 away.append((shard, gradient.view(-1), factors))

@@ -20,8 +20,6 @@ from megatron.sft.runtime import device
 
 # Elements that are stepped and sent at a time: their gradient, states and new weights stay in the CPU's caches meanwhile.
 _PIECE = 1 << 21
-# float32 gradients, which then give way to the new weights.
-BUFFER_BYTES = 4
 
 
 class Factors(NamedTuple):
@@ -40,9 +38,9 @@ class Shard:
     """A parameter, or the part of it that this process steps, whose state is in CPU memory.
 
     place: its position in the forward pass, different for each. weights: [n], on the GPU. buffer: [n] float32 in page-locked
-    memory. state: `master_param`, `exp_avg` and `exp_avg_sq` of `OffloadedAdamW`. arrived: the event after which the buffer holds
-    a gradient that is to be stepped; None if none was asked for. stepped: gives the event after which `weights` are the new ones;
-    None when nothing is left to wait for.
+    memory. state: `master_param`, `exp_avg` and `exp_avg_sq` of `OffloadedAdamW`. arrived: the event after which the buffer
+    holds a gradient to be stepped; None if none was asked for. stepped: gives the event after which `weights` are the new
+    ones; None when nothing is left to wait for.
     """
 
     def __init__(self, place: int, weights: Tensor) -> None:
@@ -154,7 +152,7 @@ def step_elements(master: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq:
     """torch's AdamW in one pass over memory. All float32, of one shape and on one device; the gradient is changed, too."""
     if factors.grad_scale != 1.0:
         gradient.mul_(factors.grad_scale)
-    count = torch.tensor(float(factors.step), device=master.device)
+    count = torch.full((), float(factors.step), device=master.device)  # waits for no GPU, unlike torch.tensor
     torch._fused_adamw_(
         [master], [gradient], [exp_avg], [exp_avg_sq], [], [count], lr=factors.lr, beta1=factors.beta1, beta2=factors.beta2,
         weight_decay=factors.weight_decay, eps=factors.eps, amsgrad=False, maximize=False,

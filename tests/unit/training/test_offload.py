@@ -83,6 +83,6 @@ def test_a_share_takes_the_last_parameters_that_it_has_room_for(device: str) -> 
 def test_too_little_memory_is_said_before_the_first_step(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = _optimizer(_weights(device, torch.bfloat16))
     optimizer.check_memory()
-    monkeypatch.setattr(offload, "BYTES_PER_PARAMETER", 1 << 40)
+    monkeypatch.setattr(offload, "OFFLOADED_BYTES", 1 << 40)
     with pytest.raises(UserError, match=r"OPTIMIZER_OFFLOAD=1 needs .* GB of CPU memory for 1 process, and .* are free"):
         optimizer.check_memory()
