@@ -28,13 +28,16 @@ class Watched(NamedTuple):
     steps: list[list[dict[str, int]]]
 
 
-def watched(runs: Runs, name: str, processes: int, *options: object, **settings: object) -> Watched:
+def watched(runs: Runs, name: str, processes: int, *options: object, on_gpu: bool = False, **settings: object) -> Watched:
     run = runs.folder / name
     arguments = ["--load", runs.converted, "--data-path", runs.folder / "rows", "--save", run, *OPTIONS, *options]
     given = json.dumps({"report": str(runs.folder / f"{name}.steps"), **settings})
-    tiny.launch_test_worker(processes, WORKER, given, *arguments)
+    if on_gpu:
+        tiny.run_on_gpu(processes, str(WORKER), given, *arguments)
+    else:
+        tiny.launch_test_worker(processes, WORKER, given, *arguments)
     files = json.loads((run / f"iter_{STEPS:07}" / "manifest.json").read_text())["files"]
-    reports = [json.loads((runs.folder / f"{name}.steps.{rank}").read_text()) for rank in range(processes)]
+    reports = [json.loads((runs.folder / f"{name}.steps.{rank}").read_text()) for rank in range(processes or 1)]
     return Watched(tiny.losses(run), {file: files[file] for file in files if file.endswith(".distcp")}, reports)
 
 
@@ -84,6 +87,22 @@ def test_a_slow_cpu_changes_no_bit_and_is_waited_for_layer_by_layer(
                 assert step["late"] == late and step["early"] and 0 < step["stepped"] < total
             else:  # saved after it
                 assert step["stepped"] == total
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_what_happens_at_the_same_time_changes_nothing(dense: Runs) -> None:
+    def apart(one: Watched, other: Watched) -> float:
+        return max(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True))
+
+    for name, share in (("whole", AWAY), ("half", HALF)):
+        patient, again = (
+            watched(dense, f"{name} {each}", 0, *share, on_gpu=True, patient=True) for each in ("patient", "again")
+        )
+        slow = watched(dense, f"{name} slow", 0, *share, on_gpu=True, slow=True)
+        # Nothing, unless equal runs differ because attention's backward pass adds in changing order.
+        assert apart(slow, patient) <= 5 * apart(patient, again), name
+        steps = [step for number, step in enumerate(slow.steps[0][:-1], 1) if number % 4]
+        assert all(step["early"] and not step["late"] and step["stepped"] < step["early"] for step in steps)
 
 
 def test_what_the_thread_cannot_do_ends_the_run_with_its_message(dense: Runs) -> None:

@@ -4,6 +4,7 @@ Its first argument is a JSON object, the others are those of megatron.sft.train:
   report   file that gets, for each step of this process, the gradients that were fetched before and in the optimizer's step,
            and how many had been stepped when the next forward pass began with the first layer
   slow     the CPU's step of each parameter takes longer, and that of the last one waits until the first layer has begun
+  patient  everything waits for each transfer, and for the CPU's step: nothing happens at the same time
   spoil    a step whose gradient is made not finite, before its norm is known
   fail     a step in which the CPU's thread cannot step a parameter
 """
@@ -79,6 +80,7 @@ def main() -> int:
     from megatron.sft.training import engine, optimizer, transfers
 
     report = Report()
+    start = transfers.Transfers.step
     fetch, forward, gather = transfers.Transfers.fetch, DecoderLayer.forward, engine.Engine.gathered_parameters
     config = optimizer.DistributedDataParallelConfig
 
@@ -88,6 +90,14 @@ def main() -> int:
         else:
             report.early += len(gradients)
         fetch(self, gradients, reduced)
+        if settings.get("patient"):
+            device.synchronize()
+
+    def started(self: Any, work: Any) -> None:
+        start(self, work)
+        if settings.get("patient"):
+            self.wait()
+            device.synchronize()
 
     def gathered(self: Any) -> Any:
         report.begun.set()
@@ -98,6 +108,7 @@ def main() -> int:
         return forward(self, *arguments, **keywords)
 
     transfers.Transfers.fetch = fetched  # type: ignore[method-assign]
+    transfers.Transfers.step = started  # type: ignore[method-assign]
     DecoderLayer.forward = forwarded  # type: ignore[method-assign]
     transfers.Transfers._step = slow(transfers.Transfers._step, settings, report)  # type: ignore[method-assign]
     engine.Engine.gathered_parameters = gathered  # type: ignore[method-assign]

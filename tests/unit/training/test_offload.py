@@ -72,6 +72,44 @@ def test_steps_in_pieces_are_those_of_whole_parameters(device: str, dtype: torch
         assert all(torch.equal(state[name], whole.state[reference][name]) for name in ("exp_avg", "exp_avg_sq"))
 
 
+def test_gradients_may_change_once_released_and_weights_are_back_when_they_were_waited_for(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a training step does it: nothing but the streams' order keeps gradients and weights apart."""
+    size = 1 << (22 if device == "cuda" else 12)
+    monkeypatch.setattr(transfers, "_PIECE", size // 4)
+    torch.manual_seed(0)
+    weights = [torch.randn(size, dtype=torch.bfloat16).to(device) for _ in range(4)]
+    expected = [torch.nn.Parameter(each.cpu().float()) for each in weights]
+    whole = torch.optim.AdamW(expected, fused=True, **SETTINGS)
+    optimizer, moving = OffloadedAdamW(weights, **SETTINGS), Transfers()
+    optimizer.place(moving, {parameter: place for place, parameter in enumerate(weights)})
+    sources = [torch.randn(size).to(device) for _ in weights]
+    gradients = [torch.zeros(size, device=device) for _ in weights]
+    busy = torch.randn(size >> 10, size >> 10, device=device)
+    for step in range(1, 6):
+        for parameter, gradient, source in zip(weights, gradients, sources, strict=True):
+            gradient += step * source
+            if parameter is not weights[1]:
+                moving.fetch([(optimizer.shards[parameter], gradient)])
+            parameter.decoupled_grad = gradient  # type: ignore[attr-defined]
+        optimizer.step()
+        moving.release()
+        for gradient in gradients:
+            gradient.zero_()
+        for _ in range(20):
+            busy = (busy @ busy).clamp_(-1, 1)
+        taken = []
+        for parameter in weights:
+            moving.wait([optimizer.shards[parameter]])
+            taken.append(parameter.clone())
+        for reference, source in zip(expected, sources, strict=True):
+            reference.grad = step * source.cpu()
+        whole.step()
+        for found, reference in zip(taken, expected, strict=True):
+            assert torch.equal(found.cpu(), reference.detach().bfloat16()), step
+
+
 def test_a_share_takes_the_last_parameters_that_it_has_room_for(device: str) -> None:
     weights = _weights(device, torch.bfloat16)
     taken = {}
