@@ -185,6 +185,7 @@ SEAMS: dict[str, list[str]] = {
     "transformer_engine.pytorch.module.base.TransformerEngineBaseModule.fp8_meta": [],
     "transformer_engine.pytorch.module.base.TransformerEngineBaseModule.init_fp8_meta_tensors": ["recipe"],
     "transformer_engine.pytorch.Linear.fuse_wgrad_accumulation": [],
+    "transformer_engine.pytorch.optimizers.FusedAdam.initialize_state": ["param", "store_param_remainders"],
     "transformer_engine.pytorch.optimizers.FusedAdam.master_param": [],
     # transformers and others
     "transformers.utils.chat_template_utils._compile_jinja_template": ["chat_template"],
