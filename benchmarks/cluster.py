@@ -152,6 +152,7 @@ def expect(arguments: argparse.Namespace) -> Expected:
         recompute=arguments.recompute,
         recompute_layers=arguments.recompute_layers,
         optimizer_precision=arguments.optimizer_precision,
+        optimizer_offload=arguments.optimizer_offload,
         trained=Trained(lora),
     )
     counts = train.rows_of(arguments, architecture.vocab_size, 1).counts[0]

@@ -100,7 +100,6 @@ def what_helps(architecture: Architecture, asked: argparse.Namespace, gpu_bytes:
     changes = {f"--row-length {length}": replace(settings, seq_length=length) for length in shorter}
     offloaded, small = replace(settings, optimizer_offload=1.0), replace(settings, optimizer_precision="bf16")
     changes |= {"--optimizer-offload 1": offloaded, "--optimizer-precision bf16": small}
-    changes["--optimizer-offload 1 --optimizer-precision bf16"] = replace(offloaded, optimizer_precision="bf16")
     for words, changed in changes.items():
         if words.startswith("--row-length") and any("--row-length" in each for each in advice):
             continue  # the longest that fits is there

@@ -72,11 +72,16 @@ class Share:
         else:
             state["master_param"].copy_(master)
 
+    @property
+    def held(self) -> Tensor:
+        """[stop - start], what the optimizer steps."""
+        group, place = self.optimizer.model_param_group_index_map[self.parameter]
+        held: Tensor = self.optimizer.optimizer.param_groups[group]["params"][place]
+        return held
+
     def _held(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The tensor that the optimizer steps, and its state, which has the master weights where they are another tensor."""
-        group, place = self.optimizer.model_param_group_index_map[self.parameter]
-        held = self.optimizer.optimizer.param_groups[group]["params"][place]
-        return held, self.optimizer.optimizer.state.get(held, {})
+        return self.held, self.optimizer.optimizer.state.get(self.held, {})
 
 
 def master_weights(weights: Tensor, state: dict[str, Tensor]) -> Tensor:

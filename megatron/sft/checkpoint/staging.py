@@ -35,7 +35,7 @@ class Staging:
             buffer = torch.empty(size, dtype=torch.uint8)
             buffer[::4096] = 0  # the system provides a page of memory when it is first touched
             if device.has_gpu():
-                _lock_pages(buffer)
+                lock_pages(buffer)
             self._buffers.append(buffer)
         self._sizes = sizes
 
@@ -78,7 +78,7 @@ def _constant(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: tensor
 
 
-def _lock_pages(buffer: Tensor) -> None:
+def lock_pages(buffer: Tensor) -> None:
     # Where the system refuses, the copy takes longer: it goes through small buffers of the driver.
     torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
 

@@ -19,6 +19,9 @@ from megatron.sft.planning.memory_phases import MemoryEstimate
 from megatron.sft.planning.trained_sizes import stage_trained, unkept_inputs
 
 GIB = 2**30
+# Of a parameter whose optimizer state is in CPU memory, there, in float32: master weight, two moments, the gradient while it is
+# stepped.
+OFFLOADED_BYTES = 16
 # Not part of torch's own peak: the CUDA context with cuBLAS' and Transformer Engine's workspaces, and NCCL's buffers
 # for every dimension of parallelism.
 _CONTEXT_BYTES = int(1.0 * GIB)

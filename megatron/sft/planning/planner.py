@@ -9,7 +9,7 @@ from megatron.sft.planning import input_checks
 from megatron.sft.planning.fitting.changes import Candidate, changes_text
 from megatron.sft.planning.fitting.memory_fit import fewest_gpus_text, gpu_memory, memory_settings
 from megatron.sft.planning.fitting.recomputing import recompute_words, with_cheapest_recompute
-from megatron.sft.planning.memory import GIB, MemorySettings, estimate
+from megatron.sft.planning.memory import GIB, OFFLOADED_BYTES, MemorySettings, estimate
 from megatron.sft.planning.objective_checks import needs_pairs
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.planning.resolution import Resolution, checkpoint_bytes
@@ -76,7 +76,7 @@ def _add_memory(found: Resolution) -> None:
     phases = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needed.phases().items())
     found.add("memory by phase", f"{phases} GiB of tensors: {needed.decides} decides")
     if share := options.optimizer_offload:
-        size = 12 * share * num_trained(architecture, found.trained)  # master weights and two moments in float32
+        size = OFFLOADED_BYTES * share * num_trained(architecture, found.trained)
         found.add("CPU memory", f"{size / 1e9:.1f} GB of all processes together for {share:.0%} of the optimizer's state")
     if found.layout_fits:
         found.add("fits", fewest_gpus_text(architecture, layout, settings, options.global_batch_size))

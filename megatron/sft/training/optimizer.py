@@ -19,6 +19,7 @@ from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.training.adamw import InPlaceAdamW
 from megatron.sft.training.offload import OffloadedAdamW
+from megatron.sft.training.overlap import overlap
 
 
 def wrap_model(
@@ -79,6 +80,8 @@ def build_optimizer(options: TrainOptions, dtype: torch.dtype, models: Sequence[
     if adamw is OffloadedAdamW:
         for inner in inner_optimizers(optimizer):
             inner.optimizer.share = options.optimizer_offload
+        overlap(models, optimizer)
+        for inner in inner_optimizers(optimizer):
             inner.optimizer.check_memory()
     if device.has_gpu() and not adamw:
         for group in optimizer.param_groups:

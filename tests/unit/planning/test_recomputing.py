@@ -7,14 +7,10 @@ import pytest
 
 from megatron.sft.hf.published_configs import find_architecture
 from megatron.sft.model.layout import Layout, share_of_chunk
-from megatron.sft.planning.fitting.recomputing import (
-    asked_recompute,
-    recompute_cost,
-    recompute_problems,
-    with_cheapest_recompute,
-)
+from megatron.sft.planning.fitting.recomputing import asked_recompute, recompute_problems, with_cheapest_recompute
 from megatron.sft.planning.memory import MemorySettings, estimate
 from megatron.sft.planning.options import TrainOptions
+from megatron.sft.planning.speed.step_time import recompute_cost
 
 ONE, ROW = Layout(), MemorySettings(16384, num_micro_batches=4)
 R1_1_5B = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"

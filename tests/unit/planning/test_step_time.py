@@ -92,3 +92,14 @@ def test_tensor_parallelism_over_hosts_is_slower_than_within_one() -> None:
         step_time(architecture, Layout(4, sequence_parallel=True), 1, settings, load(16384), Cluster(size)) for size in (8, 2)
     )
     assert over.tensor > 3 * within.tensor and over.compute == within.compute
+
+
+def test_an_optimizer_in_cpu_memory_costs_what_the_first_forward_pass_does_not_hide() -> None:
+    here, half, away = (time_of(SMALL, Layout(), 1, count=16, optimizer_offload=share) for share in (0.0, 0.5, 1.0))
+    assert here.offload == away.optimizer == 0 < half.optimizer < here.optimizer
+    assert 0 < half.offload < away.offload / 2 and away.total < 1.15 * here.total
+    # The same seconds, of a step that is four times as short.
+    assert time_of(SMALL, Layout(), 1, optimizer_offload=1.0).offload == away.offload
+    # Two copies share the optimizer, and longer rows hide it.
+    assert time_of(SMALL, Layout(), 2, count=16, optimizer_offload=1.0).offload < away.offload / 2
+    assert time_of(SMALL, Layout(), 1, 65536, optimizer_offload=0.25).offload == 0

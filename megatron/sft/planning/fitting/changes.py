@@ -5,13 +5,15 @@ from dataclasses import dataclass, replace
 
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.model.layout import Layout, check_layout
-from megatron.sft.planning.fitting.costs import CONTEXT_COST, OFFLOAD_MICRO_BATCHES, TENSOR_COST
-from megatron.sft.planning.fitting.recomputing import recompute_cost, recompute_words, with_cheapest_recompute
+from megatron.sft.planning.fitting.costs import CONTEXT_COST, TENSOR_COST
+from megatron.sft.planning.fitting.recomputing import recompute_words, with_cheapest_recompute
 from megatron.sft.planning.memory import MemorySettings, estimate
+from megatron.sft.planning.speed.run_time import full_rows
+from megatron.sft.planning.speed.step_time import recompute_cost, step_time
 from megatron.sft.runtime.errors import UserError
 
 # How much longer a step takes, or what else a change costs the user, as factors, to order them.
-_ROUNDED_MOMENTS, _SMALLER_MICRO_BATCH, _OTHER_DATA, _MORE_GPUS = 1.05, 1.02, 2.0, 3.0
+_ROUNDED_MOMENTS, _CPU_MEMORY, _SMALLER_MICRO_BATCH, _OTHER_DATA, _MORE_GPUS = 1.05, 1.05, 1.02, 2.0, 3.0
 _SHOWN = 3
 
 
@@ -74,6 +76,7 @@ def changes_text(start: Candidate, gpu_bytes: int) -> str:
     first = found[0]
     before = recompute_cost(start.architecture, start.layout, start.settings)
     slower = recompute_cost(first.architecture, first.layout, first.settings) / before
+    slower *= _offload_cost(start, first.settings.optimizer_offload)
     note = f" (a step takes about {slower:.2f} times as long)" if slower > 1.005 else ""
     others = f"; else {', or '.join(texts[1:])}" if texts[1:] else ""
     return f"the cheapest change that fits is {texts[0]}{note}{others}"
@@ -104,13 +107,23 @@ def _changes(now: Candidate) -> Iterator[Candidate]:
         found.append(now.changed("OPTIMIZER_PRECISION=bf16", _ROUNDED_MOMENTS, optimizer_precision="bf16"))
     if asked.optimizer_precision == "fp32" and asked.precision != "fp32" and asked.trained.lora is None:
         for share in (share for share in (0.25, 0.5, 0.75, 1.0) if share > asked.optimizer_offload):
-            cost = 1 + OFFLOAD_MICRO_BATCHES * (share - asked.optimizer_offload) / asked.num_micro_batches
+            cost = _CPU_MEMORY * _offload_cost(now, share)
             found.append(now.changed(f"OPTIMIZER_OFFLOAD={share:g}", cost, optimizer_offload=share))
     found += _larger_layouts(now)
     for length in (length for length in (32768, 16384, 8192, 4096, 2048, 1024) if length < asked.seq_length):
         words = f"rows of {length} tokens (LENGTH of scripts/3_tokenize.sh)"
         found.append(now.changed(words, _OTHER_DATA * asked.seq_length / length, seq_length=length))
     return (each for each in found if each is not None)
+
+
+def _offload_cost(now: Candidate, share: float) -> float:
+    """How many times as long a step takes with this share of the optimizer's state in CPU memory, estimated."""
+    load = full_rows(now.settings.seq_length)
+    before, after = (
+        step_time(now.architecture, now.layout, now.data_parallel, replace(now.settings, optimizer_offload=each), load).total
+        for each in (now.settings.optimizer_offload, share)
+    )
+    return after / before
 
 
 def _larger_layouts(now: Candidate) -> Iterator[Candidate | None]:

@@ -1,4 +1,4 @@
-"""What a run computes again to save memory: the cheapest that fits, its words, what it costs in time."""
+"""What a run computes again to save memory: the cheapest that fits, and its words."""
 
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.model.layout import Layout
-from megatron.sft.planning.fitting.costs import RECOMPUTE_COST
 from megatron.sft.planning.memory import MemorySettings, estimate
 from megatron.sft.planning.options import TrainOptions
 
@@ -33,13 +32,6 @@ def with_cheapest_recompute(
 def recompute_words(settings: MemorySettings) -> str:
     """As in a shell: `RECOMPUTE=full`, or `RECOMPUTE_LAYERS=7`."""
     return f"RECOMPUTE_LAYERS={settings.recompute_layers}" if settings.recompute_layers else f"RECOMPUTE={settings.recompute}"
-
-
-def recompute_cost(architecture: Architecture, layout: Layout, settings: MemorySettings) -> float:
-    """The time of a step relative to one without recomputation, estimated."""
-    share = min(1.0, settings.recompute_layers / max(layout.stage_layers(architecture)))
-    cost = RECOMPUTE_COST[settings.recompute]
-    return cost + share * (RECOMPUTE_COST["full"] - cost)
 
 
 def asked_recompute(options: TrainOptions) -> tuple[str, int]:

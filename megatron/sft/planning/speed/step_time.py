@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from megatron.sft.families.architecture import ATTENTION, LATENT_ATTENTION, Architecture, Layer
 from megatron.sft.families.flops import head_forward_flops, training_flops
 from megatron.sft.model.layout import Layout
-from megatron.sft.planning.fitting.recomputing import recompute_cost
 from megatron.sft.planning.memory import MemorySettings, layer_tensors, stage_parameters
 from megatron.sft.planning.speed.run_time import RowLoad
 
@@ -32,11 +31,16 @@ _ADAPTED_PRODUCTS = 560e12
 _KEPT_BYTES = 1.07e12
 # Bytes of weights, gradients and states that the optimizer reads and writes, a second.
 _OPTIMIZER_BYTES = 2.2e12
+# OPTIMIZER_OFFLOAD, for a host with 16 cores a GPU; not measured yet: bytes a second between GPU and CPU in each direction, and
+# within the CPU's memory, and those that a step reads and writes of a parameter: gradient, three states, new weight.
+_TO_CPU, _CPU_MEMORY, _CPU_STEP_BYTES = 50e9, 80e9, 32
 # Bytes a second that a GPU sends and receives: within a host, as collectives between the layers reach it and as sums of
 # gradients do, and between hosts (400 Gbit/s a GPU).
 _WITHIN_LAYERS, _WITHIN_GRADIENTS, BETWEEN_HOSTS = 200e9, 330e9, 40e9
 # Attention over a part of each conversation, relative to the whole.
 _CONTEXT_ATTENTION = 1.95
+# Nothing, norms and activation functions, or whole layers computed again, relative to the first (docs/performance.md).
+_RECOMPUTE = {"none": 1.0, "selective": 1.03, "full": 1.3}
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class StepTime:
     pipeline: float  # sending between stages
     bubble: float  # waiting for other stages
     data: float
-    optimizer: float
+    optimizer: float  # on the GPU
+    offload: float = 0.0  # what OPTIMIZER_OFFLOAD adds: transfers and the CPU's step
 
     @property
     def total(self) -> float:
@@ -102,7 +107,15 @@ def step_time(
         bubble=bubble,
         data=_gradients(architecture, layout, data_parallel, settings, cluster, max(times)),
         optimizer=_optimizer(architecture, layout, data_parallel, settings),
+        offload=_offload(architecture, layout, data_parallel, settings, max(times)),
     )
+
+
+def recompute_cost(architecture: Architecture, layout: Layout, settings: MemorySettings) -> float:
+    """The time of a step relative to one without recomputation, estimated."""
+    share = min(1.0, settings.recompute_layers / max(layout.stage_layers(architecture)))
+    cost = _RECOMPUTE[settings.recompute]
+    return cost + share * (_RECOMPUTE["full"] - cost)
 
 
 def _micro_batch(
@@ -257,7 +270,24 @@ def _optimizer(architecture: Architecture, layout: Layout, data_parallel: int, s
     dense, expert = _most_parameters(architecture, layout)
     each = 18 if settings.optimizer_precision == "bf16" else 30
     casts = _EXPERT_CAST_BYTES * expert if settings.precision == "fp8" else 0
-    return (each * (dense + expert) / (data_parallel * layout.context_parallel) + casts) / _OPTIMIZER_BYTES
+    here = (1 - settings.optimizer_offload) * (dense + expert) / (data_parallel * layout.context_parallel)
+    return (each * here + casts) / _OPTIMIZER_BYTES
+
+
+def _offload(
+    architecture: Architecture, layout: Layout, data_parallel: int, settings: MemorySettings, micro_batch: float
+) -> float:
+    """Gradients go to the CPU while the last micro-batch's backward pass runs. The CPU steps behind the first one's forward
+    pass, which needs the embedding before it can begin; with a smaller share that is on the GPU."""
+    share = settings.optimizer_offload
+    if not share or settings.trained.lora is not None:
+        return 0.0
+    held = sum(_most_parameters(architecture, layout)) / (data_parallel * layout.context_parallel)
+    embedding = layout.padded_vocab_size(architecture) * architecture.hidden_size / layout.tensor_parallel
+    first = embedding / (data_parallel * layout.context_parallel) / held if share == 1 else 0.0
+    stepped = share * held * max(_CPU_STEP_BYTES / _CPU_MEMORY, 2 / _TO_CPU)
+    gradients = 4 * share * held / _TO_CPU
+    return max(0.0, gradients - micro_batch * 2 / 3) + max(first * stepped, stepped - micro_batch / 3)
 
 
 def _most_parameters(architecture: Architecture, layout: Layout) -> tuple[int, int]:
