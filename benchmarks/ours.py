@@ -137,11 +137,14 @@ def _random_part(weight: LiveWeight, architecture: Architecture, layout: Layout)
 
 
 def _profile(step: Callable[[], Any], path: str) -> Shares:
-    """Write a table of one step's GPU time by kernel to `path`, if it is not empty; what the GPUs of the run wait for."""
+    """Write a table of one step's GPU time by kernel to `path`, or what happens when if it ends in .json, for Perfetto; nothing
+    if it is empty. Returns what the GPUs of the run wait for."""
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         step()
         torch.cuda.synchronize()
-    if path:
+    if path.endswith(".json"):
+        profiler.export_chrome_trace(path)
+    elif path:
         with open(path, "w", encoding="utf-8") as file:
             file.write(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=100))
     return shares_of_all(kernels_of(profiler))

@@ -111,7 +111,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory-gib", type=float, default=0, help="the most that torch may allocate")
     parser.add_argument("--against", default="peer", help=f"other stacks: {', '.join(STACKS[1:])}; '' for none")
     parser.add_argument("--communication", action="store_true", help="measure what GPUs wait for in one step of ours")
-    parser.add_argument("--profile", default="", help="file for a table of the kernels of one step")
+    parser.add_argument("--profile", default="", help="file for a table of the kernels of one step; .json: a trace")
     parser.add_argument("--stack", default="", choices=("", *STACKS), help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
     parsed.layout = Layout(

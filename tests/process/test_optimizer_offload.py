@@ -126,10 +126,14 @@ def test_other_precisions_take_it(dense: Runs, precision: str) -> None:
     assert close(away, here, 1e-4)
 
 
-def test_experts_are_taken_away_over_processes(tmp_path: Path) -> None:
+def test_experts_over_processes_are_stepped_in_the_same_order_bit_for_bit(tmp_path: Path) -> None:
     runs = Runs(tmp_path, tiny.save_family(tmp_path / "model", "qwen3_moe"))
-    whole = runs.losses("one", 1, *AWAY)
-    assert close(whole, runs.losses("EP2", 2, *HALF, "--expert-model-parallel-size", 2), 5e-3)
+    spread = ["--expert-model-parallel-size", 2]
+    here = watched(runs, "here", 2, *HERE, *spread)
+    away = watched(runs, "away", 2, *AWAY, *spread, slow=True)
+    assert (here.losses, here.parts) == (away.losses, away.parts)
+    assert all(0 < step["stepped"] < step["early"] for steps in away.steps for step in steps[:3])
+    assert close(away.losses, runs.losses("one", 1, *AWAY), 5e-3)
 
 
 def test_what_it_does_not_go_with_is_named(dense: Runs) -> None:

@@ -192,7 +192,8 @@ class Engine:
 
     @contextlib.contextmanager
     def gathered_parameters(self) -> Iterator[None]:
-        """While open, every parameter is up to date: the all-gather that the next forward pass would do has been done."""
+        """While open, parameters and the optimizer's state are up to date: what the next forward pass would wait for has been
+        done, all-gathers and the CPU's step of OPTIMIZER_OFFLOAD."""
         for model in self.models:
             model.disable_forward_pre_hook()
         try:

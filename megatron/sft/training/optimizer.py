@@ -18,8 +18,7 @@ from megatron.sft.planning.options import TrainOptions
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.training.adamw import InPlaceAdamW
-from megatron.sft.training.offload import OffloadedAdamW
-from megatron.sft.training.overlap import overlap
+from megatron.sft.training.offload import OffloadedAdamW, overlap
 
 
 def wrap_model(
