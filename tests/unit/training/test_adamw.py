@@ -35,7 +35,7 @@ def test_a_step_is_float64s_on_the_same_stored_values(
     device: str, gradient_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skip_without(device)
-    monkeypatch.setattr(adamw, "_CPU_CHUNK", 1000)
+    monkeypatch.setattr(adamw, "CPU_CHUNK", 1000)
     torch.manual_seed(0)
     master = torch.randn(5003, device=device) * 0.02
     weights, lower = split_master_weights(master)
