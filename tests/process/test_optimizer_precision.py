@@ -1,4 +1,4 @@
-"""OPTIMIZER_PRECISION=bf16 and 8bit through the engine: losses next to the float32 optimizer's, layouts, experts, and exact resume."""
+"""OPTIMIZER_PRECISION=bf16 and 8bit through the engine: losses next to the float32 optimizer's, layouts, experts, resume."""
 
 import json
 from pathlib import Path

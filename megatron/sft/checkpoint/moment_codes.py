@@ -1,20 +1,20 @@
 """Moments of AdamW in 8 bits an element: OPTIMIZER_PRECISION=8bit.
 
 Blocks of 64 elements share an exponent, as in Dettmers et al. (2022, "8-bit Optimizers via Block-wise Quantization"); it is a
-power of two, as in Rouhani et al. (2023, "Microscaling Data Formats"). A code counts floating-point numbers down from the block's
-largest: with 4 bits of mantissa in its upper half, with 3 below, over a factor of 2^24 of second moments and 2^12 of first ones,
-which are roots of the former in size. What is smaller is 0 as a first moment and the smallest number as a second one, so that no
-update is divided by a second moment that was rounded away.
+power of two, as in Rouhani et al. (2023, "Microscaling Data Formats"). A code counts floating-point numbers down from the
+block's largest: with 4 bits of mantissa in its upper half, with 3 below. Second moments reach down to 2^-24 of the largest,
+first ones, which have the size of their roots, to 2^-12. What is smaller is 0 as a first moment and the smallest number as a
+second one, so that no update is divided by a second moment that was rounded away.
 
-Each step rounds up or down at random, with the probability that keeps the mean: to the nearest, a moment that moves by 1 % a step
-would never move. The random numbers follow from the step and the element's place in its parameter, so that a resumed run, and
-copies of a parameter in several processes, get the same ones.
+Each step rounds up or down at random, with the probability that keeps the mean: to the nearest, a moment that moves by 1 % a
+step would never move. The random numbers follow from the step and the element's place in its parameter, so that a resumed run,
+and copies of a parameter in several processes, get the same ones.
 """
 
 import torch
 from torch import Tensor
 
-# Elements with one exponent. Where megatron-core pads buckets for bandwidth, a process's share of a parameter starts at a multiple.
+# Elements with one exponent. Processes' shares of a parameter start at multiples of it, as training/optimizer.py pads buckets.
 BLOCK = 64
 KINDS = ("exp_avg", "exp_avg_sq")
 # Half of the unit of 3 bits of mantissa of a float32, for rounding to the nearest number.
@@ -29,10 +29,7 @@ def empty_codes(like: Tensor) -> dict[str, Tensor]:
     return {
         name: tensor
         for kind in KINDS
-        for name, tensor in (
-            (kind, torch.zeros_like(like, dtype=torch.uint8)),
-            (exponents_of(kind), exponents.clone()),
-        )
+        for name, tensor in ((kind, torch.zeros_like(like, dtype=torch.uint8)), (exponents_of(kind), exponents.clone()))
     }
 
 
@@ -45,8 +42,9 @@ def decoded(state: dict[str, Tensor], kind: str) -> Tensor:
     """float32 values of a moment, in the shape of its codes."""
     codes, exponents = state[kind], state[exponents_of(kind)]
     values = torch.empty_like(codes, dtype=torch.float32)
-    for part, piece, out in zip(codes.view(-1).split(_PIECE), exponents.split(_PIECE // BLOCK), values.view(-1).split(_PIECE)):
-        out.copy_(decode(part, piece, kind))
+    parts = codes.view(-1).split(_PIECE), exponents.split(_PIECE // BLOCK), values.view(-1).split(_PIECE)
+    for part, of_blocks, out in zip(*parts, strict=True):
+        out.copy_(decode(part, of_blocks, kind))
     return values
 
 
@@ -72,7 +70,7 @@ def encode(values: Tensor, kind: str, random: Tensor) -> tuple[Tensor, Tensor]:
     numbers = torch.where(is_fine, bits + (random >> 1) >> 19, (bits + random >> 20) << 1)
     below = 16 * exponents + 15 - numbers
     codes = torch.where(below < fine, levels - below, levels - fine - (below - fine >> 1))
-    codes = codes.clamp(min=0) if kind == "exp_avg" else codes.clamp(min=1) * (bits > 0)
+    codes = codes.clamp(min=0 if kind == "exp_avg" else 1) * (bits > 0)
     codes = codes.view(-1)[: len(values)]
     if kind == "exp_avg":
         codes |= ((values < 0) & (codes > 0)).int() << 7

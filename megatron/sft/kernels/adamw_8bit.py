@@ -29,15 +29,16 @@ def _decode(codes, exponents, LEVELS: tl.constexpr, FINE: tl.constexpr):  # noqa
 
 
 @triton.jit
-def _encode(values, random, LEVELS: tl.constexpr, FINE: tl.constexpr):  # noqa: N803
-    """[ROWS, BLOCK] int32 codes of values >= 0, negative for what is smaller than the smallest number, and [ROWS] exponents."""
+def _encode(values, random, LEVELS: tl.constexpr, FINE: tl.constexpr, LEAST: tl.constexpr):  # noqa: N803
+    """[ROWS, BLOCK] int32 codes of values >= 0, at least LEAST but for 0, and [ROWS] exponents."""
     bits = values.to(tl.int32, bitcast=True)
     exponents = tl.max((bits + (random >> 1)) >> 23, axis=1)
     top = exponents[:, None]
     is_fine = (bits >> 23) > top - FINE // 16
     numbers = tl.where(is_fine, (bits + (random >> 1)) >> 19, ((bits + random) >> 20) << 1)
     below = 16 * top + 15 - numbers
-    return tl.where(below < FINE, LEVELS - below, LEVELS - FINE - ((below - FINE) >> 1)), exponents
+    codes = tl.where(below < FINE, LEVELS - below, LEVELS - FINE - ((below - FINE) >> 1))
+    return tl.where(bits > 0, tl.maximum(codes, LEAST), 0), exponents
 
 
 @triton.jit(do_not_specialize=["start", "seed"])
@@ -71,19 +72,23 @@ def _adamw(
     tl.store(weights + places, high.to(tl.int16), mask=inside)
 
     random = _random_bits(start + places, seed)
-    codes, exponents = _encode(tl.abs(first), (random & 0xFFFFF).to(tl.int32), 127, 64)
-    codes = tl.maximum(codes, 0)
+    codes, exponents = _encode(tl.abs(first), (random & 0xFFFFF).to(tl.int32), 127, 64, 0)
     codes = tl.where((first < 0.0) & (codes > 0), codes | 128, codes)
     tl.store(first_codes + places, codes.to(tl.uint8), mask=inside)
     tl.store(first_exponents + rows, exponents.to(tl.uint8), mask=has_elements)
-    codes, exponents = _encode(second, (random >> 12).to(tl.int32), 255, 128)
-    codes = tl.where(second > 0.0, tl.maximum(codes, 1), 0)
+    codes, exponents = _encode(second, (random >> 12).to(tl.int32), 255, 128, 1)
     tl.store(second_codes + places, codes.to(tl.uint8), mask=inside)
     tl.store(second_exponents + rows, exponents.to(tl.uint8), mask=has_elements)
 
 
 def adamw_8bit_step(
-    weights: Tensor, lower: Tensor, gradient: Tensor, codes: tuple[Tensor, ...], start: int, seed: int, factors: tuple[float, ...]
+    weights: Tensor,
+    lower: Tensor,
+    gradient: Tensor,
+    codes: tuple[Tensor, ...],
+    start: int,
+    seed: int,
+    factors: tuple[float, ...],
 ) -> None:
     """Step bfloat16 weights with int16 lower halves; all tensors contiguous. factors: `training.adamw.Factors`.
 

@@ -5,12 +5,19 @@ As training/adamw.py has it, but that both moments are read from codes and round
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron.sft.checkpoint.moment_codes import (
-    BLOCK, KINDS, decode, decoded, empty_codes, encode, exponents_of, random_bits, seed_of,
-)  # fmt: skip
+    BLOCK,
+    KINDS,
+    decode,
+    decoded,
+    empty_codes,
+    encode,
+    exponents_of,
+    random_bits,
+    seed_of,
+)
 from megatron.sft.training.adamw import CPU_CHUNK, Factors, InPlaceAdamW, factors_of, new_moments, step_master
 
 
