@@ -64,6 +64,8 @@ def cheapest_changes(start: Candidate, gpu_bytes: int) -> list[Candidate]:
         found = [each for each in (_recomputed(start, two, gpu_bytes) for two in twice) if each]
     best: dict[frozenset[str], Candidate] = {}
     for each in sorted(found, key=lambda each: (each.cost, len(each.words))):
+        if each.settings.optimizer_precision == "8bit" and any(e.settings.optimizer_precision == "bf16" for e in best.values()):
+            continue  # 16 bits fit at less cost
         best.setdefault(frozenset(word.partition("=")[0] for word in each.words), each)
     return [each for each in best.values() if each.words]
 
