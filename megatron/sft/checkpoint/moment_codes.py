@@ -96,11 +96,11 @@ def random_bits(start: int, num_elements: int, seed: int, place: torch.device) -
 
     Wellons (2018), "Prospecting for Hash Functions": lowbias32.
     """
-    # In int64, where a product of 32-bit numbers wraps to the right lower 32 bits.
-    mixed = (torch.arange(start, start + num_elements, device=place) & 0xFFFFFFFF) ^ (seed & 0xFFFFFFFF)
-    mixed = (mixed ^ mixed >> 16) * 0x7FEB352D & 0xFFFFFFFF
-    mixed = (mixed ^ mixed >> 15) * 0x846CA68B & 0xFFFFFFFF
-    return (mixed ^ mixed >> 16).int()
+    # Products wrap; the second factor is 0x846CA68B. A mask drops the copies of the sign that a shift brings in.
+    mixed = torch.arange(start, start + num_elements, device=place).int() ^ seed
+    mixed = (mixed ^ (mixed >> 16 & 0xFFFF)) * 0x7FEB352D
+    mixed = (mixed ^ (mixed >> 15 & 0x1FFFF)) * (0x846CA68B - (1 << 32))
+    return mixed ^ (mixed >> 16 & 0xFFFF)
 
 
 def seed_of(step: int) -> int:
