@@ -31,6 +31,7 @@ _ONE_GPU = f"""
 {_DENSE} --precision fp8 --recompute-layers 14
 {_LARGER} --row-length 4096 --recompute selective
 {_LARGER} --row-length 4096 --recompute selective --optimizer-precision bf16
+{_LARGER} --row-length 4096 --recompute selective --optimizer-precision 8bit
 {_LARGER} --row-length 8192 --recompute-layers 18 --optimizer-precision bf16
 {_LARGER} --row-length 8192 --recompute full --optimizer-precision bf16
 {_LARGER} --row-length 8192 --recompute selective --optimizer-precision bf16 --precision fp8

@@ -100,9 +100,11 @@ def what_helps(architecture: Architecture, asked: argparse.Namespace, gpu_bytes:
     changes = {f"--row-length {length}": replace(settings, seq_length=length) for length in shorter}
     offloaded, small = replace(settings, optimizer_offload=1.0), replace(settings, optimizer_precision="bf16")
     changes |= {"--optimizer-offload 1": offloaded, "--optimizer-precision bf16": small}
+    changes["--optimizer-precision 8bit (see docs/performance.md)"] = replace(settings, optimizer_precision="8bit")
     for words, changed in changes.items():
-        if words.startswith("--row-length") and any("--row-length" in each for each in advice):
-            continue  # the longest that fits is there
+        # The longest that fits, and the more precise, is there.
+        if any(word in words and word in each for word in ("--row-length", "--optimizer-precision") for each in advice):
+            continue
         if suggest_layouts(architecture, count, gpu_bytes, changed, batch, 1):
             advice.append(words)
     if not asked.lora_rank:
@@ -188,7 +190,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--global-batch-size", type=int, default=128)
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp8", "fp32"), default="bf16")
-    parser.add_argument("--optimizer-precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--optimizer-precision", choices=("fp32", "bf16", "8bit"), default="fp32")
     parser.add_argument("--optimizer-offload", type=float, default=0.0, help="share of the optimizer in CPU memory")
     parser.add_argument("--lora-rank", type=int, default=0, help="adapters of this rank; 0 trains all weights")
     parser.add_argument("--tokens", type=float, default=0, help="millions of tokens to train on, for the time")

@@ -89,7 +89,8 @@ def test_validation_drops_nothing(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "optimizer", "tolerance"), [("bf16", "fp32", 2e-2), ("fp16", "fp32", 3e-3), ("bf16", "bf16", 2e-2)]
+    ("precision", "optimizer", "tolerance"),
+    [("bf16", "fp32", 2e-2), ("fp16", "fp32", 3e-3), ("bf16", "bf16", 2e-2), ("bf16", "8bit", 2e-2)],
 )
 def test_16_bits_stay_near_float32_and_their_masters_are_float32(
     case: Case, precision: str, optimizer: str, tolerance: float

@@ -93,7 +93,7 @@ def test_frozen_weights_stay_and_the_others_train_as_in_transformers(case_of: Ca
 
 @pytest.mark.parametrize(
     ("frozen", "precision", "optimizer"),
-    [(FIRST_STAGE, "bf16", "bf16"), (FIRST_STAGE, "fp16", "fp32"), (LAST_STAGE, "fp16", "fp32")],
+    [(FIRST_STAGE, "bf16", "bf16"), (FIRST_STAGE, "bf16", "8bit"), (FIRST_STAGE, "fp16", "fp32"), (LAST_STAGE, "fp16", "fp32")],
 )
 def test_a_stage_without_trained_weights_resumes_bit_for_bit_in_16_bits(
     case_of: Callable[[str], Case], frozen: str, precision: str, optimizer: str
@@ -101,8 +101,8 @@ def test_a_stage_without_trained_weights_resumes_bit_for_bit_in_16_bits(
     """Such a stage has no optimizer, and still takes part in the norm of all gradients; the first one writes the manifest."""
     case = case_of("qwen2")
     options = ["--freeze", frozen, "--precision", precision, "--optimizer-precision", optimizer, "--clip-grad", "1"]
-    whole = case.train("PP2", *options, name=f"{precision} {frozen}", adapter=False)
-    again = tiny.as_of(2, whole, case.folder / f"again {precision} {frozen}")
+    whole = case.train("PP2", *options, name=f"{precision} {optimizer} {frozen}", adapter=False)
+    again = tiny.as_of(2, whole, case.folder / f"again {precision} {optimizer} {frozen}")
     case.train("PP2", *options, name=again.name, mode="resume", adapter=False)
     assert tiny.losses(again) == tiny.losses(whole)
     one, other = (stored_tensors(run / f"iter_{STEPS:07d}") for run in (again, whole))

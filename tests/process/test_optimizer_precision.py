@@ -1,4 +1,4 @@
-"""OPTIMIZER_PRECISION=bf16 through the engine: losses next to the float32 optimizer's, layouts, experts, and exact resume."""
+"""OPTIMIZER_PRECISION=bf16 and 8bit through the engine: losses next to the float32 optimizer's, layouts, experts, resume."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,9 @@ from tests.support import tiny
 
 STEPS = 8
 OPTIONS = ["--precision", "bf16", "--lr", "1e-3", "--min-lr", "1e-4", "--global-batch-size", "4", "--micro-batch-size", "2"]
-OPTIONS += ["--train-iters", str(STEPS), "--save-interval", "4", "--clip-grad", "0.3"]
+OPTIONS += ["--train-iters", str(STEPS), "--save-interval", "2", "--clip-grad", "0.3"]
 HALF = ["--optimizer-precision", "bf16"]
+CODES = ["--optimizer-precision", "8bit"]
 
 
 class Runs:
@@ -69,10 +70,8 @@ def test_a_run_resumes_bit_for_bit_and_in_another_layout(dense: Runs) -> None:
     whole = tiny.losses(dense.folder / "half")
     dense.back_to("half", "again", 4)
     assert dense.losses("again", 1, *HALF) == whole
-    manifests = (dense.folder / name / "iter_0000008" / "manifest.json" for name in ("half", "again"))
-    first, last = (json.loads(path.read_text()) for path in manifests)
-    parts = [name for name in first["files"] if name.endswith(".distcp")]
-    assert parts and all(first["files"][name] == last["files"][name] for name in parts)
+    parts = files_of_last(dense, "half")
+    assert parts and parts == files_of_last(dense, "again")
     dense.back_to("half", "spread", 4)
     assert close(whole, dense.losses("spread", 2, *HALF), 2e-3)
 
@@ -86,7 +85,45 @@ def test_experts_train_and_resume_over_processes(tmp_path: Path) -> None:
     assert close(whole, runs.losses("back", 1, *HALF), 5e-3)
 
 
-def test_fp32_weights_are_refused_by_name(dense: Runs) -> None:
+def test_8_bits_stay_near_float32_and_resume_bit_for_bit_and_in_another_layout(dense: Runs) -> None:
+    whole = dense.losses("codes", 1, *CODES)
+    assert close(tiny.losses(dense.folder / "half"), whole, 1e-2)
+    dense.back_to("codes", "codes again", 4)
+    assert dense.losses("codes again", 1, *CODES) == whole
+    assert files_of_last(dense, "codes") == files_of_last(dense, "codes again")
+    # Two stages with a copy each of the tied embedding, and two processes with a share each of every parameter.
+    spread = [*CODES, "--pipeline-model-parallel-size", 2]
+    dense.back_to("codes", "codes spread", 4)
+    assert close(whole, dense.losses("codes spread", 4, *spread), 2e-3)
+    dense.back_to("codes spread", "codes spread again", 6)
+    assert close(whole, dense.losses("codes spread again", 1, *CODES), 2e-3)
+
+
+def test_8_bits_continue_a_run_of_16_and_the_other_way_round(dense: Runs) -> None:
+    whole = tiny.losses(dense.folder / "half")
+    dense.back_to("half", "half, codes", 4)
+    assert close(whole, dense.losses("half, codes", 1, *CODES), 1e-2)
+    dense.back_to("half, codes", "half, codes, half", 6)
+    assert close(whole, dense.losses("half, codes, half", 1, *HALF), 1e-2)
+
+
+def test_experts_of_8_bits_train_over_processes(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, tiny.save_family(tmp_path / "model", "qwen3_moe"))
+    whole = runs.losses("one", 1, *CODES)
+    spread = [*CODES, "--expert-model-parallel-size", 2]
+    assert close(whole, runs.losses("EP2", 2, *spread), 5e-3)
+    runs.back_to("EP2", "again", 4)
+    assert runs.losses("again", 2, *spread) == tiny.losses(tmp_path / "EP2")
+
+
+def files_of_last(runs: Runs, name: str) -> dict[str, object]:
+    """The files of a run's last checkpoint that hold tensors, by their checksums."""
+    files = json.loads((runs.folder / name / "iter_0000008" / "manifest.json").read_text())["files"]
+    return {part: files[part] for part in files if part.endswith(".distcp")}
+
+
+@pytest.mark.parametrize("options", [HALF, CODES], ids=["bf16", "8bit"])
+def test_fp32_weights_are_refused_by_name(dense: Runs, options: list[str]) -> None:
     arguments = ["--load", dense.converted, "--data-path", dense.folder / "rows", "--save", dense.folder / "refused"]
-    output = tiny.run_module("train", *arguments, *OPTIONS, "--precision", "fp32", *HALF, status=2)
-    assert "OPTIMIZER_PRECISION=bf16" in output and "PRECISION is fp32" in output
+    output = tiny.run_module("train", *arguments, *OPTIONS, "--precision", "fp32", *options, status=2)
+    assert f"OPTIMIZER_PRECISION={options[1]}" in output and "PRECISION is fp32" in output

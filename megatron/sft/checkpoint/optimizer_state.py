@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor, nn
 
 from megatron.sft.checkpoint.model_shards import is_saved_copy, slices_of_range, tensors_by_parameter
+from megatron.sft.checkpoint.moment_codes import decoded, set_codes
 from megatron.sft.checkpoint.shard_slice import ShardSlice
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.sizes import weight_shape
@@ -43,6 +44,8 @@ class Share:
             return master_weights(held, state).detach().view(-1)
         if kind not in state:  # no step has been taken yet, or all were skipped
             return torch.zeros_like(held, dtype=torch.float32).view(-1)
+        if state[kind].dtype == torch.uint8:
+            return decoded(state, kind).view(-1)
         return state[kind].detach().float().view(-1)
 
     @torch.no_grad()
@@ -53,7 +56,10 @@ class Share:
             # torch's AdamW counts its steps next to the moments.
             state["step"].fill_(float(step))
         for kind in ("exp_avg", "exp_avg_sq"):
-            state[kind].copy_(tensors[kind].view_as(state[kind]))
+            if state[kind].dtype == torch.uint8:
+                set_codes(state, kind, tensors[kind])
+            else:
+                state[kind].copy_(tensors[kind].view_as(state[kind]))
         self.fill_master(tensors["param"])
 
     @torch.no_grad()
@@ -74,10 +80,8 @@ class Share:
 
     @property
     def held(self) -> Tensor:
-        """[stop - start], what the optimizer steps."""
-        group, place = self.optimizer.model_param_group_index_map[self.parameter]
-        held: Tensor = self.optimizer.optimizer.param_groups[group]["params"][place]
-        return held
+        """The tensor that the optimizer steps."""
+        return self._held()[0]
 
     def _held(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The tensor that the optimizer steps, and its state, which has the master weights where they are another tensor."""

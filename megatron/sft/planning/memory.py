@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+from megatron.sft.checkpoint.moment_codes import BLOCK
 from megatron.sft.families.architecture import Architecture, Layer
 from megatron.sft.families.registry import layer_rules
 from megatron.sft.families.rules import Buffer
@@ -149,7 +150,7 @@ def _stage_estimate(
         reserve=_CONTEXT_BYTES + _NCCL_BYTES * sum(size > 1 for size in dimensions),
         built=int(for_built * shares),
         cast=cast,
-        converted=int(largest) if settings.optimizer_precision == "bf16" else 0,
+        converted=int(largest) if settings.optimizer_precision != "fp32" else 0,
     )
 
 
@@ -195,6 +196,9 @@ def _bytes_per_parameter(settings: MemorySettings) -> tuple[int, int, float, flo
     if settings.optimizer_precision == "bf16":
         # Two moments, and the 16 bits that a master weight has more than the weight.
         return 2, 2, 6 * on_gpu, 0
+    if settings.optimizer_precision == "8bit":
+        # Moments of a byte, with an exponent for a block of each.
+        return 2, 2, (4 + 2 / BLOCK) * on_gpu, 0
     return 2, 4, 12 * on_gpu, 4 * (not settings.optimizer_offload)
 
 

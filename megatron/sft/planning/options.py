@@ -100,7 +100,8 @@ class TrainOptions:
     initial_loss_scale: float = _setting("INITIAL_LOSS_SCALE", "first loss scale of fp16", 65536.0)
     loss_scale_window: float = _setting("LOSS_SCALE_WINDOW", "good steps after which fp16 doubles its loss scale", 1000.0)
     optimizer_precision: str = _setting(
-        "OPTIMIZER_PRECISION", "of gradients and moments; the master weights are float32 either way", "fp32", ("fp32", "bf16"))
+        "OPTIMIZER_PRECISION", "of gradients and moments, where 8bit is of the moments alone and gradients are bf16; "
+        "the master weights are float32 either way", "fp32", ("fp32", "bf16", "8bit"))
     optimizer_offload: float = _setting(
         "OPTIMIZER_OFFLOAD", "share of the optimizer's state that is kept in CPU memory, from 0 to 1", 0.0)
     lr: float = _setting("LR", "largest learning rate", 1e-05)

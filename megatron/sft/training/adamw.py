@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron.sft.checkpoint.optimizer_state import join_master_weights, split_master_weights
 
 # Elements of a parameter that the CPU's formula takes at a time, so that its float32 copies stay small.
-_CPU_CHUNK = 1 << 22
+CPU_CHUNK = 1 << 22
 
 
 class Factors(NamedTuple):
@@ -57,10 +57,13 @@ class InPlaceAdamW(torch.optim.Optimizer):
         if parameter.dtype != torch.bfloat16:
             raise TypeError(f"a parameter of dtype {parameter.dtype}: this optimizer steps bfloat16 weights")
         self.state[parameter] = {
-            "exp_avg": torch.zeros_like(parameter, dtype=torch.bfloat16),
-            "exp_avg_sq": torch.zeros_like(parameter, dtype=torch.bfloat16),
+            **self.empty_moments(parameter),
             "master_param": torch.zeros_like(parameter, dtype=torch.int16),
         }
+
+    def empty_moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Both moments, zero."""
+        return {name: torch.zeros_like(parameter, dtype=torch.bfloat16) for name in ("exp_avg", "exp_avg_sq")}
 
     def allocate(self, num_steps: int) -> None:
         """Give every parameter its state, as after `num_steps` steps, to be filled from a checkpoint."""
@@ -73,7 +76,20 @@ class InPlaceAdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of every parameter that has a gradient. Deterministic: every element is computed alone."""
         for parameter, gradient, group in self.begin_step():
-            _step(parameter, gradient, self.state[parameter], group, self.grad_scale)
+            self.step_parameter(parameter, gradient, group)
+
+    def step_parameter(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """One step of a parameter, which has its state."""
+        state, factors = self.state[parameter], factors_of(group, self.grad_scale)
+        tensors = (parameter, state["master_param"], gradient, state["exp_avg"], state["exp_avg_sq"])
+        if parameter.is_cuda:
+            from megatron.sft.kernels.adamw import adamw_step
+
+            adamw_step(*tensors, factors)
+            return
+        flat = [tensor.view(-1) for tensor in tensors]
+        for start in range(0, parameter.numel(), CPU_CHUNK):
+            _step_on_cpu(factors, *(tensor[start : start + CPU_CHUNK] for tensor in flat))
 
     def begin_step(self) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
         """Every parameter that has a gradient, with it and the parameter's group, whose count of steps grows by one; it has its
@@ -98,9 +114,10 @@ class InPlaceAdamW(torch.optim.Optimizer):
         self.state[parameter][name].copy_(values)
 
 
-def _step(weights: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any], grad_scale: float) -> None:
+def factors_of(group: dict[str, Any], grad_scale: float) -> Factors:
+    """The scalars of a parameter group's present step."""
     (beta1, beta2), step = group["betas"], group["step"]
-    factors = Factors(
+    return Factors(
         beta1=beta1,
         beta2=beta2,
         eps=group["eps"],
@@ -109,28 +126,30 @@ def _step(weights: Tensor, gradient: Tensor, state: dict[str, Tensor], group: di
         inverse_sqrt_correction=1.0 / math.sqrt(1.0 - beta2**step),
         grad_scale=grad_scale,
     )
-    tensors = (weights, state["master_param"], gradient, state["exp_avg"], state["exp_avg_sq"])
-    if weights.is_cuda:
-        from megatron.sft.kernels.adamw import adamw_step
-
-        adamw_step(*tensors, factors)
-        return
-    flat = [tensor.view(-1) for tensor in tensors]
-    for start in range(0, weights.numel(), _CPU_CHUNK):
-        _step_on_cpu(factors, *(tensor[start : start + _CPU_CHUNK] for tensor in flat))
 
 
 def _step_on_cpu(
     factors: Factors, weights: Tensor, lower: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
 ) -> None:
-    """The kernel's formula, in float32: AdamW with bias correction and decoupled weight decay (Loshchilov and Hutter, 2019)."""
-    gradient = gradient.float() * factors.grad_scale
-    first = factors.beta1 * exp_avg.float() + (1.0 - factors.beta1) * gradient
-    second = factors.beta2 * exp_avg_sq.float() + (1.0 - factors.beta2) * gradient * gradient
-    master = join_master_weights(weights, lower) * factors.decay
-    master -= factors.step_size * first / (second.sqrt() * factors.inverse_sqrt_correction + factors.eps)
+    """The kernel's formula, in float32."""
+    first, second = new_moments(factors, gradient, exp_avg.float(), exp_avg_sq.float())
+    step_master(factors, weights, lower, first, second)
     exp_avg.copy_(first)
     exp_avg_sq.copy_(second)
+
+
+def new_moments(factors: Factors, gradient: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Both moments after a step, in float32."""
+    gradient = gradient.float() * factors.grad_scale
+    first = factors.beta1 * first + (1.0 - factors.beta1) * gradient
+    second = factors.beta2 * second + (1.0 - factors.beta2) * gradient * gradient
+    return first, second
+
+
+def step_master(factors: Factors, weights: Tensor, lower: Tensor, first: Tensor, second: Tensor) -> None:
+    """AdamW with bias correction and decoupled weight decay (Loshchilov and Hutter, 2019) by the float32 moments."""
+    master = join_master_weights(weights, lower) * factors.decay
+    master -= factors.step_size * first / (second.sqrt() * factors.inverse_sqrt_correction + factors.eps)
     rounded, remainder = split_master_weights(master)
     weights.copy_(rounded)
     lower.copy_(remainder)

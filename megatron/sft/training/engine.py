@@ -151,7 +151,7 @@ class Engine:
 
         The norm is on the CPU already, on every rank, so that looking at it costs no wait for the device.
         """
-        if self.plan.options.optimizer_precision == "bf16" or self.plan.options.optimizer_offload:
+        if self.plan.options.optimizer_precision != "fp32" or self.plan.options.optimizer_offload:
             norm = clip_in_place(self.optimizer, self.plan.options.clip_grad)
         else:
             norm = float(type(self.optimizer).get_grad_norm(self.optimizer))

@@ -13,11 +13,12 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron.sft.checkpoint.optimizer_state import inner_optimizers
+from megatron.sft.checkpoint.optimizer_state import inner_optimizers, shares
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
 from megatron.sft.training.adamw import InPlaceAdamW
+from megatron.sft.training.adamw_8bit import EightBitAdamW
 from megatron.sft.training.offload import OffloadedAdamW, overlap
 
 
@@ -41,6 +42,8 @@ def wrap_model(
             use_distributed_optimizer=True,
             # Parameters a bucket: at least 40 million, as megatron-core's own training loop chooses.
             bucket_size=max(40_000_000, 1_000_000 * data_parallel),
+            # Moments of 8 bits come in blocks, which no process's share then cuts.
+            pad_buckets_for_high_nccl_busbw=options.optimizer_precision == "8bit",
         ),
         module,
         **chunk,
@@ -48,7 +51,7 @@ def wrap_model(
 
 
 def build_optimizer(options: TrainOptions, dtype: torch.dtype, models: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
-    """The optimizer of these model chunks. OPTIMIZER_PRECISION=bf16 keeps gradients and moments in 16 bits."""
+    """The optimizer of these model chunks. OPTIMIZER_PRECISION=bf16 and 8bit keep gradients in 16 bits, moments in 16 or 8."""
     adamw = _own_adamw(options, dtype)
     config = OptimizerConfig(
         optimizer="adam",
@@ -76,6 +79,9 @@ def build_optimizer(options: TrainOptions, dtype: torch.dtype, models: Sequence[
                 max_lr=options.lr * options.lora_plus, min_lr=options.min_lr * options.lora_plus
             )
         optimizer = get_megatron_optimizer(config, list(models), overrides, use_gloo_process_groups=False)
+    if adamw is EightBitAdamW:
+        for share in shares(optimizer):
+            share.optimizer.optimizer.starts[share.held] = share.start
     if adamw is OffloadedAdamW:
         for inner in inner_optimizers(optimizer):
             inner.optimizer.share = options.optimizer_offload
@@ -92,15 +98,18 @@ def build_optimizer(options: TrainOptions, dtype: torch.dtype, models: Sequence[
 
 def _own_adamw(options: TrainOptions, dtype: torch.dtype) -> type[InPlaceAdamW] | None:
     """The class that steps this run's parameters, where it is not torch's or Transformer Engine's."""
-    if options.optimizer_precision == "bf16" and dtype != torch.bfloat16:
+    in_place, offload = options.optimizer_precision, options.optimizer_offload
+    if in_place != "fp32" and dtype != torch.bfloat16:
         raise UserError(
-            f"OPTIMIZER_PRECISION=bf16 needs PRECISION=bf16 or fp8, and PRECISION is {options.precision}: take fp32"
+            f"OPTIMIZER_PRECISION={in_place} needs PRECISION=bf16 or fp8, and PRECISION is {options.precision}: take fp32"
         )
-    if options.optimizer_offload and options.optimizer_precision == "bf16":
-        raise UserError(f"OPTIMIZER_OFFLOAD={options.optimizer_offload:g} needs OPTIMIZER_PRECISION=fp32: set one of them back")
-    if options.optimizer_offload:
+    if offload and in_place != "fp32":
+        raise UserError(
+            f"OPTIMIZER_OFFLOAD={offload:g} needs OPTIMIZER_PRECISION=fp32, and it is {in_place}: set one of them back"
+        )
+    if offload:
         return OffloadedAdamW
-    return InPlaceAdamW if options.optimizer_precision == "bf16" else None
+    return {"fp32": None, "bf16": InPlaceAdamW, "8bit": EightBitAdamW}[in_place]
 
 
 @contextlib.contextmanager
@@ -111,7 +120,7 @@ def _built_around(adamw: type[InPlaceAdamW], config: OptimizerConfig) -> Iterato
     """
     config.use_precision_aware_optimizer = True
     config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
-    in_place = adamw is InPlaceAdamW
+    in_place = adamw is not OffloadedAdamW
     config.store_param_remainders = in_place
     dtype = torch.bfloat16 if in_place else torch.float32
     config.main_grads_dtype = config.exp_avg_dtype = config.exp_avg_sq_dtype = dtype

@@ -17,7 +17,7 @@ CHANGEABLE = ("data", "tokenizer", "seq_length", "global_batch_size", "seed", "s
 REPORTED_SETTINGS = (
     "precision", "lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "lr_wsd_decay_iters",
     "lr_wsd_decay_style", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "lora_dropout", "lora_plus",
-    "lora_init_from", "moe_aux_loss",
+    "lora_init_from", "moe_aux_loss", "optimizer_precision",
 )  # fmt: skip
 
 

@@ -48,6 +48,14 @@ def test_smaller_micro_batches_and_sequence_parallelism_come_before_what_costs_m
     assert proposals(split, need)[0] == "SEQUENCE_PARALLEL=1"
 
 
+def test_moments_of_8_bits_are_proposed_where_16_are_too_many() -> None:
+    short = Candidate(SMALL, Layout(), 1, 4, replace(ROW, seq_length=4096))
+    assert not any("8bit" in each for gib in (38, 30, 24) for each in proposals(short, gib))
+    assert proposals(short, 20)[0].startswith("OPTIMIZER_PRECISION=8bit (")
+    in_16 = replace(short, settings=replace(short.settings, optimizer_precision="bf16", recompute="full"))
+    assert proposals(in_16, 20)[0].startswith("OPTIMIZER_PRECISION=8bit (")
+
+
 def test_two_changes_are_tried_where_one_is_too_little_and_nothing_is_said_plainly() -> None:
     asked = replace(ROW, micro_batch_size=4, num_micro_batches=1, precision="fp8", recompute="full")
     words = proposals(Candidate(SMALL, Layout(), 1, 4, asked), 25)

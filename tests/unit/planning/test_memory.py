@@ -136,6 +136,13 @@ def test_the_estimate_of_a_larger_model_is_within_5_percent_of_the_peak_on_an_h1
     assert abs(estimate(architecture, Layout(), 1, settings).tensors / GIB / measured_gib - 1) <= 0.05
 
 
+def test_moments_of_8_bits_take_2_bytes_of_each_parameter_less_than_those_of_16() -> None:
+    architecture, _ = find_architecture("Qwen/Qwen2.5-3B-Instruct")
+    of_16, of_8 = (estimate(architecture, ONE, 1, replace(ROW, optimizer_precision=name)) for name in ("bf16", "8bit"))
+    saved = (of_16.optimizer - of_8.optimizer) / num_parameters(architecture)
+    assert 1.95 < saved < 2 and (of_8.weights, of_8.gradients) == (of_16.weights, of_16.gradients)
+
+
 def test_the_first_stage_of_a_pipeline_keeps_a_micro_batch_for_every_stage() -> None:
     architecture, _ = find_architecture("Qwen/Qwen2.5-7B-Instruct")
     few, many = (estimate(architecture, Layout(1, 4), 1, replace(ROW, num_micro_batches=count)).activations for count in (1, 8))

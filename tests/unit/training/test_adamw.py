@@ -20,13 +20,15 @@ def skip_without(device: str) -> None:
         pytest.skip("no GPU")
 
 
-def float64_step(master: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int) -> tuple[Tensor, ...]:
+def float64_step(
+    master: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int, settings: dict[str, Any] = SETTINGS
+) -> tuple[Tensor, ...]:
     """AdamW with decoupled weight decay as Loshchilov and Hutter (2019) have it."""
-    beta1, beta2 = SETTINGS["betas"]
+    beta1, beta2 = settings["betas"]
     first = beta1 * first + (1 - beta1) * gradient
     second = beta2 * second + (1 - beta2) * gradient**2
-    update = (first / (1 - beta1**step)) / ((second / (1 - beta2**step)).sqrt() + SETTINGS["eps"])
-    return master * (1 - SETTINGS["lr"] * SETTINGS["weight_decay"]) - SETTINGS["lr"] * update, first, second
+    update = (first / (1 - beta1**step)) / ((second / (1 - beta2**step)).sqrt() + settings["eps"])
+    return master * (1 - settings["lr"] * settings["weight_decay"]) - settings["lr"] * update, first, second
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -35,7 +37,7 @@ def test_a_step_is_float64s_on_the_same_stored_values(
     device: str, gradient_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skip_without(device)
-    monkeypatch.setattr(adamw, "_CPU_CHUNK", 1000)
+    monkeypatch.setattr(adamw, "CPU_CHUNK", 1000)
     torch.manual_seed(0)
     master = torch.randn(5003, device=device) * 0.02
     weights, lower = split_master_weights(master)

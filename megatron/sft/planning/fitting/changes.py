@@ -14,6 +14,9 @@ from megatron.sft.runtime.errors import UserError
 
 # How much longer a step takes, or what else a change costs the user, as factors, to order them.
 _ROUNDED_MOMENTS, _CPU_MEMORY, _SMALLER_MICRO_BATCH, _OTHER_DATA, _MORE_GPUS = 1.05, 1.05, 1.02, 2.0, 3.0
+# Of 8 bits: after everything that costs time only, such as 16 bits with whole layers recomputed.
+_COARSE_MOMENTS = 1.5
+_EIGHT_BITS = "OPTIMIZER_PRECISION=8bit (250 updates differ by 5 % together from those of fp32: docs/performance.md)"
 _SHOWN = 3
 
 
@@ -63,6 +66,8 @@ def cheapest_changes(start: Candidate, gpu_bytes: int) -> list[Candidate]:
         found = [each for each in (_recomputed(start, two, gpu_bytes) for two in twice) if each]
     best: dict[frozenset[str], Candidate] = {}
     for each in sorted(found, key=lambda each: (each.cost, len(each.words))):
+        if each.settings.optimizer_precision == "8bit" and any(e.settings.optimizer_precision == "bf16" for e in best.values()):
+            continue  # 16 bits fit at less cost
         best.setdefault(frozenset(word.partition("=")[0] for word in each.words), each)
     return [each for each in best.values() if each.words]
 
@@ -105,6 +110,8 @@ def _changes(now: Candidate) -> Iterator[Candidate]:
         found.append(now.changed(f"MICRO_BATCH_SIZE={size}", _SMALLER_MICRO_BATCH, micro_batch_size=size))
     if asked.optimizer_precision == "fp32" and asked.precision in ("bf16", "fp8") and not asked.optimizer_offload:
         found.append(now.changed("OPTIMIZER_PRECISION=bf16", _ROUNDED_MOMENTS, optimizer_precision="bf16"))
+    if asked.optimizer_precision in ("fp32", "bf16") and asked.precision in ("bf16", "fp8") and not asked.optimizer_offload:
+        found.append(now.changed(_EIGHT_BITS, _COARSE_MOMENTS, optimizer_precision="8bit"))
     if asked.optimizer_precision == "fp32" and asked.precision != "fp32" and asked.trained.lora is None:
         for share in (share for share in (0.25, 0.5, 0.75, 1.0) if share > asked.optimizer_offload):
             cost = _CPU_MEMORY * _offload_cost(now, share)

@@ -258,7 +258,7 @@ def _gradients(
         return 0.0
     dense, expert = _most_parameters(architecture, layout)
     parameters = dense + (expert if layout.expert_parallel < copies * layout.tensor_parallel else 0)
-    of_gradient = 2 if settings.optimizer_precision == "bf16" and settings.precision != "fp32" else 4
+    of_gradient = 2 if settings.optimizer_precision != "fp32" and settings.precision != "fp32" else 4
     speed = cluster.bandwidth(layout.tensor_parallel * copies, _WITHIN_GRADIENTS)
     moved = parameters * (copies - 1) / copies / speed
     return max(0.0, of_gradient * moved - micro_batch * 2 / 3) + max(0.0, 2 * moved - micro_batch / 3)
@@ -268,7 +268,7 @@ def _optimizer(architecture: Architecture, layout: Layout, data_parallel: int, s
     if settings.trained.lora is not None:
         return 0.0
     dense, expert = _most_parameters(architecture, layout)
-    each = 18 if settings.optimizer_precision == "bf16" else 30
+    each = {"fp32": 30, "bf16": 18, "8bit": 14}[settings.optimizer_precision]
     casts = _EXPERT_CAST_BYTES * expert if settings.precision == "fp8" else 0
     here = (1 - settings.optimizer_offload) * (dense + expert) / (data_parallel * layout.context_parallel)
     return (each * here + casts) / _OPTIMIZER_BYTES
