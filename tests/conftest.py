@@ -93,8 +93,18 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, p
     return report
 
 
+# What takes longest, by --durations, in the order in which it is started; then the processes, then the rest.
+LONGEST = ("test_slurm", "test_both_cores", "test_faults", "test_smollm2")
+
+
+def _start_order(item: pytest.Item) -> tuple[int, bool]:
+    name = item.path.stem
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST), "process" not in item.path.parts
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a GPU are skipped where there is none."""
+    """The longest first; tests of a GPU are skipped where there is none."""
+    items.sort(key=_start_order)
     if device.has_gpu():
         return
     for item in items:

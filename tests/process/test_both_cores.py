@@ -12,7 +12,7 @@ import pytest
 from tests.support import fork_server, tiny
 from tests.support.other_core import VERSIONS, other_core
 
-pytestmark = [pytest.mark.alone, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 LAYOUTS = {
     "TP2 + SP": ("qwen2", 2, "--tensor-model-parallel-size 2 --sequence-parallel 1"),
     "PP2": ("qwen2", 2, "--pipeline-model-parallel-size 2"),
