@@ -94,7 +94,12 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, p
 
 
 # What takes longest, by --durations, in the order in which it is started; then the processes, then the rest.
-LONGEST = ("test_slurm", "test_both_cores", "test_faults", "test_smollm2")
+LONGEST = (
+    *("test_slurm", "test_faults", "test_smollm2", "test_families", "test_quickstart", "test_parallel_losses", "test_adapters"),
+    *("test_environments", "test_both_cores", "test_console", "test_odd_paths", "test_first_hour", "test_frozen_parts"),
+    *("test_readme", "test_launch", "test_adapter_settings", "test_steering", "test_tokenizer_ids", "test_template_settings"),
+    *("test_pairs", "test_plan", "test_mixtures", "test_pair_runs", "test_training"),
+)
 
 
 def _start_order(item: pytest.Item) -> tuple[int, bool]:
