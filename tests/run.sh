@@ -47,7 +47,7 @@ if [[ $part == all ]]; then
   shell_output=$(mktemp)
   bats --timing tests/shell >"$shell_output" 2>&1 &
   bats=$!
-  trap 'kill "$bats" 2>/dev/null; rm -f "$shell_output"' EXIT
+  trap 'kill "$bats" 2>/dev/null || true; rm -f "$shell_output"' EXIT
 fi
 if [[ $part == check || $part == all ]]; then
   mapfile -t shell_files < <(find scripts tests tools .ci -type f \( -name '*.sh' -o -name '*.bash' -o -name '*.bats' -o -name '*.sbatch' -o -name '*.env' -o -path .ci/run -o -path 'tools/*' \) | sort)
