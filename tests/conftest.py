@@ -1,5 +1,6 @@
 """Fixtures: tiny models made with transformers, tiny data, and real processes."""
 
+import os
 import re
 import signal
 from collections.abc import Callable, Generator, Iterator
@@ -13,6 +14,8 @@ from tests.support import tiny
 # A shell that starts the tests in the background has them ignore SIGINT, nohup SIGHUP, and so would the runs that are sent one.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, lambda *_: None)
+# Transformer Engine would have float32 products of this process in TensorFloat-32, as runs never have them.
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
 
 @pytest.fixture(scope="session")

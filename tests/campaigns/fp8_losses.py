@@ -1,9 +1,11 @@
 """Losses of fine-tuning in fp8 beside bf16, step by step, in every layout of two GPUs. Status 1 if they are far apart.
 
-python -m tests.campaigns.fp8_losses [--steps 100] [--recipes tensorwise,delayed,blockwise] [--layouts DP2,TP2,PP2,CP2]
+python -m tests.campaigns.fp8_losses [--model dense|mixture] [--steps 100] [--recipes tensorwise,delayed,blockwise]
+    [--layouts DP2,TP2,PP2,CP2; EP2 too for a mixture]
 
-A model of eight layers first learns the quickstart's task in bf16, so that the runs that are compared start where a pretrained
-model does. `--cpu` compares bf16 with fp32 over gloo on a smaller one, to try the program itself.
+A model of eight layers, of a mixture 16 experts each, first learns the quickstart's task in bf16, so that the runs that are
+compared start where a pretrained model does. `--cpu` compares bf16 with fp32 over gloo on a smaller one, to try the program
+itself.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.support import tiny
@@ -24,12 +27,14 @@ LAYOUTS = {
     "TP2": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel", "1"]),
     "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
     "CP2": (2, ["--context-parallel-size", "2"]),
+    "EP2": (2, ["--expert-model-parallel-size", "2"]),
 }
+OF_DENSE, OF_MIXTURE = "DP2,TP2,PP2,CP2", "EP2,DP2,TP2,PP2,CP2"
 # Hidden size, MLP, heads, groups, layers; steps before.
 ON_GPU, ON_CPU = (1024, 2816, 16, 4, 8, 400), (64, 192, 4, 2, 2, 40)
 
 
-def prepare(folder: Path, sizes: tuple[int, ...]) -> None:
+def prepare(folder: Path, sizes: tuple[int, ...], mixture: bool) -> None:
     """`model`, `checkpoint` and `rows`."""
     import transformers
 
@@ -38,7 +43,12 @@ def prepare(folder: Path, sizes: tuple[int, ...]) -> None:
     config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads = sizes[:4]
     config.num_hidden_layers, config.max_position_embeddings = sizes[4], 2048
     config.layer_types, config.head_dim = None, sizes[0] // sizes[2]
-    config = type(config).from_dict({name: value for name, value in config.to_dict().items() if name != "layer_types"})
+    fields = {name: value for name, value in config.to_dict().items() if name not in ("layer_types", "model_type")}
+    kind = type(config)
+    if mixture:
+        kind = transformers.Qwen3MoeConfig
+        fields |= {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": sizes[0] // 2, "norm_topk_prob": True}
+    config = kind.from_dict({**fields, "architectures": None})
     shutil.copytree(folder / "quickstart", folder / "model")
     for path in (folder / "model").glob("*.safetensors*"):
         path.unlink()
@@ -64,38 +74,44 @@ def compare(arguments: argparse.Namespace, folder: Path) -> bool:
     sizes = ON_CPU if arguments.cpu else ON_GPU
     words = {f"fp8 {recipe}": ["--precision", "fp8", "--fp8-recipe", recipe] for recipe in arguments.recipes.split(",")}
     plain, others = ("fp32", {"bf16": ["--precision", "bf16"]}) if arguments.cpu else ("bf16", words)
-    prepare(folder, sizes)
+    prepare(folder, sizes, arguments.model == "mixture")
     before = ["--precision", plain, "--lr", 1e-3, "--train-iters", sizes[-1], "--log-interval", 1]
     learned = train(folder, "before", folder / "checkpoint", 1, arguments.cpu, *before)
     print(f"before: {learned[0]:.3f} -> {learned[-1]:.3f} in {len(learned)} steps", flush=True)
-    good = True
-    for layout in arguments.layouts.split(","):
+    runs = {plain: ["--precision", plain], **others}
+    layouts = (arguments.layouts or (OF_MIXTURE if arguments.model == "mixture" else OF_DENSE)).split(",")
+    schedule = ["--lr", 1e-4, "--min-lr", 1e-5, "--train-iters", arguments.steps, "--log-interval", 1]
+
+    def losses_of(case: tuple[str, str]) -> list[float]:
+        layout, name = case
         processes, options = LAYOUTS[layout]
-        options = [*options, "--lr", 1e-4, "--min-lr", 1e-5, "--train-iters", arguments.steps, "--log-interval", 1]
-        runs = {plain: ["--precision", plain], **others}
-        losses = {
-            name: train(folder, f"{layout} {name}", folder / "before", processes, arguments.cpu, *options, *precision)
-            for name, precision in runs.items()
-        }
-        reference = losses.pop(plain)
-        print(f"{layout:<8} {plain:<15} mean loss {statistics.mean(reference):.5f}, last {reference[-1]:.5f}", flush=True)
-        for name, values in losses.items():
+        options = [*options, *schedule, *runs[name]]
+        return train(folder, f"{layout} {name}", folder / "before", processes, arguments.cpu, *options)
+
+    cases = [(layout, name) for layout in layouts for name in runs]
+    good, reference = True, [0.0]
+    with ThreadPoolExecutor(arguments.at_once) as pool:
+        for (layout, name), values in zip(cases, pool.map(losses_of, cases), strict=True):
+            line = f"{layout:<8} {name:<15} mean loss {statistics.mean(values):.5f}, last {values[-1]:.5f}"
+            if name == plain:
+                reference = values
+                print(line, flush=True)
+                continue
             steps = [abs(a - b) / b for a, b in zip(values, reference, strict=True)]
             mean = abs(statistics.mean(values) / statistics.mean(reference) - 1)
             good = good and mean <= TOLERANCE
-            print(
-                f"{layout:<8} {name:<15} mean loss {statistics.mean(values):.5f}, last {values[-1]:.5f}, relative difference "
-                f"of the mean {mean:.1e}, of a step: median {statistics.median(steps):.1e}, largest {max(steps):.1e}",
-                flush=True,
-            )
+            apart = f"median {statistics.median(steps):.1e}, largest {max(steps):.1e}"
+            print(f"{line}, relative difference of the mean {mean:.1e}, of a step: {apart}", flush=True)
     return good
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="dense", choices=("dense", "mixture"))
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--recipes", default="tensorwise,delayed,blockwise")
-    parser.add_argument("--layouts", default="DP2,TP2,PP2,CP2")
+    parser.add_argument("--layouts", default="", help=f"default: {OF_DENSE}, of a mixture {OF_MIXTURE}")
+    parser.add_argument("--at-once", type=int, default=4, help="runs side by side on the same GPUs")
     parser.add_argument("--cpu", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -157,6 +157,7 @@ SEAMS: dict[str, list[str]] = {
         "pg_collection",
     ],
     "megatron.core.fp8_utils.get_fp8_recipe": ["config"],
+    "megatron.core.transformer.module.MegatronModule.is_first_microbatch": [],
     "megatron.core.transformer.transformer_config.TransformerConfig.hetereogenous_dist_checkpoint": [],
     "megatron.core.transformer.transformer_layer.get_transformer_layer_offset": ["config", "vp_stage", "pp_rank"],
     "megatron.core.models.gpt.gpt_layer_specs.get_gpt_layer_local_spec": [],
@@ -173,6 +174,7 @@ SEAMS: dict[str, list[str]] = {
     "transformer_engine.pytorch.module.base.TransformerEngineBaseModule.fp8_meta": [],
     "transformer_engine.pytorch.module.base.TransformerEngineBaseModule.init_fp8_meta_tensors": ["recipe"],
     "transformer_engine.pytorch.Linear.fuse_wgrad_accumulation": [],
+    "transformer_engine.pytorch.optimizers.FusedAdam.initialize_state": ["param", "store_param_remainders"],
     "transformer_engine.pytorch.optimizers.FusedAdam.master_param": [],
     # transformers and others
     "transformers.utils.chat_template_utils._compile_jinja_template": ["chat_template"],

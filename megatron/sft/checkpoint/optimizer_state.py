@@ -224,11 +224,11 @@ def _allocate(inner: Any, record: dict[str, Any]) -> None:
         _allocate_torch(inner.optimizer)
     elif hasattr(inner.optimizer, "allocate"):  # training.adamw.InPlaceAdamW
         inner.optimizer.allocate(int(record["step"]))
-    else:
-        state = inner.state_dict()
-        for group in state["optimizer"]["param_groups"]:
+    else:  # Transformer Engine's FusedAdam, whose load_state_dict would have all of the moments in memory twice
+        for group in inner.optimizer.param_groups:
             group["step"] = int(record["step"])
-        inner.load_state_dict(state)
+            for parameter in group["params"]:
+                inner.optimizer.initialize_state(parameter, False)
     if inner.grad_scaler is not None and "loss_scale" in record:
         scaler = inner.grad_scaler.state_dict()
         inner.grad_scaler.load_state_dict(

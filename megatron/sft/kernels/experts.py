@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron.sft.kernels.casts import store_cast, warps_of_row
 from megatron.sft.kernels.layer import activated
 
 _COLUMNS = 1024  # of a row, a program
@@ -47,6 +48,24 @@ def _weighted_swiglu(
     active, _, used, _ = activated(gate, up, KIND)
     result = active * used * tl.load(weights + row)
     tl.store(outputs + row * width + columns, result.to(outputs.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _cast_weighted_swiglu(
+    gate_up, weights, outputs, cast, scales, bias, experts, width,
+    LARGEST: tl.constexpr, LEAST: tl.constexpr,  # noqa: N803
+    WRITTEN: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """The same in 8 bits, one row a program, and in 16 if WRITTEN."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    gate, up = _halves(gate_up, bias, experts, row, columns, width, BIAS)
+    active, _, used, _ = activated(gate, up, KIND)
+    result = (active * used * tl.load(weights + row)).to(gate_up.dtype.element_ty)
+    if WRITTEN:
+        tl.store(outputs + row * width + columns, result, mask=inside)
+    store_cast(tl.where(inside, result.to(tl.float32), 0.0), cast, scales, row, columns, width, LARGEST, LEAST)
 
 
 @triton.jit
@@ -107,6 +126,24 @@ def weighted_swiglu(gate_up: Tensor, weights: Tensor, outputs: Tensor, kind: str
         _weighted_swiglu[grid](
             gate_up, weights, outputs, values, experts, width, KIND=kind, BIAS=bias is not None, BLOCK=_COLUMNS, num_warps=4
         )
+
+
+def cast_weighted_swiglu(
+    gate_up: Tensor, weights: Tensor, outputs: Tensor | None, kind: str, bias: Bias, largest: float, least: float
+) -> tuple[Tensor, Tensor]:
+    """The same in 8 bits, as `casts.cast_rows` makes it of them; `outputs` are written where there are some."""
+    num_rows, width = len(gate_up), gate_up.shape[1] // 2
+    cast = torch.empty(num_rows, width, dtype=torch.float8_e4m3fn, device=gate_up.device)
+    scales = torch.empty(num_rows, dtype=torch.float32, device=gate_up.device)
+    if num_rows:
+        block = triton.next_power_of_2(width)
+        values, experts = bias or (gate_up, gate_up)
+        _cast_weighted_swiglu[(num_rows,)](
+            gate_up, weights, gate_up if outputs is None else outputs, cast, scales, values, experts, width,
+            LARGEST=largest, LEAST=least, WRITTEN=outputs is not None, KIND=kind, BIAS=bias is not None, BLOCK=block,
+            num_warps=warps_of_row(block),
+        )  # fmt: skip
+    return cast, scales
 
 
 def weighted_swiglu_backward(

@@ -201,8 +201,9 @@ def _fp8_fields(recipe: str, architecture: Architecture, layout: Layout) -> dict
     if latent := architecture.latent:
         sizes |= {"vector for keys and values": latent.kv_rank, "vector for queries": latent.query_rank or 0}
         sizes |= {"value width": architecture.num_heads * latent.value_dim}
-    if architecture.moe and architecture.moe.shared_width:
-        sizes["shared experts' width"] = architecture.moe.shared_width
+    if moe := architecture.moe:
+        sizes["experts' width on a process"] = moe.ffn_hidden_size // layout.expert_tensor_parallel
+        sizes["shared experts' width"] = moe.shared_width
     for name, size in sizes.items():
         if size % _FP8_BLOCK:
             raise UserError(

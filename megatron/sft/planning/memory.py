@@ -122,9 +122,9 @@ def _stage_estimate(
     weights = for_weight * (dense + expert)
     if settings.trained.lora is not None:
         weights += for_weight * (trained_dense + trained_expert)
-    # Two copies of the linear layers' weights in 8 bits, as rows and as columns; experts are computed in 16.
+    # Two copies of the linear layers' weights in 8 bits, as rows and as columns, and of the experts'.
     split, *_ = _parameters(architecture, _stage_layers(architecture, layout, stage))
-    cast = 2 * split // layout.tensor_parallel if settings.precision == "fp8" else 0
+    cast = 2 * (split // layout.tensor_parallel + expert) if settings.precision == "fp8" else 0
     activations = in_flight * one_micro_batch * tokens
     working *= tokens
     unit = _element_bytes(settings)
@@ -244,7 +244,8 @@ def layer_tensors(architecture: Architecture, layout: Layout, settings: MemorySe
     assert moe is not None
     chosen = moe.experts_per_token
     width = chosen * moe.ffn_hidden_size / layout.expert_tensor_parallel
-    # Scores, the choice, and where rows come from and go to. Between processes rows cannot be made again.
+    # Scores, the choice, and where rows come from and go to. Between processes rows cannot be made again. In fp8, too, the
+    # gradients of the experts' weights are computed of 16 bits.
     routed = {"router": 12.0 * moe.num_experts + 32.0 * chosen, "MLP norm": unit * hidden}
     rows = "rows of experts" if layout.expert_parallel == 1 else "rows of other processes"
     tensors |= {**routed, rows: chosen * unit * hidden, "gate and up": 2 * unit * width, "activation": unit * width}

@@ -95,7 +95,8 @@ class TrainOptions:
         "PRECISION", "of forward and backward; fp8 needs Transformer Engine", "bf16", ("bf16", "fp16", "fp8", "fp32"))
     fp8_recipe: str = _setting(
         "FP8_RECIPE", "scales of fp8: by a tensor's present values, those of its last 16 steps, or blocks of 128 (Hopper "
-        "with CUDA 12.9 and Transformer Engine 2.3, or newer)", "tensorwise", ("tensorwise", "delayed", "blockwise"))
+        "with CUDA 12.9 and Transformer Engine 2.3, or newer); experts have present ones by token and by channel of a weight, "
+        "whatever it says", "tensorwise", ("tensorwise", "delayed", "blockwise"))
     initial_loss_scale: float = _setting("INITIAL_LOSS_SCALE", "first loss scale of fp16", 65536.0)
     loss_scale_window: float = _setting("LOSS_SCALE_WINDOW", "good steps after which fp16 doubles its loss scale", 1000.0)
     optimizer_precision: str = _setting(

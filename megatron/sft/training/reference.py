@@ -172,7 +172,8 @@ def _models(plan: RunPlan, reference: ReferencePlan) -> list[torch.nn.Module]:
     if DTYPES[options.precision] != torch.float32:
         modules = [Float16Module(config, chunk) for chunk in chunks]
     load_weights(checkpoint, chunks, plan.layout)
-    return [module.eval() for module in modules]
+    # Frozen weights are cast to 8 bits once.
+    return [module.eval().requires_grad_(False) for module in modules]
 
 
 def _logps_of_rows(plan: RunPlan, models: list[torch.nn.Module], feeder: Feeder, numbers: list[int]) -> np.ndarray:

@@ -73,8 +73,8 @@ def test_a_mixture_is_its_definition_with_autograds_gradients(
     others = torch.tensor([1, 3, 4, 5, 6])
     chosen = torch.stack([torch.cat([torch.zeros(1).long(), others[torch.randperm(5)[:2]]]) for _ in range(TOKENS)])
     results = []
-    for function, kind, place in ((mixture, torch.float32, "cpu"), (ours, dtype, device)):
-        parts = [part.detach().to(dtype).to(place, kind).clone().requires_grad_() for part in inputs]
+    for function, precision, place in ((mixture, torch.float32, "cpu"), (ours, dtype, device)):
+        parts = [part.detach().to(dtype).to(place, precision).clone().requires_grad_() for part in inputs]
         parts[1] = inputs[1].detach().to(place).clone().requires_grad_()
         output = function(parts[0], parts[1], chosen.to(place), parts[2], parts[3], parts[4], kind)
         output.backward(torch.sin(torch.arange(output.numel(), device=place)).view_as(output).to(output.dtype))

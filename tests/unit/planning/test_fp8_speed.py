@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron.sft.hf.published_configs import find_architecture
 from megatron.sft.model.config import Machine, fp8_refusal
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning.speed.fp8_speed import fp8_advice
@@ -33,6 +34,11 @@ def test_the_nearest_measured_case_decides(hidden_size: int, layout: Layout, ada
     architecture = replace(SHAPE, hidden_size=hidden_size)
     begins = begins.replace("HERE", "hidden units a tensor-parallel process")
     assert fp8_advice(architecture, layout, adapters).startswith(begins)
+
+
+def test_of_mixtures_it_says_what_is_computed_in_8_bits() -> None:
+    architecture, _ = find_architecture("Qwen/Qwen3-30B-A3B")
+    assert "two of whose three products PRECISION=fp8 computes in 8 bits" in fp8_advice(architecture, Layout(), False)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from megatron.sft.families.trained import Trained
 from megatron.sft.hf.published_configs import find_architecture, published_configs
 from megatron.sft.model.layout import Layout
 from megatron.sft.planning.layouts import suggest_layouts
-from megatron.sft.planning.memory import GIB, MemorySettings, estimate, num_parameters
+from megatron.sft.planning.memory import GIB, MemorySettings, estimate, layer_tensors, num_parameters
 
 ONE = Layout()
 # A row of 16,384 tokens of the 1.5B model on one GPU, 4 micro-batches a step.
@@ -111,6 +111,20 @@ def test_the_estimate_of_a_mixture_is_within_5_percent_of_the_peak(changes: dict
     whole, _ = find_architecture("Qwen/Qwen3-30B-A3B")
     architecture = replace(whole, num_layers=4, layers=whole.layers[:4])
     assert abs(estimate(architecture, ONE, 1, replace(ROW, **changes)).tensors / GIB / measured_gib - 1) <= 0.05  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("layout", "share"), [(ONE, 1), (Layout(expert_parallel=4), 4)])
+def test_fp8_keeps_the_experts_weights_twice_more_in_8_bits_and_their_rows_in_16(layout: Layout, share: int) -> None:
+    architecture, _ = find_architecture("Qwen/Qwen3-30B-A3B")
+    bf16, fp8 = (estimate(architecture, layout, 4, replace(ROW, precision=word, recompute="none")) for word in ("bf16", "fp8"))
+    # Layers, experts, three matrices of 2,048 x 768 each, a byte each, as rows and as columns; attention's projections.
+    experts, attention = 48 * 128 * 3 * 2048 * 768 * 2, 48 * 2048 * 128 * (2 * 32 + 2 * 4) * 2
+    assert fp8.weights - bf16.weights == experts // share + attention
+    kept = [
+        layer_tensors(architecture, layout, replace(ROW, precision=word), architecture.layers[0]) for word in ("bf16", "fp8")
+    ]
+    changed = {name for name in kept[0] if kept[0][name] != kept[1][name]}
+    assert changed == {"attention norm"}
 
 
 @pytest.mark.parametrize(("optimizer_precision", "measured_gib"), [("bf16", 38.3), ("fp32", 61.1)])

@@ -66,6 +66,18 @@ def test_estimates_are_within_6_percent_of_measured_steps(
     assert abs(found.total / measured - 1) <= 0.06
 
 
+def test_two_of_three_products_of_experts_gain_by_fp8_and_their_weights_are_cast_in_each_step() -> None:
+    long, short = (
+        {word: time_of(MIXTURE, Layout(), 1, count=count, precision=word, **lora) for word in ("bf16", "fp8")}
+        for count, lora in ((4, {}), (1, {}))
+    )
+    # 65,536 tokens, 8 experts each, 4 layers, three products of three matrices of 2,048 x 768.
+    products = 65536 * 8 * 4 * 3 * 3 * 2 * 2048 * 768
+    assert products / 680e12 * 0.1 < long["bf16"].compute - long["fp8"].compute < products / 560e12 * 0.5
+    casts = long["fp8"].optimizer - long["bf16"].optimizer
+    assert casts > 0 and casts == pytest.approx(short["fp8"].optimizer - short["bf16"].optimizer)
+
+
 def test_more_micro_batches_and_chunks_of_stages_shrink_the_share_of_waiting_stages() -> None:
     few, many = (time_of(SMALL, Layout(1, 4), 1, count=count) for count in (4, 16))
     chunks = time_of(SMALL, Layout(1, 4, virtual_pipeline=7), 1)

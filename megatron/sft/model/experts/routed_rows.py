@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.sft.model.experts.casts import LARGEST, LEAST, Cast, cast_rows
 from megatron.sft.model.experts.grouped_linear import sums_by_expert
 from megatron.sft.model.swiglu import gated
 
@@ -43,9 +44,9 @@ def ends_of(sorted_experts: Tensor, num_experts: int) -> Tensor:
     return torch.searchsorted(sorted_experts, experts, right=True).to(torch.int32)
 
 
-def gather_rows(hidden: Tensor, rows: RoutedRows) -> Tensor:
-    """[n, width]: each row's token of hidden [t, width]."""
-    result: Tensor = _Gather.apply(hidden, rows)
+def gather_rows(hidden: Tensor, rows: RoutedRows, written: bool = True) -> Tensor:
+    """[n, width]: each row's token of hidden [t, width]; their memory alone if not written."""
+    result: Tensor = _Gather.apply(hidden, rows, written)
     return result
 
 
@@ -94,6 +95,15 @@ def weighted_swiglu(gate_up: Tensor, weights: Tensor, kind: str = "silu", bias: 
     return result
 
 
+def weighted_swiglu_and_cast(
+    gate_up: Tensor, weights: Tensor, kind: str, bias: ExpertBias | None, written: bool
+) -> tuple[Tensor, Cast]:
+    """The same, and in 8 bits. written: if not, the first is its memory alone."""
+    values = None if bias is None else bias.values
+    active, cast, scales = _WeightedSwiGLU.apply(gate_up, weights, values, kind, bias, True, written)
+    return active, Cast(cast, scales)
+
+
 def write_weighted_swiglu(
     gate_up: Tensor, weights: Tensor, outputs: Tensor, kind: str = "silu", bias: ExpertBias | None = None
 ) -> None:
@@ -127,13 +137,15 @@ def _summed(rows: Tensor, places: Tensor) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, rows: RoutedRows) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, rows: RoutedRows, written: bool) -> Tensor:
         ctx.rows = rows
+        if not written:
+            return hidden.new_empty(len(rows.tokens), hidden.shape[1])
         return hidden.index_select(0, rows.tokens)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _summed(gradients[0], ctx.rows.places), None
+        return _summed(gradients[0], ctx.rows.places), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -162,14 +174,26 @@ class _Permute(torch.autograd.Function):
 class _WeightedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gate_up: Tensor, weights: Tensor, values: Tensor | None, kind: str, bias: ExpertBias | None
-    ) -> Tensor:
-        """values: the bias's, for their gradient."""
+        ctx: Any,
+        gate_up: Tensor,
+        weights: Tensor,
+        values: Tensor | None,
+        kind: str,
+        bias: ExpertBias | None,
+        in_8_bits: bool = False,
+        written: bool = True,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """values: the bias's, for their gradient. in_8_bits: the values and scales of a cast are given as well."""
         outputs = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-        write_weighted_swiglu(gate_up, weights, outputs, kind, bias)
         ctx.save_for_backward(gate_up, weights)
         ctx.kind, ctx.bias = kind, bias
-        return outputs
+        if not in_8_bits:
+            write_weighted_swiglu(gate_up, weights, outputs, kind, bias)
+            return outputs
+        cast = _cast_weighted_swiglu(gate_up, weights, outputs, kind, bias, written)
+        ctx.mark_non_differentiable(cast.values, cast.scales)
+        ctx.set_materialize_grads(False)
+        return outputs, cast.values, cast.scales
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -177,7 +201,22 @@ class _WeightedSwiGLU(torch.autograd.Function):
         bias: ExpertBias | None = ctx.bias
         of_gate_up, of_weights = _weighted_swiglu_backward(gate_up, weights, gradients[0].contiguous(), ctx.kind, bias)
         of_bias = None if bias is None or not ctx.needs_input_grad[2] else sums_by_expert(of_gate_up, bias.ends)
-        return of_gate_up, of_weights, of_bias, None, None
+        return of_gate_up, of_weights, of_bias, None, None, None, None
+
+
+def _cast_weighted_swiglu(
+    gate_up: Tensor, weights: Tensor, outputs: Tensor, kind: str, bias: ExpertBias | None, written: bool
+) -> Cast:
+    """In 8 bits; and into `outputs`, if they are to be written."""
+    if gate_up.is_cuda:
+        from megatron.sft.kernels import experts
+
+        place = None if bias is None else (bias.values.detach(), bias.experts)
+        into = outputs if written else None
+        return Cast(*experts.cast_weighted_swiglu(gate_up, weights, into, kind, place, LARGEST, LEAST))
+    filled = outputs if written else torch.empty_like(outputs)
+    write_weighted_swiglu(gate_up, weights, filled, kind, bias)
+    return cast_rows(filled)
 
 
 def _weighted_swiglu_backward(

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron.sft.families.architecture import MoEConfig
+from megatron.sft.model.experts.casts import Cast, can_multiply, cast_rows
 from megatron.sft.model.experts.grouped_linear import GroupedLinear
 from megatron.sft.model.experts.routed_rows import (
     RoutedRows,
@@ -22,6 +23,7 @@ from megatron.sft.model.experts.routed_rows import (
     permuted,
     routed_rows,
     weighted_swiglu,
+    weighted_swiglu_and_cast,
     write_rows,
     write_weighted_swiglu,
 )
@@ -29,6 +31,7 @@ from megatron.sft.model.experts.router import Router
 from megatron.sft.model.experts.shared import SharedExperts
 from megatron.sft.model.inputs import PackedRows
 from megatron.sft.model.recomputation import recompute
+from megatron.sft.runtime import device
 
 
 class Experts(MegatronModule):
@@ -42,7 +45,8 @@ class Experts(MegatronModule):
         spread = config.expert_model_parallel_size
         self.num_local = config.num_moe_experts // spread
         width = config.moe_ffn_hidden_size // self.split
-        options = {"dtype": config.params_dtype, "bias": moe.expert_bias}
+        self.in_8_bits = bool(config.fp8) and can_multiply(device.current())
+        options = {"dtype": config.params_dtype, "bias": moe.expert_bias, "in_8_bits": self.in_8_bits}
         self.linear_fc1 = GroupedLinear(self.num_local, 2 * width, config.hidden_size, **options)
         self.linear_fc2 = GroupedLinear(self.num_local, config.hidden_size, width, **options)
         for dimension, linear in ((1, self.linear_fc1), (2, self.linear_fc2)):
@@ -55,16 +59,22 @@ class Experts(MegatronModule):
             whole: Any = self.linear_fc2.bias
             whole.tensor_model_parallel, whole.sequence_parallel = False, config.sequence_parallel
 
-    def forward(self, rows: Tensor, weights: Tensor, ends: Tensor, again: bool, write: Any = None) -> Tensor:
+    def forward(
+        self, rows: Tensor, weights: Tensor, ends: Tensor, again: bool, write: Any = None, cast: Cast | None = None
+    ) -> Tensor:
         """rows [n, hidden size] sorted by expert, each row's weight [n] in float32; the weighted results [n, hidden size].
 
         Without the bias of the down projection. again: the activation's results are freed and computed again in the backward
-        pass. write: fills `rows` again, likewise.
+        pass. write: fills `rows` again, likewise. cast: the rows in 8 bits.
         """
-        gate_up, values = self.linear_fc1(rows, ends)
+        gate_up, values = self.linear_fc1(rows, ends, cast)
         bias = None if values is None else expert_bias(values, ends, len(rows))
-        active = weighted_swiglu(gate_up, weights, self.activation, bias)
-        results, _ = self.linear_fc2(active, ends)
+        if self.in_8_bits:
+            written = not again or reads_16_bits(self.linear_fc2)
+            active, cast = weighted_swiglu_and_cast(gate_up, weights, self.activation, bias, written)
+        else:
+            active, cast = weighted_swiglu(gate_up, weights, self.activation, bias), None
+        results, _ = self.linear_fc2(active, ends, cast)
         if write is not None:
             recompute(rows, gate_up, write)
         if again:
@@ -101,6 +111,11 @@ class Experts(MegatronModule):
                         key, part, *offsets, replica_id=replica, prepend_axis_num=lead
                     )
         return found
+
+
+def reads_16_bits(linear: GroupedLinear) -> bool:
+    """Whether the forward product takes more of its rows than their cast: an adapter does."""
+    return hasattr(linear, "adapter")
 
 
 class SparseMLP(MegatronModule):
@@ -145,9 +160,12 @@ class SparseMLP(MegatronModule):
 
     def _here(self, flat: Tensor, weights: Tensor, rows: RoutedRows, again: bool) -> Tensor:
         """[n, hidden size]: results of the rows, all experts being on this process."""
-        inputs = gather_rows(flat, rows)
+        in_8_bits = self.experts.in_8_bits
+        # Each token is cast once, for all its rows.
+        cast = cast_rows(flat.detach()).rows(rows.tokens) if in_8_bits else None
+        inputs = gather_rows(flat, rows, not (again and in_8_bits) or reads_16_bits(self.experts.linear_fc1))
         write = partial(write_rows, flat.detach(), rows) if again else None
-        return self.experts(inputs, weights.flatten()[rows.order], rows.ends, again, write)
+        return self.experts(inputs, weights.flatten()[rows.order], rows.ends, again, write, cast)
 
     def _over_tensor_parallel(self, flat: Tensor, weights: Tensor, chosen: Tensor, again: bool) -> Tensor:
         """Every rank computes a part of each expert's width, for all tokens; the parts' results are summed."""

@@ -160,13 +160,13 @@ class Adapter(nn.Module):
             return stacked
         return F.pad(stacked, (0, 0, 0, 1)).index_select(-2, self._order)
 
-    def _forward_grouped(self, linear: Callable[..., Any], inputs: Tensor, ends: Tensor) -> tuple[Any, Any]:
+    def _forward_grouped(self, linear: Callable[..., Any], inputs: Tensor, ends: Tensor, *rest: Any) -> tuple[Any, Any]:
         """Several experts in one layer, their rows one after another; ends: int32 [experts], the rows up to and with each's."""
         # Put together before their gradients are summed: those of parts would lie apart, and megatron-core's sum be lost.
         (down,) = self._summed([torch.cat(self.factors("A"), dim=1)], self.split.column)
         (up,) = self._summed([self._blocks(self.factors("B")) * self.lora.scale], not self.split.column)
         low = project_grouped(inputs, down, ends, self._dropout())
-        outputs, bias = linear(inputs, ends)
+        outputs, bias = linear(inputs, ends, *rest)
         return add_grouped(outputs, low, up, ends), bias
 
     def _dropout(self) -> Dropout | None:

@@ -34,7 +34,7 @@ ADAPTERS = (Measured(3584, {"tensorwise": 1.26}),)  # 7B, one GPU
 def fp8_advice(architecture: Architecture, layout: Layout, adapters: bool) -> str:
     """What to take, for people: of the nearest case that is as wide as this one or narrower."""
     if architecture.moe is not None:
-        return "not measured with experts, which PRECISION=fp8 computes in bf16"
+        return "not measured with experts, two of whose three products PRECISION=fp8 computes in 8 bits, on Hopper"
     width = architecture.hidden_size // layout.tensor_parallel
     here = f"with {width:,} hidden units a tensor-parallel process"
     cases = ADAPTERS if adapters else ALL_WEIGHTS

@@ -19,9 +19,13 @@ MEASURED_GPUS = 4
 PRODUCTS, EXPERTS, ATTENTION_PAIRS, STATES, HEAD = 680e12, 560e12, 312e12, 40e12, 595e12
 # In 8 bits, casts included, relative to 16; without TensorFloat-32.
 _FP8_GAIN, _FLOAT32_PRODUCTS = 1.42, 45e12
+# The same of experts' results and gradients of rows; counted, not measured: a product at 900e12, and a pass over its rows.
+_FP8_EXPERTS_GAIN = 1.3
 # Rows are sorted, gathered and summed again: passes over them, forward and backward; gradients of experts' weights are added to
 # the buffer: bytes of each.
 _ROW_PASSES, _EXPERT_GRADIENT_BYTES = 12, 6
+# In fp8 they are cast to 8 bits in each step, as rows and as columns: bytes of each.
+_EXPERT_CAST_BYTES = 6
 # Adapters add to every output and input gradient of a frozen weight.
 _ADAPTED_PRODUCTS = 560e12
 # Bytes kept for the backward pass, a second: norms, activation functions and rotary positions pass over them several times.
@@ -162,7 +166,15 @@ def _compute(stage: Architecture, layout: Layout, settings: MemorySettings, toke
         )
         seconds += mixtures * _ROW_PASSES * 2 * stage.hidden_size * rows / spread / _OPTIMIZER_BYTES
         seconds += 0 if frozen else mixtures * _EXPERT_GRADIENT_BYTES * held / _OPTIMIZER_BYTES
-    return seconds + experts / spread / EXPERTS + (weights - experts) / spread / products
+    return seconds + experts / spread / _expert_rate(settings) + (weights - experts) / spread / products
+
+
+def _expert_rate(settings: MemorySettings) -> float:
+    """Of two products of experts, of which fp8 computes both in 8 bits, and of a third for weights that are trained."""
+    if settings.precision != "fp8":
+        return EXPERTS
+    in_16 = 1 if settings.trained.lora is None else 0
+    return EXPERTS * (2 + in_16) / (2 / _FP8_EXPERTS_GAIN + in_16)
 
 
 def _product_rate(settings: MemorySettings) -> float:
@@ -244,7 +256,8 @@ def _optimizer(architecture: Architecture, layout: Layout, data_parallel: int, s
         return 0.0
     dense, expert = _most_parameters(architecture, layout)
     each = 18 if settings.optimizer_precision == "bf16" else 30
-    return each * (dense + expert) / (data_parallel * layout.context_parallel) / _OPTIMIZER_BYTES
+    casts = _EXPERT_CAST_BYTES * expert if settings.precision == "fp8" else 0
+    return (each * (dense + expert) / (data_parallel * layout.context_parallel) + casts) / _OPTIMIZER_BYTES
 
 
 def _most_parameters(architecture: Architecture, layout: Layout) -> tuple[int, int]:
