@@ -96,8 +96,24 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, p
     return report
 
 
+# What takes longest, by --durations, in the order in which it is started; then the unit tests, before tests that use
+# megatron-core in the same process; then the rest.
+LONGEST = (
+    *("test_slurm", "test_faults", "test_smollm2", "test_families", "test_quickstart", "test_parallel_losses", "test_adapters"),
+    *("test_environments", "test_both_cores", "test_console", "test_odd_paths", "test_first_hour", "test_frozen_parts"),
+    *("test_readme", "test_launch", "test_adapter_settings", "test_steering"),
+    *("test_plan", "test_mixtures", "test_pair_runs", "test_training"),
+)
+
+
+def _start_order(item: pytest.Item) -> tuple[int, bool]:
+    name = item.path.stem
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST), "unit" not in item.path.parts
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a GPU are skipped where there is none."""
+    """The longest first; tests of a GPU are skipped where there is none."""
+    items.sort(key=_start_order)
     if device.has_gpu():
         return
     for item in items:

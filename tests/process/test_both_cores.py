@@ -12,7 +12,7 @@ import pytest
 from tests.support import fork_server, tiny
 from tests.support.other_core import VERSIONS, other_core
 
-pytestmark = [pytest.mark.alone, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 LAYOUTS = {
     "TP2 + SP": ("qwen2", 2, "--tensor-model-parallel-size 2 --sequence-parallel 1"),
     "PP2": ("qwen2", 2, "--pipeline-model-parallel-size 2"),
@@ -37,10 +37,16 @@ def test_the_version_is_one_of_two() -> None:
 
 
 @pytest.mark.timeout(900)
-def test_the_quickstart_and_a_conversion_pass_on_the_other_version() -> None:
-    tests = ["tests/process/test_quickstart.py", "tests/unit/test_seams.py"]
-    tests += ["tests/process/test_conversion.py::test_megatron_cores_own_loader_reads_a_converted_checkpoint"]
-    command = [str(other_core()), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+@pytest.mark.parametrize(
+    "tests",
+    [
+        ["unit/test_seams.py", "process/test_conversion.py::test_megatron_cores_own_loader_reads_a_converted_checkpoint"],
+        pytest.param(["process/test_quickstart.py"], marks=pytest.mark.campaign),
+    ],
+    ids=["seams and a conversion", "the quickstart"],
+)
+def test_tests_pass_on_the_other_version(tests: list[str]) -> None:
+    command = [str(other_core()), "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in tests)]
     done = subprocess.run(command, cwd=tiny.ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-6000:]
 
@@ -73,3 +79,17 @@ def test_losses_are_the_same_and_either_continues_what_the_other_saved(
         halves = tiny.as_of(3, tmp_path / saved_by, tmp_path / f"of {saved_by}")
         assert train(halves, continued_by) == same(losses)
         assert (halves / "iter_0000006").is_dir()
+    # The other version converts and exports as this one does.
+    exports = [tmp_path / "exported by ours", tmp_path / "exported by theirs"]
+    tiny.run_module("export", "--load", tmp_path / "theirs", "--hf-dir", source, "--output", exports[0])
+    monkeypatch.setattr(sys, "executable", theirs)
+    for module, given in (
+        ("export", ["--load", tmp_path / "theirs", "--hf-dir", source, "--output", exports[1]]),
+        ("convert", ["--hf-dir", source, "--output", tmp_path / "converted"]),
+        ("export", ["--load", tmp_path / "converted", "--hf-dir", source, "--output", tmp_path / "source"]),
+    ):
+        words = list(map(str, given))
+        status, output = tiny.start(0, f"megatron.sft.{module}", words, fork_server.environment_of_runs(), 200)
+        assert status == 0, output[-4000:]
+    tiny.assert_same_weights(*exports)
+    tiny.assert_same_weights(tmp_path / "source", source)

@@ -15,7 +15,6 @@ import pytest
 from tests.support import tiny
 from tests.support.real_runs import Material, RealRun, make_material
 
-pytestmark = pytest.mark.alone
 SECONDS = 240
 LINE = "done: 4 steps"
 

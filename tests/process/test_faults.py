@@ -19,8 +19,6 @@ from tests.campaigns.signal_campaign import POISON, poison, try_out
 from tests.support import pair_material, tiny
 from tests.support.real_runs import STEPS, Material, RealRun, assert_same_run, make_material
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Material:

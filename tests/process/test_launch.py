@@ -13,8 +13,6 @@ import pytest
 
 from tests.support.real_runs import pids_below
 
-pytestmark = pytest.mark.alone
-
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = """
 import os, signal, sys, time

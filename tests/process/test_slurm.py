@@ -14,7 +14,7 @@ import pytest
 from tests.support import slurm_cluster, tiny
 from tests.support.slurm_cluster import Cluster
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 # Two nodes with one process each, which share every layer.
 SETTINGS = {

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import tiny
+from tests.support.fork_server import SERVER
 from tests.support.hub_server import Hub
 from tests.support.real_runs import Material, make_material
 
@@ -27,8 +28,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
 def settings(material: Material, save: Path, **given: object) -> dict[str, str]:
     basic = {"PRETRAIN_CHECKPOINT_PATH": material.checkpoint, "DATA_PATH": material.data, "OUTPUT_PATH": save}
     basic |= {"PRECISION": "fp32", "TRAIN_ITERS": 20, "GLOBAL_BATCH_SIZE": 4, "GPUS_PER_NODE": 1, "LR": "1e-3"}
-    basic |= {"MEGATRON_SFT_DEVICE": "cpu", "OMP_NUM_THREADS": 1, "MEGATRON_SFT_PYTHON": sys.executable}
-    return os.environ | {name: str(value) for name, value in (basic | given).items()}
+    return os.environ | SERVER.python() | {name: str(value) for name, value in (basic | given).items()}
 
 
 def script(name: str, *arguments: object, environment: dict[str, str], status: int = 0) -> str:
@@ -167,7 +167,7 @@ def test_an_export_is_pushed_where_it_is_asked_for(material: Material, tmp_path:
     export = material.checkpoint, material.folder / "tiny_qwen2"
     with Hub({}, writer="may-write") as hub:
         environment = settings(material, tmp_path, HF_ENDPOINT=hub.address, HF_HUB_DISABLE_XET=1, HF_HOME=tmp_path / "home")
-        environment |= {"PUSH_TO": "owner/tuned"}
+        environment |= {"PUSH_TO": "owner/tuned", "MEGATRON_SFT_PYTHON": sys.executable}
         without = script("5_export.sh", *export, tmp_path / "none", environment=environment, status=2)
         assert "PUSH_TO=owner/tuned needs a token" in without and not (tmp_path / "none").exists()
         refused = script("5_export.sh", *export, tmp_path / "none", environment=environment | {"HF_TOKEN": "x"}, status=2)

@@ -130,6 +130,12 @@ def test_picture_is_drawn_next_to_the_run_and_its_failure_is_said_once(
     picture.redraw()
     picture.close()
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "loss.png").unlink()
+    picture.close()
+    assert not (tmp_path / "loss.png").exists(), "it was drawn already"
+    MetricsLog(tmp_path, 100, 80, 0, SHAPE).step(RECORD)
+    picture.close()
+    assert (tmp_path / "loss.png").exists(), "there is more to draw"
 
 
 SWANLAB = """

@@ -14,8 +14,6 @@ import pytest
 from megatron.sft.data.workers import in_order
 from megatron.sft.runtime.errors import UserError
 
-pytestmark = pytest.mark.alone
-
 ROOT = Path(__file__).parents[2]
 
 

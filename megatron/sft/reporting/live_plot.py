@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron.sft.reporting.curves import METRICS
 from megatron.sft.runtime import ranks
 
 PICTURE = "loss.png"
@@ -16,6 +17,8 @@ class LivePlot:
 
     def __init__(self, folder: Path) -> None:
         self._command = [sys.executable, "-m", "megatron.sft.plot", str(folder), "--output", str(folder / PICTURE)]
+        self._metrics = folder / METRICS
+        self._drawn_bytes = -1  # of the metrics when the last drawing started
         self._drawing: subprocess.Popen[str] | None = None
         self._has_failed = not ranks.is_rank_0()
 
@@ -26,6 +29,7 @@ class LivePlot:
         # Without torchrun's variables: an error would be written to this rank's error file.
         hidden = ("TORCHELASTIC_", "RANK", "LOCAL_RANK", "WORLD_SIZE")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+        self._drawn_bytes = self._num_bytes()
         try:
             self._drawing = subprocess.Popen(
                 self._command,
@@ -42,13 +46,19 @@ class LivePlot:
             self._give_up(str(error))
 
     def close(self) -> None:
-        """Draw the final picture and wait for it, LAST_SECONDS for each step at most."""
-        if not self._has_failed and self._is_finished(LAST_SECONDS):
+        """Draw what is not drawn yet and wait for it, LAST_SECONDS for each step at most."""
+        if not self._has_failed and self._is_finished(LAST_SECONDS) and self._drawn_bytes != self._num_bytes():
             self.redraw()
             self._is_finished(LAST_SECONDS)
         if self._drawing is not None:
             self._drawing.kill()
             self._drawing.wait()
+
+    def _num_bytes(self) -> int:
+        try:
+            return self._metrics.stat().st_size
+        except OSError:
+            return 0
 
     def _is_finished(self, seconds: float) -> bool:
         if self._drawing is None:
