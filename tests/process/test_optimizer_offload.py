@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.process.test_optimizer_precision import OPTIONS, STEPS, Runs, close
+from tests.process.test_optimizer_precision import OPTIONS as OF_RUNS
+from tests.process.test_optimizer_precision import STEPS, Runs, close
 from tests.support import tiny
 
+OPTIONS = [*OF_RUNS, "--save-interval", "4"]
 AWAY, HALF = ["--optimizer-offload", "1"], ["--optimizer-offload", "0.5"]
 # The same optimizer with all of its state on the GPU.
 HERE = ["--optimizer-offload", "1e-9"]

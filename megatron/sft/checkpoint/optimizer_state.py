@@ -80,8 +80,10 @@ class Share:
 
     @property
     def held(self) -> Tensor:
-        """The tensor that the optimizer steps."""
-        return self._held()[0]
+        """[stop - start], what the optimizer steps."""
+        group, place = self.optimizer.model_param_group_index_map[self.parameter]
+        held: Tensor = self.optimizer.optimizer.param_groups[group]["params"][place]
+        return held
 
     def _held(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The tensor that the optimizer steps, and its state, which has the master weights where they are another tensor."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -79,8 +80,15 @@ def _constant(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 def lock_pages(buffer: Tensor) -> None:
-    # Where the system refuses, the copy takes longer: it goes through small buffers of the driver.
-    torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
+    """Page-lock a buffer of the CPU's memory for copies by the GPU, until it is freed: others may get its addresses then."""
+    runtime = torch.cuda.cudart()
+    if runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0) == runtime.cudaError.success:
+        weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
+        return
+    # Where the system refuses, the copy takes longer: it goes through small buffers of the driver. The next call of torch
+    # would report the refusal as its own failure.
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device.current())
 
 
 class BackgroundAllocation:

@@ -56,6 +56,7 @@ class Transfers:
 
     def __init__(self) -> None:
         self.shards: list[Shard] = []
+        self._buffer = torch.empty(0)
         self._incoming, self._outgoing = torch.cuda.Stream(), torch.cuda.Stream()
         # Place, shard, after which its gradient has arrived, and its step's scalars.
         self._work: PriorityQueue[tuple[int, Shard, Any, Factors]] = PriorityQueue()
@@ -116,10 +117,10 @@ class Transfers:
 
     def _allocate(self) -> None:
         sizes = [shard.weights.numel() for shard in self.shards]
-        buffer = torch.zeros(sum(sizes))
+        self._buffer = torch.zeros(sum(sizes))
         if self.shards[0].weights.is_cuda:
-            lock_pages(buffer)
-        for shard, part in zip(self.shards, buffer.split(sizes), strict=True):
+            lock_pages(self._buffer)
+        for shard, part in zip(self.shards, self._buffer.split(sizes), strict=True):
             shard.buffer = part
 
     def _next(self) -> None:

@@ -70,7 +70,8 @@ def _has_grouped_mm(device: torch.device) -> bool:
 
 
 def _in_one(rows: Tensor) -> bool:
-    return rows.is_cuda and rows.dtype == torch.bfloat16 and _has_grouped_mm(rows.device)
+    # torch's product refuses a gradient of no rows, as a process of expert parallelism may have.
+    return len(rows) > 0 and rows.is_cuda and rows.dtype == torch.bfloat16 and _has_grouped_mm(rows.device)
 
 
 class _GroupedProduct(torch.autograd.Function):
