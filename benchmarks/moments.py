@@ -21,8 +21,8 @@ from megatron.sft import quickstart
 from megatron.sft.checkpoint.moment_codes import KINDS, decoded, empty_codes, set_codes
 from megatron.sft.checkpoint.optimizer_state import join_master_weights
 from megatron.sft.runtime.errors import OneLineParser, run
-from megatron.sft.training.adamw import InPlaceAdamW
-from megatron.sft.training.adamw_8bit import EightBitAdamW
+from megatron.sft.training.optimizers.adamw import InPlaceAdamW
+from megatron.sft.training.optimizers.adamw_8bit import EightBitAdamW
 
 _LR, _BETA1, _EPS, _DECAY = 3e-3, 0.9, 1e-8, 0.01
 # A step's learning rate, and all gradients one after another.

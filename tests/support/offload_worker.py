@@ -77,7 +77,8 @@ def main() -> int:
     device.prepare()
     from megatron.sft.model.decoder_layer import DecoderLayer
     from megatron.sft.train import main as train
-    from megatron.sft.training import engine, optimizer, transfers
+    from megatron.sft.training import engine, optimizer
+    from megatron.sft.training.optimizers import transfers
 
     report = Report()
     start = transfers.Transfers.step

@@ -109,6 +109,7 @@ SEAMS: dict[str, list[str]] = {
     "megatron.core.distributed.DistributedDataParallel.expert_parallel_buffers": [],
     "megatron.core.distributed.DistributedDataParallel.disable_forward_pre_hook": ["self"],
     "megatron.core.distributed.DistributedDataParallel.enable_forward_pre_hook": ["self"],
+    "megatron.core.distributed.DistributedDataParallel._make_forward_pre_hook": ["self"],
     "megatron.core.distributed.DistributedDataParallel.grad_added_to_main_grad": [],
     "megatron.core.distributed.DistributedDataParallel.zero_out_wgrad": [],
     "megatron.core.distributed.DistributedDataParallel.main_grad": [],

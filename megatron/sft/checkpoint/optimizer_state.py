@@ -66,7 +66,9 @@ class Share:
     def fill_master(self, values: Tensor) -> None:
         """Replace the float32 master weights, [stop - start]."""
         held, state = self._held()
-        if not state and hasattr(self.optimizer.optimizer, "allocate"):  # training.adamw.InPlaceAdamW: lower halves are state
+        if not state and hasattr(
+            self.optimizer.optimizer, "allocate"
+        ):  # training.optimizers.adamw.InPlaceAdamW: lower halves are state
             self.optimizer.optimizer.initialize_state(held)
             held, state = self._held()
         master = values.view_as(held)
@@ -233,7 +235,7 @@ def _allocate(inner: Any, record: dict[str, Any]) -> None:
     """Allocate the state of an optimizer that has not taken a step yet, and set its step and loss scale from `record`."""
     if isinstance(inner.optimizer, torch.optim.AdamW):
         _allocate_torch(inner.optimizer)
-    elif hasattr(inner.optimizer, "allocate"):  # training.adamw.InPlaceAdamW
+    elif hasattr(inner.optimizer, "allocate"):  # training.optimizers.adamw.InPlaceAdamW
         inner.optimizer.allocate(int(record["step"]))
     else:  # Transformer Engine's FusedAdam, whose load_state_dict would have all of the moments in memory twice
         for group in inner.optimizer.param_groups:

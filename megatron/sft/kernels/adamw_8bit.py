@@ -1,4 +1,4 @@
-"""One AdamW step with moments in 8 bits on a GPU, in place: bit for bit what training/adamw_8bit.py computes on a CPU.
+"""One AdamW step with moments in 8 bits on a GPU, in place: bit for bit what training/optimizers/adamw_8bit.py computes on a CPU.
 
 The formats are those of checkpoint/moment_codes.py, whose `encode`, `decode` and `random_bits` are repeated here.
 """
@@ -90,7 +90,7 @@ def adamw_8bit_step(
     seed: int,
     factors: tuple[float, ...],
 ) -> None:
-    """Step bfloat16 weights with int16 lower halves; all tensors contiguous. factors: `training.adamw.Factors`.
+    """Step bfloat16 weights with int16 lower halves; all tensors contiguous. factors: `training.optimizers.adamw.Factors`.
 
     codes: codes and exponents of the first moment, then of the second; start and seed: as `random_bits` takes them.
     """

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron.sft.families.architecture import GATED_DELTA_NET, LATENT_ATTENTION, Architecture, Layer, MoEConfig
 from megatron.sft.families.weight_names import norm_names
+from megatron.sft.model.attention.engine_attention import engine_is_right
 from megatron.sft.model.attention.latent_attention import LatentAttention
 from megatron.sft.model.attention.packed_attention import PackedAttention
 from megatron.sft.model.config import has_transformer_engine
@@ -82,11 +83,20 @@ def _core_attention(architecture: Architecture, config: TransformerConfig, facts
     # keys.
     whole_rows = config.context_parallel_size == 1 or (facts.window is None and facts.mixer != LATENT_ATTENTION)
     possible = config.params_dtype != torch.float32 and not architecture.attention_sinks
-    if has_transformer_engine() and possible and whole_rows:
+    if has_transformer_engine() and possible and whole_rows and _engine_is_right(architecture, config, facts):
         from megatron.core.extensions import transformer_engine as engine
 
         return engine.TEDotProductAttention
     return ModuleSpec(module=PackedAttention, params={"window": facts.window, "sinks": architecture.attention_sinks})
+
+
+def _engine_is_right(architecture: Architecture, config: TransformerConfig, facts: Layer) -> bool:
+    if facts.mixer != LATENT_ATTENTION:
+        return engine_is_right(architecture.head_dim, architecture.head_dim, config.params_dtype)
+    assert architecture.latent is not None
+    keys, values = architecture.latent.head_dim, architecture.latent.value_dim
+    # Values may be padded to the size of keys.
+    return engine_is_right(keys, values, config.params_dtype) or engine_is_right(keys, keys, config.params_dtype)
 
 
 def _linear_layers() -> tuple[type, type]:

@@ -12,14 +12,15 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron.sft.checkpoint.optimizer_state import inner_optimizers, shares
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
-from megatron.sft.training.adamw import InPlaceAdamW
-from megatron.sft.training.adamw_8bit import EightBitAdamW
-from megatron.sft.training.offload import OffloadedAdamW, overlap
+from megatron.sft.training.optimizers.adamw import InPlaceAdamW
+from megatron.sft.training.optimizers.adamw_8bit import EightBitAdamW
+from megatron.sft.training.optimizers.offload import OffloadedAdamW, overlap
 
 
 def wrap_model(
@@ -33,7 +34,7 @@ def wrap_model(
         if parameter.requires_grad:
             # megatron-core copies each into the buffer, next to which all of them would be in memory a second time.
             parameter.data = parameter.data.new_zeros(1).expand(parameter.shape)
-    return DistributedDataParallel(
+    return _ByLayer(
         config,
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=options.optimizer_precision == "fp32",
@@ -48,6 +49,19 @@ def wrap_model(
         module,
         **chunk,
     )
+
+
+class _ByLayer(DistributedDataParallel):
+    """Waits for the weights of a whole layer before it: `DecoderLayer` uses weights of modules that it does not call."""
+
+    def _make_forward_pre_hook(self) -> Any:
+        wait = super()._make_forward_pre_hook()
+
+        def before(module: torch.nn.Module, *inputs: Any) -> None:
+            for part in module.modules() if isinstance(module, TransformerLayer) else (module,):
+                wait(part, *inputs)
+
+        return before
 
 
 def build_optimizer(options: TrainOptions, dtype: torch.dtype, models: Sequence[DistributedDataParallel]) -> MegatronOptimizer:

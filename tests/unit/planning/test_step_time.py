@@ -55,6 +55,10 @@ def cut(name: str) -> Architecture:
         (LARGER, TP2, 1, 8192, 2, {**LESS, "precision": "fp8"}, 29_925),
         (DELTA, Layout(), 1, 16384, 2, LESS, 17_549),
         (MIXTURE, Layout(), 1, 16384, 4, LESS, 117_267),
+        (SMALL, Layout(), 1, 16384, 16, {"recompute": "selective"}, 51_106),
+        (SMALL, Layout(), 1, 16384, 16, {"recompute": "selective", "optimizer_offload": 0.5}, 46_974),
+        (SMALL, Layout(), 1, 16384, 16, {"recompute": "selective", "optimizer_offload": 1.0}, 42_914),
+        (MIXTURE, Layout(), 1, 16384, 4, {**LESS, "precision": "fp8"}, 127_152),
         (MIXTURE, Layout(expert_parallel=2), 2, 16384, 4, LESS, 207_428),
     ],
 )
@@ -64,6 +68,12 @@ def test_estimates_are_within_6_percent_of_measured_steps(
     found = time_of(name, layout, copies, length, count, **settings)
     measured = count * copies * load(length).tokens / tokens_per_second
     assert abs(found.total / measured - 1) <= 0.06
+
+
+@pytest.mark.parametrize(("layout", "copies", "tokens_per_second"), [(PP2, 1, 88_165), (Layout(), 2, 118_274)])
+def test_estimates_of_fp8_over_two_gpus_are_within_9_percent(layout: Layout, copies: int, tokens_per_second: float) -> None:
+    measured = 4 * copies * load(16384).tokens / tokens_per_second
+    assert abs(time_of(SMALL, layout, copies, precision="fp8").total / measured - 1) <= 0.09
 
 
 def test_two_of_three_products_of_experts_gain_by_fp8_and_their_weights_are_cast_in_each_step() -> None:
@@ -97,7 +107,7 @@ def test_tensor_parallelism_over_hosts_is_slower_than_within_one() -> None:
 def test_an_optimizer_in_cpu_memory_costs_what_the_first_forward_pass_does_not_hide() -> None:
     here, half, away = (time_of(SMALL, Layout(), 1, count=16, optimizer_offload=share) for share in (0.0, 0.5, 1.0))
     assert here.offload == away.optimizer == 0 < half.optimizer < here.optimizer
-    assert 0 < half.offload < away.offload / 2 and away.total < 1.15 * here.total
+    assert 0 < half.offload < away.offload / 2 and 1.15 * here.total < away.total < 1.25 * here.total
     # The same seconds, of a step that is four times as short.
     assert time_of(SMALL, Layout(), 1, optimizer_offload=1.0).offload == away.offload
     # Two copies share the optimizer, and longer rows hide it.

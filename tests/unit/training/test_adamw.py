@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron.sft.checkpoint.optimizer_state import join_master_weights, split_master_weights
-from megatron.sft.training import adamw
-from megatron.sft.training.adamw import InPlaceAdamW
+from megatron.sft.training.optimizers import adamw
+from megatron.sft.training.optimizers.adamw import InPlaceAdamW
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SETTINGS: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}

@@ -21,9 +21,9 @@ from megatron.sft.checkpoint.moment_codes import (
     set_codes,
 )
 from megatron.sft.checkpoint.optimizer_state import join_master_weights
-from megatron.sft.training import adamw_8bit
-from megatron.sft.training.adamw import InPlaceAdamW
-from megatron.sft.training.adamw_8bit import EightBitAdamW
+from megatron.sft.training.optimizers import adamw_8bit
+from megatron.sft.training.optimizers.adamw import InPlaceAdamW
+from megatron.sft.training.optimizers.adamw_8bit import EightBitAdamW
 from tests.unit.training.test_adamw import DEVICES, SETTINGS, float64_step, skip_without
 
 STATES = ("master_param", *KINDS, *map(exponents_of, KINDS))

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from megatron.sft.runtime import device as devices
 from megatron.sft.runtime.errors import UserError
-from megatron.sft.training import offload, transfers
-from megatron.sft.training.offload import OffloadedAdamW
-from megatron.sft.training.transfers import Transfers
+from megatron.sft.training.optimizers import offload, transfers
+from megatron.sft.training.optimizers.offload import OffloadedAdamW
+from megatron.sft.training.optimizers.transfers import Transfers
 
 SETTINGS: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 SIZES = [5003, 1, 1000, 700, 2048]

@@ -3,7 +3,6 @@
 megatron-core's MLASelfAttention brings its own rotary positions, without most scalings, and its own configuration.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor
 
 from megatron.sft.families.architecture import Architecture, LatentConfig
+from megatron.sft.model.attention.engine_attention import engine_is_right
 from megatron.sft.model.inputs import AttentionRuns, PackedRows
 from megatron.sft.model.norm import RMSNorm
 from megatron.sft.model.recomputation import recompute
@@ -181,38 +181,7 @@ def _padding(sizes: LatentConfig, dtype: torch.dtype, is_engine: bool) -> int:
     needed = sizes.head_dim - sizes.value_dim
     if not needed or dtype == torch.float32 or not device.has_gpu():
         return 0
-    return 0 if is_engine and _engine_takes(sizes.head_dim, sizes.value_dim, dtype) else needed
-
-
-@cache
-def _engine_takes(key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
-    """Whether Transformer Engine's attention over packed rows is right with values of another size than keys.
-
-    It depends on the GPU, on cuDNN and on its version, so it is tried once, forward and backward, next to torch's in float32.
-    """
-    from transformer_engine.pytorch import DotProductAttention
-
-    with torch.enable_grad(), torch.device(device.current()):
-        generator = torch.Generator(device.current()).manual_seed(0)
-        shapes = [(64, 8, size) for size in (key_dim, key_dim, value_dim, value_dim)]
-        *inputs, weights = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-        query, key, value = (each.requires_grad_() for each in inputs)
-        ends = torch.tensor([0, len(query)], dtype=torch.int32)
-        runs = {"cu_seqlens_q": ends, "cu_seqlens_kv": ends, "max_seqlen_q": len(query), "max_seqlen_kv": len(query)}
-        try:
-            attention = DotProductAttention(8, (key_dim, value_dim), attn_mask_type="padding_causal", qkv_format="thd")
-            result = attention(query, key, value, None, qkv_format="thd", attn_mask_type="padding_causal", **runs)
-            found = torch.autograd.grad(result.view_as(weights), (query, key, value), weights)
-        except Exception:  # versions differ in how they refuse
-            return False
-        exact = [each.detach().float().requires_grad_() for each in (query, key, value)]
-        q, k, v = (each.transpose(0, 1) for each in exact)
-        wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1)
-        pairs = [
-            (result.view_as(weights), wanted),
-            *zip(found, torch.autograd.grad(wanted, exact, weights.float()), strict=True),
-        ]
-        return all(bool((one - other).abs().max() <= 0.05 * other.abs().max()) for one, other in pairs)
+    return 0 if is_engine and engine_is_right(sizes.head_dim, sizes.value_dim, dtype) else needed
 
 
 class ReplicatedLinear(torch.nn.Module):

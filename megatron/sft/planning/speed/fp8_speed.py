@@ -24,17 +24,24 @@ class Measured:
 
 # By width; docs/performance.md, "Recipes of fp8", has speeds and commands.
 ALL_WEIGHTS = (
-    Measured(768, {"delayed": 0.93}),  # 1.5B, TP 2
-    Measured(1536, {"tensorwise": 1.21, "delayed": 1.27}),  # 1.5B, one GPU
+    Measured(768, {"tensorwise": 0.83, "delayed": 0.93, "blockwise": 0.64}),  # 1.5B, TP 2
+    Measured(1536, {"tensorwise": 1.15, "delayed": 1.21, "blockwise": 1.07}),  # 1.5B, two copies
     Measured(1792, {"tensorwise": 1.29, "delayed": 1.26}),  # 7B, TP 2
 )
+CONTEXT = Measured(1536, {"tensorwise": 0.59, "delayed": 0.88})  # 1.5B, CP 2
+MIXTURE = Measured(2048, {"tensorwise": 1.04})  # four layers of Qwen3-30B-A3B, one GPU
 ADAPTERS = (Measured(3584, {"tensorwise": 1.26}),)  # 7B, one GPU
 
 
 def fp8_advice(architecture: Architecture, layout: Layout, adapters: bool) -> str:
     """What to take, for people: of the nearest case that is as wide as this one or narrower."""
     if architecture.moe is not None:
-        return "not measured with experts, two of whose three products PRECISION=fp8 computes in 8 bits, on Hopper"
+        return (
+            "with experts, two of whose three products PRECISION=fp8 computes in 8 bits on Hopper, "
+            f"{_gains(MIXTURE)} in four layers of Qwen3-30B-A3B, for 2 bytes more a weight of experts"
+        )
+    if layout.context_parallel > 1:
+        return f"bf16 is the fastest with context parallelism: over two GPUs {_gains(CONTEXT)}"
     width = architecture.hidden_size // layout.tensor_parallel
     here = f"with {width:,} hidden units a tensor-parallel process"
     cases = ADAPTERS if adapters else ALL_WEIGHTS

@@ -17,9 +17,9 @@ MEASURED_GPUS = 4
 # nets, the output head.
 PRODUCTS, EXPERTS, ATTENTION_PAIRS, STATES, HEAD = 680e12, 560e12, 312e12, 40e12, 595e12
 # In 8 bits, casts included, relative to 16; without TensorFloat-32.
-_FP8_GAIN, _FLOAT32_PRODUCTS = 1.42, 45e12
-# The same of experts' results and gradients of rows; counted, not measured: a product at 900e12, and a pass over its rows.
-_FP8_EXPERTS_GAIN = 1.3
+_FP8_GAIN, _FLOAT32_PRODUCTS = 1.38, 45e12
+# The same of experts' results and gradients of rows.
+_FP8_EXPERTS_GAIN = 1.2
 # Rows are sorted, gathered and summed again: passes over them, forward and backward; gradients of experts' weights are added to
 # the buffer: bytes of each.
 _ROW_PASSES, _EXPERT_GRADIENT_BYTES = 12, 6
@@ -31,9 +31,9 @@ _ADAPTED_PRODUCTS = 560e12
 _KEPT_BYTES = 1.07e12
 # Bytes of weights, gradients and states that the optimizer reads and writes, a second.
 _OPTIMIZER_BYTES = 2.2e12
-# OPTIMIZER_OFFLOAD, for a host with 16 cores a GPU; not measured yet: bytes a second between GPU and CPU in each direction, and
+# OPTIMIZER_OFFLOAD, for a host with 16 cores a GPU: bytes a second between GPU and CPU in each direction, and
 # within the CPU's memory, and those that a step reads and writes of a parameter: gradient, three states, new weight.
-_TO_CPU, _CPU_MEMORY, _CPU_STEP_BYTES = 50e9, 80e9, 32
+_TO_CPU, _CPU_MEMORY, _CPU_STEP_BYTES = 50e9, 46e9, 32
 # Bytes a second that a GPU sends and receives: within a host, as collectives between the layers reach it and as sums of
 # gradients do, and between hosts (400 Gbit/s a GPU).
 _WITHIN_LAYERS, _WITHIN_GRADIENTS, BETWEEN_HOSTS = 200e9, 330e9, 40e9

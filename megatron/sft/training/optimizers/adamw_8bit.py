@@ -1,6 +1,6 @@
 """AdamW on 16-bit weights with moments in 8 bits, in place: OPTIMIZER_PRECISION=8bit.
 
-As training/adamw.py has it, but that both moments are read from codes and rounded to codes again (checkpoint/moment_codes.py).
+As training/optimizers/adamw.py has it, but that both moments are read from codes and rounded to codes again (checkpoint/moment_codes.py).
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from megatron.sft.checkpoint.moment_codes import (
     random_bits,
     seed_of,
 )
-from megatron.sft.training.adamw import Factors, InPlaceAdamW, factors_of, new_moments, step_master
+from megatron.sft.training.optimizers.adamw import Factors, InPlaceAdamW, factors_of, new_moments, step_master
 
 # Elements that the CPU's formula takes at a time: its many passes stay in the processor's cache.
 CPU_CHUNK = 1 << 18

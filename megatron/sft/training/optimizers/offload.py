@@ -31,8 +31,8 @@ from torch import Tensor
 from megatron.sft.checkpoint.optimizer_state import Share, inner_optimizers, shares
 from megatron.sft.planning.memory import OFFLOADED_BYTES
 from megatron.sft.runtime.errors import UserError
-from megatron.sft.training.adamw import InPlaceAdamW
-from megatron.sft.training.transfers import Factors, Shard, Transfers, step_elements
+from megatron.sft.training.optimizers.adamw import InPlaceAdamW
+from megatron.sft.training.optimizers.transfers import Factors, Shard, Transfers, step_elements
 
 
 class OffloadedAdamW(InPlaceAdamW):
