@@ -68,7 +68,7 @@ class Share:
         held, state = self._held()
         if not state and hasattr(
             self.optimizer.optimizer, "allocate"
-        ):  # training.optimizers.adamw.InPlaceAdamW: lower halves are state
+        ):  # InPlaceAdamW: lower halves are state
             self.optimizer.optimizer.initialize_state(held)
             held, state = self._held()
         master = values.view_as(held)

@@ -13,7 +13,7 @@ def _adamw(
     weights, lower, gradients, exp_avg, exp_avg_sq, num_elements,
     beta1, beta2, eps, decay, step_size, inverse_sqrt_correction, grad_scale, BLOCK: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """weights, lower: bits of bfloat16 and int16; their float32 value is stepped and split again (see training/optimizers/adamw.py)."""
+    """weights, lower: bits of bfloat16 and int16; their float32 value is stepped and split again (see training/optimizers)."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < num_elements
     low = tl.load(lower + places, mask=inside, other=0).to(tl.int32)
@@ -36,7 +36,7 @@ def _adamw(
 def adamw_step(
     weights: Tensor, lower: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, factors: tuple[float, ...]
 ) -> None:
-    """Step bfloat16 weights with int16 lower halves; all tensors contiguous, of one size. factors: `training.optimizers.adamw.Factors`."""
+    """Step bfloat16 weights with int16 lower halves; all tensors contiguous, of one size. factors: `adamw.Factors`."""
     num_elements = weights.numel()
     _adamw[(triton.cdiv(num_elements, _BLOCK),)](
         weights.view(torch.int16), lower, gradient, exp_avg, exp_avg_sq, num_elements, *factors, BLOCK=_BLOCK, num_warps=4

@@ -1,4 +1,4 @@
-"""One AdamW step with moments in 8 bits on a GPU, in place: bit for bit what training/optimizers/adamw_8bit.py computes on a CPU.
+"""One AdamW step with moments in 8 bits on a GPU, in place: bit for bit what optimizers/adamw_8bit.py computes on a CPU.
 
 The formats are those of checkpoint/moment_codes.py, whose `encode`, `decode` and `random_bits` are repeated here.
 """

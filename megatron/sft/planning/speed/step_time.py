@@ -19,7 +19,7 @@ PRODUCTS, EXPERTS, ATTENTION_PAIRS, STATES, HEAD = 680e12, 560e12, 312e12, 40e12
 # In 8 bits, casts included, relative to 16; without TensorFloat-32.
 _FP8_GAIN, _FLOAT32_PRODUCTS = 1.38, 45e12
 # The same of experts' results and gradients of rows.
-_FP8_EXPERTS_GAIN = 1.2
+_FP8_EXPERTS_GAIN = 1.25
 # Rows are sorted, gathered and summed again: passes over them, forward and backward; gradients of experts' weights are added to
 # the buffer: bytes of each.
 _ROW_PASSES, _EXPERT_GRADIENT_BYTES = 12, 6
