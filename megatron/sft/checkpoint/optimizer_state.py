@@ -66,9 +66,7 @@ class Share:
     def fill_master(self, values: Tensor) -> None:
         """Replace the float32 master weights, [stop - start]."""
         held, state = self._held()
-        if not state and hasattr(
-            self.optimizer.optimizer, "allocate"
-        ):  # InPlaceAdamW: lower halves are state
+        if not state and hasattr(self.optimizer.optimizer, "allocate"):  # InPlaceAdamW: lower halves are state
             self.optimizer.optimizer.initialize_state(held)
             held, state = self._held()
         master = values.view_as(held)

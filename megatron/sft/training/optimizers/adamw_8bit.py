@@ -1,6 +1,6 @@
 """AdamW on 16-bit weights with moments in 8 bits, in place: OPTIMIZER_PRECISION=8bit.
 
-As adamw.py beside it has it, but that both moments are read from codes and rounded to codes again (checkpoint/moment_codes.py).
+As adamw.py has it, but that both moments are read from codes and rounded to codes again (checkpoint/moment_codes.py).
 """
 
 from typing import Any
