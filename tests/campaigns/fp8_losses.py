@@ -30,8 +30,8 @@ LAYOUTS = {
     "EP2": (2, ["--expert-model-parallel-size", "2"]),
 }
 OF_DENSE, OF_MIXTURE = "DP2,TP2,PP2,CP2", "EP2,DP2,TP2,PP2,CP2"
-# Hidden size, MLP, heads, groups, layers; steps before.
-ON_GPU, ON_CPU = (1024, 2816, 16, 4, 8, 400), (64, 192, 4, 2, 2, 40)
+# Hidden size, MLP, heads, groups, layers; steps before, after which there is something left to learn.
+ON_GPU, ON_CPU = (1024, 2816, 16, 4, 8, 100), (64, 192, 4, 2, 2, 40)
 
 
 def prepare(folder: Path, sizes: tuple[int, ...], mixture: bool) -> None:
