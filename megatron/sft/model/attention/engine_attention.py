@@ -1,7 +1,7 @@
 """Whether Transformer Engine's attention over packed rows is right for heads of a size.
 
 Up to 128 it is. Beyond, and for values of another size than keys, it depends on the GPU, on cuDNN and on its own version, and
-one of them (2.11 with cuDNN 9.19 on Hopper) silently gives wrong results for 256.
+one of them (2.11 with torch 2.11's cuDNN on Hopper) silently gives wrong results for 256.
 """
 
 from functools import cache
