@@ -13,6 +13,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch.utils.hooks import RemovableHandle
 
 from megatron.sft.checkpoint.optimizer_state import inner_optimizers, shares
 from megatron.sft.planning.options import TrainOptions
@@ -54,14 +55,25 @@ def wrap_model(
 class _ByLayer(DistributedDataParallel):
     """Waits for the weights of a whole layer before it: `DecoderLayer` uses weights of modules that it does not call."""
 
-    def _make_forward_pre_hook(self) -> Any:
-        wait = super()._make_forward_pre_hook()
+    _layers: Sequence[RemovableHandle] = ()
 
-        def before(module: torch.nn.Module, *inputs: Any) -> None:
-            for part in module.modules() if isinstance(module, TransformerLayer) else (module,):
-                wait(part, *inputs)
+    def enable_forward_pre_hook(self) -> None:
+        """Also of layers."""
+        super().enable_forward_pre_hook()
+        wait = self._make_forward_pre_hook()
 
-        return before
+        def before(layer: torch.nn.Module, *_: Any) -> None:
+            for part in layer.modules():
+                wait(part)
+
+        layers = (module for module in self.module.modules() if isinstance(module, TransformerLayer))
+        self._layers = [layer.register_forward_pre_hook(before) for layer in layers]
+
+    def disable_forward_pre_hook(self, param_sync: bool = True) -> None:
+        """Also of layers."""
+        for handle in self._layers:
+            handle.remove()
+        super().disable_forward_pre_hook(param_sync)
 
 
 def build_optimizer(options: TrainOptions, dtype: torch.dtype, models: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
