@@ -4,6 +4,7 @@ Up to 128 it is. Beyond, and for values of another size than keys, it depends on
 one of them (2.11 with torch 2.11's cuDNN on Hopper) silently gives wrong results for 256.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -43,8 +44,8 @@ def engine_is_right(key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
     return False
 
 
-def _with_gradients(attention: object, inputs: list[Tensor], weights: Tensor) -> list[Tensor]:
-    result = attention(*inputs)  # type: ignore[operator]
+def _with_gradients(attention: Callable[..., Tensor], inputs: list[Tensor], weights: Tensor) -> list[Tensor]:
+    result = attention(*inputs)
     return [result, *torch.autograd.grad(result, inputs, weights)]
 
 

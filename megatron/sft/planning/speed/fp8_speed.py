@@ -28,7 +28,7 @@ ALL_WEIGHTS = (
     Measured(1536, {"tensorwise": 1.15, "delayed": 1.21, "blockwise": 1.07}),  # 1.5B, two copies
     Measured(1792, {"tensorwise": 1.29, "delayed": 1.26}),  # 7B, TP 2
 )
-CONTEXT = Measured(1536, {"tensorwise": 0.59, "delayed": 0.88})  # 1.5B, CP 2
+CONTEXT = Measured(1536, {"tensorwise": 0.59})  # 1.5B, CP 2
 MIXTURE = Measured(2048, {"tensorwise": 1.04})  # four layers of Qwen3-30B-A3B, one GPU
 ADAPTERS = (Measured(3584, {"tensorwise": 1.26}),)  # 7B, one GPU
 
