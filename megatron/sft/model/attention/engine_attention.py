@@ -39,7 +39,8 @@ def engine_is_right(key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
                 return True
             reason = "computes them wrongly"
     ranks.print_rank_0(
-        f"Transformer Engine's attention is not used with keys of {key_dim} and values of {value_dim}: it {reason} on this machine"
+        f"Transformer Engine's attention is not used with keys of {key_dim} and values of {value_dim}: "
+        f"it {reason} on this machine"
     )
     return False
 
