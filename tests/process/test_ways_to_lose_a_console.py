@@ -87,6 +87,18 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(tiny.ROOT)}
 
 
+def test_lines_of_several_processes_stay_whole(tmp_path: Path) -> None:
+    quick = " & ".join("'" + "' '".join(talker(tmp_path / str(number), pause=0)) + "'" for number in range(8))
+    (tmp_path / "talk").write_text(f"#!/bin/bash\n{quick} & wait")
+    for number in range(8):
+        (tmp_path / str(number)).mkdir()
+    with_each = environment() | {"PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(["bash", tmp_path / "talk"], env=with_each, capture_output=True, text=True, timeout=SECONDS)
+    for stream, output in (("out", done.stdout), ("err", done.stderr)):
+        expected = [f"{stream} {line}" + (" é中" if stream == "out" else "") for line in range(LINES) for _ in range(8)]
+        assert sorted(output.splitlines()) == sorted(expected)
+
+
 @pytest.mark.parametrize("way", SHELL)
 def test_a_process_whose_console_goes_away_ends_as_if_nothing_were(way: str, tmp_path: Path) -> None:
     line, whole = SHELL[way]

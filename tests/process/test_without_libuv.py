@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.support import tiny
 
 WORKER = """
+import os
 import torch
 from torch.distributed.distributed_c10d import _get_default_store
 from megatron.sft.runtime import device, stores, watchdog
@@ -19,7 +20,7 @@ with device.process_group():
     own = watchdog.open_store()
     own.add("met", 1)
     torch.distributed.barrier()
-    print(f"libuv {store.libuvBackend} {own.libuvBackend}, {int(own.get('met'))} met", flush=True)
+    os.write(1, f"libuv {store.libuvBackend} {own.libuvBackend}, {int(own.get('met'))} met\\n".encode())
 """
 # A torch without it, whose stores refuse, in every process.
 SITE = """
