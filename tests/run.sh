@@ -72,9 +72,10 @@ case $part in
     ;;
   campaigns)
     step "every case" tests -m campaign "${@:2}"
-    step "losses of every layout" "$PYTHON" -m tests.campaigns.parallel_losses --set cpu
+    losses=$(mktemp)
+    step "losses of every layout" "$PYTHON" -m tests.campaigns.parallel_losses --set cpu --output "$losses"
     other=$("$PYTHON" -m tests.support.other_core)
-    step "the same with the other megatron-core" "$other" -m tests.campaigns.parallel_losses --set cpu
+    step "the same with the other megatron-core" "$other" -m tests.campaigns.parallel_losses --set cpu --against "$losses"
     PYTHON=$other step "models, runs and checkpoints with it" tests -m 'campaign or not campaign' tests/unit/{model,checkpoint} \
       tests/process/test_{families,conversion,checkpoint_layouts,adapters,pair_runs,training}.py
     for name in kills signals damage; do step "$name" bash tests/faults.sh "$name"; done

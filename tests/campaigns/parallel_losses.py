@@ -1,10 +1,11 @@
 """Losses of every parallel layout beside those of one process, through the real engine: a table, and status 1 if any differs.
 
-python -m tests.campaigns.parallel_losses [--set cpu|gpu|device] [--only NAME ...] [--steps N]
+python -m tests.campaigns.parallel_losses [--set cpu|gpu|device] [--only NAME ...] [--steps N] [--output FILE] [--against FILE]
 
 cpu: gloo, float32, up to four processes. gpu: one GPU and two (and four, where there are so many) over NCCL, bfloat16 and
 float32, with Transformer Engine where it is installed and without. device: the CPU against one GPU.
-MEGATRON_SFT_DEVICE=cpu keeps everything on the CPU.
+MEGATRON_SFT_DEVICE=cpu keeps everything on the CPU. --against: every run beside the same one of another --output, as of another
+megatron-core.
 """
 
 import argparse
@@ -234,7 +235,7 @@ def work(task: Path) -> None:
 
     content = json.loads(task.read_text())
     faulthandler.dump_traceback_later(content["limit"], exit=True)
-    runs = [Run(Variant(**one["variant"]), Layout(**one["layout"])) for one in content["runs"]]
+    runs = list(map(_run, content["runs"]))
     with device.process_group(timeout_minutes=5):
         for _, group in itertools.groupby(runs, lambda run: run.layout.name):
             planned = [(run, plan_of(run, content["steps"], task.parent)) for run in group]
@@ -295,6 +296,20 @@ def compare(
     return [(run, ones[run.variant.name]) for run in runs if run.layout != ONE]
 
 
+def same_runs(pairs: Sequence[tuple[Run, Run]], file: Path) -> list[tuple[Run, Run]]:
+    """Every run, those of one process included, with the same one of a file that --output wrote."""
+    there = {(run.variant.name, run.layout.name): run for run in map(_run, json.loads(file.read_text()))}
+    return [(run, there[run.variant.name, run.layout.name]) for run in _runs(pairs)]
+
+
+def _runs(pairs: Sequence[tuple[Run, Run]]) -> list[Run]:
+    return [run for run, _ in pairs] + list({reference.variant.name: reference for _, reference in pairs}.values())
+
+
+def _run(content: dict[str, Any]) -> Run:
+    return Run(**{**content, "variant": Variant(**content["variant"]), "layout": Layout(**content["layout"])})
+
+
 def _fits(variant: Variant, layout: Layout) -> bool:
     # Under TP experts get sequence parallelism by themselves.
     if variant.model == "experts":
@@ -350,6 +365,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", help="variants to take, by name")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds for one launch")
+    parser.add_argument("--output", type=Path, help="file to write the losses to")
+    parser.add_argument("--against", type=Path, help="file that another version's --output wrote")
     parser.add_argument("--task", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.task:
@@ -365,7 +382,12 @@ def main() -> None:
         variants = ON_CPU if on_cpu else ON_GPU
         variants = [one for one in variants if not arguments.variants or one.name in arguments.variants]
         pairs = compare(variants, layouts, arguments.steps, on_cpu, arguments.limit)
+    if arguments.output:
+        arguments.output.write_text(json.dumps([asdict(run) for run in _runs(pairs)]))
     wrong = report(pairs)
+    if arguments.against:
+        print(f"beside {arguments.against}")
+        wrong += report(same_runs(pairs, arguments.against))
     print(f"{len(pairs)} runs of {arguments.steps} steps in {time.monotonic() - started:.0f} s, {len(wrong)} differ")
     sys.exit(1 if wrong else 0)
 

@@ -13,12 +13,16 @@ from tests.support import fork_server, tiny
 from tests.support.other_core import VERSIONS, other_core
 
 pytestmark = pytest.mark.slow
+PP2 = "--pipeline-model-parallel-size 2"
 LAYOUTS = {
     "TP2 + SP": ("qwen2", 2, "--tensor-model-parallel-size 2 --sequence-parallel 1"),
-    "PP2": ("qwen2", 2, "--pipeline-model-parallel-size 2"),
+    "PP2": ("qwen2", 2, PP2),
     "EP2": ("qwen3_moe", 2, "--expert-model-parallel-size 2"),
     "norms over projections, TP2": ("olmo3", 2, "--tensor-model-parallel-size 2"),
     "gated delta nets, TP2 + SP": ("qwen3_5", 2, "--tensor-model-parallel-size 2 --sequence-parallel 1"),
+    "CP2": ("qwen2", 2, "--context-parallel-size 2"),
+    "TP2 x PP2 x VPP2": ("qwen2_4_layers", 4, f"{PP2} --tensor-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
+    "DP2, moments of 8 bits": ("llama3", 2, "--optimizer-precision 8bit"),
     "DP2, adapters": ("qwen2", 2, "--lora-rank 4 --lr 1e-2"),
 }
 IN_CI = ("TP2 + SP",)

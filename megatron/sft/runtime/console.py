@@ -7,6 +7,7 @@ on, lines go to a file instead (`fall_back_to`), or nowhere if there is none.
 import contextlib
 import os
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -99,7 +100,7 @@ def protect() -> None:
             stream = os.fdopen(descriptor, "w", encoding="utf-8", errors="replace", closefd=False)
         elif not _has_descriptor(stream, descriptor):
             continue  # captured by a test, or by a notebook
-        elif getattr(stream, "write_through", False):
+        elif isinstance(stream, TextIOWrapper) and stream.write_through:
             # PYTHONUNBUFFERED, which images set, writes a line and its end one by one: lines of several processes would mix.
             stream = os.fdopen(descriptor, "w", 1, encoding=stream.encoding, errors=stream.errors, closefd=False)
         setattr(sys, name, _Console(stream, descriptor, lost=closed))  # type: ignore[arg-type]
