@@ -70,7 +70,7 @@ def frozen_weights(architecture: Architecture, text: str, train_router: bool) ->
     known = {entry.megatron for entry in entries}
     for name in sorted(frozen):
         bias = name.removesuffix(".weight") + ".bias"
-        if bias in known - frozen:
+        if bias in known and bias not in frozen:
             raise UserError(f"FREEZE={text!r} freezes {name} and trains its bias, which is not built: freeze both, or neither")
     _check_experts(entries, frozen, text)
     if len(frozen) == len(entries):

@@ -43,9 +43,14 @@ class MemoryEstimate:
         return self.total <= 0.96 * gpu_bytes
 
     def parts(self) -> dict[str, int]:
-        """Name and bytes of each part of the forward and backward passes, the phase that nearly always decides."""
-        hidden = ("stage", "built", "cast", "converted")
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in hidden}
+        """Name and bytes of each part in the phase that decides; together they are `total`."""
+        hidden = ["stage", "built", "cast", "converted"]
+        copies = {}
+        if self.decides in ("saving", "resuming"):
+            hidden += ["activations", "working"]
+            rest = self.weights + self.gradients + self.optimizer
+            copies = {"copies in float32": self.tensors - rest}
+        return {**{each.name: getattr(self, each.name) for each in fields(self) if each.name not in hidden}, **copies}
 
     def phases(self) -> dict[str, int]:
         """The most bytes of tensors in each of `PHASES`. Looking for a bad row is forward and backward again."""

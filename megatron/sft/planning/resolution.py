@@ -176,19 +176,20 @@ def _resolve_processes(found: Resolution) -> None:
     found.layout = layout = layout_for(found.options, found.architecture)
     found.data_parallel = found.attempt(layout.data_parallel, found.num_processes) or 0
     num_problems = len(found.problems)
-    found.problems += recompute_problems(found.options, layout, found.architecture)
     if found.architecture:
         found.attempt(check_layout, layout, found.architecture)
         found.layout_fits = len(found.problems) == num_problems
         if not found.layout_fits:
             found.to_do.clear()  # converting to this layout would be refused too
+    known = found.architecture if found.layout_fits else None
+    found.problems += recompute_problems(found.options, layout, known)
     found.add(
         "processes",
         f"{found.num_processes} = TP {layout.tensor_parallel} x PP {layout.pipeline_parallel} x CP "
         f"{layout.context_parallel} x DP {found.data_parallel or '?'} on {device.device_name()}",
     )
-    if found.architecture and len(found.problems) == num_problems and layout.pipeline_parallel > 1:
-        found.add("layers a stage", ", ".join(map(str, layout.stage_layers(found.architecture))))
+    if known and layout.pipeline_parallel > 1:
+        found.add("layers a stage", ", ".join(map(str, layout.stage_layers(known))))
 
 
 def _resolve_data(found: Resolution) -> None:

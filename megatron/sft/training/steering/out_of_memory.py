@@ -85,6 +85,5 @@ def _bytes(tensors: Any, seen: dict[int, int]) -> int:
 
 
 def _planned(expected: MemoryEstimate) -> dict[str, int]:
-    parts = expected.parts()
-    passes = parts["activations"] + parts["working"]
-    return {**{name: parts[name] for name in ("weights", "gradients", "optimizer")}, _PASSES: passes}
+    kept = {name: getattr(expected, name) for name in ("weights", "gradients", "optimizer")}
+    return {**kept, _PASSES: expected.activations + expected.working}

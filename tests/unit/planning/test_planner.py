@@ -1,0 +1,70 @@
+"""What `plan` says of shapes and layouts that no recipe has: it answers soon, its parts add up, its advice can be followed."""
+
+import re
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.sft.hf.names import model_folder_name
+from megatron.sft.planning.options import TrainOptions, variable_of
+from megatron.sft.planning.planner import add_needs
+from megatron.sft.planning.resolution import Resolution, resolve
+
+VARIABLES = {variable_of(setting): setting.name for setting in fields(TrainOptions)}
+
+
+def planned(model: str, num_processes: int, **settings: Any) -> Resolution:
+    nowhere = Path("/nowhere")
+    load = nowhere / f"{model_folder_name(model)}_Megatron_TP1PP1"
+    options = TrainOptions(load, nowhere / "rows", nowhere / "run", seq_length=4096, train_iters=10)
+    return of_options(replace(options, **settings), num_processes)
+
+
+def of_options(options: TrainOptions, num_processes: int) -> Resolution:
+    found = resolve("", options, num_processes)
+    add_needs(found)
+    return found
+
+
+def problems(found: Resolution) -> list[str]:
+    """Without those of files that are not there and of this machine's disk."""
+    return [each for each in found.problems if not re.search("does not exist|make room", each)]
+
+
+def test_a_layout_that_the_model_cannot_have_is_named_and_nothing_is_estimated_of_it() -> None:
+    # Stages of 9, 8, 8 and 9 layers, which two chunks do not share evenly.
+    found = planned("google/gemma-3-4b-it", 4, pipeline_parallel=4, virtual_pipeline=2, global_batch_size=4)
+    assert len(problems(found)) == 1 and "VIRTUAL_PIPELINE_SIZE" in problems(found)[0]
+    assert "memory of a GPU" not in dict(found.lines) and not any("2_convert" in each for each in found.to_do)
+
+
+def test_a_wrong_word_for_recomputation_leaves_what_is_to_be_done_first() -> None:
+    found = planned("Qwen/Qwen2.5-0.5B-Instruct", 1, recompute="full", recompute_layers=3)
+    assert any("2_convert" in each for each in found.to_do) and "memory of a GPU" in dict(found.lines)
+
+
+def test_frozen_layers_of_many_experts_are_found_in_seconds() -> None:
+    begun = time.process_time()
+    found = planned("Qwen/Qwen3-Next-80B-A3B-Instruct", 16, expert_parallel=16, freeze="layers 0-3")
+    assert "frozen weights" in dict(found.lines)["trained"]
+    assert time.process_time() - begun < 20  # half a minute for each check of a name among all others
+
+
+@pytest.mark.parametrize(
+    ("decides", "settings"),
+    [
+        ("resuming", {"optimizer_precision": "8bit", "recompute": "full", "seq_length": 1024}),
+        ("forward and backward", {"precision": "fp8"}),
+        ("first step", {"optimizer_offload": 1.0}),  # as much as later ones
+    ],
+)
+def test_parts_add_up_to_what_a_gpu_needs(decides: str, settings: dict[str, Any]) -> None:
+    lines = dict(planned("Qwen/Qwen2.5-7B-Instruct", 1, **settings).lines)
+    total, parts = lines["memory of a GPU"].split(" GiB", 1)[0], lines["memory of a GPU"].partition(": ")[2]
+    sizes = [float(each) for each in re.findall(r"(\d+\.\d)(?:,|$)", parts)]
+    assert sum(sizes) == pytest.approx(float(total), abs=0.3)
+    assert f"{decides} decides" in lines["memory by phase"]
+    assert ("copies in float32" in parts) == (decides == "resuming")
