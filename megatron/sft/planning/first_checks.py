@@ -20,7 +20,7 @@ def check_first(mode: str, options: TrainOptions) -> None:
 
 
 def number_problems(options: TrainOptions) -> Iterator[str]:
-    """What is wrong with the numbers by themselves."""
+    """What is wrong with the numbers by themselves, and between those of the optimizer."""
     for name in ("micro_batch_size", "global_batch_size", "log_interval", "save_interval", "eval_interval"):
         if getattr(options, name) < 1:
             yield f"{variable_named(name)} is {getattr(options, name)}: it must be at least 1"
@@ -33,6 +33,27 @@ def number_problems(options: TrainOptions) -> Iterator[str]:
             yield f"{variable_named(name)} is {getattr(options, name)}: it must be 0 (off) or more"
     if options.loss_ceiling_patience < 1:
         yield f"LOSS_CEILING_PATIENCE is {options.loss_ceiling_patience}: it must be at least 1"
+    yield from _optimizer_problems(options)
+
+
+def _optimizer_problems(options: TrainOptions) -> Iterator[str]:
+    """What is wrong with the optimizer's settings. nan is, too."""
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(options, name) < 1:
+            yield f"{variable_named(name)} is {getattr(options, name)}: it must be at least 0 and less than 1"
+    for name in ("weight_decay", "clip_grad"):
+        if not getattr(options, name) >= 0:
+            yield f"{variable_named(name)} is {getattr(options, name)}: it must be 0 (off) or more"
+    if not options.adam_eps > 0:
+        yield f"ADAM_EPS is {options.adam_eps}: it must be more than 0"
+    for name in ("initial_loss_scale", "loss_scale_window"):
+        if not getattr(options, name) >= 1:
+            yield f"{variable_named(name)} is {getattr(options, name)}: it must be at least 1"
+    moments, offload = options.optimizer_precision, options.optimizer_offload
+    if moments != "fp32" and options.precision not in ("bf16", "fp8"):
+        yield f"OPTIMIZER_PRECISION={moments} needs PRECISION=bf16 or fp8, and PRECISION is {options.precision}: take fp32"
+    if offload and moments != "fp32":
+        yield f"OPTIMIZER_OFFLOAD={offload:g} needs OPTIMIZER_PRECISION=fp32, and it is {moments}: set one of them back"
 
 
 def is_continued(mode: str, options: TrainOptions) -> bool:

@@ -85,7 +85,8 @@ def _add_memory(found: Resolution) -> None:
         found.add("GPU", f"{gpu_bytes / GIB:.1f} GiB, {where}")
     if gpu_bytes and not needed.fits(gpu_bytes):
         largest, size = max(needed.parts().items(), key=lambda part: part[1])
-        start = Candidate(architecture, layout, found.num_processes, options.global_batch_size, here)
+        asked = options.recompute, options.recompute_layers
+        start = Candidate(architecture, layout, found.num_processes, options.global_batch_size, here, asked)
         found.problems.append(
             f"a GPU needs about {needed.total / GIB:.1f} GiB in {needed.decides}, {size / GIB:.1f} of it for {largest}, and "
             f"has {gpu_bytes / GIB:.1f} ({where}): {changes_text(start, gpu_bytes)}"

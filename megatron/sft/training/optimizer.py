@@ -18,7 +18,6 @@ from torch.utils.hooks import RemovableHandle
 from megatron.sft.checkpoint.optimizer_state import inner_optimizers, shares
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.runtime import device
-from megatron.sft.runtime.errors import UserError
 from megatron.sft.training.optimizers.adamw import InPlaceAdamW
 from megatron.sft.training.optimizers.adamw_8bit import EightBitAdamW
 from megatron.sft.training.optimizers.offload import OffloadedAdamW, overlap
@@ -78,7 +77,7 @@ class _ByLayer(DistributedDataParallel):
 
 def build_optimizer(options: TrainOptions, dtype: torch.dtype, models: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
     """The optimizer of these model chunks. OPTIMIZER_PRECISION=bf16 and 8bit keep gradients in 16 bits, moments in 16 or 8."""
-    adamw = _own_adamw(options, dtype)
+    adamw = _own_adamw(options)
     config = OptimizerConfig(
         optimizer="adam",
         lr=options.lr,
@@ -122,20 +121,11 @@ def build_optimizer(options: TrainOptions, dtype: torch.dtype, models: Sequence[
     return optimizer
 
 
-def _own_adamw(options: TrainOptions, dtype: torch.dtype) -> type[InPlaceAdamW] | None:
+def _own_adamw(options: TrainOptions) -> type[InPlaceAdamW] | None:
     """The class that steps this run's parameters, where it is not torch's or Transformer Engine's."""
-    in_place, offload = options.optimizer_precision, options.optimizer_offload
-    if in_place != "fp32" and dtype != torch.bfloat16:
-        raise UserError(
-            f"OPTIMIZER_PRECISION={in_place} needs PRECISION=bf16 or fp8, and PRECISION is {options.precision}: take fp32"
-        )
-    if offload and in_place != "fp32":
-        raise UserError(
-            f"OPTIMIZER_OFFLOAD={offload:g} needs OPTIMIZER_PRECISION=fp32, and it is {in_place}: set one of them back"
-        )
-    if offload:
+    if options.optimizer_offload:
         return OffloadedAdamW
-    return {"fp32": None, "bf16": InPlaceAdamW, "8bit": EightBitAdamW}[in_place]
+    return {"fp32": None, "bf16": InPlaceAdamW, "8bit": EightBitAdamW}[options.optimizer_precision]
 
 
 @contextlib.contextmanager

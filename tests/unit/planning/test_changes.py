@@ -32,6 +32,17 @@ def test_a_little_too_much_is_recomputed_and_much_too_much_needs_other_settings(
     assert text.startswith(f"the cheapest change that fits is {words[0]}") and words[1] in text
 
 
+def test_words_for_recomputation_take_back_what_they_do_not_go_with() -> None:
+    short = replace(ROW, seq_length=1024)
+    one = replace(short, recompute="selective", recompute_layers=1)
+    for asked, settings, words, gib in (
+        (("none", 0), ROW, "RECOMPUTE_LAYERS=", 50.0),
+        (("auto", 0), ROW, "RECOMPUTE=selective RECOMPUTE_LAYERS=", 50.0),
+        (("none", 1), one, "RECOMPUTE=full RECOMPUTE_LAYERS=0", 31.2 / 0.96),
+    ):
+        assert any(each.startswith(words) for each in proposals(Candidate(SMALL, Layout(), 1, 4, settings, asked), gib)), words
+
+
 def test_what_the_run_has_already_or_cannot_have_is_not_proposed() -> None:
     asked = replace(ROW, recompute="full", optimizer_precision="bf16", seq_length=1024)
     words = proposals(Candidate(SMALL, Layout(2), 2, 4, asked), 10)

@@ -41,6 +41,26 @@ def test_a_layout_that_the_model_cannot_have_is_named_and_nothing_is_estimated_o
     assert "memory of a GPU" not in dict(found.lines) and not any("2_convert" in each for each in found.to_do)
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"precision": "fp16", "optimizer_precision": "8bit"}, "OPTIMIZER_PRECISION=8bit needs PRECISION=bf16 or fp8"),
+        ({"optimizer_precision": "bf16", "optimizer_offload": 0.5}, "OPTIMIZER_OFFLOAD=0.5 needs OPTIMIZER_PRECISION=fp32"),
+        ({"adam_beta1": 1.0}, "ADAM_BETA1 is 1.0"),
+        ({"adam_beta2": float("nan")}, "ADAM_BETA2 is nan"),
+        ({"adam_eps": 0.0}, "ADAM_EPS is 0.0"),
+        ({"weight_decay": -0.1}, "WEIGHT_DECAY is -0.1"),
+        ({"clip_grad": -1.0}, "CLIP_GRAD is -1.0"),
+        ({"initial_loss_scale": 0.0}, "INITIAL_LOSS_SCALE is 0.0"),
+        ({"recompute_layers": -1}, "RECOMPUTE_LAYERS is -1"),
+        ({"recompute_layers": 25}, "RECOMPUTE_LAYERS=25 is more than the 24 layers"),
+    ],
+)
+def test_what_the_optimizer_and_recomputation_cannot_do_is_found_before_the_run(settings: dict[str, Any], named: str) -> None:
+    (problem,) = problems(planned("Qwen/Qwen2.5-0.5B-Instruct", 1, **settings))
+    assert problem.startswith(named)
+
+
 def test_a_wrong_word_for_recomputation_leaves_what_is_to_be_done_first() -> None:
     found = planned("Qwen/Qwen2.5-0.5B-Instruct", 1, recompute="full", recompute_layers=3)
     assert any("2_convert" in each for each in found.to_do) and "memory of a GPU" in dict(found.lines)
@@ -68,3 +88,43 @@ def test_parts_add_up_to_what_a_gpu_needs(decides: str, settings: dict[str, Any]
     assert sum(sizes) == pytest.approx(float(total), abs=0.3)
     assert f"{decides} decides" in lines["memory by phase"]
     assert ("copies in float32" in parts) == (decides == "resuming")
+
+
+@pytest.mark.parametrize(
+    ("model", "processes", "settings"),
+    [
+        pytest.param(
+            "Qwen/Qwen2.5-72B-Instruct",
+            2,
+            {"tensor_parallel": 2, "optimizer_precision": "bf16", "freeze": "layers 0-3", "gpu_memory_gib": 89.0},
+            id="the same setting twice",
+        ),
+        pytest.param("Qwen/Qwen2.5-7B-Instruct", 1, {"recompute": "full"}, id="all layers already"),
+        pytest.param(
+            "Qwen/Qwen3-30B-A3B", 8, {"expert_parallel": 8, "recompute": "auto", "gpu_memory_gib": 59.0}, id="auto, experts"
+        ),
+        pytest.param("google/gemma-3-27b-it", 8, {"pipeline_parallel": 4, "seq_length": 8192}, id="stages"),
+        pytest.param("THUDM/GLM-4-9B-0414", 2, {"seq_length": 16384, "precision": "fp16"}, id="fp16"),
+    ],
+)
+def test_the_advice_can_be_followed_and_fits(model: str, processes: int, settings: dict[str, Any]) -> None:
+    found = planned(model, processes, **{"gpu_memory_gib": 79.1, "global_batch_size": 64, "seq_length": 1024, **settings})
+    (problem,) = problems(found)
+    advice = re.sub(r" \([^)]*\)", "", problem.rpartition("the cheapest change that fits is ")[2])
+    assert advice, problem
+    for change in re.split("; else |, or ", advice):
+        after = of_options(*after_change(found.options, processes, change))
+        assert not problems(after), (change, problems(after))
+
+
+def after_change(options: TrainOptions, num_processes: int, change: str) -> tuple[TrainOptions, int]:
+    """As a user does what `change` says, who sets a variable once."""
+    if gpus := re.search(r"(on )?(\d+) GPUs", change):
+        num_processes = int(gpus[2])
+    if rows := re.search(r"rows of (\d+) tokens", change):
+        options = replace(options, seq_length=int(rows[1]))
+    words = dict(re.findall(r"([A-Z_]+)=(\S+)", change))
+    assert len(words) == change.count("="), change
+    kinds = {setting.name: type(getattr(options, setting.name)) for setting in fields(TrainOptions)}
+    values = {VARIABLES[variable]: value for variable, value in words.items()}
+    return replace(options, **{name: kinds[name](value) for name, value in values.items()}), num_processes

@@ -16,19 +16,23 @@ from megatron.sft.runtime.errors import UserError
 _ROUNDED_MOMENTS, _CPU_MEMORY, _SMALLER_MICRO_BATCH, _OTHER_DATA, _MORE_GPUS = 1.05, 1.05, 1.02, 2.0, 3.0
 # Of 8 bits: after everything that costs time only, such as 16 bits with whole layers recomputed.
 _COARSE_MOMENTS = 1.5
-_EIGHT_BITS = "OPTIMIZER_PRECISION=8bit (250 updates differ by 5 % together from those of fp32: docs/performance.md)"
+_EIGHT_BITS = "250 updates differ by 5 % together from those of fp32: docs/performance.md"
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A run's settings as far as memory depends on them, after changes in the words of a shell. cost: the factor for them."""
+    """A run's settings as far as memory depends on them, perhaps after changes. cost: the factor for them.
+
+    asked: RECOMPUTE and RECOMPUTE_LAYERS as the user has set them, which `settings` decides. words: the changes as in a shell.
+    """
 
     architecture: Architecture
     layout: Layout
     num_gpus: int
     rows_a_step: int
     settings: MemorySettings
+    asked: tuple[str, int] = ("none", 0)
     words: tuple[str, ...] = ()
     cost: float = 1.0
 
@@ -40,9 +44,7 @@ class Candidate:
         """Whether it is estimated to fit."""
         return estimate(self.architecture, self.layout, self.data_parallel, self.settings).fits(gpu_bytes)
 
-    def changed(
-        self, words: str, cost: float, layout: Layout | None = None, gpus: int = 0, **settings: object
-    ) -> "Candidate | None":
+    def changed(self, cost: float, layout: Layout | None = None, gpus: int = 0, **settings: object) -> "Candidate | None":
         """After one more change, or None if the model, the GPUs or the batch do not allow it."""
         layout, gpus = layout or self.layout, gpus or self.num_gpus
         asked = replace(self.settings, **settings)  # type: ignore[arg-type]
@@ -54,7 +56,9 @@ class Candidate:
         if not copies or self.rows_a_step % (copies * asked.micro_batch_size):
             return None
         asked = replace(asked, num_micro_batches=self.rows_a_step // (copies * asked.micro_batch_size))
-        return replace(self, layout=layout, num_gpus=gpus, settings=asked, words=(*self.words, words), cost=self.cost * cost)
+        if layout.virtual_pipeline > 1 and asked.num_micro_batches % layout.pipeline_parallel:
+            return None
+        return replace(self, layout=layout, num_gpus=gpus, settings=asked, cost=self.cost * cost)
 
 
 def cheapest_changes(start: Candidate, gpu_bytes: int) -> list[Candidate]:
@@ -64,11 +68,13 @@ def cheapest_changes(start: Candidate, gpu_bytes: int) -> list[Candidate]:
     if not found:
         twice = (second for first in once[1:] for second in _changes(first))
         found = [each for each in (_recomputed(start, two, gpu_bytes) for two in twice) if each]
+    found = [replace(each, words=tuple(_differences(start, each))) for each in found]
     best: dict[frozenset[str], Candidate] = {}
     for each in sorted(found, key=lambda each: (each.cost, len(each.words))):
         if each.settings.optimizer_precision == "8bit" and any(e.settings.optimizer_precision == "bf16" for e in best.values()):
             continue  # 16 bits fit at less cost
-        best.setdefault(frozenset(word.partition("=")[0] for word in each.words), each)
+        names = frozenset(word.partition("=")[0] for word in each.words if not word.startswith("on "))
+        best.setdefault(names, each)
     return [each for each in best.values() if each.words]
 
 
@@ -76,7 +82,8 @@ def changes_text(start: Candidate, gpu_bytes: int) -> str:
     """`the cheapest change that fits is A (a step takes about 1.09 times as long); or B`, or that there is none."""
     found = cheapest_changes(start, gpu_bytes)[:_SHOWN]
     if not found:
-        return "no change of one or two settings fits: take larger GPUs, adapters (LORA_RANK), or see tools/plan"
+        adapters = " adapters (LORA_RANK)," if start.settings.trained.lora is None else ""
+        return f"no change of one or two settings fits: take larger GPUs,{adapters} or see tools/plan"
     texts = [" ".join(each.words) for each in found]
     first = found[0]
     before = recompute_cost(start.architecture, start.layout, start.settings)
@@ -92,11 +99,38 @@ def _recomputed(start: Candidate, one: Candidate, gpu_bytes: int) -> Candidate |
     if one.fits(gpu_bytes):
         return one
     settings = with_cheapest_recompute(one.architecture, one.layout, one.data_parallel, one.settings, gpu_bytes)
-    again = replace(one, settings=settings, words=(*one.words, recompute_words(settings)))
+    again = replace(one, settings=settings)
     if not again.fits(gpu_bytes) or recompute_words(settings) == recompute_words(start.settings):
         return None
     before = recompute_cost(start.architecture, start.layout, start.settings)
     return replace(again, cost=one.cost * recompute_cost(one.architecture, one.layout, settings) / before)
+
+
+def _differences(start: Candidate, end: Candidate) -> Iterator[str]:
+    """What a user sets, as in a shell, so that the run at the start becomes that at the end."""
+    layouts, settings = (start.layout, end.layout), (start.settings, end.settings)
+    for variable, place, name in (
+        ("TENSOR_PARALLEL_SIZE", layouts, "tensor_parallel"),
+        ("SEQUENCE_PARALLEL", layouts, "sequence_parallel"),
+        ("CONTEXT_PARALLEL_SIZE", layouts, "context_parallel"),
+        ("MICRO_BATCH_SIZE", settings, "micro_batch_size"),
+        ("OPTIMIZER_PRECISION", settings, "optimizer_precision"),
+        ("OPTIMIZER_OFFLOAD", settings, "optimizer_offload"),
+    ):
+        before, after = (getattr(each, name) for each in place)
+        if after != before:
+            value = after if isinstance(after, str) else f"{after:g}"
+            yield f"{variable}={value}" + f" ({_EIGHT_BITS})" * (after == "8bit")
+    if recompute_words(end.settings) != recompute_words(start.settings):
+        word, num_layers = start.asked
+        if end.settings.recompute_layers:
+            yield "RECOMPUTE=selective " * (word in ("full", "auto")) + recompute_words(end.settings)
+        else:
+            yield recompute_words(end.settings) + " RECOMPUTE_LAYERS=0" * (num_layers > 0)
+    if end.settings.seq_length != start.settings.seq_length:
+        yield f"rows of {end.settings.seq_length} tokens (LENGTH of scripts/3_tokenize.sh)"
+    if end.num_gpus != start.num_gpus:
+        yield f"{'on ' * (end.layout != start.layout)}{end.num_gpus} GPUs"
 
 
 def _changes(now: Candidate) -> Iterator[Candidate]:
@@ -104,22 +138,20 @@ def _changes(now: Candidate) -> Iterator[Candidate]:
     asked, layout = now.settings, now.layout
     found: list[Candidate | None] = []
     if layout.tensor_parallel > 1 and not layout.sequence_parallel:
-        found.append(now.changed("SEQUENCE_PARALLEL=1", 1.0, replace(layout, sequence_parallel=True)))
+        found.append(now.changed(1.0, replace(layout, sequence_parallel=True)))
     if asked.micro_batch_size > 1:
-        size = asked.micro_batch_size // 2
-        found.append(now.changed(f"MICRO_BATCH_SIZE={size}", _SMALLER_MICRO_BATCH, micro_batch_size=size))
+        found.append(now.changed(_SMALLER_MICRO_BATCH, micro_batch_size=asked.micro_batch_size // 2))
     if asked.optimizer_precision == "fp32" and asked.precision in ("bf16", "fp8") and not asked.optimizer_offload:
-        found.append(now.changed("OPTIMIZER_PRECISION=bf16", _ROUNDED_MOMENTS, optimizer_precision="bf16"))
+        found.append(now.changed(_ROUNDED_MOMENTS, optimizer_precision="bf16"))
     if asked.optimizer_precision in ("fp32", "bf16") and asked.precision in ("bf16", "fp8") and not asked.optimizer_offload:
-        found.append(now.changed(_EIGHT_BITS, _COARSE_MOMENTS, optimizer_precision="8bit"))
+        found.append(now.changed(_COARSE_MOMENTS, optimizer_precision="8bit"))
     if asked.optimizer_precision == "fp32" and asked.precision != "fp32" and asked.trained.lora is None:
         for share in (share for share in (0.25, 0.5, 0.75, 1.0) if share > asked.optimizer_offload):
             cost = _CPU_MEMORY * _offload_cost(now, share)
-            found.append(now.changed(f"OPTIMIZER_OFFLOAD={share:g}", cost, optimizer_offload=share))
+            found.append(now.changed(cost, optimizer_offload=share))
     found += _larger_layouts(now)
     for length in (length for length in (32768, 16384, 8192, 4096, 2048, 1024) if length < asked.seq_length):
-        words = f"rows of {length} tokens (LENGTH of scripts/3_tokenize.sh)"
-        found.append(now.changed(words, _OTHER_DATA * asked.seq_length / length, seq_length=length))
+        found.append(now.changed(_OTHER_DATA * asked.seq_length / length, seq_length=length))
     return (each for each in found if each is not None)
 
 
@@ -138,15 +170,13 @@ def _larger_layouts(now: Candidate) -> Iterator[Candidate | None]:
     tensor, context = 2 * layout.tensor_parallel, 2 * layout.context_parallel
     layouts = []
     if tensor in TENSOR_COST:
-        words = f"TENSOR_PARALLEL_SIZE={tensor}" + " SEQUENCE_PARALLEL=1" * (not layout.sequence_parallel)
         cost = TENSOR_COST[tensor] / TENSOR_COST.get(layout.tensor_parallel, 1.0)
-        layouts.append((words, cost, replace(layout, tensor_parallel=tensor, sequence_parallel=True)))
+        layouts.append((cost, replace(layout, tensor_parallel=tensor, sequence_parallel=True)))
     if context in CONTEXT_COST:
         cost = CONTEXT_COST[context] / CONTEXT_COST.get(layout.context_parallel, 1.0)
-        layouts.append((f"CONTEXT_PARALLEL_SIZE={context}", cost, replace(layout, context_parallel=context)))
-    for words, cost, larger in layouts:
-        yield now.changed(words, cost, larger)
+        layouts.append((cost, replace(layout, context_parallel=context)))
+    for cost, larger in layouts:
+        yield now.changed(cost, larger)
         if now.num_gpus % larger.model_size:
-            gpus = 2 * now.num_gpus
-            yield now.changed(f"{words} on {gpus} GPUs", cost * _MORE_GPUS, larger, gpus)
-    yield now.changed(f"{2 * now.num_gpus} GPUs", _MORE_GPUS, gpus=2 * now.num_gpus)
+            yield now.changed(cost * _MORE_GPUS, larger, 2 * now.num_gpus)
+    yield now.changed(_MORE_GPUS, gpus=2 * now.num_gpus)

@@ -53,7 +53,8 @@ def full_text(plan: RunPlan, phase: str, held: dict[str, int], gpu_bytes: int, o
     excess = max(1.0, sum(held.values()) / max(1, expected.tensors))
     room = min((gpu_bytes - (others if others > _SHARED_BYTES else 0)) / excess, expected.total / 0.96 - GIB / 4)
     processes = plan.data_parallel * plan.layout.model_size
-    start = Candidate(plan.architecture, plan.layout, processes, plan.options.global_batch_size, settings)
+    asked = plan.options.recompute, plan.options.recompute_layers
+    start = Candidate(plan.architecture, plan.layout, processes, plan.options.global_batch_size, settings, asked)
     return f"{text}: {changes_text(start, int(room))}"
 
 
