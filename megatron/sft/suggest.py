@@ -12,10 +12,12 @@ from megatron.sft.families.lora import LoRA, chosen_targets
 from megatron.sft.families.trained import Trained
 from megatron.sft.hf import hub
 from megatron.sft.hf.published_configs import find_architecture
+from megatron.sft.planning.first_checks import moments_problem
 from megatron.sft.planning.fitting.memory_fit import CARDS
 from megatron.sft.planning.fitting.recomputing import recompute_words
 from megatron.sft.planning.layouts import Suggestion, largest_parts, suggest_layouts
 from megatron.sft.planning.memory import GIB, MemorySettings, num_parameters
+from megatron.sft.planning.options import share
 from megatron.sft.planning.speed.step_time import MEASURED_GPUS, Cluster
 from megatron.sft.reporting.metrics import clock
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
@@ -82,6 +84,13 @@ def _settings(asked: argparse.Namespace, architecture: Architecture) -> MemorySe
     )
 
 
+def _problem(settings: MemorySettings) -> str:
+    """Why no run takes these settings of the optimizer; "" if one does."""
+    if settings.trained.lora is not None and settings.optimizer_offload:
+        return "OPTIMIZER_OFFLOAD with LORA_RANK: the state of adapters is small, set one of them to 0"
+    return moments_problem(settings.precision, settings.optimizer_precision, settings.optimizer_offload)
+
+
 def fewest_gpus(architecture: Architecture, gpu_bytes: int, settings: MemorySettings, batch: int) -> int | None:
     """The fewest GPUs of this size on which some layout fits."""
     fits = (count for count in NUM_GPUS if suggest_layouts(architecture, count, gpu_bytes, settings, batch, 1))
@@ -102,15 +111,17 @@ def what_helps(architecture: Architecture, asked: argparse.Namespace, gpu_bytes:
     changes |= {"--optimizer-offload 1": offloaded, "--optimizer-precision bf16": small}
     changes["--optimizer-precision 8bit (see docs/performance.md)"] = replace(settings, optimizer_precision="8bit")
     for words, changed in changes.items():
+        if _problem(changed):
+            continue
         # The longest that fits, and the more precise, is there.
         if any(word in words and word in each for word in ("--row-length", "--optimizer-precision") for each in advice):
             continue
         if suggest_layouts(architecture, count, gpu_bytes, changed, batch, 1):
             advice.append(words)
     if not asked.lora_rank:
-        lora = Trained(LoRA(16, 32.0, *chosen_targets(architecture, "all")))
-        if suggest_layouts(architecture, count, gpu_bytes, replace(settings, trained=lora), batch, 1):
-            advice.append("--lora-rank 16 (adapters)")
+        lora = replace(settings, trained=Trained(LoRA(16, 32.0, *chosen_targets(architecture, "all"))), optimizer_offload=0.0)
+        if suggest_layouts(architecture, count, gpu_bytes, lora, batch, 1):
+            advice.append("--lora-rank 16 (adapters)" + " without --optimizer-offload" * (settings.optimizer_offload > 0))
     takes = f"the least is {total / GIB:.1f} GiB a GPU ({shown})"
     return f"{takes}: " + (f"take {', or '.join(advice)}" if advice else "take larger GPUs")
 
@@ -134,6 +145,8 @@ def suggest(asked: argparse.Namespace, architecture: Architecture, where: str) -
     # A card of 80 GB on its label has 79.1 GiB in nvidia-smi, one of 141 GB 139.8.
     gpu_bytes = int(CARDS.get(f"{asked.gpu_memory:g} GB", asked.gpu_memory) * GIB)
     settings = _settings(asked, architecture)
+    if problem := _problem(settings):
+        raise UserError(problem)
     trained = f"adapters of rank {asked.lora_rank}" if asked.lora_rank else "all weights"
     print(
         f"{where}: {num_parameters(architecture) / 1e6:,.1f} M parameters, {trained}, on {asked.gpus} "
@@ -191,7 +204,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--global-batch-size", type=int, default=128)
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp8", "fp32"), default="bf16")
     parser.add_argument("--optimizer-precision", choices=("fp32", "bf16", "8bit"), default="fp32")
-    parser.add_argument("--optimizer-offload", type=float, default=0.0, help="share of the optimizer in CPU memory")
+    parser.add_argument("--optimizer-offload", type=share, default=0.0, help="share of the optimizer in CPU memory")
     parser.add_argument("--lora-rank", type=int, default=0, help="adapters of this rank; 0 trains all weights")
     parser.add_argument("--tokens", type=float, default=0, help="millions of tokens to train on, for the time")
     return parser.parse_args(argv)

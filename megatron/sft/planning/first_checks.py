@@ -49,11 +49,17 @@ def _optimizer_problems(options: TrainOptions) -> Iterator[str]:
     for name in ("initial_loss_scale", "loss_scale_window"):
         if not getattr(options, name) >= 1:
             yield f"{variable_named(name)} is {getattr(options, name)}: it must be at least 1"
-    moments, offload = options.optimizer_precision, options.optimizer_offload
-    if moments != "fp32" and options.precision not in ("bf16", "fp8"):
-        yield f"OPTIMIZER_PRECISION={moments} needs PRECISION=bf16 or fp8, and PRECISION is {options.precision}: take fp32"
+    if problem := moments_problem(options.precision, options.optimizer_precision, options.optimizer_offload):
+        yield problem
+
+
+def moments_problem(precision: str, moments: str, offload: float) -> str:
+    """What OPTIMIZER_PRECISION (`moments`) and OPTIMIZER_OFFLOAD do not go with; "" if nothing."""
+    if moments != "fp32" and precision not in ("bf16", "fp8"):
+        return f"OPTIMIZER_PRECISION={moments} needs PRECISION=bf16 or fp8, and PRECISION is {precision}: take fp32"
     if offload and moments != "fp32":
-        yield f"OPTIMIZER_OFFLOAD={offload:g} needs OPTIMIZER_PRECISION=fp32, and it is {moments}: set one of them back"
+        return f"OPTIMIZER_OFFLOAD={offload:g} needs OPTIMIZER_PRECISION=fp32, and it is {moments}: set one of them back"
+    return ""
 
 
 def is_continued(mode: str, options: TrainOptions) -> bool:

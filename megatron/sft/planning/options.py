@@ -271,19 +271,20 @@ def _flag(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither 1 nor 0")
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
+    """From 0 to 1, for argparse; yes is 1 and no is 0."""
     if text.lower() in ("true", "yes", "on", "false", "no", "off", ""):
         return float(_flag(text))
     try:
-        share = float(text)
+        number = float(text)
     except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
+        number = -1.0
+    if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
-    return share
+    return number
 
 
-_TYPES: dict[str, Any] = {"objective": _objective, "optimizer_offload": _share}
+_TYPES: dict[str, Any] = {"objective": _objective, "optimizer_offload": share}
 
 
 def as_markdown() -> str:

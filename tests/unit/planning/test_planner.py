@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from megatron.sft import suggest
 from megatron.sft.hf.names import model_folder_name
 from megatron.sft.planning.options import TrainOptions, variable_of
 from megatron.sft.planning.planner import add_needs
 from megatron.sft.planning.resolution import Resolution, resolve
+from megatron.sft.runtime.errors import UserError
 
 VARIABLES = {variable_of(setting): setting.name for setting in fields(TrainOptions)}
 
@@ -128,3 +130,19 @@ def after_change(options: TrainOptions, num_processes: int, change: str) -> tupl
     kinds = {setting.name: type(getattr(options, setting.name)) for setting in fields(TrainOptions)}
     values = {VARIABLES[variable]: value for variable, value in words.items()}
     return replace(options, **{name: kinds[name](value) for name, value in values.items()}), num_processes
+
+
+@pytest.mark.parametrize(
+    ("words", "named", "unnamed"),
+    [
+        ("--optimizer-offload 2", "'2' is not a share from 0 to 1", ""),
+        ("--optimizer-offload 1 --optimizer-precision 8bit", "OPTIMIZER_OFFLOAD=1 needs OPTIMIZER_PRECISION=fp32", ""),
+        ("--optimizer-offload 1 --lora-rank 8", "OPTIMIZER_OFFLOAD with LORA_RANK", ""),
+        ("--precision fp16 --gpu-memory 39", "take --gpus 2", "--optimizer-precision"),
+        ("--optimizer-precision bf16 --gpu-memory 32", "--optimizer-precision 8bit", "--optimizer-offload"),
+    ],
+)
+def test_tools_plan_suggests_only_optimizers_that_a_run_takes(words: str, named: str, unnamed: str) -> None:
+    with pytest.raises(UserError) as error:
+        suggest.main(["Qwen/Qwen2.5-3B-Instruct", "--gpus", "1", "--row-length", "1024", *words.split()])
+    assert named in str(error.value) and not (unnamed and unnamed in str(error.value)), error.value
