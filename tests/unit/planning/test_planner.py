@@ -119,6 +119,14 @@ def test_the_advice_can_be_followed_and_fits(model: str, processes: int, setting
         assert not problems(after), (change, problems(after))
 
 
+def test_the_fewest_gpus_that_fit_are_as_many_as_the_rows_of_a_step_allow() -> None:
+    for settings in ({"global_batch_size": 6}, {"global_batch_size": 8, "pipeline_parallel": 2, "virtual_pipeline": 2}):
+        numbers = re.findall(r"(\d+) GPU", dict(planned("Qwen/Qwen2.5-7B-Instruct", 2, **settings).lines)["fits"])
+        assert numbers
+        for number in map(int, numbers):
+            assert not problems(planned("Qwen/Qwen2.5-7B-Instruct", number, **settings))
+
+
 def after_change(options: TrainOptions, num_processes: int, change: str) -> tuple[TrainOptions, int]:
     """As a user does what `change` says, who sets a variable once."""
     if gpus := re.search(r"(on )?(\d+) GPUs", change):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from megatron.sft.families.architecture import Architecture
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.planning.fitting.costs import CONTEXT_COST, TENSOR_COST
+from megatron.sft.planning.fitting.memory_fit import micro_batches
 from megatron.sft.planning.fitting.recomputing import recompute_words, with_cheapest_recompute
 from megatron.sft.planning.memory import MemorySettings, estimate
 from megatron.sft.planning.speed.run_time import full_rows
@@ -53,11 +54,10 @@ class Candidate:
             copies = layout.data_parallel(gpus)
         except UserError:
             return None
-        if not copies or self.rows_a_step % (copies * asked.micro_batch_size):
+        number = micro_batches(layout, copies, asked.micro_batch_size, self.rows_a_step)
+        if not number:
             return None
-        asked = replace(asked, num_micro_batches=self.rows_a_step // (copies * asked.micro_batch_size))
-        if layout.virtual_pipeline > 1 and asked.num_micro_batches % layout.pipeline_parallel:
-            return None
+        asked = replace(asked, num_micro_batches=number)
         return replace(self, layout=layout, num_gpus=gpus, settings=asked, cost=self.cost * cost)
 
 

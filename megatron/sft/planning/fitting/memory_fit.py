@@ -24,7 +24,15 @@ def fewest_gpus_text(architecture: Architecture, layout: Layout, settings: Memor
             gpus, chosen = fewest
             again = f" with {recompute_words(chosen)}" if chosen.recompute != "none" else ""
             found.append(f"{card}: {gpus} GPU{'s' if gpus > 1 else ''}{again}")
-    return "; ".join(found) or f"no card of up to {list(CARDS)[-1]} with up to {MOST_GPUS} GPUs"
+    batch = f"that share GLOBAL_BATCH_SIZE={global_batch_size} evenly"
+    return "; ".join(found) or f"no card of up to {list(CARDS)[-1]} with up to {MOST_GPUS} GPUs {batch}"
+
+
+def micro_batches(layout: Layout, data_parallel: int, micro_batch_size: int, global_batch_size: int) -> int:
+    """Micro-batches of a step on each copy of the model, or 0 where a run with these sizes is refused."""
+    number, left = divmod(global_batch_size, data_parallel * micro_batch_size)
+    uneven = layout.virtual_pipeline > 1 and number % layout.pipeline_parallel
+    return 0 if left or uneven else number
 
 
 def _fewest_gpus(
@@ -35,10 +43,11 @@ def _fewest_gpus(
     while data_parallel * layout.model_size // layout.pipeline_parallel % layout.expert_parallel:
         data_parallel += 1
     while data_parallel * layout.model_size <= MOST_GPUS and data_parallel * settings.micro_batch_size <= global_batch_size:
-        here = replace(settings, num_micro_batches=global_batch_size // (data_parallel * settings.micro_batch_size))
-        if settings.recompute == "auto":
+        number = micro_batches(layout, data_parallel, settings.micro_batch_size, global_batch_size)
+        here = replace(settings, num_micro_batches=number)
+        if number and settings.recompute == "auto":
             here = with_cheapest_recompute(architecture, layout, data_parallel, here, gpu_bytes)
-        if estimate(architecture, layout, data_parallel, here).fits(gpu_bytes):
+        if number and estimate(architecture, layout, data_parallel, here).fits(gpu_bytes):
             return data_parallel * layout.model_size, here
         data_parallel *= 2
     return None
