@@ -4,6 +4,7 @@ On a CPU the copies between GPU and CPU are copies within its memory; the same c
 """
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,6 +127,18 @@ def test_a_run_resumes_bit_for_bit_with_any_share_and_without(dense: Runs) -> No
 def test_other_precisions_take_it(dense: Runs, precision: str) -> None:
     away, here = (dense.losses(f"{precision} {each}", 1, "--precision", precision, *each) for each in (HALF, []))
     assert close(away, here, 1e-4)
+
+
+def test_steps_that_overflow_in_fp16_are_said_and_leave_weights_and_moments(dense: Runs) -> None:
+    arguments = ["--load", dense.converted, "--data-path", dense.folder / "rows", *OPTIONS, "--precision", "fp16"]
+    found = []
+    for each in ([], HALF):
+        run = dense.folder / f"overflow {each}"
+        output = tiny.run_module("train", *arguments, "--save", run, "--initial-loss-scale", 2**22, *each)
+        found.append((re.findall("iteration (\\d+): the gradient overflowed.* is (\\S+) now", output), tiny.losses(run)))
+    assert found[0][0] == found[1][0] and found[0][0][0][0] == "1"
+    assert len(found[0][0]) + len(found[0][1]) == STEPS and found[0][1]
+    assert all(abs(a - b) <= 1e-4 * a for a, b in zip(found[0][1], found[1][1], strict=True))
 
 
 def test_experts_over_processes_are_stepped_in_the_same_order_bit_for_bit(tmp_path: Path) -> None:

@@ -170,6 +170,8 @@ class Run:
         counters, number = self.engine.counters, self.iteration + 1
         if result.overflow:
             counters["overflows"] += 1
+            scale = f"the loss scale of fp16 was too large and is {self._loss_scale():g} now"
+            ranks.print_rank_0(f"iteration {number}: the gradient overflowed, the weights stay as they are: {scale}")
             return
         watchdog.enter("search for numbers that are not finite")
         what = f"iteration {number}: the gradient is not finite (norm {result.grad_norm})"
