@@ -27,6 +27,9 @@ from tests.support import tiny
 from tests.support.layout_cases import DPO, FOUR, ON_CPU, ON_GPU, ONE, TWO, Layout, Run, Variant, fits
 
 if TYPE_CHECKING:
+    import torch
+
+    from megatron.sft.model.inputs import PackedRows
     from megatron.sft.planning.run_plan import RunPlan
 
 LIMIT_SECONDS = 560  # of one launch, after which every process says where it is
@@ -63,12 +66,32 @@ def train(run: Run, plan: "RunPlan") -> None:
     logps = with_logps(plan, StopRequest()).logps if plan.reference else None
     engine = Engine(plan)
     state.load_start(engine)
+    least: list[float] = []
+    if run.layout.processes == 1:
+        record_margins(engine.chunks, least)
     feeder = Feeder(plan, logps)
     for step in range(plan.train_iters):
         result = engine.train_step(feeder.training(step * GLOBAL_BATCH))
         run.losses.append(result.loss.reduce()[0])
         run.norms.append(result.grad_norm)
+        run.margins += [min(least)] if least else []
+        least.clear()
     run.validation = engine.evaluate(feeder.validation(0)).reduce()[0]
+
+
+def record_margins(chunks: "Sequence[torch.nn.Module]", least: list[float]) -> None:
+    """Let every router append how much better the last chosen expert of any token is than the next one, in logits."""
+    from megatron.sft.model.experts.router import Router
+
+    def record(router: Router, given: "tuple[torch.Tensor, PackedRows]", _: object) -> None:
+        logits = (given[0].float() @ router.weight.float().t()).detach()
+        real = given[1].real
+        best = (logits if real is None else logits[real]).topk(router.moe.experts_per_token + 1).values
+        least.append(float((best[:, -2] - best[:, -1]).min()))
+
+    for module in itertools.chain.from_iterable(chunk.modules() for chunk in chunks):
+        if isinstance(module, Router):
+            module.register_forward_hook(record)
 
 
 def work(task: Path) -> None:
@@ -109,7 +132,8 @@ def launch(runs: Sequence[Run], steps: int, folder: Path, on_cpu: bool, limit: f
     run_on = tiny.run if on_cpu else tiny.run_on_gpu
     run_on(processes, module, "--task", task, seconds=limit + 60)
     for run, done in zip(runs, json.loads(task.with_suffix(".done").read_text()), strict=True):
-        run.losses, run.norms, run.validation = done["losses"], done["norms"], done["validation"]
+        run.losses, run.norms, run.margins = done["losses"], done["norms"], done["margins"]
+        run.validation = done["validation"]
 
 
 def compare(
@@ -184,11 +208,13 @@ def report(pairs: Sequence[tuple[Run, Run]]) -> list[str]:
     for run, reference in pairs:
         difference, norms = run.difference(reference), run.norm_difference(reference)
         agrees = difference <= run.variant.tolerance
+        undecided = run.undecided(reference)
+        tie = "" if undecided is None else f"  up to step {undecided}: experts chosen by rounding"
         if not agrees:
             wrong.append(f"{run.variant.name}, {run.layout.name}")
         print(
             f"{run.variant.name:<28} {run.layout.name:<18} {run.losses[0]:>10.6f} {run.losses[-1]:>10.6f} "
-            f"{difference:>11.1e} {norms:>9.1e}  {run.variant.tolerance:.0e}{'' if agrees else '  DIFFERS'}",
+            f"{difference:>11.1e} {norms:>9.1e}  {run.variant.tolerance:.0e}{tie if agrees else '  DIFFERS'}",
             flush=True,
         )
     return wrong

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+UNDECIDED = 5e-6  # of router logits, which differ by as much between layouts after a few steps in float32
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -87,22 +89,38 @@ def fits(variant: Variant, layout: Layout) -> bool:
 
 @dataclass
 class Run:
-    """One variant in one layout, and what became of it: losses and gradient norms by step, and the validation loss."""
+    """One variant in one layout, and what became of it: losses and gradient norms by step, and the validation loss.
+
+    margins: of experts in one process, by step: how much better the last chosen expert of any token was than the next one.
+    """
 
     variant: Variant
     layout: Layout
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
     validation: float = 0.0
 
+    def differences(self, reference: "Run") -> list[float]:
+        """Relative ones of the losses, the validation's last."""
+        return _relative([*self.losses, self.validation], [*reference.losses, reference.validation])
+
+    def undecided(self, reference: "Run") -> int | None:
+        """The first step that differs, if rounding chose a token's experts there or just before: no later loss can be equal."""
+        first = next((i for i, found in enumerate(self.differences(reference)) if found > self.variant.tolerance), None)
+        if first is None or min(reference.margins[max(0, first - 1) : first + 1], default=1.0) > UNDECIDED:
+            return None
+        return first
+
     def difference(self, reference: "Run") -> float:
-        """The largest relative difference of a loss, the validation's included."""
-        return _largest([*self.losses, self.validation], [*reference.losses, reference.validation])
+        """The largest relative difference of a loss, up to where experts are chosen by rounding."""
+        return max(self.differences(reference)[: self.undecided(reference)], default=0.0)
 
     def norm_difference(self, reference: "Run") -> float:
-        return _largest(self.norms, reference.norms)
+        """Of gradient norms, likewise."""
+        return max(_relative(self.norms, reference.norms)[: self.undecided(reference)], default=0.0)
 
 
-def _largest(ours: list[float], theirs: list[float]) -> float:
+def _relative(ours: list[float], theirs: list[float]) -> list[float]:
     assert len(ours) == len(theirs) > 1
-    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+    return [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
