@@ -21,7 +21,8 @@ def check_first(mode: str, options: TrainOptions) -> None:
 
 def number_problems(options: TrainOptions) -> Iterator[str]:
     """What is wrong with the numbers by themselves, and between those of the optimizer."""
-    for name in ("micro_batch_size", "global_batch_size", "log_interval", "save_interval", "eval_interval"):
+    sizes = ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel", "virtual_pipeline")
+    for name in (*sizes, "micro_batch_size", "global_batch_size", "log_interval", "save_interval", "eval_interval"):
         if getattr(options, name) < 1:
             yield f"{variable_named(name)} is {getattr(options, name)}: it must be at least 1"
     if options.train_iters < 0 or (options.train_iters == 0 and not options.epochs > 0):

@@ -167,7 +167,7 @@ def _largest_parameter(architecture: Architecture, layout: Layout) -> float:
 def _kept_and_working(architecture: Architecture, layout: Layout, settings: MemorySettings, stage: int) -> tuple[float, float]:
     """Bytes a token that the stage's layers keep of a micro-batch, and the most that a layer's backward pass adds to them."""
     layers = _stage_layers(architecture, layout, stage)
-    size = len(layers) // layout.virtual_pipeline
+    size = -(-len(layers) // layout.virtual_pipeline)  # all alike, or `check_layout` refuses the layout
     whole = [
         share_of_chunk(settings.recompute_layers, chunk, layout.virtual_pipeline) for chunk in range(layout.virtual_pipeline)
     ]

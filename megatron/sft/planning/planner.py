@@ -50,11 +50,11 @@ def _check_sums(found: Resolution, files: Files, check: Callable[..., None], *ar
 
 
 def _settings(found: Resolution) -> MemorySettings | None:
-    """What the memory depends on, RECOMPUTE=auto decided; None where too little is known, or the model cannot be split so."""
+    """What the memory depends on, RECOMPUTE=auto decided; None where too little is known."""
     options, layout = found.options, found.layout
-    if found.architecture is None or not found.layout_fits:
+    if found.architecture is None or not found.data_parallel or not found.seq_length or options.micro_batch_size < 1:
         return None
-    if not found.data_parallel or not found.seq_length or options.micro_batch_size < 1:
+    if layout.pipeline_parallel * layout.virtual_pipeline > found.architecture.num_layers:
         return None
     settings = memory_settings(options, found.seq_length, found.data_parallel, found.trained)
     if settings.recompute != "auto":
@@ -80,7 +80,8 @@ def _add_memory(found: Resolution) -> None:
     if share := options.optimizer_offload:
         size = OFFLOADED_BYTES * share * num_trained(architecture, found.trained)
         found.add("CPU memory", f"{size / 1e9:.1f} GB of all processes together for {share:.0%} of the optimizer's state")
-    found.add("fits", fewest_gpus_text(architecture, layout, settings, options.global_batch_size))
+    if found.layout_fits:
+        found.add("fits", fewest_gpus_text(architecture, layout, settings, options.global_batch_size))
     if gpu_bytes:
         found.add("GPU", f"{gpu_bytes / GIB:.1f} GiB, {where}")
     if gpu_bytes and not needed.fits(gpu_bytes):

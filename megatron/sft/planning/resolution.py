@@ -173,7 +173,13 @@ def _resolve_trained(found: Resolution, architecture: Architecture) -> None:
 
 
 def _resolve_processes(found: Resolution) -> None:
-    found.layout = layout = layout_for(found.options, found.architecture)
+    layout = layout_for(found.options, found.architecture)
+    sizes = layout.tensor_parallel, layout.pipeline_parallel, layout.context_parallel
+    if min(*sizes, layout.expert_parallel, layout.virtual_pipeline) < 1:  # `number_problems` names it
+        found.layout_fits = False
+        found.to_do.clear()
+        return
+    found.layout = layout
     found.data_parallel = found.attempt(layout.data_parallel, found.num_processes) or 0
     num_problems = len(found.problems)
     if found.architecture:

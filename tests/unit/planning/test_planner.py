@@ -10,7 +10,7 @@ import pytest
 
 from megatron.sft import suggest
 from megatron.sft.hf.names import model_folder_name
-from megatron.sft.planning.options import TrainOptions, variable_of
+from megatron.sft.planning.options import TrainOptions, variable_named, variable_of
 from megatron.sft.planning.planner import add_needs
 from megatron.sft.planning.resolution import Resolution, resolve
 from megatron.sft.runtime.errors import UserError
@@ -36,11 +36,23 @@ def problems(found: Resolution) -> list[str]:
     return [each for each in found.problems if not re.search("does not exist|make room", each)]
 
 
-def test_a_layout_that_the_model_cannot_have_is_named_and_nothing_is_estimated_of_it() -> None:
-    # Stages of 9, 8, 8 and 9 layers, which two chunks do not share evenly.
-    found = planned("google/gemma-3-4b-it", 4, pipeline_parallel=4, virtual_pipeline=2, global_batch_size=4)
-    assert len(problems(found)) == 1 and "VIRTUAL_PIPELINE_SIZE" in problems(found)[0]
-    assert "memory of a GPU" not in dict(found.lines) and not any("2_convert" in each for each in found.to_do)
+@pytest.mark.parametrize(
+    ("model", "processes", "settings", "named"),
+    [
+        # Stages of 9, 8, 8 and 9 layers, which two chunks do not share evenly.
+        ("google/gemma-3-4b-it", 4, {"pipeline_parallel": 4, "virtual_pipeline": 2}, "VIRTUAL_PIPELINE_SIZE"),
+        ("Qwen/Qwen2.5-0.5B-Instruct", 32, {"pipeline_parallel": 32, "recompute": "auto"}, "PP=32"),
+        *(
+            ("Qwen/Qwen2.5-0.5B-Instruct", 1, {name: size}, f"{variable_named(name)} is {size}: it must be at least 1")
+            for name in ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel", "virtual_pipeline")
+            for size in (0, -1)
+        ),
+        ("Qwen/Qwen3-30B-A3B", 3, {"expert_parallel": 3, "global_batch_size": 3}, "EP=3"),
+    ],
+)
+def test_a_layout_that_the_model_cannot_have_is_named(model: str, processes: int, settings: dict[str, Any], named: str) -> None:
+    found = planned(model, processes, **settings)
+    assert named in problems(found)[0] and not any("2_convert" in each for each in found.to_do)
 
 
 @pytest.mark.parametrize(
