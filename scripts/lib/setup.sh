@@ -4,12 +4,16 @@
 #   MEGATRON_SFT_PYTHON       a Python that already has the requirements: used as is, nothing is installed
 #   MEGATRON_SFT_VENV         the environment's folder (default: .venv in the repository; in an nvcr container the name includes the
 #                             image's version, so that a container and its host can share one repository)
-#   MEGATRON_CORE_VERSION     0.16.1 or 0.19.2 (default: 0.16.1 with Python 3.11 and in nvcr images before 26.06, else 0.19.2)
+#   MEGATRON_CORE_VERSION     0.16.1 or 0.19.2 (default: 0.16.1 with Python 3.11, with 3.12 for GPUs and in nvcr images before 26.06, else 0.19.2)
 #   MEGATRON_SFT_CONSTRAINTS  a file of versions (default: constraints/3.12.txt and its like, by Python's version); none: the newest
 #                             that requirements.txt allows
 #   TORCH_INDEX_URL           an extra package index for torch (pip's --extra-index-url), such as that of an older CUDA version
 #                             (default: on a machine without a GPU, PyTorch's index of CPU builds if it can be reached)
 
+# Scripts start each other in other folders than the user's.
+for name in MEGATRON_SFT_VENV MEGATRON_SFT_PYTHON MEGATRON_SFT_CONSTRAINTS; do
+  if [[ ${!name-} == [!/]*/* || $name == MEGATRON_SFT_VENV && ${!name-} == [!/]* ]]; then export "$name=$PWD/${!name}"; fi
+done
 VENV=${MEGATRON_SFT_VENV:-$ROOT/.venv${NVIDIA_PYTORCH_VERSION:+-nvidia-$NVIDIA_PYTORCH_VERSION}}
 SETUP_STATE=$VENV.setup # next to it: the lock, the log and the marker of an unfinished install
 
@@ -41,6 +45,7 @@ ensure_requirements() {
   export PYTHON=$VENV/bin/python
   # Packages in ~/.local, installed for another Python or container, must not be mixed in.
   export PYTHONNOUSERSITE=1
+  unset PYTHONHOME # of another Python: this one would start without its modules
   if requirements_installed "$1"; then return; fi
   { mkdir -p "$SETUP_STATE" && [[ -w $SETUP_STATE ]]; } 2>/dev/null ||
     die "$VENV is missing packages of $1 and is not writable: set MEGATRON_SFT_VENV to a folder you can write to"

@@ -141,6 +141,35 @@ advised() {
   [[ $output == *"(there is no python3): install one, for example with conda create -n sft python=3.12 and conda activate sft; or "* ]]
 }
 
+@test "a link to an empty folder on another disk becomes the environment, also after a failure" {
+  mkdir "$BATS_TEST_TMPDIR/scratch"
+  ln -s "$BATS_TEST_TMPDIR/scratch" "$root/.venv"
+  PIP_FIND_LINKS=/nowhere run -2 ready
+  [[ -L $root/.venv && -z $(ls -A "$root/.venv") && $output != *Traceback* ]]
+  run -0 ready
+  [[ $output == *"one==1.0"* && -x $BATS_TEST_TMPDIR/scratch/bin/python ]]
+}
+
+@test "pip's and Python's settings for other programs do not decide what is installed where" {
+  export PIP_DRY_RUN=1 PIP_NO_DEPS=1 PIP_REQUIRE_HASHES=1 PIP_REQUIRE_VIRTUALENV=1 PYTHONWARNINGS=error PYTHONHOME=/nowhere PYTHONOPTIMIZE=1
+  printf '[install]\nuser = true\n' >"$BATS_TEST_TMPDIR/pip.conf"
+  PIP_CONFIG_FILE=$BATS_TEST_TMPDIR/pip.conf run -0 ready
+  [[ $output == *"one==1.0"* ]]
+  rm -r "$root/.venv"
+  printf '[install]\ntarget = %s\n' "$BATS_TEST_TMPDIR/elsewhere" >"$BATS_TEST_TMPDIR/pip.conf"
+  PIP_CONFIG_FILE=$BATS_TEST_TMPDIR/pip.conf run -2 ready
+  [[ $output == *"error: pip put the packages of requirements.txt elsewhere than into $root/.venv"* && ! -e $root/.venv ]]
+}
+
+@test "paths of an environment or a Python may be relative, though scripts start each other in other folders" {
+  mkdir "$BATS_TEST_TMPDIR/here" && cd "$BATS_TEST_TMPDIR/here"
+  started='source "$0/scripts/lib/common.sh"; ensure_setup; cd /; bash -c "source \"\$0/scripts/lib/common.sh\"; ensure_setup; echo \$PYTHON" "$0"'
+  MEGATRON_SFT_VENV='./my env' run -0 bash -c "$started" "$root"
+  [[ ${lines[-1]} == "$PWD/./my env/bin/python" ]]
+  MEGATRON_SFT_PYTHON='my env/bin/python' run -0 bash -c "$started" "$root"
+  [[ $output == "$PWD/my env/bin/python" ]]
+}
+
 @test "a folder that is not an environment is left alone" {
   mkdir -p "$root/.venv/mine"
   run -2 ready
@@ -181,10 +210,16 @@ advised() {
   [[ $output != *"setting up"* ]]
   MEGATRON_CORE_VERSION=0.18.0 run -2 ready
   [[ $output == *"error: MEGATRON_CORE_VERSION is '0.18.0': give 0.16.1 or 0.19.2, or unset it"* ]]
+  PIP_FIND_LINKS=/nowhere run -0 ready # and what is installed is still whole
+  [[ $output != *"setting up"* ]]
   source "$root/scripts/lib/setup.sh"
   source "$root/scripts/lib/install.sh"
   has_gpu() { false; }
+  is_cluster() { false; }
   [[ $(chosen_core 3.11) == 0.16.1 && $(chosen_core 3.12) == 0.19.2 && $(chosen_core 3.13) == 0.19.2 ]]
+  is_cluster() { true; } # its login node has none
+  [[ $(chosen_core 3.12) == 0.16.1 && $(chosen_core 3.13) == 0.19.2 ]]
+  is_cluster() { false; }
   has_gpu() { true; }
   [[ $(chosen_core 3.12) == 0.16.1 && $(chosen_core 3.13) == 0.19.2 ]]
   [[ $(NVIDIA_PYTORCH_VERSION=25.11 chosen_core 3.12) == 0.16.1 && $(NVIDIA_PYTORCH_VERSION=26.06 chosen_core 3.12) == 0.19.2 ]]
