@@ -72,7 +72,7 @@ make_venv() {
     base=$(base_python "$has_venv") || die "no Python 3.11, 3.12 or 3.13 with the venv module ($(python3 --version 2>/dev/null || echo "there is no python3")): install one, $(python_advice); or set MEGATRON_SFT_PYTHON to a Python with requirements.txt installed"
   fi
   if [[ -d $VENV && -n $(ls -A "$VENV") && ! -e $SETUP_STATE/unfinished && ! -e $VENV/requirements.txt.stamp ]]; then
-    die "$VENV has no working Python 3.11, 3.12 or 3.13 and was not created by this project: move it away, or set MEGATRON_SFT_VENV to another folder"
+    die "$VENV has no working Python 3.11, 3.12 or 3.13 with pip and was not created by this project: move it away, or set MEGATRON_SFT_VENV to another folder"
   fi
   touch "$SETUP_STATE/unfinished"
   # venv refuses a link.

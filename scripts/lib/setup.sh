@@ -34,11 +34,33 @@ requirements_installed() {
   [[ -z ${MEGATRON_CORE_VERSION-} || $MEGATRON_CORE_VERSION == "$(cat "$VENV/megatron-core.version" 2>/dev/null)" ]]
 }
 
+# check_python: die unless PYTHON, which the user has chosen, is of a version and has the packages without which nothing starts.
+check_python() {
+  local lacking
+  if [[ ${checked_python-} == "$PYTHON" ]]; then return; fi
+  lacking=$(PYTHONSAFEPATH=1 "$PYTHON" -c '
+import importlib, sys
+from importlib.util import find_spec
+if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+    sys.exit(print("is Python %d.%d, and has to be 3.11, 3.12 or 3.13" % sys.version_info[:2]) or 1)
+def lacks(name):
+    try:
+        return find_spec(name) is None
+    except ModuleNotFoundError:
+        return True
+lacking = [name for name in ("torch", "numpy", "orjson", "transformers", "megatron.core") if lacks(name)]
+if lacking:
+    sys.exit(print("has no " + ", ".join(lacking), "(-m pip install -r requirements.txt torch gives it all)") or 1)' 2>/dev/null) ||
+    die "MEGATRON_SFT_PYTHON=$PYTHON ${lacking:-does not start}: name another Python, or unset it, and the scripts make an environment"
+  checked_python=$PYTHON
+}
+
 # ensure_requirements FILE: sets PYTHON to a Python with FILE (which may include requirements.txt) installed.
 ensure_requirements() {
   [[ -f $ROOT/$1 ]] || die "requirements file $ROOT/$1 is missing: check the repository out again"
   if [[ -n ${MEGATRON_SFT_PYTHON-} ]]; then
     PYTHON=$(type -P "$MEGATRON_SFT_PYTHON") || die "MEGATRON_SFT_PYTHON=$MEGATRON_SFT_PYTHON is not a program: give the path of a Python, or unset it"
+    check_python
     return
   fi
   [[ $OSTYPE == linux* ]] || die "this system is $OSTYPE, and megatron-core is made for Linux: use a Linux machine or container, or set MEGATRON_SFT_PYTHON to a Python with requirements.txt installed"

@@ -166,14 +166,26 @@ advised() {
   started='source "$0/scripts/lib/common.sh"; ensure_setup; cd /; bash -c "source \"\$0/scripts/lib/common.sh\"; ensure_setup; echo \$PYTHON" "$0"'
   MEGATRON_SFT_VENV='./my env' run -0 bash -c "$started" "$root"
   [[ ${lines[-1]} == "$PWD/./my env/bin/python" ]]
+  cd "$(dirname 'my env'/lib/python3*/site-packages/torch.py)" && mkdir megatron && touch {numpy,orjson,transformers,megatron/core}.py && cd - >/dev/null
   MEGATRON_SFT_PYTHON='my env/bin/python' run -0 bash -c "$started" "$root"
   [[ $output == "$PWD/my env/bin/python" ]]
+}
+
+@test "a Python of MEGATRON_SFT_PYTHON that cannot run anything is refused with what it lacks" {
+  export PYTHONPATH=$BATS_TEST_TMPDIR/installed MEGATRON_SFT_PYTHON=$BATS_TEST_TMPDIR/python
+  mkdir -p "$PYTHONPATH" && touch "$PYTHONPATH"/{torch,numpy,orjson}.py
+  printf '#!/usr/bin/env bash\n%q -S "$@"\n' "$(type -P python3)" >"$MEGATRON_SFT_PYTHON" && chmod +x "$MEGATRON_SFT_PYTHON"
+  run -2 ready
+  [[ $output == "error: MEGATRON_SFT_PYTHON=$BATS_TEST_TMPDIR/python has no transformers, megatron.core (-m pip install "* ]]
+  sed -i '2i set -- -c "import sys; sys.version_info = (3, 10, 1)"$'"'\\n'"'"$2"' "$MEGATRON_SFT_PYTHON"
+  run -2 ready
+  [[ $output == *"/python is Python 3.10, and has to be 3.11, 3.12 or 3.13: "* ]]
 }
 
 @test "a folder that is not an environment is left alone" {
   mkdir -p "$root/.venv/mine"
   run -2 ready
-  [[ $output == *"error: $root/.venv has no working Python 3.11, 3.12 or 3.13 and was not created by this project: "* ]]
+  [[ $output == *"error: $root/.venv has no working Python 3.11, 3.12 or 3.13 with pip and was not created by this project: "* ]]
   [[ -d $root/.venv/mine ]]
 }
 

@@ -33,6 +33,19 @@ def number_problems(options: TrainOptions) -> Iterator[str]:
             yield f"{variable_named(name)} is {getattr(options, name)}: it must be 0 (off) or more"
     if options.loss_ceiling_patience < 1:
         yield f"LOSS_CEILING_PATIENCE is {options.loss_ceiling_patience}: it must be at least 1"
+    yield from optimizer_problems(options)
+
+
+def optimizer_problems(options: TrainOptions) -> Iterator[str]:
+    """What does not go with the precision of the optimizer."""
+    in_place, offload = options.optimizer_precision, options.optimizer_offload
+    if in_place != "fp32" and options.precision not in ("bf16", "fp8"):
+        yield (
+            f"OPTIMIZER_PRECISION={in_place} needs PRECISION=bf16 or fp8, and PRECISION is {options.precision}: "
+            "take OPTIMIZER_PRECISION=fp32"
+        )
+    if offload and in_place != "fp32":
+        yield f"OPTIMIZER_OFFLOAD={offload:g} needs OPTIMIZER_PRECISION=fp32, and it is {in_place}: set one of them back"
 
 
 def is_continued(mode: str, options: TrainOptions) -> bool:

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.utils.hooks import RemovableHandle
 
 from megatron.sft.checkpoint.optimizer_state import inner_optimizers, shares
+from megatron.sft.planning.first_checks import optimizer_problems
 from megatron.sft.planning.options import TrainOptions
 from megatron.sft.runtime import device
 from megatron.sft.runtime.errors import UserError
@@ -78,7 +79,7 @@ class _ByLayer(DistributedDataParallel):
 
 def build_optimizer(options: TrainOptions, dtype: torch.dtype, models: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
     """The optimizer of these model chunks. OPTIMIZER_PRECISION=bf16 and 8bit keep gradients in 16 bits, moments in 16 or 8."""
-    adamw = _own_adamw(options, dtype)
+    adamw = _own_adamw(options)
     config = OptimizerConfig(
         optimizer="adam",
         lr=options.lr,
@@ -122,20 +123,13 @@ def build_optimizer(options: TrainOptions, dtype: torch.dtype, models: Sequence[
     return optimizer
 
 
-def _own_adamw(options: TrainOptions, dtype: torch.dtype) -> type[InPlaceAdamW] | None:
+def _own_adamw(options: TrainOptions) -> type[InPlaceAdamW] | None:
     """The class that steps this run's parameters, where it is not torch's or Transformer Engine's."""
-    in_place, offload = options.optimizer_precision, options.optimizer_offload
-    if in_place != "fp32" and dtype != torch.bfloat16:
-        raise UserError(
-            f"OPTIMIZER_PRECISION={in_place} needs PRECISION=bf16 or fp8, and PRECISION is {options.precision}: take fp32"
-        )
-    if offload and in_place != "fp32":
-        raise UserError(
-            f"OPTIMIZER_OFFLOAD={offload:g} needs OPTIMIZER_PRECISION=fp32, and it is {in_place}: set one of them back"
-        )
-    if offload:
+    for problem in optimizer_problems(options):
+        raise UserError(problem)
+    if options.optimizer_offload:
         return OffloadedAdamW
-    return {"fp32": None, "bf16": InPlaceAdamW, "8bit": EightBitAdamW}[in_place]
+    return {"fp32": None, "bf16": InPlaceAdamW, "8bit": EightBitAdamW}[options.optimizer_precision]
 
 
 @contextlib.contextmanager
