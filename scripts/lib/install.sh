@@ -9,6 +9,8 @@ SUITABLE='import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13)'
 # use if pip failed before changing it.
 install_failed() {
   grep -v '^WARNING:\|^Ignoring ' "$SETUP_STATE/install.log" | tail -n 8 | sed 's/^/  | /' >&2
+  # The log may have had no room either.
+  df -Pm "$SETUP_STATE" | awk 'NR == 2 && $4 < 50 {print "  | the disk is full: " $6 " has " $4 " MB left"}' >&2
   if [[ -n ${made_with-} ]]; then
     # Of a link to another disk the target stays, empty.
     find "$VENV/" -mindepth 1 -delete && { [[ -L $VENV ]] || rmdir "$VENV"; } && rm -f "$SETUP_STATE/unfinished"
@@ -75,9 +77,9 @@ make_venv() {
     die "$VENV has no working Python 3.11, 3.12 or 3.13 with pip and was not created by this project: move it away, or set MEGATRON_SFT_VENV to another folder"
   fi
   touch "$SETUP_STATE/unfinished"
+  made_with=$base
   # venv refuses a link.
   "$base" -m venv "${flags[@]}" "$(readlink -f "$VENV")" >"$SETUP_STATE/install.log" 2>&1 || install_failed "could not create $VENV with $base"
-  made_with=$base
 }
 
 # is_cluster: true where jobs are submitted: the environment is for the GPUs of other nodes.

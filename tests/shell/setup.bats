@@ -150,6 +150,16 @@ advised() {
   [[ $output == *"one==1.0"* && -x $BATS_TEST_TMPDIR/scratch/bin/python ]]
 }
 
+@test "a venv that cannot be made is removed, and a full disk named" {
+  mkdir "$BATS_TEST_TMPDIR/programs"
+  printf '#!/usr/bin/env bash\n[[ $* != *"-m venv"* ]] || { mkdir -p "${@: -1}/half" && exit 1; }\nexec %q "$@"\n' "$(type -P python3)" >"$BATS_TEST_TMPDIR/programs/python3.12"
+  printf '#!/usr/bin/env bash\nprintf "head\\n/dev/x 9 9 0 100%%%% /scratch\\n"\n' >"$BATS_TEST_TMPDIR/programs/df"
+  chmod +x "$BATS_TEST_TMPDIR"/programs/*
+  PATH=$BATS_TEST_TMPDIR/programs:$PATH run -2 ready
+  [[ $output == *"  | the disk is full: /scratch has 0 MB left"*"could not create $root/.venv with "* && ! -e $root/.venv ]]
+  run -0 ready
+}
+
 @test "pip's and Python's settings for other programs do not decide what is installed where" {
   export PIP_DRY_RUN=1 PIP_NO_DEPS=1 PIP_REQUIRE_HASHES=1 PIP_REQUIRE_VIRTUALENV=1 PYTHONWARNINGS=error PYTHONHOME=/nowhere PYTHONOPTIMIZE=1
   printf '[install]\nuser = true\n' >"$BATS_TEST_TMPDIR/pip.conf"
