@@ -42,9 +42,9 @@ if [[ $mode != plan && $mode != settings && -n ${SLURM_JOB_ID-} && -z ${SLURM_ST
   source "$ROOT/scripts/cluster/job.sh"
 fi
 
-export MEGATRON_SFT_STARTED=${MEGATRON_SFT_STARTED:-$EPOCHSECONDS} # EXIT_AFTER_MINUTES counts from here
-trap '' PIPE                                                       # a reader that is gone, as after | head, ends nothing
-trap 'exit 75' TERM INT HUP USR1                                   # until the launcher handles the signals
+export MEGATRON_SFT_STARTED=${MEGATRON_SFT_STARTED:-$(date +%s)} # EXIT_AFTER_MINUTES counts from here
+trap '' PIPE                                                     # a reader that is gone, as after | head, ends nothing
+trap 'exit 75' TERM INT HUP USR1                                 # until the launcher handles the signals
 
 exported=" $(compgen -e | tr '\n' ' ')"
 # A recipe's number of steps gives way to EPOCHS that the user has typed.

@@ -13,6 +13,23 @@ ASSETS_DIR=${ASSETS_DIR:-$ROOT/assets}
 # shellcheck source=scripts/lib/setup.sh
 source "$ROOT/scripts/lib/setup.sh"
 
+# With PYTHONPATH, another megatron, such as a clone of Megatron-LM has it, would take the place of the installed megatron-core.
+if [[ -n ${PYTHONPATH-} ]]; then
+  IFS=: read -r -a folders <<<"$PYTHONPATH"
+  PYTHONPATH=''
+  for name in "${folders[@]}"; do
+    if [[ -z $name || $name -ef $ROOT ]]; then continue; fi
+    if [[ -e $name/megatron ]]; then
+      printf 'PYTHONPATH: %s is not used, as it has another megatron than the installed megatron-core\n' "$name" >&2
+    else
+      PYTHONPATH+=${PYTHONPATH:+:}$name
+    fi
+  done
+fi
+# Warnings as errors, and no assertions: meant for other programs.
+[[ ${PYTHONWARNINGS-} != *error* ]] || unset PYTHONWARNINGS
+unset PYTHONOPTIMIZE
+
 # die MESSAGE: exit because of a user's mistake. The message gives the thing, its value and the next step.
 die() {
   printf 'error: %s\n' "$*" >&2
@@ -52,10 +69,10 @@ whole_numbers() {
 # run_module MODULE ARGUMENTS...: run a megatron.sft module in the user's folder, so that relative paths work as typed.
 run_module() { run_python "megatron.sft.$1" "${@:2}"; }
 
-# run_python MODULE ARGUMENTS...: the same for a full module name.
+# run_python MODULE ARGUMENTS...: the same for a full module name. The user's folder may have its own random.py, or a megatron.
 run_python() {
   ensure_setup
-  PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m "$@"
+  PYTHONSAFEPATH=1 PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m "$@"
 }
 
 # gpus_found: the number of usable GPUs of this machine, 0 without a driver.
@@ -88,7 +105,7 @@ launch() {
     fi
   fi
   ensure_setup
-  export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+  export PYTHONSAFEPATH=1 PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
   # With 1, kernels run in the order they were issued, which tensor-parallel overlap relies on.
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
   if ((processes > 1)); then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi

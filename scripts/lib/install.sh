@@ -9,8 +9,11 @@ SUITABLE='import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13)'
 # use if pip failed before changing it.
 install_failed() {
   grep -v '^WARNING:\|^Ignoring ' "$SETUP_STATE/install.log" | tail -n 8 | sed 's/^/  | /' >&2
+  # The log may have had no room either.
+  df -Pm "$SETUP_STATE" | awk 'NR == 2 && $4 < 50 {print "  | the disk is full: " $6 " has " $4 " MB left"}' >&2
   if [[ -n ${made_with-} ]]; then
-    "$made_with" -c 'import shutil, sys; shutil.rmtree(sys.argv[1])' "$VENV" && rm -f "$SETUP_STATE/unfinished"
+    # Of a link to another disk the target stays, empty.
+    find "$VENV/" -mindepth 1 -delete && { [[ -L $VENV ]] || rmdir "$VENV"; } && rm -f "$SETUP_STATE/unfinished"
   elif ! grep -q '^Installing collected packages' "$SETUP_STATE/install.log"; then
     rm -f "$SETUP_STATE/unfinished"
   fi
@@ -70,13 +73,17 @@ make_venv() {
   else
     base=$(base_python "$has_venv") || die "no Python 3.11, 3.12 or 3.13 with the venv module ($(python3 --version 2>/dev/null || echo "there is no python3")): install one, $(python_advice); or set MEGATRON_SFT_PYTHON to a Python with requirements.txt installed"
   fi
-  if [[ -d $VENV && ! -e $SETUP_STATE/unfinished && ! -e $VENV/requirements.txt.stamp ]]; then
-    die "$VENV has no working Python 3.11, 3.12 or 3.13 and was not created by this project: move it away, or set MEGATRON_SFT_VENV to another folder"
+  if [[ -d $VENV && -n $(ls -A "$VENV") && ! -e $SETUP_STATE/unfinished && ! -e $VENV/requirements.txt.stamp ]]; then
+    die "$VENV has no working Python 3.11, 3.12 or 3.13 with pip and was not created by this project: move it away, or set MEGATRON_SFT_VENV to another folder"
   fi
   touch "$SETUP_STATE/unfinished"
-  "$base" -m venv "${flags[@]}" "$VENV" >"$SETUP_STATE/install.log" 2>&1 || install_failed "could not create $VENV with $base"
   made_with=$base
+  # venv refuses a link.
+  "$base" -m venv "${flags[@]}" "$(readlink -f "$VENV")" >"$SETUP_STATE/install.log" 2>&1 || install_failed "could not create $VENV with $base"
 }
+
+# is_cluster: true where jobs are submitted: the environment is for the GPUs of other nodes.
+is_cluster() { [[ -n $(type -P sbatch qsub bsub) ]]; }
 
 # chosen_core VERSION: the version of megatron-core for this version of Python.
 chosen_core() {
@@ -86,7 +93,7 @@ chosen_core() {
     # An nvcr image, such as 25.11, has the Transformer Engine that one of them was released with.
     if [[ $1 == 3.11 ]] || ((10#${image//[!0-9]/} < 2606)); then core=0.16.1; fi
     # Elsewhere a GPU gets the version that was run on GPUs, where there are builds of it.
-    if [[ $1 == 3.12 && -z ${NVIDIA_PYTORCH_VERSION-} ]] && has_gpu; then core=0.16.1; fi
+    if [[ $1 == 3.12 && -z ${NVIDIA_PYTORCH_VERSION-} ]] && { has_gpu || is_cluster; }; then core=0.16.1; fi
   fi
   [[ $core == 0.16.1 || $core == 0.19.2 ]] || die "MEGATRON_CORE_VERSION is '$core': give 0.16.1 or 0.19.2, or unset it"
   [[ $core == 0.16.1 || $1 != 3.11 ]] || die "MEGATRON_CORE_VERSION=$core needs Python 3.12 or 3.13, and $VENV has $1: take 0.16.1, or remove $VENV and put a newer Python first in PATH"
@@ -105,7 +112,7 @@ choose_torch() {
   if [[ -n ${TORCH_INDEX_URL-} ]]; then
     extra+=(--extra-index-url "$TORCH_INDEX_URL")
   elif ! has_gpu; then
-    if [[ -n $(type -P sbatch qsub bsub) ]]; then
+    if is_cluster; then
       about=' with CUDA for the nodes of this cluster'
     elif is_reachable "$CPU_BUILDS/torch/"; then
       extra+=(--extra-index-url "$CPU_BUILDS") about=', the CPU build as there is no GPU here'
@@ -118,7 +125,8 @@ choose_torch() {
 # install_locked FILE: install FILE, holding the lock on file descriptor 9.
 install_locked() {
   local file=$1 made_with='' python core torch about tested='' extra=()
-  flock -n 9 || { echo "another process is setting up $VENV: waiting for it" && flock 9; } >&2
+  # Another status is that of a file system without locks, of which flock tells.
+  flock -n 9 || if (($? == 1)); then echo "another process is setting up $VENV: waiting for it" >&2 && flock 9; fi
   if requirements_installed "$file"; then return; fi
   if [[ -e $VENV/without-cuda ]] && has_gpu; then
     echo "$VENV has torch's CPU build and there is a GPU here: everything is installed again" >&2
@@ -126,7 +134,6 @@ install_locked() {
   fi
   if [[ -e $SETUP_STATE/unfinished ]] || ! "$VENV/bin/python" -c "import pip; $SUITABLE" 2>/dev/null; then make_venv; fi
   if [[ -z $made_with ]]; then : >"$SETUP_STATE/install.log"; fi
-  touch "$SETUP_STATE/unfinished"
   python=$("$VENV/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
   core=$(chosen_core "$python") || exit
   case ${MEGATRON_SFT_CONSTRAINTS-} in
@@ -138,10 +145,15 @@ install_locked() {
   "$VENV/bin/python" "$ROOT/scripts/lib/versions.py" "$core" ${tested:+"$tested"} >"$SETUP_STATE/constraints.txt" || install_failed "could not list the packages of $VENV"
   choose_torch
   echo "setting up $VENV for $file: $("$VENV/bin/python" --version), $torch$about; megatron-core $core; this happens once (log: $SETUP_STATE/install.log)" >&2
-  # NVIDIA's containers set PIP_CONSTRAINT to pins that forbid newer requirements; our constraints still pin torch.
-  env -u PIP_CONSTRAINT -u PIP_USER -u PIP_TARGET -u PIP_PREFIX "$VENV/bin/python" -m pip install --progress-bar off \
+  touch "$SETUP_STATE/unfinished"
+  # NVIDIA's containers set PIP_CONSTRAINT to pins that forbid newer requirements; our constraints still pin torch. What a user has set
+  # for other installs must not decide where packages go, or that none do.
+  env -u PIP_CONSTRAINT -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT -u PIP_DRY_RUN -u PIP_NO_DEPS -u PIP_QUIET -u PIP_REQUIRE_HASHES \
+    PIP_USER=0 "$VENV/bin/python" -m pip install --progress-bar off \
     --constraint "$SETUP_STATE/constraints.txt" "${extra[@]}" -r "$ROOT/requirements.txt" -r "$ROOT/$file" "$torch" \
     2>&1 | tee -a "$SETUP_STATE/install.log" | { grep --line-buffered -E '^ *Downloading .*\([0-9.]+ [MG]B\)' >&2 || true; } || install_failed "could not install $file into $VENV"
+  "$VENV/bin/python" -c 'import importlib.metadata; importlib.metadata.version("torch")' 2>/dev/null ||
+    install_failed "pip put the packages of $file elsewhere than into $VENV, as its settings say (pip config list)"
   rm -f "$VENV/without-cuda"
   if ! has_gpu && [[ -z ${TORCH_INDEX_URL-} ]] && compgen -G "$VENV/lib/python*/site-packages/torch-*+cpu.dist-info" >/dev/null; then
     touch "$VENV/without-cuda"

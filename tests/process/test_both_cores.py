@@ -22,7 +22,7 @@ LAYOUTS = {
     "gated delta nets, TP2 + SP": ("qwen3_5", 2, "--tensor-model-parallel-size 2 --sequence-parallel 1"),
     "CP2": ("qwen2", 2, "--context-parallel-size 2"),
     "TP2 x PP2 x VPP2": ("qwen2_4_layers", 4, f"{PP2} --tensor-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
-    "DP2, moments of 8 bits": ("llama3", 2, "--optimizer-precision 8bit"),
+    "DP2, moments of 8 bits": ("llama3", 2, "--precision bf16 --optimizer-precision 8bit"),
     "DP2, adapters": ("qwen2", 2, "--lora-rank 4 --lr 1e-2"),
 }
 IN_CI = ("TP2 + SP",)

@@ -158,3 +158,7 @@ def test_what_it_does_not_go_with_is_named(dense: Runs) -> None:
         (["--optimizer-offload", "2"], "OPTIMIZER_OFFLOAD: '2' is not a share from 0 to 1"),
     ):
         assert named in tiny.run_module("train", *arguments, "--precision", "bf16", *options, status=2)
+    # The plan, too, and whatever else is wrong.
+    arguments += ["--optimizer-precision", "8bit", "--precision", "fp32", "--lr", "-1"]
+    said = tiny.run_module("plan", *arguments, status=2)
+    assert "OPTIMIZER_PRECISION=8bit needs PRECISION=bf16 or fp8, and PRECISION is fp32" in said and "LR=-1" in said

@@ -25,6 +25,20 @@ setup() {
   done
 }
 
+@test "no other megatron is imported, nor a module of the folder where a script is started" {
+  mkdir -p "$BATS_TEST_TMPDIR"/{clone,other,started/megatron}
+  mkdir "$BATS_TEST_TMPDIR/clone/megatron"
+  touch "$BATS_TEST_TMPDIR"/started/{random,megatron/__init__}.py
+  cd "$BATS_TEST_TMPDIR/started"
+  sed -i '2i echo "safe $PYTHONSAFEPATH, warnings ${PYTHONWARNINGS-no}, optimize ${PYTHONOPTIMIZE-no}"' "$MEGATRON_SFT_PYTHON"
+  export PYTHONPATH=":$BATS_TEST_TMPDIR/clone:$REPOSITORY:$BATS_TEST_TMPDIR/other" PYTHONWARNINGS=error PYTHONOPTIMIZE=2
+  run -0 bash "$REPOSITORY/scripts/2_convert.sh" model
+  [[ ${lines[0]} == "PYTHONPATH: $BATS_TEST_TMPDIR/clone is not used"* ]]
+  [[ ${lines[1]} == "safe 1, warnings no, optimize no" && ${lines[2]} == *" with $REPOSITORY:$BATS_TEST_TMPDIR/other" ]]
+  MEGATRON_SFT_PYTHON=$(type -P python3) run -0 bash -c 'source "$0/scripts/lib/common.sh"; run_python megatron.sft || true' "$REPOSITORY"
+  [[ $output == *"No module named megatron.sft.__main__"* ]]
+}
+
 @test "outside a repository a copied script fails" {
   cp "$REPOSITORY/scripts/2_convert.sh" "$BATS_TEST_TMPDIR/slurm_script"
   cd "$BATS_TEST_TMPDIR"

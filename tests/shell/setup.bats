@@ -141,10 +141,61 @@ advised() {
   [[ $output == *"(there is no python3): install one, for example with conda create -n sft python=3.12 and conda activate sft; or "* ]]
 }
 
+@test "a link to an empty folder on another disk becomes the environment, also after a failure" {
+  mkdir "$BATS_TEST_TMPDIR/scratch"
+  ln -s "$BATS_TEST_TMPDIR/scratch" "$root/.venv"
+  PIP_FIND_LINKS=/nowhere run -2 ready
+  [[ -L $root/.venv && -z $(ls -A "$root/.venv") && $output != *Traceback* ]]
+  run -0 ready
+  [[ $output == *"one==1.0"* && -x $BATS_TEST_TMPDIR/scratch/bin/python ]]
+}
+
+@test "a venv that cannot be made is removed, and a full disk named" {
+  mkdir "$BATS_TEST_TMPDIR/programs"
+  printf '#!/usr/bin/env bash\n[[ $* != *"-m venv"* ]] || { mkdir -p "${@: -1}/half" && exit 1; }\nexec %q "$@"\n' "$(type -P python3)" >"$BATS_TEST_TMPDIR/programs/python3.12"
+  printf '#!/usr/bin/env bash\nprintf "head\\n/dev/x 9 9 0 100%%%% /scratch\\n"\n' >"$BATS_TEST_TMPDIR/programs/df"
+  chmod +x "$BATS_TEST_TMPDIR"/programs/*
+  PATH=$BATS_TEST_TMPDIR/programs:$PATH run -2 ready
+  [[ $output == *"  | the disk is full: /scratch has 0 MB left"*"could not create $root/.venv with "* && ! -e $root/.venv ]]
+  run -0 ready
+}
+
+@test "pip's and Python's settings for other programs do not decide what is installed where" {
+  export PIP_DRY_RUN=1 PIP_NO_DEPS=1 PIP_REQUIRE_HASHES=1 PIP_REQUIRE_VIRTUALENV=1 PYTHONWARNINGS=error PYTHONHOME=/nowhere PYTHONOPTIMIZE=1
+  printf '[install]\nuser = true\n' >"$BATS_TEST_TMPDIR/pip.conf"
+  PIP_CONFIG_FILE=$BATS_TEST_TMPDIR/pip.conf run -0 ready
+  [[ $output == *"one==1.0"* ]]
+  rm -r "$root/.venv"
+  printf '[install]\ntarget = %s\n' "$BATS_TEST_TMPDIR/elsewhere" >"$BATS_TEST_TMPDIR/pip.conf"
+  PIP_CONFIG_FILE=$BATS_TEST_TMPDIR/pip.conf run -2 ready
+  [[ $output == *"error: pip put the packages of requirements.txt elsewhere than into $root/.venv"* && ! -e $root/.venv ]]
+}
+
+@test "paths of an environment or a Python may be relative, though scripts start each other in other folders" {
+  mkdir "$BATS_TEST_TMPDIR/here" && cd "$BATS_TEST_TMPDIR/here"
+  started='source "$0/scripts/lib/common.sh"; ensure_setup; cd /; bash -c "source \"\$0/scripts/lib/common.sh\"; ensure_setup; echo \$PYTHON" "$0"'
+  MEGATRON_SFT_VENV='./my env' run -0 bash -c "$started" "$root"
+  [[ ${lines[-1]} == "$PWD/./my env/bin/python" ]]
+  cd "$(dirname 'my env'/lib/python3*/site-packages/torch.py)" && mkdir megatron && touch {numpy,orjson,transformers,megatron/core}.py && cd - >/dev/null
+  MEGATRON_SFT_PYTHON='my env/bin/python' run -0 bash -c "$started" "$root"
+  [[ $output == "$PWD/my env/bin/python" ]]
+}
+
+@test "a Python of MEGATRON_SFT_PYTHON that cannot run anything is refused with what it lacks" {
+  export PYTHONPATH=$BATS_TEST_TMPDIR/installed MEGATRON_SFT_PYTHON=$BATS_TEST_TMPDIR/python
+  mkdir -p "$PYTHONPATH" && touch "$PYTHONPATH"/{torch,numpy,orjson}.py
+  printf '#!/usr/bin/env bash\n%q -S "$@"\n' "$(type -P python3)" >"$MEGATRON_SFT_PYTHON" && chmod +x "$MEGATRON_SFT_PYTHON"
+  run -2 ready
+  [[ $output == "error: MEGATRON_SFT_PYTHON=$BATS_TEST_TMPDIR/python has no transformers, megatron.core (-m pip install "* ]]
+  sed -i '2i set -- -c "import sys; sys.version_info = (3, 10, 1)"$'"'\\n'"'"$2"' "$MEGATRON_SFT_PYTHON"
+  run -2 ready
+  [[ $output == *"/python is Python 3.10, and has to be 3.11, 3.12 or 3.13: "* ]]
+}
+
 @test "a folder that is not an environment is left alone" {
   mkdir -p "$root/.venv/mine"
   run -2 ready
-  [[ $output == *"error: $root/.venv has no working Python 3.11, 3.12 or 3.13 and was not created by this project: "* ]]
+  [[ $output == *"error: $root/.venv has no working Python 3.11, 3.12 or 3.13 with pip and was not created by this project: "* ]]
   [[ -d $root/.venv/mine ]]
 }
 
@@ -181,10 +232,16 @@ advised() {
   [[ $output != *"setting up"* ]]
   MEGATRON_CORE_VERSION=0.18.0 run -2 ready
   [[ $output == *"error: MEGATRON_CORE_VERSION is '0.18.0': give 0.16.1 or 0.19.2, or unset it"* ]]
+  PIP_FIND_LINKS=/nowhere run -0 ready # and what is installed is still whole
+  [[ $output != *"setting up"* ]]
   source "$root/scripts/lib/setup.sh"
   source "$root/scripts/lib/install.sh"
   has_gpu() { false; }
+  is_cluster() { false; }
   [[ $(chosen_core 3.11) == 0.16.1 && $(chosen_core 3.12) == 0.19.2 && $(chosen_core 3.13) == 0.19.2 ]]
+  is_cluster() { true; } # its login node has none
+  [[ $(chosen_core 3.12) == 0.16.1 && $(chosen_core 3.13) == 0.19.2 ]]
+  is_cluster() { false; }
   has_gpu() { true; }
   [[ $(chosen_core 3.12) == 0.16.1 && $(chosen_core 3.13) == 0.19.2 ]]
   [[ $(NVIDIA_PYTORCH_VERSION=25.11 chosen_core 3.12) == 0.16.1 && $(NVIDIA_PYTORCH_VERSION=26.06 chosen_core 3.12) == 0.19.2 ]]

@@ -57,7 +57,7 @@ def _optimizer_problems(options: TrainOptions) -> Iterator[str]:
 def moments_problem(precision: str, moments: str, offload: float) -> str:
     """What OPTIMIZER_PRECISION (`moments`) and OPTIMIZER_OFFLOAD do not go with; "" if nothing."""
     if moments != "fp32" and precision not in ("bf16", "fp8"):
-        return f"OPTIMIZER_PRECISION={moments} needs PRECISION=bf16 or fp8, and PRECISION is {precision}: take fp32"
+        return f"OPTIMIZER_PRECISION={moments} needs PRECISION=bf16 or fp8, and PRECISION is {precision}: take OPTIMIZER_PRECISION=fp32"
     if offload and moments != "fp32":
         return f"OPTIMIZER_OFFLOAD={offload:g} needs OPTIMIZER_PRECISION=fp32, and it is {moments}: set one of them back"
     return ""
