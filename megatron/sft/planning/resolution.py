@@ -109,14 +109,15 @@ def resolve(mode: str, options: TrainOptions, num_processes: int) -> Resolution:
 
     mode: `train`, `resume`, `reference`, or an empty string for whichever of the first two OUTPUT_PATH calls for.
     """
-    problems = [*number_problems(options), *objective_problems(options)]
-    found = Resolution(options, num_processes, problems=problems)
+    numbers = list(number_problems(options))
+    found = Resolution(options, num_processes, problems=[*numbers, *objective_problems(options)])
     _resolve_model(found, mode)
     _resolve_processes(found)
     _resolve_data(found)
     _resolve_objective(found, mode)
-    _resolve_steps(found)
-    _resolve_disk(found)
+    if not numbers:  # nothing can be counted with wrong ones
+        _resolve_steps(found)
+        _resolve_disk(found)
     return found
 
 
@@ -245,8 +246,7 @@ def _resolve_steps(found: Resolution) -> None:
         num_rows = len(parts[0])
         found.add("rows", f"{num_rows:,} for training, {len(parts[1]):,} for validation")
         found.problems += validation_problems(options, len(parts[1]))
-    no_batch = min(options.micro_batch_size, options.global_batch_size) < 1
-    if no_batch or not found.data_parallel or not (num_rows or options.train_iters):
+    if not found.data_parallel or not (num_rows or options.train_iters):
         return
     counted = found.attempt(steps, options, num_rows, found.data_parallel)
     if counted is None:
