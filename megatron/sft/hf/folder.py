@@ -54,6 +54,8 @@ class HFFolder:
         )
         if not isinstance(self.config, dict):
             raise UserError(f"{path / 'config.json'} is not a model configuration: take the model's own file")
+        if (path / "generation_config.json").exists():  # an export edits it, and transformers passes over a damaged one
+            read_json(path / "generation_config.json", "generation configuration", "take the model's own file")
         self.extension = extension
         self._blocks = block_size(self.config)
         stated = self.config

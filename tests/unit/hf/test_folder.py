@@ -9,6 +9,7 @@ import torch
 
 from megatron.sft import convert
 from megatron.sft.hf.folder import write_weights
+from megatron.sft.inference.model_folder import open_model_folder
 from megatron.sft.runtime.errors import UserError
 from tests.support import tiny
 
@@ -55,9 +56,16 @@ def _as_pointer(folder: Path) -> None:
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
 
 
+def _with_cut_settings(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id"')
+    with pytest.raises(UserError, match=r"generation_config\.json"):
+        open_model_folder(folder)
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
+        (_with_cut_settings, "generation_config.json"),
         (_of_float64, "DTYPE=fp32"),
         (_with_other_names, "base_model.model.embed_tokens.weight"),
         (_untied, "set tie_word_embeddings to true"),
