@@ -98,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             folder = options.prefix.parent
-            raise UserError(f"no space left in {folder}: free some, or use --output-prefix; nothing was written") from None
+            raise UserError(
+                f"no space left in {folder}: free some, or set OUTPUT_PREFIX (--output-prefix); nothing was written"
+            ) from None
     _say_next(options)
     return 0
 

@@ -297,6 +297,7 @@ def test_every_format_becomes_messages(row: dict[str, Any], expected: Messages) 
         ({"instruction": "Q", "output": "A", "messages": []}, "several formats (messages and instruction)"),
         ({"messages": []}, "'messages' is an empty list"),
         ({"messages": "hello"}, "'messages' is text: it must be a list"),
+        ({"messages": str([ASKED, ANSWERED])}, "field 'messages' is a list in Python's spelling"),
         ({"messages": [ASKED, "A"]}, "messages[1]' is text"),
         ({"messages": [ASKED, {"role": "assistant"}]}, "field 'messages[1].content' is missing"),
         ({"messages": [ASKED, {"role": "critic", "content": "A"}]}, "messages[1].role is 'critic', an unknown role"),
