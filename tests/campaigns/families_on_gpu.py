@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 
 Found = dict[str, torch.Tensor]
 EXACT, NEAR, SHARE = 1e-4, 1e-2, 1.5
@@ -26,7 +26,7 @@ EXACT, NEAR, SHARE = 1e-4, 1e-2, 1.5
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", default=list(tiny.FAMILIES))
+    parser.add_argument("families", nargs="*", default=list(tiny_families.FAMILIES))
     parser.add_argument("--worker", default="", choices=("", "reference", "cpu", "gpu"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="keeps models and references")
     arguments = parser.parse_args()
@@ -37,7 +37,7 @@ def main() -> int:
         folder = arguments.folder or Path(name)
         for family in arguments.families:
             if not (folder / family / "mcore").exists():
-                model = tiny.save_family(folder / family / "hf", family)
+                model = tiny_families.save_family(folder / family / "hf", family)
                 tiny.run_module("convert", "--source", model, "--output", folder / family / "mcore", "--verify", "0")
         for worker in ("reference", "cpu", "gpu"):
             families = [name for name in arguments.families if worker == "gpu" or not (folder / name / f"{worker}.pt").exists()]

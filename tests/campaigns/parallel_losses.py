@@ -17,178 +17,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from megatron.sft.runtime.signals import StopRequest
-from tests.support import pair_material, tiny
+from tests.support import layout_material as material
+from tests.support import tiny
+from tests.support.layout_cases import DPO, FOUR, ON_CPU, ON_GPU, ONE, TWO, Layout, Run, Variant, fits
 
 if TYPE_CHECKING:
+    import torch
+
+    from megatron.sft.model.inputs import PackedRows
     from megatron.sft.planning.run_plan import RunPlan
 
 LIMIT_SECONDS = 560  # of one launch, after which every process says where it is
 GLOBAL_BATCH, MICRO_BATCH = 8, 2
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What is trained; every layout of a variant must give the losses of one process. engine: Transformer Engine, if there.
-    objective: settings of one that is trained on pairs, against another model as the reference.
-    """
-
-    name: str
-    tolerance: float
-    precision: str = "fp32"
-    model: str = "plain"
-    average: str = "token"
-    engine: bool = False
-    objective: str = ""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Parallel sizes by their options' names; what is left of the processes is data parallel."""
-
-    name: str
-    processes: int
-    sizes: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def options(self) -> list[str]:
-        return [word for name, size in self.sizes.items() for word in ("--" + name.replace("_", "-"), str(size))]
-
-
-ONE = Layout("one", 1)
-_TP, _PP, _CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
-_VPP, _SP, _EP = "num_virtual_stages_per_pipeline_rank", "sequence_parallel", "expert_model_parallel_size"
-TWO = [
-    Layout("TP2", 2, {_TP: 2}),
-    Layout("PP2", 2, {_PP: 2}),
-    Layout("CP2", 2, {_CP: 2}),
-    Layout("DP2", 2),
-    Layout("TP2 + SP", 2, {_TP: 2, _SP: 1}),
-    Layout("PP2 x VPP2", 2, {_PP: 2, _VPP: 2}),
-    Layout("EP2", 2, {_EP: 2}),
-]
-FOUR = [
-    Layout("CP2 x TP2 + SP", 4, {_CP: 2, _TP: 2, _SP: 1}),
-    Layout("CP2 x PP2", 4, {_CP: 2, _PP: 2}),
-    Layout("CP2 x DP2", 4, {_CP: 2}),
-    Layout("CP4", 4, {_CP: 4}),
-    Layout("CP2 x PP2 x VPP2", 4, {_CP: 2, _PP: 2, _VPP: 2}),
-    Layout("PP4", 4, {_PP: 4}),
-    Layout("TP2 x PP2", 4, {_TP: 2, _PP: 2}),
-]
-# Every part of the mechanism: a reference, an SFT part, places of tokens in their answers, numbers of tokens.
-DPO = "--objective dpo --dpo-loss sigmoid_norm --dpo-beta 2 --sft-weight 0.3 --dpo-ld-alpha 0.5"
-EXACT = Variant("fp32", 1e-6)
-ON_CPU = [
-    EXACT,
-    Variant("fp32, by conversation", 1e-6, average="conversation"),
-    Variant("fp32, window", 1e-6, model="window"),
-    Variant("fp32, experts", 1e-6, model="experts"),
-    Variant("pairs", 1e-6, objective=DPO),
-    Variant("pairs, window", 1e-6, model="window", objective="--objective orpo"),
-    Variant("pairs, experts", 1e-6, model="experts", objective=DPO),
-    Variant("pairs, adapters", 1e-6, objective=f"{DPO} --lora-rank 4"),
-]
-ON_GPU = [
-    Variant("bf16", 1e-2, precision="bf16"),
-    Variant("bf16 with TE", 1e-2, precision="bf16", engine=True),
-    Variant("fp32", 1e-4),
-    Variant("fp32 with TE", 1e-4, engine=True),
-    Variant("bf16, window, with TE", 1e-2, precision="bf16", model="window", engine=True),
-    Variant("bf16, experts, with TE", 1e-2, precision="bf16", model="experts", engine=True),
-    Variant("fp32, pairs", 1e-4, objective=DPO),
-    Variant("bf16, pairs, with TE", 1e-2, precision="bf16", engine=True, objective=DPO),
-]
-
-
 DEVICE_MODELS = ("plain", "window", "experts")
-# Length, longest conversation, pairs. On a GPU float32's attention goes conversation by conversation: there they are longer.
-SHORT_ROWS, LONG_ROWS = (256, 23, 128), (1024, 102, 64)
-JOINED = (8, 9, 22)  # rows that the order of the data keeps together with the one before
-
-
-@dataclass
-class Run:
-    """One variant in one layout, and what became of it: losses and gradient norms by step, and the validation loss."""
-
-    variant: Variant
-    layout: Layout
-    losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
-    validation: float = 0.0
-
-    def difference(self, reference: "Run") -> float:
-        """The largest relative difference of a loss, the validation's included."""
-        return _largest([*self.losses, self.validation], [*reference.losses, reference.validation])
-
-    def norm_difference(self, reference: "Run") -> float:
-        return _largest(self.norms, reference.norms)
-
-
-def _largest(ours: list[float], theirs: list[float]) -> float:
-    assert len(ours) == len(theirs) > 1
-    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
-
-
-def save_models(folder: Path, names: set[str]) -> None:
-    """Four layers of a shape that every layout here can split, as converted checkpoints."""
-    qwen2: dict[str, Any] = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
-    qwen2 |= {"num_key_value_heads": 2, "vocab_size": tiny.VOCAB_SIZE, "max_position_embeddings": 2048}
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
-    import transformers
-
-    made = {
-        "plain": ("Qwen2", {"tie_word_embeddings": True}),
-        "window": ("Mistral", {"sliding_window": 24, "head_dim": 32, "tie_word_embeddings": False}),
-        "experts": ("Qwen3Moe", {**experts, "head_dim": 32, "tie_word_embeddings": False}),
-    }
-    for name in names:
-        family, changes = made[name]
-        config = getattr(transformers, f"{family}Config")(**qwen2, **changes)
-        tiny.save_random(getattr(transformers, f"{family}ForCausalLM")(config), folder / f"{name}_hf")
-        tiny.run_module("convert", "--hf-dir", folder / f"{name}_hf", "--output", folder / name)
-
-
-def save_reference(folder: Path, name: str) -> None:
-    """Another model near that one, converted."""
-    pair_material.save_changed(folder / f"{name}_hf", folder / f"{name}_reference_hf", by=0.02)
-    tiny.run_module("convert", "--hf-dir", folder / f"{name}_reference_hf", "--output", folder / f"{name}_reference")
-
-
-def rows(length: int, longest: int, num_pairs: int) -> list[list[tiny.Conversation]]:
-    """Random rows of conversations of up to `longest` tokens, some of a single one, and one of `num_pairs` conversations of two
-    tokens, which are shorter than context parallelism's chunks."""
-    made = tiny.random_rows(40, length, longest=longest)
-    random = np.random.default_rng(1)
-    for number in (3, 11, 19, 27):
-        tokens = random.integers(0, tiny.VOCAB_SIZE, length)
-        made[number] = [(tokens[:20], tokens[20:])]
-    made[5] = [(pair[:1], pair[1:]) for pair in random.integers(0, tiny.VOCAB_SIZE, (num_pairs, 2))]
-    return made
-
-
-def pair_rows(length: int, longest: int) -> list[list[pair_material.Pair]]:
-    """Random rows of pairs, some of a single long pair, and one of pairs with answers of one or two tokens."""
-    made = pair_material.random_pair_rows(40, length, longest=longest // 2)
-    random = np.random.default_rng(2)
-    for number in (3, 11, 19, 27):
-        tokens = random.integers(0, tiny.VOCAB_SIZE, length).tolist()
-        made[number] = [pair_material.Pair(tokens[:10], tokens[10 : length // 2], tokens[-length // 2 + 30 :])]
-    made[5] = [pair_material.Pair(p[:1], p[1:2], p[2:]) for p in random.integers(0, tiny.VOCAB_SIZE, (length // 5, 4)).tolist()]
-    return made
-
-
-def write_data(folder: Path, on_cpu: bool) -> None:
-    """The rows that all runs train on."""
-    sizes = SHORT_ROWS if on_cpu else LONG_ROWS
-    tiny.write_rows(folder / "rows", rows(*sizes), sizes[0], JOINED)
-    pair_material.write_pair_rows(folder / "pairs", pair_rows(*sizes[:2]), sizes[0])
 
 
 def plan_of(run: Run, steps: int, folder: Path) -> "RunPlan":
@@ -220,12 +66,32 @@ def train(run: Run, plan: "RunPlan") -> None:
     logps = with_logps(plan, StopRequest()).logps if plan.reference else None
     engine = Engine(plan)
     state.load_start(engine)
+    least: list[float] = []
+    if run.layout.processes == 1:
+        record_margins(engine.chunks, least)
     feeder = Feeder(plan, logps)
     for step in range(plan.train_iters):
         result = engine.train_step(feeder.training(step * GLOBAL_BATCH))
         run.losses.append(result.loss.reduce()[0])
         run.norms.append(result.grad_norm)
+        run.margins += [min(least)] if least else []
+        least.clear()
     run.validation = engine.evaluate(feeder.validation(0)).reduce()[0]
+
+
+def record_margins(chunks: "Sequence[torch.nn.Module]", least: list[float]) -> None:
+    """Let every router append how much better the last chosen expert of any token is than the next one, in logits."""
+    from megatron.sft.model.experts.router import Router
+
+    def record(router: Router, given: "tuple[torch.Tensor, PackedRows]", _: object) -> None:
+        logits = (given[0].float() @ router.weight.float().t()).detach()
+        real = given[1].real
+        best = (logits if real is None else logits[real]).topk(router.moe.experts_per_token + 1).values
+        least.append(float((best[:, -2] - best[:, -1]).min()))
+
+    for module in itertools.chain.from_iterable(chunk.modules() for chunk in chunks):
+        if isinstance(module, Router):
+            module.register_forward_hook(record)
 
 
 def work(task: Path) -> None:
@@ -266,7 +132,8 @@ def launch(runs: Sequence[Run], steps: int, folder: Path, on_cpu: bool, limit: f
     run_on = tiny.run if on_cpu else tiny.run_on_gpu
     run_on(processes, module, "--task", task, seconds=limit + 60)
     for run, done in zip(runs, json.loads(task.with_suffix(".done").read_text()), strict=True):
-        run.losses, run.norms, run.validation = done["losses"], done["norms"], done["validation"]
+        run.losses, run.norms, run.margins = done["losses"], done["norms"], done["margins"]
+        run.validation = done["validation"]
 
 
 def compare(
@@ -283,11 +150,11 @@ def compare(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_models(folder, {variant.model for variant in variants})
+        material.save_models(folder, {variant.model for variant in variants})
         for name in {variant.model for variant in variants if variant.objective.startswith(DPO)}:
-            save_reference(folder, name)
-        write_data(folder, on_cpu)
-        runs = [Run(variant, layout) for layout in [ONE, *layouts] for variant in variants if _fits(variant, layout)]
+            material.save_reference(folder, name)
+        material.write_data(folder, on_cpu)
+        runs = [Run(variant, layout) for layout in [ONE, *layouts] for variant in variants if fits(variant, layout)]
         if only is not None:
             runs = [run for run in runs if run.layout == ONE or run.layout.name in only[run.variant.name]]
         for number in sorted({run.layout.processes for run in runs}):
@@ -310,19 +177,12 @@ def _run(content: dict[str, Any]) -> Run:
     return Run(**{**content, "variant": Variant(**content["variant"]), "layout": Layout(**content["layout"])})
 
 
-def _fits(variant: Variant, layout: Layout) -> bool:
-    # Under TP experts get sequence parallelism by themselves.
-    if variant.model == "experts":
-        return _TP not in layout.sizes or _SP in layout.sizes
-    return _EP not in layout.sizes
-
-
 def compare_devices(steps: int) -> list[tuple[Run, Run]]:
     """One GPU, with Transformer Engine and without, each beside the CPU."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_models(folder, set(DEVICE_MODELS))
-        tiny.write_rows(folder / "rows", rows(*SHORT_ROWS), SHORT_ROWS[0], JOINED)
+        material.save_models(folder, set(DEVICE_MODELS))
+        tiny.write_rows(folder / "rows", material.rows(*material.SHORT_ROWS), material.SHORT_ROWS[0], material.JOINED)
         on_cpu = [Run(Variant(f"CPU, {model}", 1e-4, model=model), ONE) for model in DEVICE_MODELS]
         launch(on_cpu, steps, folder, on_cpu=True)
         pairs = []
@@ -348,11 +208,13 @@ def report(pairs: Sequence[tuple[Run, Run]]) -> list[str]:
     for run, reference in pairs:
         difference, norms = run.difference(reference), run.norm_difference(reference)
         agrees = difference <= run.variant.tolerance
+        undecided = run.undecided(reference)
+        tie = "" if undecided is None else f"  up to step {undecided}: experts chosen by rounding"
         if not agrees:
             wrong.append(f"{run.variant.name}, {run.layout.name}")
         print(
             f"{run.variant.name:<28} {run.layout.name:<18} {run.losses[0]:>10.6f} {run.losses[-1]:>10.6f} "
-            f"{difference:>11.1e} {norms:>9.1e}  {run.variant.tolerance:.0e}{'' if agrees else '  DIFFERS'}",
+            f"{difference:>11.1e} {norms:>9.1e}  {run.variant.tolerance:.0e}{tie if agrees else '  DIFFERS'}",
             flush=True,
         )
     return wrong

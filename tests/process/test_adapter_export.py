@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import peft_oracle, tiny
+from tests.support import peft_oracle, tiny, tiny_families
 from tests.support.material import transformers_4_folder
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -22,7 +22,7 @@ class Exported:
     """An adapter of PEFT, continued for one step with a learning rate (0: the adapter as it was), and exported twice."""
 
     def __init__(self, folder: Path, family: str, rate: str, precision: str = "fp32", **config: Any) -> None:
-        self.model = tiny.save_family(folder / "hf", family)
+        self.model = tiny_families.save_family(folder / "hf", family)
         self.adapter = peft_oracle.save_adapter(self.model, folder / "adapter", **config)
         tiny.run_module("convert", "--source", self.model, "--output", folder / "mcore")
         data = tiny.write_rows(folder / "data", tiny.random_rows(4, 96), 96)
@@ -122,7 +122,7 @@ print(json.dumps([float((adapted - whole).abs().max()), float((adapted - plain).
 
 def test_adapters_of_experts_are_read_by_transformers_4_and_5(tmp_path: Path) -> None:
     """Where each projection of an expert is a module, and where all experts are one tensor, which PEFT converts them to."""
-    model = tiny.save_family(tmp_path / "hf", "qwen3_moe")
+    model = tiny_families.save_family(tmp_path / "hf", "qwen3_moe")
     tiny.run_module("convert", "--source", model, "--output", tmp_path / "mcore")
     data = tiny.write_rows(tmp_path / "data", tiny.random_rows(8, 96), 96)
     given = ["--load", tmp_path / "mcore", "--data-path", data, "--save", tmp_path / "run", "--precision", "fp32"]

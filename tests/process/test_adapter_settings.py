@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 from tests.support.adapter_case import LR, STEPS, TARGETS, Case
 from tests.support.layout_worker import stored_tensors
 
@@ -110,5 +110,5 @@ def test_16_bits_stay_near_float32_and_their_masters_are_float32(
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_layer_of_several_experts_is_a_layer_an_expert(tmp_path: Path, processes: int) -> None:
     """As Transformer Engine has them, with an expert that gets no token; two processes share each expert."""
-    model = tiny.save_family(tmp_path / "model", "qwen3_moe")
+    model = tiny_families.save_family(tmp_path / "model", "qwen3_moe")
     tiny.launch_test_worker(processes, GROUPED_WORKER, model / "config.json")

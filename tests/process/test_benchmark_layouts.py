@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.waiting import Shares, shares
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from tests.support import tiny
     ],
 )
 def test_a_benchmark_has_the_same_losses_in_every_layout(tmp_path: Path, family: str, words: list[object]) -> None:
-    folder = tiny.save_family(tmp_path / "model", family)
+    folder = tiny_families.save_family(tmp_path / "model", family)
     alone = json.loads(tiny.run_script(Path(__file__), folder).strip().splitlines()[-1])
     output = tiny.launch_test_worker(2, Path(__file__), folder, *words)
     spread = json.loads(next(line for line in output.splitlines() if line.startswith("[")))

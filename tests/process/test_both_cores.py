@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import fork_server, tiny
+from tests.support import fork_server, tiny, tiny_families
 from tests.support.other_core import VERSIONS, other_core
 
 pytestmark = pytest.mark.slow
@@ -62,7 +62,7 @@ def test_losses_are_the_same_and_either_continues_what_the_other_saved(
     layout: str, packed_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family, processes, sizes = LAYOUTS[layout]
-    source = tiny.save_family(tmp_path / "model", family)
+    source = tiny_families.save_family(tmp_path / "model", family)
     tiny.run_module("convert", "--hf-dir", source, "--output", tmp_path / "checkpoint")
     options = ["--load", tmp_path / "checkpoint", "--data-path", packed_rows, "--precision", "fp32", "--lr", "1e-3"]
     options += ["--train-iters", "6", "--save-interval", "3", "--global-batch-size", "8", *sizes.split()]

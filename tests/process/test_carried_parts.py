@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 
 TEXT = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4,
@@ -33,10 +33,10 @@ VISION: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # The class -> what its text_config says besides.
 WHOLE: dict[str, dict[str, Any]] = {
-    "Qwen3_5": tiny.FAMILIES["qwen3_5"][1],
-    "Qwen3_5Moe": tiny.FAMILIES["qwen3_5_moe"][1],
+    "Qwen3_5": tiny_families.FAMILIES["qwen3_5"][1],
+    "Qwen3_5Moe": tiny_families.FAMILIES["qwen3_5_moe"][1],
     "Gemma3": {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 24},
-    "Mistral3": {**tiny.FAMILIES["ministral3"][1], "model_type": "ministral3"},
+    "Mistral3": {**tiny_families.FAMILIES["ministral3"][1], "model_type": "ministral3"},
 }
 
 
@@ -153,7 +153,7 @@ def in_8_bits(tensors: dict[str, torch.Tensor], block: int) -> dict[str, torch.T
 def test_weights_in_8_bits_are_read_as_bfloat16_and_exported_without_the_quantization_entry(tmp_path: Path) -> None:
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-    model = tiny.save_family(tmp_path / "model", "qwen3_bf16")
+    model = tiny_families.save_family(tmp_path / "model", "qwen3_bf16")
     rewrite(model, lambda tensors: in_8_bits(tensors, 16))
     config = json.loads((model / "config.json").read_text())
     entry = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
@@ -174,7 +174,7 @@ def test_weights_in_8_bits_are_read_as_bfloat16_and_exported_without_the_quantiz
 
 
 def test_8_bit_weights_without_scales_or_without_an_entry_in_config_json_are_refused(tmp_path: Path) -> None:
-    model = tiny.save_family(tmp_path / "model", "qwen3_bf16")
+    model = tiny_families.save_family(tmp_path / "model", "qwen3_bf16")
     rewrite(model, lambda tensors: in_8_bits(tensors, 16))
     options = ["--source", model, "--output", tmp_path / "checkpoint"]
     assert "are in 8 bits, config.json does not say so" in tiny.run_module("convert", *options, status=2)
@@ -184,7 +184,7 @@ def test_8_bit_weights_without_scales_or_without_an_entry_in_config_json_are_ref
 
 def test_deepseek_v3_as_published_in_8_bits_with_a_head_for_a_further_token(packed_rows: Path, tmp_path: Path) -> None:
     """The weights are trained, the head is exported as it was, also where the experts lie in transformers 5's form."""
-    model = tiny.save_family(tmp_path / "model", "moonlight_moe_bf16")
+    model = tiny_families.save_family(tmp_path / "model", "moonlight_moe_bf16")
 
     def with_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         head = {name.replace("layers.4.", "layers.5."): each + 1 for name, each in tensors.items() if "layers.4." in name}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron.sft.checkpoint.folder import TRACKER
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 from tests.support.layout_worker import stored_tensors
 
 MODES = {"while training goes on": "1", "while training waits": "0"}
@@ -102,7 +102,7 @@ def test_a_change_of_the_run_is_refused_with_both_values_or_taken_on_an_explicit
 
 
 def test_experts_spread_over_processes_continue_in_one_and_back(packed_rows: Path, tmp_path: Path) -> None:
-    model = tiny.save_family(tmp_path / "model", "qwen3_moe")
+    model = tiny_families.save_family(tmp_path / "model", "qwen3_moe")
     tiny.run_module("convert", "--hf-dir", model, "--output", tmp_path / "converted")
     options = ["--load", tmp_path / "converted", "--data-path", packed_rows, "--precision", "fp32", "--lr", "1e-3"]
     options += ["--train-iters", "6", "--global-batch-size", "8", "--save-interval", "3"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 
 
 def _convert(model: Path, output: Path, tp: int, pp: int, form: str) -> Path:
@@ -34,7 +34,7 @@ def test_both_formats_export_to_the_source_bit_for_bit(tiny_llama: Path, tmp_pat
 
 @pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
 def test_an_extended_context_is_trained_and_goes_into_the_export(spelling: str, tmp_path: Path) -> None:
-    model = tiny.save_family(tmp_path / "model", "qwen3_tied")
+    model = tiny_families.save_family(tmp_path / "model", "qwen3_tied")
     config = json.loads((model / "config.json").read_text())
     if spelling == "rope_scaling":
         config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
@@ -70,7 +70,7 @@ def test_megatron_cores_own_loader_reads_a_converted_checkpoint(family: str, tmp
     from megatron.sft.model.layout import Layout
     from megatron.sft.model.live_weights import whole_weights
 
-    source = HFFolder(tiny.save_family(tmp_path / "model", family))
+    source = HFFolder(tiny_families.save_family(tmp_path / "model", family))
     assert convert.main(["--source", str(source.path), "--output", str(tmp_path / "checkpoint")]) == 0
     architecture = source.architecture
     with process_groups.parallel(Layout()):

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import export_grid, tiny
-from tests.support.tiny import has_experts
+from tests.support import export_grid, tiny, tiny_families
+from tests.support.tiny_families import has_experts
 
 EVERYWHERE = [
     "qwen2", "qwen2_tied_bf16", "llama2_bf16", "llama3", "llama32_tied", "mistral_window", "mistral", "qwen3_bf16",
     "qwen3_tied", "qwen3_moe", "qwen3_moe_unnormalised", "mixtral",
 ]  # fmt: skip
-OTHERS = [family for family in tiny.FAMILIES if family not in EVERYWHERE]
+OTHERS = [family for family in tiny_families.FAMILIES if family not in EVERYWHERE]
 # Of them, those with something in their experts that no other has: over expert-parallel ranks too.
 SPREAD = ["gpt_oss", "glm4_moe_bf16"]
 # The layouts of OTHERS in CI.
@@ -25,8 +25,8 @@ SAMPLE = [(1, 1, 1, 0), (2, 2, 1, 1)]
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of tiny random models, one of every architecture."""
     folder = tmp_path_factory.mktemp("families")
-    for family in tiny.FAMILIES:
-        tiny.save_family(folder / family, family)
+    for family in tiny_families.FAMILIES:
+        tiny_families.save_family(folder / family, family)
     return folder
 
 
@@ -44,7 +44,7 @@ def exported(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return out, export_all(models, out, EVERYWHERE)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny_families.FAMILIES)
 def test_every_layout_and_format_exports_to_the_source_bit_for_bit(family: str, exported: tuple[Path, set[str]]) -> None:
     equal = {line for line in exported[1] if line.startswith(f"{family} ")}
     number = 1 + len(export_grid.SAMPLE) if family in OTHERS else 12 if has_experts(family) else 10

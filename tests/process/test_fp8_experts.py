@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 
 WORKER = tiny.ROOT / "tests" / "support" / "fp8_experts_worker.py"
 
@@ -13,7 +13,7 @@ WORKER = tiny.ROOT / "tests" / "support" / "fp8_experts_worker.py"
 def configs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Of a mixture without and one with biases of experts."""
     folder = tmp_path_factory.mktemp("mixtures")
-    return [tiny.save_family(folder / family, family) / "config.json" for family in ("qwen3_moe", "gpt_oss")]
+    return [tiny_families.save_family(folder / family, family) / "config.json" for family in ("qwen3_moe", "gpt_oss")]
 
 
 def test_experts_in_8_bits_are_near_those_in_32_and_the_same_over_processes_recomputed_and_with_adapters(
@@ -29,7 +29,7 @@ def test_the_same_on_a_gpu(configs: list[Path]) -> None:
 
 def test_a_run_with_experts_in_8_bits_is_near_bf16_and_resumes_in_another_layout(packed_rows: Path, tmp_path: Path) -> None:
     """A resumed run casts the weights that it loads: one whose casts were older than its weights would differ from it."""
-    model = tiny.save_family(tmp_path / "model", "qwen3_moe")
+    model = tiny_families.save_family(tmp_path / "model", "qwen3_moe")
     tiny.run_module("convert", "--source", model, "--output", tmp_path / "checkpoint")
     train = tiny.ROOT / "tests" / "support" / "fp8_train.py"
     options = ["--load", tmp_path / "checkpoint", "--data-path", packed_rows, "--global-batch-size", 8, "--micro-batch-size", 2]

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.campaigns import parallel_losses
-from tests.support import tiny
+from tests.support import layout_material, tiny
 
 OPTIONS = ["--split", "90,10,0", "--eval-interval", "5", "--save-interval", "5"]
 INTERLEAVED = ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"]
@@ -16,7 +15,7 @@ INTERLEAVED = ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-
 def four_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A converted model of four layers."""
     folder = tmp_path_factory.mktemp("four_layers")
-    parallel_losses.save_models(folder, {"plain"})
+    layout_material.save_models(folder, {"plain"})
     return folder / "plain"
 
 

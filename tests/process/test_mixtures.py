@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 
 OPTIONS = ["--lr", "1e-3", "--min-lr", "1e-3", "--lr-decay-style", "constant", "--global-batch-size", "8"]
 
@@ -16,7 +16,7 @@ OPTIONS = ["--lr", "1e-3", "--min-lr", "1e-3", "--lr-decay-style", "constant", "
 def test_a_correction_bias_stays_as_pretrained_while_the_model_trains_and_resumes_in_other_layouts(
     family: str, packed_rows: Path, tmp_path: Path
 ) -> None:
-    model = tiny.save_family(tmp_path / "model", family)
+    model = tiny_families.save_family(tmp_path / "model", family)
     tiny.run_module("convert", "--source", model, "--output", tmp_path / "checkpoint", "--dtype", "bf16")
     options = ["--load", tmp_path / "checkpoint", "--data-path", packed_rows, *OPTIONS]
     fp32 = [*options, "--precision", "fp32"]
@@ -59,7 +59,7 @@ def in_mxfp4(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_experts_in_mxfp4_are_read_as_transformers_reads_them_and_exported_in_bfloat16(tmp_path: Path) -> None:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-    model = tiny.save_family(tmp_path / "model", "gpt_oss")
+    model = tiny_families.save_family(tmp_path / "model", "gpt_oss")
     path = model / "model.safetensors"
     packed = in_mxfp4({name: tensor.bfloat16() for name, tensor in load_file(path).items()})
     save_file(packed, path, metadata={"format": "pt"})
@@ -87,7 +87,7 @@ def test_experts_in_mxfp4_are_read_as_transformers_reads_them_and_exported_in_bf
 
 def test_layers_that_predict_further_tokens_and_adapters_next_to_experts(packed_rows: Path, tmp_path: Path) -> None:
     """GLM's file has another layer after the last one; PEFT puts adapters on shared experts and dense layers, as here."""
-    model = tiny.save_family(tmp_path / "model", "glm4_moe_bf16")
+    model = tiny_families.save_family(tmp_path / "model", "glm4_moe_bf16")
     path = model / "model.safetensors"
     further = {"model.layers.5.eh_proj.weight": torch.randn(64, 128), "model.layers.5.enorm.weight": torch.randn(64)}
     save_file({**load_file(path), **further}, path, metadata={"format": "pt"})
@@ -110,7 +110,7 @@ def test_layers_that_predict_further_tokens_and_adapters_next_to_experts(packed_
     for target in ("gate", "shared_expert_gate"):
         refused = ["--lora-targets", target, "--lora-rank", "4", "--train-iters", "2", "--save", tmp_path / target]
         assert f"has no '{target}'" in tiny.launch(1, "train", "train", *options, *refused, status=2)
-    gpt_oss = tiny.save_family(tmp_path / "gpt_oss", "gpt_oss")
+    gpt_oss = tiny_families.save_family(tmp_path / "gpt_oss", "gpt_oss")
     tiny.run_module("convert", "--source", gpt_oss, "--output", tmp_path / "other")
     refused = ["--load", tmp_path / "other", "--data-path", packed_rows, *OPTIONS, "--lora-targets", "all,experts"]
     refused += ["--lora-rank", "4", "--train-iters", "2", "--save", tmp_path / "refused"]
@@ -120,7 +120,7 @@ def test_layers_that_predict_further_tokens_and_adapters_next_to_experts(packed_
 @pytest.mark.parametrize("sizes", ["1 1 1 0", "2 2 1 1", "2 1 1 0"], ids=lambda sizes: f"TP, CP, EP, SP {sizes}")
 def test_the_loss_of_unevenly_loaded_experts_is_that_of_transformers_without_padding(sizes: str, tmp_path: Path) -> None:
     """Its value, its gradients, and the tokens of the most loaded expert, on a part of the tokens in each process."""
-    model = tiny.save_family(tmp_path / "model", "olmoe")
+    model = tiny_families.save_family(tmp_path / "model", "olmoe")
     tp, cp, *_ = map(int, sizes.split())
     worker = tiny.ROOT / "tests" / "support" / "balance_worker.py"
     output = tiny.launch_test_worker(tp * cp, worker, *sizes.split(), model / "config.json")
@@ -146,7 +146,7 @@ def transformers_balance(model: Path, rows: list[list[tiny.Conversation]]) -> fl
 
 
 def test_load_and_its_loss_are_the_same_in_every_layout_and_with_gradients_of_several_micro_batches(tmp_path: Path) -> None:
-    model = tiny.save_family(tmp_path / "model", "olmoe")
+    model = tiny_families.save_family(tmp_path / "model", "olmoe")
     rows = tiny.random_rows(4, 96)
     data = tiny.write_rows(tmp_path / "data", rows, 96)
     tiny.run_module("convert", "--source", model, "--output", tmp_path / "checkpoint")

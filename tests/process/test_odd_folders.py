@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron.sft import convert, export
 from megatron.sft.hf.folder import HFFolder
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 
 INDEX = "model.safetensors.index.json"
 
@@ -25,7 +25,7 @@ def converted_and_exported(model: Path, folder: Path, *options: str) -> Path:
 def test_kimi_k2_is_compared_with_transformers_as_the_deepseek_v3_that_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tiny.save_family(tmp_path / "model", "moonlight_moe_bf16")
+    model = tiny_families.save_family(tmp_path / "model", "moonlight_moe_bf16")
     config = json.loads((model / "config.json").read_text())
     of_kimi = {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
     (model / "config.json").write_text(json.dumps({**config, **of_kimi}))
@@ -77,7 +77,7 @@ QWEN, MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
 def test_fused_experts_come_back_bit_for_bit_in_the_same_form(
     family: str, block: str, names: tuple[str, str, str], shards: int, form: str, tmp_path: Path
 ) -> None:
-    single = tiny.save_family(tmp_path / "single", family)
+    single = tiny_families.save_family(tmp_path / "single", family)
     model = fused(single, tmp_path / "fused", block, names, shards)
     result = converted_and_exported(model, tmp_path, "--ckpt-format", form)
     expected: dict[str, torch.Tensor] = {}
@@ -95,7 +95,7 @@ def test_fused_experts_come_back_bit_for_bit_in_the_same_form(
 def test_what_transformers_saves_fused_is_read_and_it_reads_the_export(family: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    single = tiny.save_family(tmp_path / "single", family)
+    single = tiny_families.save_family(tmp_path / "single", family)
     model = AutoModelForCausalLM.from_pretrained(single)
     model.save_pretrained(tmp_path / "saved", save_original_format=False)
     assert any(name.endswith("gate_up_proj") for name in load_file(tmp_path / "saved" / "model.safetensors"))
@@ -105,7 +105,7 @@ def test_what_transformers_saves_fused_is_read_and_it_reads_the_export(family: s
 
 
 def test_fused_experts_of_another_number_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = fused(tiny.save_family(tmp_path / "single", "qwen3_moe"), tmp_path / "fused", "mlp", QWEN)
+    model = fused(tiny_families.save_family(tmp_path / "single", "qwen3_moe"), tmp_path / "fused", "mlp", QWEN)
     config = json.loads((model / "config.json").read_text())
     field = "num_experts" if "num_experts" in config else "num_local_experts"
     (model / "config.json").write_text(json.dumps(config | {field: config[field] + 1}))

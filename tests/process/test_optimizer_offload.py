@@ -11,7 +11,7 @@ import pytest
 
 from tests.process.test_optimizer_precision import OPTIONS as OF_RUNS
 from tests.process.test_optimizer_precision import STEPS, Runs, close
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 
 OPTIONS = [*OF_RUNS, "--save-interval", "4"]
 AWAY, HALF = ["--optimizer-offload", "1"], ["--optimizer-offload", "0.5"]
@@ -129,7 +129,7 @@ def test_other_precisions_take_it(dense: Runs, precision: str) -> None:
 
 
 def test_experts_over_processes_are_stepped_in_the_same_order_bit_for_bit(tmp_path: Path) -> None:
-    runs = Runs(tmp_path, tiny.save_family(tmp_path / "model", "qwen3_moe"))
+    runs = Runs(tmp_path, tiny_families.save_family(tmp_path / "model", "qwen3_moe"))
     spread = ["--expert-model-parallel-size", 2]
     here = watched(runs, "here", 2, *HERE, *spread)
     away = watched(runs, "away", 2, *AWAY, *spread, slow=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 
 STEPS = 8
 OPTIONS = ["--precision", "bf16", "--lr", "1e-3", "--min-lr", "1e-4", "--global-batch-size", "4", "--micro-batch-size", "2"]
@@ -77,7 +77,7 @@ def test_a_run_resumes_bit_for_bit_and_in_another_layout(dense: Runs) -> None:
 
 
 def test_experts_train_and_resume_over_processes(tmp_path: Path) -> None:
-    runs = Runs(tmp_path, tiny.save_family(tmp_path / "model", "qwen3_moe"))
+    runs = Runs(tmp_path, tiny_families.save_family(tmp_path / "model", "qwen3_moe"))
     whole = runs.losses("one", 1, *HALF)
     spread = ["--expert-model-parallel-size", 2]
     assert close(whole, runs.losses("EP2", 2, *HALF, *spread), 5e-3)
@@ -108,7 +108,7 @@ def test_8_bits_continue_a_run_of_16_and_the_other_way_round(dense: Runs) -> Non
 
 
 def test_experts_of_8_bits_train_over_processes(tmp_path: Path) -> None:
-    runs = Runs(tmp_path, tiny.save_family(tmp_path / "model", "qwen3_moe"))
+    runs = Runs(tmp_path, tiny_families.save_family(tmp_path / "model", "qwen3_moe"))
     whole = runs.losses("one", 1, *CODES)
     spread = [*CODES, "--expert-model-parallel-size", 2]
     assert close(whole, runs.losses("EP2", 2, *spread), 5e-3)

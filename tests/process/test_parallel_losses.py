@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from tests.campaigns import parallel_losses
-from tests.campaigns.parallel_losses import Run, Variant
+from tests.support import layout_cases
+from tests.support.layout_cases import Run, Variant
 
 
 @pytest.mark.timeout(900)
 def test_shared_rows_and_interleaved_stages_give_the_losses_of_one_process() -> None:
     """On CPU, tied embeddings, with rows of one long conversation and rows of conversations shorter than the chunks."""
     names = {"CP2", "PP2 x VPP2", "CP2 x TP2 + SP", "CP2 x PP2", "CP2 x DP2", "CP2 x PP2 x VPP2"}
-    layouts = [one for one in (*parallel_losses.TWO, *parallel_losses.FOUR) if one.name in names]
+    layouts = [one for one in (*layout_cases.TWO, *layout_cases.FOUR) if one.name in names]
     assert {one.name for one in layouts} == names
     variants = [Variant("by token", 1e-6), Variant("window, by conversation", 1e-6, model="window", average="conversation")]
     pairs = parallel_losses.compare(variants, layouts, steps=5, on_cpu=True)
@@ -25,8 +26,8 @@ def test_pairs_give_the_losses_of_one_process_in_every_layout() -> None:
     """On CPU: a layout of every kind with pairs, whose reference's log-probabilities are made in that layout too."""
     names = ["TP2", "PP2", "DP2", "TP2 + SP", "CP2", "PP2 x VPP2", "TP2 x PP2", "CP2 x TP2 + SP"]
     only = {"pairs": names, "pairs, experts": ["EP2"], "pairs, window": ["CP2"], "pairs, adapters": ["TP2 + SP", "CP2 x PP2"]}
-    variants = [one for one in parallel_losses.ON_CPU if one.name in only]
-    layouts = [*parallel_losses.TWO, *parallel_losses.FOUR]
+    variants = [one for one in layout_cases.ON_CPU if one.name in only]
+    layouts = [*layout_cases.TWO, *layout_cases.FOUR]
     pairs = parallel_losses.compare(variants, layouts, steps=4, on_cpu=True, only=only)
     assert len(pairs) == len(names) + 4
     for run, one in pairs:
@@ -41,7 +42,7 @@ def test_the_cpu_and_a_gpu_with_and_without_transformer_engine_give_the_same_los
 
 # Every layout with one variant, every other variant in layouts that it has to itself.
 ON_TWO_GPUS = {
-    "bf16 with TE": [one.name for one in parallel_losses.TWO if one.name != "EP2"],
+    "bf16 with TE": [one.name for one in layout_cases.TWO if one.name != "EP2"],
     "bf16": ["TP2 + SP"],
     "fp32": ["CP2"],
     "fp32 with TE": ["TP2 + SP", "PP2 x VPP2"],
@@ -56,7 +57,7 @@ ON_TWO_GPUS = {
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 @pytest.mark.timeout(1200)
 def test_two_gpus_give_the_losses_of_one() -> None:
-    pairs = parallel_losses.compare(parallel_losses.ON_GPU, parallel_losses.TWO, 10, on_cpu=False, only=ON_TWO_GPUS)
+    pairs = parallel_losses.compare(layout_cases.ON_GPU, layout_cases.TWO, 10, on_cpu=False, only=ON_TWO_GPUS)
     assert len(pairs) == sum(map(len, ON_TWO_GPUS.values()))
     for run, one in pairs:
         _check(run, one)
@@ -67,7 +68,7 @@ def test_two_gpus_give_the_losses_of_one() -> None:
 @pytest.mark.timeout(1800)
 def test_two_gpus_or_four_give_the_losses_of_one_in_every_layout() -> None:
     layouts = parallel_losses.available_layouts(on_cpu=False)
-    for run, one in parallel_losses.compare(parallel_losses.ON_GPU, layouts, steps=20, on_cpu=False):
+    for run, one in parallel_losses.compare(layout_cases.ON_GPU, layouts, steps=20, on_cpu=False):
         _check(run, one)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.campaigns import resume_on_gpu
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 
 STEPS = 4
 
@@ -61,7 +61,7 @@ def test_recomputing_gives_the_same_losses_and_fp16_ones_like_them(tmp_path: Pat
 def test_recomputing_latent_attention_gives_the_same_losses(tmp_path: Path) -> None:
     """Queries, keys and values are made again of the vectors; without a vector for queries, of two products of one norm."""
     for family in ("deepseek_v3_moe", "deepseek_v2_moe", "glm4_moe_lite"):
-        found, kept = json.loads(_outputs(tiny.save_family(tmp_path / family, family), "none", "selective", "full"))
+        found, kept = json.loads(_outputs(tiny_families.save_family(tmp_path / family, family), "none", "selective", "full"))
         assert len(set(found["fp32 none"])) == STEPS
         assert found["fp32 selective"] == found["fp32 none"] == found["fp32 full"]
         assert kept["fp32 none"] > kept["fp32 selective"] > kept["fp32 full"]

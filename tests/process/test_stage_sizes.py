@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from tests.support import tiny
 def test_each_process_has_as_many_weights_as_estimated(
     family: str, tensor: int, pipeline: int, expert: int, tmp_path: Path
 ) -> None:
-    folder = tiny.save_family(tmp_path / family, family)
+    folder = tiny_families.save_family(tmp_path / family, family)
     worker = tiny.ROOT / "tests" / "support" / "stage_sizes.py"
     count = max(tensor * pipeline, expert)
     tiny.launch_test_worker(count, worker, folder / "config.json", tensor, pipeline, expert)

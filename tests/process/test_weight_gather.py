@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 
 WORKER = tiny.ROOT / "tests" / "support" / "gather_worker.py"
 
 
 def test_a_layer_begins_when_all_of_its_weights_are_gathered(tmp_path: Path) -> None:
     """Also of modules whose methods it calls, such as a gated delta net's convolution."""
-    source = tiny.save_family(tmp_path / "hf", "qwen3_next")
+    source = tiny_families.save_family(tmp_path / "hf", "qwen3_next")
     tiny.run_module("convert", "--hf-dir", source, "--output", tmp_path / "model")
     tiny.write_rows(tmp_path / "rows", tiny.random_rows(24, 64), length=64)
     arguments = ["--load", tmp_path / "model", "--data-path", tmp_path / "rows", "--save", tmp_path / "run"]

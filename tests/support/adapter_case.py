@@ -38,7 +38,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class Case:
-    """A family of tiny.py with data. elsewhere: transformers 4.57 makes and trains it."""
+    """A family of tiny_families.py with data. elsewhere: transformers 4.57 makes and trains it."""
 
     def __init__(self, folder: Path, family: str, elsewhere: bool = False, **config: Any) -> None:
         self.folder, self.model, self.adapter = folder, folder / "hf", folder / "adapter"

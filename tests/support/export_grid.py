@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron.sft import convert, export
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 
 # TP, PP, EP; five layers, so PP 2 to 4 are uneven.
 LAYOUTS = [(tp, pp, 1) for tp in (1, 2, 4) for pp in (1, 2, 4)] + [(1, 1, 4), (2, 3, 2)]
@@ -21,7 +21,7 @@ SAMPLE = [(1, 1, 1), (4, 2, 1)]
 def main() -> None:
     models, out, everywhere = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     for model in sorted(path for path in models.iterdir() if path.is_dir()):
-        experts = tiny.has_experts(model.name)
+        experts = tiny_families.has_experts(model.name)
         for form in ("torch_dist", "torch"):
             for layout in LAYOUTS if model.name in everywhere else SAMPLE:
                 # torch_dist is the same whatever the layout.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.support import material, tiny
+from tests.support import material, tiny, tiny_families
 
 Tensors = dict[str, torch.Tensor]
 Steps = Sequence[Sequence[tuple[np.ndarray, np.ndarray]]]
@@ -101,8 +101,8 @@ def train(
 
 
 def make(folder: Path, family: str, **config: Any) -> None:
-    """A model of tiny.py under hf/ and, where it is described, an adapter of it under adapter/."""
-    model = tiny.save_family(folder / "hf", family)
+    """A model of tiny_families.py under hf/ and, where it is described, an adapter of it under adapter/."""
+    model = tiny_families.save_family(folder / "hf", family)
     if config:
         save_adapter(model, folder / "adapter", **config)
 

@@ -2,7 +2,7 @@
 
 To add a family:
 1. a file in the room `tables` with MODEL_TYPES, config.json's `model_type`s, and whatever differs from `_OPTIONAL`;
-2. its name in `TABLES`, and a tiny random model in FAMILIES of the tests' tiny.py, which is compared with transformers'.
+2. its name in `TABLES`, and a tiny random model in the tests' tiny_families.py, which is compared with transformers'.
 A field of config.json that the family does not list is refused by name, so read the model's own config.json.
 """
 

@@ -15,7 +15,7 @@ from megatron.sft.families.architecture import Architecture
 from megatron.sft.families.registry import read_architecture
 from megatron.sft.hf.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, write_adapter_folder
 from megatron.sft.runtime.errors import UserError
-from tests.support import peft_oracle, tiny
+from tests.support import peft_oracle, tiny, tiny_families
 
 ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 FIRST_Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -197,7 +197,7 @@ def test_an_adapter_of_a_larger_model_is_refused(adapter: Path, tmp_path: Path) 
 
 def test_a_factor_for_all_experts_is_refused(adapter: Path, tmp_path: Path) -> None:
     """As transformers 5 and PEFT's target_parameters name them, whatever the configuration says."""
-    model = tiny.save_family(tmp_path / "experts", "qwen3_moe")
+    model = tiny_families.save_family(tmp_path / "experts", "qwen3_moe")
     name = "base_model.model.model.layers.0.mlp.experts.lora_A.weight"
     change(adapter, lambda tensors: (tensors.clear(), tensors.update({name: torch.zeros(32, 64)})))
     assert "model.layers.0.mlp.experts" in refusal(adapter, _architecture(model))

@@ -10,7 +10,7 @@ from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.planning.options import parse
 from megatron.sft.planning.resolution import plan_run
 from megatron.sft.runtime.errors import UserError
-from tests.campaigns import parallel_losses
+from tests.support import layout_material
 
 INTERLEAVED = ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"]
 
@@ -19,7 +19,7 @@ INTERLEAVED = ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-
 def four_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A converted model of four layers."""
     folder = tmp_path_factory.mktemp("four_layers")
-    parallel_losses.save_models(folder, {"plain"})
+    layout_material.save_models(folder, {"plain"})
     return folder / "plain"
 
 
