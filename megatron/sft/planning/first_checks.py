@@ -57,6 +57,12 @@ def number_problems(options: TrainOptions) -> Iterator[str]:
         yield f"DISTRIBUTED_TIMEOUT_MINUTES is {options.distributed_timeout_minutes}: it must be above 0"
 
 
+def can_count(options: TrainOptions) -> bool:
+    """Whether the numbers by which rows are drawn and steps are counted can be used at all."""
+    shares = options.epochs, options.lr_warmup_fraction
+    return min(options.micro_batch_size, options.global_batch_size) > 0 <= options.seed and all(map(math.isfinite, shares))
+
+
 def is_continued(mode: str, options: TrainOptions) -> bool:
     """Whether OUTPUT_PATH has checkpoints, whole or not, from which the run continues."""
     return mode != "reference" and (bool(iterations(options.save)) or (options.save / TRACKER).exists())

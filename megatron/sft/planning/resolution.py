@@ -17,7 +17,7 @@ from megatron.sft.families.trained import Trained
 from megatron.sft.hf.published_configs import unconverted
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.planning.adapter_base import base_of
-from megatron.sft.planning.first_checks import data_problems, number_problems, start_problems
+from megatron.sft.planning.first_checks import can_count, data_problems, number_problems, start_problems
 from megatron.sft.planning.fitting.recomputing import recompute_problems
 from megatron.sft.planning.hints.small_runs import run_notes
 from megatron.sft.planning.memory import num_parameters
@@ -109,15 +109,15 @@ def resolve(mode: str, options: TrainOptions, num_processes: int) -> Resolution:
 
     mode: `train`, `resume`, `reference`, or an empty string for whichever of the first two OUTPUT_PATH calls for.
     """
-    numbers = list(number_problems(options))
-    found = Resolution(options, num_processes, problems=[*numbers, *objective_problems(options)])
+    problems = [*number_problems(options), *objective_problems(options)]
+    found = Resolution(options, num_processes, problems=problems)
     _resolve_model(found, mode)
     _resolve_processes(found)
     _resolve_data(found)
     _resolve_objective(found, mode)
-    if not numbers:  # nothing can be counted with wrong ones
+    if can_count(options):
         _resolve_steps(found)
-        _resolve_disk(found)
+    _resolve_disk(found)
     return found
 
 
