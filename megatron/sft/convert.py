@@ -21,7 +21,7 @@ from megatron.sft.families.long_context import KINDS, RopeExtension
 from megatron.sft.families.parameters import DTYPE_OPTIONS
 from megatron.sft.families.weight_names import check_hf_names, weight_entries
 from megatron.sft.hf.download_record import check_weights
-from megatron.sft.hf.folder import HFFolder
+from megatron.sft.hf.folder import HFFolder, dtype_name
 from megatron.sft.hf.parameters import HFParameters
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.runtime.console import say_next
@@ -77,6 +77,7 @@ def _from_hugging_face(source: HFFolder, arguments: argparse.Namespace) -> None:
     layout = requested_layout(arguments)
     check_layout(layout, source.architecture)
     skipped = check_hf_names(source.architecture, source.tensor_names, str(source.path))
+    _check_dtypes(source, skipped, arguments.dtype)
     output: Path = arguments.output
     if checkpoint_folder.latest_iteration(output) is not None:
         _accept_existing(arguments, source, layout)
@@ -99,6 +100,18 @@ def _from_hugging_face(source: HFFolder, arguments: argparse.Namespace) -> None:
     print(f"converted {source.path} to {output} ({_form(arguments)})")
     command = f"bash scripts/3_tokenize.sh {shlex.quote(str(source.path))} DATA LENGTH"
     say_next(f"then, with your DATA and a LENGTH such as 4096: {command}")
+
+
+def _check_dtypes(source: HFFolder, skipped: list[str], option: str | None) -> None:
+    """A `UserError` for weights in a precision that nothing here trains or exports; DTYPE (`option`) casts those of 64 bits."""
+    dtypes = {name: source.dtype_and_shape(name)[0] for name in sorted(source.tensor_names - set(skipped))}
+    odd = [name for name, dtype in dtypes.items() if dtype not in DTYPE_OPTIONS.values()]
+    if not odd or (option and all(dtypes[name] == torch.float64 for name in odd)):
+        return
+    advice = "take the model in its original precision"
+    if all(dtypes[name] == torch.float64 for name in odd):
+        advice = "set DTYPE=fp32 (or bf16), which casts them and counts the values that change"
+    raise UserError(f"{source.path}: {len(odd)} weights are in {dtype_name(dtypes[odd[0]])}, {odd[0]} among them: {advice}")
 
 
 def _check_tied(source: HFFolder, skipped: list[str]) -> None:

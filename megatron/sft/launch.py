@@ -28,9 +28,13 @@ def check_inputs(arguments: Sequence[str], num_processes: int) -> None:
         return
     from megatron.sft.planning import input_checks
     from megatron.sft.planning.resolution import plan_run
+    from megatron.sft.training.same_run import check_same_run
 
     mode, options = parse(arguments[arguments.index(TRAIN) + 1 :])
-    input_checks.check(plan_run(mode, options, num_processes))
+    plan = plan_run(mode, options, num_processes)
+    if plan.resume:
+        check_same_run(plan.start, plan)
+    input_checks.check(plan)
     os.environ[input_checks.CHECKED] = "1"  # the processes inherit it
 
 

@@ -81,8 +81,11 @@ def recipe_text(
 def in_repository(path: Path) -> str:
     """A path in a recipe: from $ROOT on if it is in the repository, so that a copy of the repository works."""
     whole = Path(os.path.abspath(path))
-    text = f"$ROOT/{whole.relative_to(ROOT)}" if whole.is_relative_to(ROOT) else str(whole)
-    return text.replace("}", "\\}")
+    start, rest = ("$ROOT/", whole.relative_to(ROOT)) if whole.is_relative_to(ROOT) else ("", whole)
+    # What bash reads within "${NAME:=...}", where ' begins a quotation unless another pair of " is around it.
+    if "'" in str(rest):
+        return '"' + start + re.sub(r'([\\"$`])', r"\\\1", str(rest)) + '"'
+    return start + re.sub(r'([\\"$`}])', r"\\\1", str(rest))
 
 
 def convert_command(model: Path) -> str:

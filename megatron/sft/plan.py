@@ -15,6 +15,7 @@ from megatron.sft.planning.plan_text import name_without_effect, setting_lines, 
 from megatron.sft.planning.planner import add_needs
 from megatron.sft.planning.resolution import Line, Resolution, resolve
 from megatron.sft.runtime.errors import run
+from megatron.sft.training.same_run import check_same_run
 
 
 def header_commands(recipe: Path, model: str) -> list[str]:
@@ -42,12 +43,21 @@ def report(found: Resolution, settings: Sequence[Line]) -> str:
     return "\n".join(text)
 
 
+def compare_with_saved(found: Resolution) -> None:
+    """What a saved run does not allow to change is a problem, what has changed otherwise a line."""
+    if not found.resume or found.start is None or found.problems:
+        return
+    for change in found.attempt(check_same_run, found.start, found.plan()) or []:
+        found.add("changed", change.partition(": ")[2])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     all_defaults = arguments[:1] == ["all"]
     arguments = arguments[all_defaults:]
     _, options = parse(arguments)
     found = resolve("", options, int(os.environ.get("PLANNED_PROCESSES", "1")))
+    compare_with_saved(found)
     name_without_effect(found, os.environ)
     add_needs(found)
     exported = os.environ.get("SETTINGS_FROM_ENVIRONMENT", "").split()  # by scripts/4_train.sh

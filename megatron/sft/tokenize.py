@@ -31,13 +31,13 @@ from megatron.sft.data.report import (
     RejectedRecords,
     length_facts,
     lengths_line,
+    nothing_left,
     placeholder_notes,
     print_corpus,
     print_sample,
     print_totals,
     source_facts,
     tokenizer_facts,
-    units_name,
 )
 from megatron.sft.data.store import ConversationStore
 from megatron.sft.data.tokenized import FORMAT, TokenizedRows, is_finished, token_dtype
@@ -98,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             folder = options.prefix.parent
-            raise UserError(f"no space left in {folder}: free some, or use --output-prefix; nothing was written") from None
+            raise UserError(
+                f"no space left in {folder}: free some, or set OUTPUT_PREFIX (--output-prefix); nothing was written"
+            ) from None
     _say_next(options)
     return 0
 
@@ -113,7 +115,7 @@ def _say_next(options: Options) -> None:
         what = "in a recipe of scripts/sft/"
         if "pairs" in manifest:
             what = "and OBJECTIVE=dpo in a recipe, such as scripts/dpo/DPO_Qwen2.5.sh"
-        say_next(f"then: set DATA_PATH={options.prefix} {what}")
+        say_next(f"then: set DATA_PATH={shlex.quote(str(options.prefix))} {what}")
     else:
         name = re.sub(r"[^\w.-]+", "_", f"{options.inputs[0].short_name}_{model.name}")
         command = ["bash", "tools/new_recipe", name, shown(model), source, str(options.seq_length)]
@@ -260,9 +262,7 @@ def tokenize(options: Options, sources: list[Source], template: ChatTemplate, ow
         if options.skip_bad_records:
             rejected.keep()
         if not any(corpus.counts.num_kept for corpus in corpora):
-            names = ", ".join(input.name for input in options.inputs)
-            what = units_name(corpora[0]).removesuffix("s")
-            raise UserError(f"no {what} of {names} is left, see the reasons above: nothing was written")
+            raise nothing_left(", ".join(input.name for input in options.inputs), corpora)
         if options.group_key and all(corpus.counts.num_without_group == corpus.counts.num_read for corpus in corpora):
             raise UserError(f"GROUP_KEY is {options.group_key!r}: no record of the data has that field, correct it")
         packing = store.pack(options.seq_length, options.seed, options.packing)
@@ -273,7 +273,7 @@ def tokenize(options: Options, sources: list[Source], template: ChatTemplate, ow
         print(f"bad records: {rejected.num_records}, with the reasons in {rejected_path}")
     print(f"wrote {options.prefix}.bin, .idx, .json")
     show_sample = os.path.relpath(Path(__file__).parents[2] / "tools/show_sample")
-    print(f"look at a row: {show_sample} {options.prefix} 0")
+    print(f"look at a row: {shlex.join([show_sample, str(options.prefix), '0'])}")
 
 
 def _corpus(

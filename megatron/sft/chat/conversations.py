@@ -271,9 +271,14 @@ def _is_repeated(path: str, value: Any, messages: Messages) -> bool:
 
 def _unknown(path: str, value: Any) -> UserError:
     shown = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:40]}..."
-    what = "judges one answer, as KTO's data does, which is not supported" if path in JUDGEMENTS else "is unknown"
+    if path in JUDGEMENTS:
+        return UserError(
+            f"field {path!r} ({shown}) judges one answer, as KTO's data does, which is not supported: make pairs of a good and "
+            f"a bad answer to one question, or keep the records with good answers alone and drop the field with "
+            f'MAP_COLUMNS="{path}=-"'
+        )
     return UserError(
-        f"field {path!r} ({shown}) {what}, and could say what is said or trained: rename it or drop it with "
+        f"field {path!r} ({shown}) is unknown, and could say what is said or trained: rename it or drop it with "
         f'MAP_COLUMNS="{path}=-", or ignore all unknown fields with UNKNOWN_FIELDS=ignore'
     )
 

@@ -98,7 +98,7 @@ def check_against_template(template: ChatTemplate, example: Example, encoded: Co
             "apply_chat_template(tokenize=True)",
         )
     else:
-        expected, by = list(template.tokenizer(example.text).input_ids), "()"
+        expected, by = list(template.tokenizer(example.text.removeprefix(template.text_start)).input_ids), "()"
         if expected[-1:] != [template.tokenizer.eos_token_id]:
             expected.append(template.tokenizer.eos_token_id)
     if encoded.tokens.tolist() != expected:

@@ -35,7 +35,7 @@ def optional_text(fields: dict[str, Any], name: str, where: str = "") -> str:
 def checked_text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"field '{name}' is {json_type(value)}: it must be text")
-    if "\0" in value:  # which patterns.py needs for itself
+    if "\0" in value:
         raise UserError(f"field '{name}' has a NUL character (U+0000), which is not text: remove it")
     return value
 
@@ -47,6 +47,10 @@ def checked_list(value: Any, name: str, of: str, or_none: bool = False) -> list[
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         with contextlib.suppress(UserError):
             value = parsed_json(value, name)
+    if isinstance(value, str) and value.lstrip().startswith(("[{'", "['")):  # as pandas writes lists into a CSV file
+        raise UserError(
+            f"field '{name}' is a list in Python's spelling ({value.strip()[:20]}...): write it as JSON text, with json.dumps"
+        )
     if not isinstance(value, list):
         raise UserError(f"field '{name}' is {json_type(value)}: it must be a list of {of}, or that list as JSON text")
     return value

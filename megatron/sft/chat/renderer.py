@@ -17,7 +17,10 @@ from megatron.sft.chat.turns import Message, Messages, Tools
 from megatron.sft.runtime.errors import UserError
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, KeyError, ValueError)
+# Whatever a template does with what it is not made for.
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError, TypeError, LookupError, ValueError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
 
 Spans = tuple[tuple[int, int], ...]  # of characters, each [start, end)
 
@@ -203,4 +206,9 @@ def _check_functions(before: str, tools: Tools) -> None:
 
 def _refused(error: Exception) -> UserError:
     reason = " ".join(str(error).split())
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return UserError(
+            f"the chat template is not valid Jinja (line {error.lineno}: {reason}): correct it, or give another "
+            "(CHAT_TEMPLATE=<name or file>)"
+        )
     return UserError(f"the chat template refuses this conversation ({reason}): change the record, or the template")

@@ -127,11 +127,27 @@ class ChatTemplate:
         return result
 
     def render_text(self, text: str) -> RenderedText:
-        """A text that is learned as it is: no template, but the tokenizer's beginning and end of a document."""
+        """A text that is learned as it is: no template, but the tokenizer's beginning and end of a document, where it lacks
+        them."""
         if not self.tokenizer.eos_token:
             raise UserError("the tokenizer has no eos_token, which ends a text: set it in tokenizer_config.json")
-        text = (self.tokenizer.bos_token if adds_bos(self.tokenizer) else "") + text + self.tokenizer.eos_token
+        if found := next((token for token in self._special_tokens if token in text), None):
+            self.notes.add(
+                f"texts have special tokens in them, such as {found!r}: every token of a text is trained, those of questions "
+                "too; to train answers alone give conversations as lists of turns"
+            )
+        begin, end = self.text_start, self.tokenizer.eos_token
+        text = begin + text.removeprefix(begin) + ("" if text.endswith(end) else end)
         return RenderedText(text, ((0, len(text)),), (), everything=True)
+
+    @cached_property
+    def text_start(self) -> str:
+        """The token that the tokenizer puts before a text; empty if it puts none."""
+        return str(self.tokenizer.bos_token) if adds_bos(self.tokenizer) else ""
+
+    @cached_property
+    def _special_tokens(self) -> list[str]:
+        return [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     def facts(self, own: tuple[str, str]) -> dict[str, Any]:
         """What a manifest says of the template; `own` are the tokenizer's templates."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +13,8 @@ from megatron.sft.runtime.errors import UserError
 
 def lora_record(lora: LoRA, base: Checkpoint) -> dict[str, Any]:
     """What a manifest says of the adapters in a checkpoint."""
-    base_record = {"path": str(base.path), "checksum": base_checksum(base), "trained": _is_trained(base)}
+    path = os.path.abspath(base.path)  # merging may run in another folder
+    base_record = {"path": path, "checksum": base_checksum(base), "trained": _is_trained(base)}
     return {**asdict(lora), "targets": list(lora.targets), "base": base_record}
 
 

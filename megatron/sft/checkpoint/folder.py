@@ -6,6 +6,7 @@ folder with a manifest is whole, and the tracker never names one that is not.
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -81,8 +82,8 @@ def open_checkpoint(root: Path, iteration: int | None = None) -> Checkpoint:
         iteration = latest_iteration(root)
         if iteration is None and (root / "config.json").is_file():
             raise UserError(
-                f"{root} is a Hugging Face folder: convert it with bash scripts/2_convert.sh {root} 1 1, and give "
-                f"{root}_Megatron_TP1PP1"
+                f"{root} is a Hugging Face folder: convert it with bash scripts/2_convert.sh {shlex.quote(str(root))} 1 1, and "
+                f"give {root}_Megatron_TP1PP1"
             )
         if iteration is None:
             raise UserError(f"{root} has no {TRACKER}: is it a folder of Megatron checkpoints?")

@@ -53,6 +53,8 @@ def decoded_record(content: bytes, place: str) -> dict[str, Any]:
             content.decode("utf-8")
         except UnicodeDecodeError as bad:
             raise UserError(f"{place}: byte {bad.start + 1} of the record is not UTF-8: save the file as UTF-8") from None
+        if special := _python_only(content):
+            raise UserError(f"{place}: not valid JSON ({special})") from None
         reason = str(error).split(":")[0]
         raise UserError(f"{place}: not valid JSON ({reason}): write one JSON object per record") from None
     if is_conversation(record):
@@ -60,6 +62,20 @@ def decoded_record(content: bytes, place: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{place}: the record is {json_type(record)}: write one JSON object per record")
     return record
+
+
+def _python_only(content: bytes) -> str:
+    """What makes this text JSON to Python's own `json` alone, and what to do about it; empty if nothing does."""
+    found: list[str] = []
+    try:
+        value = json.loads(content, parse_constant=found.append)
+    except (ValueError, RecursionError):
+        return ""
+    if found:
+        return f"it has {found[0]}, which Python writes for a number that is none: write null"
+    if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
+        return "a text has half of a surrogate pair, such as \\ud83d alone: remove it or write the whole character"
+    return ""
 
 
 def is_json(content: bytes) -> bool:

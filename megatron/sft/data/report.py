@@ -17,6 +17,7 @@ from megatron.sft.data.preview import color_wanted, legend, pair_parts, sample_t
 from megatron.sft.data.sources import SourceRecord
 from megatron.sft.hf.tokenizer_files import chat_template_sha256, tokenizer_sha256
 from megatron.sft.runtime import exact_json
+from megatron.sft.runtime.errors import UserError
 
 
 class RejectedRecords:
@@ -90,6 +91,14 @@ def tokenizer_facts(folder: Path, template: ChatTemplate) -> dict[str, Any]:
 def units_name(corpus: Corpus) -> str:
     """What a source's records become."""
     return "pairs" if PAIR in corpus.kinds else "conversations"
+
+
+def nothing_left(names: str, corpora: Sequence[Corpus]) -> UserError:
+    """Why no row can be made of the sources with these names."""
+    if not any(corpus.counts.num_read for corpus in corpora):
+        return UserError(f"{names} has no record: give a file with at least one; nothing was written")
+    what = units_name(corpora[0]).removesuffix("s")
+    return UserError(f"no {what} of {names} is left, see the reasons above: nothing was written")
 
 
 def length_facts(corpora: Sequence[Corpus]) -> dict[str, Any]:

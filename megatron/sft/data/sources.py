@@ -31,8 +31,10 @@ from megatron.sft.data.json_records import (
 from megatron.sft.runtime.errors import UserError
 
 PARQUET = b"PAR1"
+ZIP = b"PK\x03\x04"
+SPREADSHEETS = (".xlsx", ".xlsm", ".xlsb", ".ods")
 OTHER_FORMATS = {
-    b"PK\x03\x04": "a zip archive: unpack it first (unzip)",
+    ZIP: "a zip archive: unpack it first (unzip)",
     b"BZh": "bzip2-compressed: unpack it first (bunzip2)",
     b"\xfd7zXZ": "xz-compressed: unpack it first (unxz)",
     b"\xff\xfe": "UTF-16 text: save it as UTF-8",
@@ -40,6 +42,7 @@ OTHER_FORMATS = {
 }
 DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
+OTHER_SEPARATORS = (";", "\t", "|", ",")  # that spreadsheets and databases write
 PARQUET_BATCH = 128  # records that are in memory at a time
 LONE_SURROGATE = re.compile("[\\ud800-\\udfff]")
 # JSON files in data folders that are not data: what step 3 itself writes, and what the `datasets` library adds.
@@ -93,8 +96,14 @@ def data_files(path: Path) -> list[Path]:
         is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
         if file.is_file() and not is_hidden and has_data_name(file) and not any(map(file.match, NOT_DATA)):
             found.append(file)
+    if not found and any(path.rglob("*.arrow")):
+        raise UserError(
+            f"folder {path} is of datasets' save_to_disk, whose .arrow files are not read: write a split as JSON lines with "
+            "load_from_disk(FOLDER).to_json(FILE)"
+        )
     if not found:
-        raise UserError(f"folder {path} has no data file ({', '.join(DATA_ENDINGS)}, or those with .gz or .zst)")
+        endings = f"{', '.join(DATA_ENDINGS)}, or those with .gz or .zst"
+        raise UserError(f"folder {path} has no data file ({endings}): give the file itself, whatever its name, or rename it")
     return found
 
 
@@ -111,6 +120,8 @@ def file_format(path: Path) -> str:
         raise UserError(f"data file {path} does not exist: check the path, or get it with scripts/1_download.sh") from None
     except OSError as error:
         raise UserError(f"data file {path} cannot be read: {error.strerror or error}") from None
+    if start.startswith(ZIP) and path.suffix.lower() in SPREADSHEETS:
+        raise UserError(f"data file {path} is a spreadsheet: save it as CSV (UTF-8), or export it as JSON lines")
     for magic, what in OTHER_FORMATS.items():
         if start.startswith(magic):
             raise UserError(f"data file {path} is {what}")
@@ -197,6 +208,12 @@ def _csv_header(path: Path, reader: Any) -> list[str]:
         names: list[str] = next(reader)
     except (csv.Error, StopIteration) as error:
         raise UserError(f"{path}, line 1: no header line ({error})") from None
+    other = next((mark for mark in OTHER_SEPARATORS if mark in names[0]), None) if len(names) == 1 else None
+    if other:
+        raise UserError(
+            f"{path}, line 1: the header {names[0]!r} has no {_separator(path)!r} but {other!r}: save the table with commas, "
+            "or as .tsv with tabs"
+        )
     if len(set(names)) != len(names):
         raise UserError(f"{path}, line 1: the header names a column twice ({', '.join(names)}): rename one")
     return names

@@ -45,7 +45,10 @@ def _experts(config: dict[str, Any], table: dict[str, Any], where: str) -> list[
 
 def _check_types(config: dict[str, Any], table: dict[str, Any], types: list[str], where: str) -> None:
     if len(types) != int(config["num_hidden_layers"]):
-        raise UserError(f"{where}: layer_types names {len(types)} layers, num_hidden_layers is {config['num_hidden_layers']}")
+        raise UserError(
+            f"{where}: layer_types names {len(types)} layers, num_hidden_layers is {config['num_hidden_layers']}: "
+            "take the model's own file"
+        )
     possible = {FULL} | ({WINDOW} if table["SLIDING_WINDOW"] else set()) | ({LINEAR} if table["delta_net"] else set())
     for kind in types:
         if kind not in possible:

@@ -110,6 +110,17 @@ def check_hf_names(architecture: Architecture, names: set[str], where: str) -> l
     if architecture.tied_embeddings and "lm_head.weight" in names:
         skipped.append("lm_head.weight")
     missing, unknown = expected - names, names - expected - set(skipped)
+    if missing == {"lm_head.weight"} and not unknown:
+        raise UserError(
+            f"{where}: lm_head.weight is missing, and config.json does not tie the output layer to the embedding: download the "
+            "model again or, if it was saved without lm_head.weight because they are tied, set tie_word_embeddings to true"
+        )
+    if missing and unknown:
+        raise UserError(
+            f"{where}: {len(missing)} tensors are missing, {min(missing)} among them, and {len(unknown)} are not known for "
+            f"{architecture.family}, {min(unknown)} among them: give the weights the names that transformers saves, or take "
+            "the config.json that belongs to them"
+        )
     if missing:
         raise UserError(f"{where}: {len(missing)} tensors are missing, {min(missing)} among them: download the model again")
     if unknown:

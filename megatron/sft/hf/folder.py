@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -39,6 +40,8 @@ class HFFolder:
 
     def __init__(self, path: Path, extension: RopeExtension | None = None) -> None:
         """extension: of the positions, which `config` then has."""
+        if path.is_file():
+            raise UserError(f"model folder {path} is a file: give the folder that it is in")
         if not path.is_dir():
             raise UserError(f"model folder {path} does not exist: run scripts/1_download.sh model ID, or correct the path")
         self.path = path
@@ -51,6 +54,8 @@ class HFFolder:
         )
         if not isinstance(self.config, dict):
             raise UserError(f"{path / 'config.json'} is not a model configuration: take the model's own file")
+        if (path / "generation_config.json").exists():  # an export edits it, and transformers passes over a damaged one
+            read_json(path / "generation_config.json", "generation configuration", "take the model's own file")
         self.extension = extension
         self._blocks = block_size(self.config)
         stated = self.config
@@ -101,9 +106,11 @@ class HFFolder:
             file = SafetensorsFile(single)
             return dict.fromkeys(file.entries, file)
         if not index.exists():
+            other = next(iter(sorted([*self.path.glob("pytorch_model*.bin"), *self.path.glob("*.pth")])), None)
+            there = f"; {other.name} is a pickle file, which could run code" if other else ""
             raise UserError(
-                f"{self.path} has no {SINGLE} and no {INDEX}: only safetensors weights are read, "
-                "download a revision that has them"
+                f"{self.path} has no {SINGLE} and no {INDEX}: only safetensors weights are read{there}: download a revision "
+                "that has them, or if you trust the folder load it with transformers and save it with save_pretrained"
             )
         return self._indexed_files()
 
@@ -194,7 +201,7 @@ class HFFolder:
     def manifest_entry(self) -> dict[str, Any]:
         """What a manifest says of the source: the configuration, and checksums of tokenizer and chat template."""
         return {
-            "path": str(self.path),
+            "path": os.path.abspath(self.path),  # commands that name it may run in another folder
             "config": self.config,
             "tokenizer_sha256": tokenizer_sha256(self.path),
             "chat_template_sha256": chat_template_sha256(self.path),

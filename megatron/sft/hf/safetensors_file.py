@@ -16,6 +16,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_LFS_POINTER = b"version https://git-lfs"  # what git leaves in place of a large file
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -27,6 +28,11 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        with open(path, "rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise UserError(
+                    f"{path} is a Git LFS pointer, not the weights: run git lfs pull in its folder, or download it again"
+                )
         try:
             self._file = safe_open(path, framework="pt")
             # safetensors takes the last of two entries with one name.

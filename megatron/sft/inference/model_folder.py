@@ -31,6 +31,8 @@ def open_model_folder(folder: Path) -> ModelFolder:
     if not (folder / ADAPTER_CONFIG).is_file():
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} has no config.json: give a model folder, such as scripts/5_export.sh writes")
+        if (folder / "generation_config.json").exists():  # transformers passes over a damaged one
+            read_json(folder / "generation_config.json", "generation configuration", "take the model's own file")
         return ModelFolder(folder, None, folder)
     config: Any = read_json(folder / ADAPTER_CONFIG, "adapter configuration", "take another copy of the adapter")
     named = os.environ.get("BASE") or (config.get("base_model_name_or_path") if isinstance(config, dict) else None)

@@ -136,5 +136,5 @@ def _add_time(found: Resolution) -> None:
 
 def checkpoints_kept(options: TrainOptions, train_iters: int) -> int:
     """The most checkpoints on disk at one time: an old one is removed only when the next is whole."""
-    saved = -(-train_iters // options.save_interval) if train_iters else 1
+    saved = -(-train_iters // max(options.save_interval, 1)) if train_iters else 1
     return min(saved, options.keep_last + 1) if options.keep_last else saved

@@ -17,7 +17,7 @@ from megatron.sft.families.trained import Trained
 from megatron.sft.hf.published_configs import unconverted
 from megatron.sft.model.layout import Layout, check_layout
 from megatron.sft.planning.adapter_base import base_of
-from megatron.sft.planning.first_checks import data_problems, number_problems, start_problems
+from megatron.sft.planning.first_checks import can_count, data_problems, number_problems, start_problems
 from megatron.sft.planning.fitting.recomputing import recompute_problems
 from megatron.sft.planning.hints.small_runs import run_notes
 from megatron.sft.planning.memory import num_parameters
@@ -115,7 +115,8 @@ def resolve(mode: str, options: TrainOptions, num_processes: int) -> Resolution:
     _resolve_processes(found)
     _resolve_data(found)
     _resolve_objective(found, mode)
-    _resolve_steps(found)
+    if can_count(options):
+        _resolve_steps(found)
     _resolve_disk(found)
     return found
 
@@ -252,8 +253,7 @@ def _resolve_steps(found: Resolution) -> None:
         num_rows = len(parts[0])
         found.add("rows", f"{num_rows:,} for training, {len(parts[1]):,} for validation")
         found.problems += validation_problems(options, len(parts[1]))
-    no_batch = min(options.micro_batch_size, options.global_batch_size) < 1
-    if no_batch or not found.data_parallel or not (num_rows or options.train_iters):
+    if not found.data_parallel or not (num_rows or options.train_iters):
         return
     counted = found.attempt(steps, options, num_rows, found.data_parallel)
     if counted is None:

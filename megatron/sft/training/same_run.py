@@ -5,7 +5,7 @@ What it trains is compared before processes start (planning/trained_part.py).
 
 from typing import Any
 
-from megatron.sft.checkpoint.folder import Checkpoint
+from megatron.sft.checkpoint.folder import TORCH_DIST, Checkpoint
 from megatron.sft.planning.objective_checks import objective_words
 from megatron.sft.planning.options import options_of_record, options_record, variable_named
 from megatron.sft.planning.run_plan import RunPlan
@@ -47,10 +47,13 @@ def reference_record(plan: RunPlan) -> dict[str, Any] | None:
 
 
 def check_same_run(checkpoint: Checkpoint, plan: RunPlan) -> list[str]:
-    """A `UserError` for a change that makes the position in the data mean other rows, unless RESUME_WITH names it.
+    """A `UserError` for a checkpoint without training state, and for a change that makes the position in the data mean other
+    rows, unless RESUME_WITH names it.
 
     Returns a line for each allowed change.
     """
+    if checkpoint.format != TORCH_DIST or checkpoint.manifest.get("training") is None:
+        raise UserError(f"{checkpoint.path} has no training state to resume from: start a new run with it (train)")
     allowed = allowed_changes(plan.options.resume_with)
     before, now = settings_record(checkpoint.manifest["training"]), settings_record(_training_now(plan))
     for name in CHANGEABLE:

@@ -18,7 +18,6 @@ from megatron.sft.checkpoint.shard_slice import ShardSlice
 from megatron.sft.planning.options import options_record
 from megatron.sft.planning.run_plan import RunPlan
 from megatron.sft.runtime import device, ranks
-from megatron.sft.runtime.errors import UserError
 from megatron.sft.training.adapter_start import first_values
 from megatron.sft.training.engine import Engine
 from megatron.sft.training.same_run import check_same_run, data_record, reference_record
@@ -80,11 +79,9 @@ def load(engine: Engine) -> tuple[int, int]:
     A checkpoint without training state, or of a run that `check_same_run` refuses, is a `UserError`.
     """
     checkpoint = engine.plan.start
-    training = checkpoint.manifest.get("training")
-    if checkpoint.format != TORCH_DIST or training is None:
-        raise UserError(f"{checkpoint.path} has no training state to resume from: start a new run with it (train)")
     for change in check_same_run(checkpoint, engine.plan):
         ranks.print_rank_0(change)
+    training = checkpoint.manifest["training"]
     if engine.plan.base:
         load_weights(engine.plan.base, engine.chunks, engine.plan.layout)
     reader = SliceReader(checkpoint.path)

@@ -51,8 +51,10 @@ def test_plain_text_needs_no_template_and_ends_with_eos() -> None:
     for name, expected in (("llama2", "<s>One.</s>"), ("qwen3", "One.<|im_end|>"), ("llama3", "One.<|end_of_text|>")):
         tokenizer = load_tokenizer(npm_tokenizer(name), template_needed=False)
         template = ChatTemplate(tokenizer)
-        (encoded,) = encode(tokenizer, [template.render_text("One.")])
-        check_against_template(template, Example([], text="One."), encoded)
+        for text in ("One.", expected, expected.removeprefix("<s>")):  # its own beginning and end are not repeated
+            (encoded,) = encode(tokenizer, [template.render_text(text)])
+            check_against_template(template, Example([], text=text), encoded)
+            assert bool(template.notes) == (text != "One.")
         assert encoded.mask_run_lengths == [1, len(encoded.tokens) - 1]
         assert tokenizer.decode(encoded.tokens).replace("<|begin_of_text|>", "").replace("<s> ", "<s>") == expected
 

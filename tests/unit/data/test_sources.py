@@ -86,8 +86,9 @@ def test_an_array_is_recognised_by_content_and_records_know_their_lines(tmp_path
         (b'{"a": 1}\n{"a":', "line 2: not valid JSON"),
         (b'{"a": 1}\n[1]\n', "line 2: the record is a list"),
         (b'{"a": "\xff"}', "line 1: byte 8 of the record is not UTF-8"),
-        (b'{"a": "\\ud83d"}', "line 1: not valid JSON"),
-        (b'{"a": NaN}', "line 1: not valid JSON"),
+        (b'{"a": "\\ud83d"}', "line 1: not valid JSON (a text has half of a surrogate pair"),
+        (b'{"a": NaN}', "line 1: not valid JSON (it has NaN"),
+        (b'{"a": [-Infinity]}', "line 1: not valid JSON (it has -Infinity"),
         (b'[{"a": 1}\n,]', "line 2: `,` before the end"),
         (b'[{"a": 1}\n{"b": 2}]', "line 2: expected `,` or `]`"),
         (b'[{"a": 1}', "not closed with `]`"),
@@ -111,6 +112,27 @@ def test_a_file_that_is_not_data_is_refused_with_its_line(tmp_path: Path, conten
         [record.fields for record in read_records(path)]
     assert message in str(error.value)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("d.csv", b"\xef\xbb\xbfinstruction;output\nHi;Hello\n", "save the table with commas"),
+        ("d.tsv", b"instruction,output\nHi,Hello\n", "'instruction,output'"),
+        ("d.xlsx", b"PK\x03\x04", "save it as CSV"),
+        ("saved/data-00000-of-00001.arrow", b"ARROW1", "load_from_disk"),
+        ("saved/notes.txt", b"x", "give the file itself"),
+    ],
+)
+def test_what_is_nearly_a_table_or_a_folder_of_data_is_refused_with_a_way_to_read_it(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        list(read_records(path.parent if "/" in name else path))
+    assert message in str(error.value)
 
 
 def test_memory_is_bounded_by_records_and_not_by_the_file(tmp_path: Path) -> None:
@@ -275,6 +297,7 @@ def test_every_format_becomes_messages(row: dict[str, Any], expected: Messages) 
         ({"instruction": "Q", "output": "A", "messages": []}, "several formats (messages and instruction)"),
         ({"messages": []}, "'messages' is an empty list"),
         ({"messages": "hello"}, "'messages' is text: it must be a list"),
+        ({"messages": str([ASKED, ANSWERED])}, "field 'messages' is a list in Python's spelling"),
         ({"messages": [ASKED, "A"]}, "messages[1]' is text"),
         ({"messages": [ASKED, {"role": "assistant"}]}, "field 'messages[1].content' is missing"),
         ({"messages": [ASKED, {"role": "critic", "content": "A"}]}, "messages[1].role is 'critic', an unknown role"),
