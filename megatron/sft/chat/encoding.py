@@ -11,7 +11,7 @@ import numpy as np
 from megatron.sft.chat.bpe_cache import WordEncoder
 from megatron.sft.chat.conversations import Example
 from megatron.sft.chat.skeleton import Answer
-from megatron.sft.chat.template import ChatTemplate, RenderedText, template_of
+from megatron.sft.chat.template import ChatTemplate, RenderedText, no_template, template_of
 from megatron.sft.hf.tokenizer import read_tokenizer
 from megatron.sft.hf.tokenizer_files import VOCABULARY_FILES
 from megatron.sft.runtime.errors import UserError
@@ -69,8 +69,8 @@ def load_tokenizer(folder: Path, template_needed: bool = True) -> Any:
     tokenizer = read_tokenizer(folder)
     if template_needed and not template_of(tokenizer):
         raise UserError(
-            f"tokenizer folder {folder} has no chat template: add a chat_template.jinja, as in the folder of the "
-            "family's chat (instruct) model, or give that folder"
+            f"{no_template(tokenizer, folder)}: add a chat_template.jinja, as in the folder of the family's chat (instruct) "
+            "model, or give that folder"
         )
     # As a tokenizer's own call does it: whole texts, and special tokens recognized in them.
     tokenizer.backend_tokenizer.no_truncation()

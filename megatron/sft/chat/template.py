@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from megatron.sft.chat.conversations import Messages
@@ -203,7 +204,7 @@ class ChatTemplate:
         text = self.tool_text if tools is not None and self.tool_text else self.text
         if not text:
             raise UserError(
-                f"tokenizer folder {self.tokenizer.name_or_path} has no chat template: set CHAT_TEMPLATE (chatml, llama-3, "
+                f"{no_template(self.tokenizer, self.tokenizer.name_or_path)}: set CHAT_TEMPLATE (chatml, llama-3, "
                 "a file), or give the folder of the family's chat (instruct) model"
             )
         key = (text, json.dumps(kwargs, sort_keys=True) if kwargs else "")
@@ -279,6 +280,14 @@ def template_of(tokenizer: Any) -> str:
         return str(tokenizer.get_chat_template())
     except ValueError:
         return ""
+
+
+def no_template(tokenizer: Any, folder: Path | str) -> str:
+    """That a tokenizer has no chat template, or none of its own that is for every conversation."""
+    if isinstance(tokenizer.chat_template, dict) and tokenizer.chat_template:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        return f"tokenizer folder {folder} has no chat template named default, only {names}"
+    return f"tokenizer folder {folder} has no chat template"
 
 
 def _of_answers(messages: Messages, values: Sequence[Any]) -> list[Any]:

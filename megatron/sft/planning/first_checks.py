@@ -57,6 +57,9 @@ def number_problems(options: TrainOptions) -> Iterator[str]:
         yield f"MIN_LR={options.min_lr} must lie between 0 and LR={options.lr}"
     if not options.distributed_timeout_minutes > 0:
         yield f"DISTRIBUTED_TIMEOUT_MINUTES is {options.distributed_timeout_minutes}: it must be above 0"
+    elif options.watchdog_minutes >= options.distributed_timeout_minutes:
+        longer = f"make it more than WATCHDOG_MINUTES={options.watchdog_minutes:g}, which else cannot say where a run hangs"
+        yield f"DISTRIBUTED_TIMEOUT_MINUTES is {options.distributed_timeout_minutes:g}: {longer}"
     if options.adam_eps == 0:
         yield f"ADAM_EPS is {options.adam_eps}: it must be above 0"
     if problem := moments_problem(options.precision, options.optimizer_precision, options.optimizer_offload):

@@ -76,7 +76,7 @@ def tokenizer_of(name: str) -> Any:
 class WithTemplate:
     """A tokenizer with another chat template for the length of a `with` block."""
 
-    def __init__(self, name: str, template: str) -> None:
+    def __init__(self, name: str, template: str | dict[str, str]) -> None:
         self.tokenizer, self.template = tokenizer_of(name), template
 
     def __enter__(self) -> Any:
@@ -224,6 +224,11 @@ def test_a_generation_block_without_the_end_of_turn_is_refused() -> None:
 def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
     with pytest.raises(UserError, match=r"has no chat template: add a chat_template\.jinja"):
         load_tokenizer(npm_tokenizer("llama2"))
+
+
+def test_templates_none_of_which_is_the_default_are_named() -> None:
+    with WithTemplate("SmolLM2", {"tool_use": GENERATION_TAGS, "rag": GENERATION_TAGS}) as tokenizer:
+        assert "has no chat template named default, only rag, tool_use: set CHAT_TEMPLATE" in refusal(tokenizer, SINGLE)
 
 
 PIECES = ["a", " ", "\n", "é", "🙂", "<|im_end|>", "<|im_start|>assistant\n", "<think>", "</think>", "7", "."]

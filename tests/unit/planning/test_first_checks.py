@@ -17,6 +17,7 @@ from megatron.sft.planning.resolution import resolve
         "ADAM_BETA1 --adam-beta1 1", "ADAM_EPS --adam-eps -1", "KEEP_LAST --keep-last -1", "EVAL_ITERS --eval-iters -1",
         "LR_WARMUP_FRACTION --lr-warmup-fraction 1.5", "LR_WARMUP_ITERS --lr-warmup-iters -2", "LORA_ALPHA --lora-alpha nan",
         "DISTRIBUTED_TIMEOUT_MINUTES --distributed-timeout-minutes 0", "OUTPUT_PATH --save {file}",
+        "WATCHDOG_MINUTES --watchdog-minutes 20", "DISTRIBUTED_TIMEOUT_MINUTES --distributed-timeout-minutes 8",
         "OUTPUT_PATH --save {file}/run", "OUTPUT_PATH --save ~/run", "DATA_PATH --data-path {file}",
     ],
 )  # fmt: skip
