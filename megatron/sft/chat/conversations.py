@@ -271,15 +271,14 @@ def _is_repeated(path: str, value: Any, messages: Messages) -> bool:
 
 def _unknown(path: str, value: Any) -> UserError:
     shown = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:40]}..."
+    drop = f'MAP_COLUMNS="{path}=-", or ignore all unknown fields with UNKNOWN_FIELDS=ignore'
     if path in JUDGEMENTS:
         return UserError(
             f"field {path!r} ({shown}) judges one answer, as KTO's data does, which is not supported: make pairs of a good and "
-            f"a bad answer to one question, or keep the records with good answers alone and drop the field with "
-            f'MAP_COLUMNS="{path}=-"'
+            f"a bad answer to one question, or keep the records with good answers alone and drop the field with {drop}"
         )
     return UserError(
-        f"field {path!r} ({shown}) is unknown, and could say what is said or trained: rename it or drop it with "
-        f'MAP_COLUMNS="{path}=-", or ignore all unknown fields with UNKNOWN_FIELDS=ignore'
+        f"field {path!r} ({shown}) is unknown, and could say what is said or trained: rename it or drop it with {drop}"
     )
 
 

@@ -283,7 +283,7 @@ def template_of(tokenizer: Any) -> str:
 
 
 def no_template(tokenizer: Any, folder: Path | str) -> str:
-    """That a tokenizer has no chat template, or none of its own that is for every conversation."""
+    """That a tokenizer has no chat template, or only templates of other names than `default`."""
     if isinstance(tokenizer.chat_template, dict) and tokenizer.chat_template:
         names = ", ".join(sorted(tokenizer.chat_template))
         return f"tokenizer folder {folder} has no chat template named default, only {names}"

@@ -20,6 +20,14 @@ _LFS_POINTER = b"version https://git-lfs"  # what git leaves in place of a large
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def _check_pointer(path: Path) -> None:
+    with open(path, "rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise UserError(
+                f"{path} is a Git LFS pointer, not the weights: run git lfs pull in its folder, or download it again"
+            )
+
+
 class SafetensorsFile:
     """A safetensors file opened for reading. One whose header does not describe its content exactly is a `UserError`.
 
@@ -28,12 +36,8 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with open(path, "rb") as file:
-            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise UserError(
-                    f"{path} is a Git LFS pointer, not the weights: run git lfs pull in its folder, or download it again"
-                )
         try:
+            _check_pointer(path)
             self._file = safe_open(path, framework="pt")
             # safetensors takes the last of two entries with one name.
             with open(path, "rb") as file:

@@ -21,6 +21,18 @@ class Layout:
     expert_parallel: int = 1
     virtual_pipeline: int = 1  # model chunks on each pipeline stage
 
+    def check_sizes(self) -> None:
+        """A `UserError` for a size below 1, with which nothing else here can be counted."""
+        for name, size in (
+            ("TP", self.tensor_parallel),
+            ("PP", self.pipeline_parallel),
+            ("CP", self.context_parallel),
+            ("EP", self.expert_parallel),
+            ("VIRTUAL_PIPELINE_SIZE", self.virtual_pipeline),
+        ):
+            if size < 1:
+                raise UserError(f"{name}={size} is not possible: parallel sizes start at 1")
+
     @property
     def model_size(self) -> int:
         """Processes that hold one copy of the model together."""
@@ -69,15 +81,7 @@ def share_of_chunk(num_layers: int, chunk: int, num_chunks: int) -> int:
 
 def check_layout(layout: Layout, architecture: Architecture) -> None:
     """A `UserError` that names the sizes that work, if the model cannot be split as asked."""
-    for name, size in (
-        ("TP", layout.tensor_parallel),
-        ("PP", layout.pipeline_parallel),
-        ("CP", layout.context_parallel),
-        ("EP", layout.expert_parallel),
-        ("VIRTUAL_PIPELINE_SIZE", layout.virtual_pipeline),
-    ):
-        if size < 1:
-            raise UserError(f"{name}={size} is not possible: parallel sizes start at 1")
+    layout.check_sizes()
     tensor_parallel = layout.tensor_parallel
     moe = architecture.moe
     sizes = {"attention heads": architecture.num_heads, "KV heads": architecture.num_kv_heads}

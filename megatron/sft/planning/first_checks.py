@@ -12,10 +12,9 @@ from megatron.sft.planning.options import TrainOptions, variable_named, variable
 from megatron.sft.runtime.errors import UserError
 
 LARGEST_SEED = 1 << 62  # as of scripts/3_tokenize.sh
-_PARALLEL = ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel", "virtual_pipeline")
 # The least and the most of a setting by itself, and whether it may be the most.
 _RANGES: dict[str, tuple[float, float, bool]] = {
-    **dict.fromkeys((*_PARALLEL, "micro_batch_size", "global_batch_size"), (1, math.inf, False)),
+    **dict.fromkeys(("micro_batch_size", "global_batch_size"), (1, math.inf, False)),
     **dict.fromkeys(("log_interval", "save_interval", "eval_interval"), (1, math.inf, False)),
     **dict.fromkeys(("loss_ceiling_patience", "initial_loss_scale", "loss_scale_window"), (1, math.inf, False)),
     **dict.fromkeys(("early_stop_patience", "loss_ceiling", "export_every", "keep_last", "keep_every"), (0, math.inf, False)),
@@ -41,9 +40,9 @@ def check_first(mode: str, options: TrainOptions) -> None:
 
 def number_problems(options: TrainOptions) -> Iterator[str]:
     """What is wrong with the numbers by themselves, and between those of the optimizer."""
-    for setting in fields(options):
+    for setting in (setting for setting in fields(options) if isinstance(setting.default, float)):
         value = getattr(options, setting.name)
-        if isinstance(value, float) and not math.isfinite(value):
+        if not math.isfinite(value):
             yield f"{variable_of(setting)} is {value}: it must be a number"
     for name, (least, most, may_be_most) in _RANGES.items():
         value = getattr(options, name)

@@ -175,8 +175,9 @@ def _resolve_trained(found: Resolution, architecture: Architecture) -> None:
 
 def _resolve_processes(found: Resolution) -> None:
     layout = layout_for(found.options, found.architecture)
-    sizes = layout.tensor_parallel, layout.pipeline_parallel, layout.context_parallel
-    if min(*sizes, layout.expert_parallel, layout.virtual_pipeline) < 1:  # `number_problems` names it
+    num_problems = len(found.problems)
+    found.attempt(layout.check_sizes)
+    if len(found.problems) > num_problems:
         found.layout_fits = False
         found.to_do.clear()
         return

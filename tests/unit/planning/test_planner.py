@@ -10,7 +10,7 @@ import pytest
 
 from megatron.sft import suggest
 from megatron.sft.hf.names import model_folder_name
-from megatron.sft.planning.options import TrainOptions, variable_named, variable_of
+from megatron.sft.planning.options import TrainOptions, variable_of
 from megatron.sft.planning.planner import add_needs
 from megatron.sft.planning.resolution import Resolution, resolve
 from megatron.sft.runtime.errors import UserError
@@ -43,8 +43,11 @@ def problems(found: Resolution) -> list[str]:
         ("google/gemma-3-4b-it", 4, {"pipeline_parallel": 4, "virtual_pipeline": 2}, "VIRTUAL_PIPELINE_SIZE"),
         ("Qwen/Qwen2.5-0.5B-Instruct", 32, {"pipeline_parallel": 32, "recompute": "auto"}, "PP=32"),
         *(
-            ("Qwen/Qwen2.5-0.5B-Instruct", 1, {name: size}, f"{variable_named(name)} is {size}: it must be at least 1")
-            for name in ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel", "virtual_pipeline")
+            ("Qwen/Qwen2.5-0.5B-Instruct", 1, {name: size}, f"{shown}={size} is not possible: parallel sizes start at 1")
+            for name, shown in (
+                *(("tensor_parallel", "TP"), ("pipeline_parallel", "PP"), ("context_parallel", "CP")),
+                *(("expert_parallel", "EP"), ("virtual_pipeline", "VIRTUAL_PIPELINE_SIZE")),
+            )
             for size in (0, -1)
         ),
         ("Qwen/Qwen3-30B-A3B", 3, {"expert_parallel": 3, "global_batch_size": 3}, "EP=3"),
