@@ -106,10 +106,11 @@ def _check_dtypes(source: HFFolder, skipped: list[str], option: str | None) -> N
     """A `UserError` for weights in a precision that nothing here trains or exports; DTYPE (`option`) casts those of 64 bits."""
     dtypes = {name: source.dtype_and_shape(name)[0] for name in sorted(source.tensor_names - set(skipped))}
     odd = [name for name, dtype in dtypes.items() if dtype not in DTYPE_OPTIONS.values()]
-    if not odd or (option and all(dtypes[name] == torch.float64 for name in odd)):
+    can_be_cast = all(dtypes[name] == torch.float64 for name in odd)
+    if not odd or (option and can_be_cast):
         return
     advice = "take the model in its original precision"
-    if all(dtypes[name] == torch.float64 for name in odd):
+    if can_be_cast:
         advice = "set DTYPE=fp32 (or bf16), which casts them and counts the values that change"
     raise UserError(f"{source.path}: {len(odd)} weights are in {dtype_name(dtypes[odd[0]])}, {odd[0]} among them: {advice}")
 

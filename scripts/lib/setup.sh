@@ -50,8 +50,8 @@ def lacks(name):
         return True
 lacking = [name for name in ("torch", "numpy", "orjson", "transformers", "megatron.core") if lacks(name)]
 if lacking:
-    sys.exit(print("has no " + ", ".join(lacking), "(-m pip install -r requirements.txt torch gives it all)") or 1)' 2>/dev/null) ||
-    die "MEGATRON_SFT_PYTHON=$PYTHON ${lacking:-does not start}: name another Python, or unset it, and the scripts make an environment"
+    sys.exit(print("has no " + ", ".join(lacking)) or 1)' 2>/dev/null) ||
+    die "MEGATRON_SFT_PYTHON=$PYTHON ${lacking:-does not start}: install requirements.txt and torch for it, name another Python, or unset it, and the scripts make an environment"
   checked_python=$PYTHON
 }
 

@@ -129,7 +129,7 @@ def test_other_precisions_take_it(dense: Runs, precision: str) -> None:
     assert close(away, here, 1e-4)
 
 
-def test_steps_that_overflow_in_fp16_are_said_and_leave_weights_and_moments(dense: Runs) -> None:
+def test_steps_that_overflow_in_fp16_are_said_and_are_the_same_with_offload(dense: Runs) -> None:
     arguments = ["--load", dense.converted, "--data-path", dense.folder / "rows", *OPTIONS, "--precision", "fp16"]
     found = []
     for each in ([], HALF):

@@ -72,6 +72,20 @@ def test_two_gpus_or_four_give_the_losses_of_one_in_every_layout() -> None:
         _check(run, one)
 
 
+def test_only_experts_that_rounding_chooses_excuse_a_difference() -> None:
+    one = Run(Variant("experts", 1e-6), layout_cases.ONE, [3.0, 2.0, 1.0], [1.0] * 3, [1e-3, 1e-6, 1e-3], 1.5)
+
+    def run(*losses: float) -> Run:
+        return Run(one.variant, layout_cases.TWO[0], list(losses), [1.0] * 3, validation=1.5)
+
+    assert run(3.0, 2.0001, 1.0).difference(one) == 0.0
+    assert run(3.0, 2.0, 1.0001).difference(one) == 0.0  # the step after it
+    for losses in ((3.0001, 2.0, 1.0), (3.0, 2.1, 1.0), (3.0, 2.0001, 1.1)):
+        assert run(*losses).difference(one) > one.variant.tolerance
+    decided = Run(one.variant, one.layout, one.losses, one.norms, [1e-3] * 3, one.validation)
+    assert run(3.0, 2.0001, 1.0).difference(decided) > one.variant.tolerance
+
+
 def _check(run: Run, reference: Run) -> None:
     where = f"{run.variant.name}, {run.layout.name}"
     assert run.difference(reference) <= run.variant.tolerance, where

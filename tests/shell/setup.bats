@@ -186,7 +186,7 @@ advised() {
   mkdir -p "$PYTHONPATH" && touch "$PYTHONPATH"/{torch,numpy,orjson}.py
   printf '#!/usr/bin/env bash\n%q -S "$@"\n' "$(type -P python3)" >"$MEGATRON_SFT_PYTHON" && chmod +x "$MEGATRON_SFT_PYTHON"
   run -2 ready
-  [[ $output == "error: MEGATRON_SFT_PYTHON=$BATS_TEST_TMPDIR/python has no transformers, megatron.core (-m pip install "* ]]
+  [[ $output == "error: MEGATRON_SFT_PYTHON=$BATS_TEST_TMPDIR/python has no transformers, megatron.core: install requirements.txt and torch for it, "* ]]
   sed -i '2i set -- -c "import sys; sys.version_info = (3, 10, 1)"$'"'\\n'"'"$2"' "$MEGATRON_SFT_PYTHON"
   run -2 ready
   [[ $output == *"/python is Python 3.10, and has to be 3.11, 3.12 or 3.13: "* ]]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 UNDECIDED = 5e-6  # of router logits, which differ by as much between layouts after a few steps in float32
+FEW_TOKENS = 2e-3  # the most that a loss then changes
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,12 @@ class Run:
 
     def undecided(self, reference: "Run") -> int | None:
         """The first step that differs, if rounding chose a token's experts there or just before: no later loss can be equal."""
-        first = next((i for i, found in enumerate(self.differences(reference)) if found > self.variant.tolerance), None)
-        if first is None or min(reference.margins[max(0, first - 1) : first + 1], default=1.0) > UNDECIDED:
+        differences = self.differences(reference)
+        first = next((i for i, found in enumerate(differences) if found > self.variant.tolerance), None)
+        # The first step begins with equal weights, and is never excused.
+        if not first or max(differences) > FEW_TOKENS:
             return None
-        return first
+        return first if min(reference.margins[first - 1 : first + 1], default=1.0) <= UNDECIDED else None
 
     def difference(self, reference: "Run") -> float:
         """The largest relative difference of a loss, up to where experts are chosen by rounding."""

@@ -72,7 +72,7 @@ def _python_only(content: bytes) -> str:
     except (ValueError, RecursionError):
         return ""
     if found:
-        return f"it has {found[0]}, which Python writes for a number that is none: write null"
+        return f"it has {found[0]}, which is not JSON, though Python writes it: write null"
     if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
         return "a text has half of a surrogate pair, such as \\ud83d alone: remove it or write the whole character"
     return ""

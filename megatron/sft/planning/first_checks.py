@@ -57,7 +57,7 @@ def number_problems(options: TrainOptions) -> Iterator[str]:
     if not options.distributed_timeout_minutes > 0:
         yield f"DISTRIBUTED_TIMEOUT_MINUTES is {options.distributed_timeout_minutes}: it must be above 0"
     elif options.watchdog_minutes >= options.distributed_timeout_minutes:
-        longer = f"make it more than WATCHDOG_MINUTES={options.watchdog_minutes:g}, which else cannot say where a run hangs"
+        longer = f"make it more than WATCHDOG_MINUTES={options.watchdog_minutes:g}, so that a run that hangs can say where"
         yield f"DISTRIBUTED_TIMEOUT_MINUTES is {options.distributed_timeout_minutes:g}: {longer}"
     if options.adam_eps == 0:
         yield f"ADAM_EPS is {options.adam_eps}: it must be above 0"
