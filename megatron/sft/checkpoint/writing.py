@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -156,12 +157,11 @@ def write_slices(
     folder: Path, rank: int, slices: Sequence[ShardSlice], cancelled: Event, max_files: int = MAX_FILES
 ) -> WrittenPart:
     """Write the slices of process `rank`, at most `max_files` at a time. The first error stops all files and is raised."""
-    # The manifest has checksums of the files; torch's would be computed as well.
-    torch.serialization.set_crc32_options(False)
     sizes = [part.num_bytes for part in slices]
     groups = [group for group in balanced(sizes, min(max_files, num_files(sum(sizes)))) if group]
     paths = [folder / f"__{rank}_{index}.distcp" for index in range(len(groups))]
-    with ThreadPoolExecutor(max_workers=max(1, len(groups)), thread_name_prefix="checkpoint") as pool:
+    threads = ThreadPoolExecutor(max_workers=max(1, len(groups)), thread_name_prefix="checkpoint")
+    with _no_checksums_of_torch(), threads as pool:
         contents = [[slices[index] for index in group] for group in groups]
         jobs = [pool.submit(_write_file, *job, cancelled) for job in zip(paths, contents, strict=True)]
         errors = [error for job in jobs if (error := job.exception()) is not None]
@@ -171,6 +171,17 @@ def write_slices(
     results = [job.result() for job in jobs]
     files = {path.name: record for path, (record, _) in zip(paths, results, strict=True)}
     return WrittenPart(files, [stored for _, parts in results for stored in parts])
+
+
+@contextmanager
+def _no_checksums_of_torch() -> Iterator[None]:
+    """The manifest has checksums of the files. The switch is the process's, so that it is put back for others' files."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _write_file(path: Path, slices: Sequence[ShardSlice], cancelled: Event) -> tuple[dict[str, Any], list[StoredSlice]]:

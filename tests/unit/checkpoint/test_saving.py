@@ -1,6 +1,9 @@
 """What is saved where, what is removed, and room on the disk."""
 
+import io
+import zipfile
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -35,3 +38,30 @@ def test_the_last_checkpoints_and_every_nth_are_kept() -> None:
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the checkpoint of iteration 3 needs 1010000\.00 GB"):
         check_room(tmp_path, 10**15, 3)
+
+
+def test_files_that_others_save_in_this_process_keep_their_checksums(tmp_path: Path) -> None:
+    import torch
+
+    from megatron.sft.checkpoint.shard_slice import ShardSlice
+    from megatron.sft.checkpoint.writing import write_slices
+
+    values = torch.arange(6.0)
+    part = ShardSlice("weight", (0,), (6,), (6,), torch.float32, lambda: values)
+    for folder in (tmp_path, tmp_path / "missing"):
+        try:
+            write_slices(folder, 0, [part], Event())
+        except FileNotFoundError:
+            assert folder.name == "missing"
+        with zipfile.ZipFile(_saved(values)) as archive:
+            assert archive.testzip() is None
+    (written,) = tmp_path.glob("*.distcp")
+    assert torch.equal(torch.load(written), values)
+
+
+def _saved(values: object) -> io.BytesIO:
+    import torch
+
+    file = io.BytesIO()
+    torch.save(values, file)
+    return file
