@@ -32,6 +32,7 @@ from megatron.sft.chat.formats import ANSWERS, LISTS, PAIRS, TEXT, format_fields
 from megatron.sft.chat.preferences import (
     SIDE_NAMES,
     Pair,
+    doubted,
     prompt_length,
     read_sides,
     side_fields,
@@ -151,7 +152,7 @@ class RecordReader:
             Example(turns.messages, side_flags(turns.loss_flags, num_prompt, name), turns.tools, "", kwargs)
             for turns, name in zip(both, sides.names, strict=True)
         )
-        return Pair(chosen, rejected, num_prompt)
+        return Pair(chosen, rejected, num_prompt, doubted(record))
 
     def _ignore(
         self, extras: list[tuple[str, str, Any]], record: dict[str, Any], fields: tuple[str, ...], conversations: list[Messages]

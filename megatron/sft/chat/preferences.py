@@ -39,17 +39,23 @@ REJECTED = ("rejected", "non_preferred_output", "rejected_response", "rejected_m
 WHOLE_ALONE = "rejected_messages"
 ALONE = ("rejected_response", WHOLE_ALONE)
 SIDE_NAMES = {*CHOSEN, *REJECTED}
+# Numbers next to the sides, by which these were chosen: `score_chosen` of UltraFeedback, `chosen_rating` of Argilla.
+SCORE_OF_CHOSEN = re.compile(r"(.*_)?(?:chosen_(score|rating|reward)|(score|rating|reward)_chosen)", re.IGNORECASE)
 # A whole conversation as one text, as hh-rlhf has it.
 DIALOGUE = re.compile(r"\s*(human|user)\s*:.*\n\s*assistant\s*:", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two conversations of one record. They begin with the same `num_prompt` messages, of which nothing is trained."""
+    """Two conversations of one record. They begin with the same `num_prompt` messages, of which nothing is trained.
+
+    doubted: numbers of the record say that its rejected answer is the better one.
+    """
 
     chosen: Example
     rejected: Example
     num_prompt: int
+    doubted: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,15 @@ def prompt_length(chosen: Messages, rejected: Messages, sides: Sides) -> int:
                 "prompt and then have an answer each; correct the record, or give the prompt in a field 'prompt'"
             )
     return num_prompt
+
+
+def doubted(record: dict[str, Any]) -> bool:
+    """Whether a score of the chosen side is below the same score of the rejected one."""
+    for name, score in record.items():
+        other = record.get(name.replace("chosen", "rejected"))
+        if SCORE_OF_CHOSEN.fullmatch(name) and all(type(each) in (int, float) for each in (score, other)) and score < other:
+            return True
+    return False
 
 
 def side_flags(flags: list[bool | None], num_prompt: int, name: str) -> tuple[bool | None, ...]:

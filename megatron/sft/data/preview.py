@@ -20,7 +20,10 @@ SAMPLE_TOKENS = 600
 REPEATED_CHARACTERS = 120  # at the start of a conversation, from which on they are folded
 PAGE_TOKENS = 4000  # shown of a conversation on the page; of longer ones the middle is skipped
 Part = tuple[str, np.ndarray, np.ndarray]  # a heading, [n] tokens, and [n] which are trained
-INVISIBLE = {ord("\t"): "⇥\t", ord("\r"): "␍", ord("\u00a0"): "⍽", ord("\u200b"): "⟨zero width⟩", ord("\ufeff"): "⟨BOM⟩"}
+# What cannot be seen, or would command a terminal (move its cursor, hide text, turn a line around), is shown as a sign.
+_COMMANDS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "␡"}
+_DIRECTIONS = {code: f"⟨U+{code:04X}⟩" for code in (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+INVISIBLE = _COMMANDS | _DIRECTIONS | {0x09: "⇥\t", 0xA0: "⍽", 0x200B: "⟨zero width⟩", 0xFEFF: "⟨BOM⟩"}
 
 
 def color_wanted(stream: IO[str] = sys.stdout) -> bool:
@@ -35,11 +38,11 @@ def legend(color: bool) -> str:
 
 
 def masked_pieces(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray) -> Iterator[tuple[str, bool]]:
-    """The text of [n] tokens, special tokens included, in pieces that are trained (True) or not."""
+    """The text of [n] tokens, special tokens included, in pieces that are trained (True) or not; see INVISIBLE."""
     ends = np.flatnonzero(np.diff(trained.astype(np.int8))) + 1
     for piece, mask in zip(np.split(tokens, ends), np.split(trained, ends), strict=True):
         text = tokenizer.decode(piece.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        yield text, bool(mask[0])
+        yield text.translate(INVISIBLE), bool(mask[0])
 
 
 def conversation_text(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray, color: bool) -> str:
@@ -185,8 +188,7 @@ class _PagePieces:
         for index, part in enumerate(parts):
             if index:
                 yield f"\n… {num_skipped:,} tokens not shown …\n", "skipped"
-            for number, (text, is_trained) in enumerate(masked_pieces(self._tokenizer, tokens[part], trained[part])):
-                shown = text.translate(INVISIBLE)
+            for number, (shown, is_trained) in enumerate(masked_pieces(self._tokenizer, tokens[part], trained[part])):
                 if not index and not number and not is_trained:
                     lines = shown.splitlines(keepends=True)
                     equal = [mine == other for mine, other in zip(lines, self._before, strict=False)]

@@ -151,6 +151,9 @@ def test_earlier_answers_are_context_whatever_the_template_does_with_them(step: 
 
 def test_the_report_and_the_manifest_count_pairs(step: Step) -> None:
     records = [pair(index, words=1 + index % 20) | {"score_chosen": 1.0} for index in range(40)] + [pair(99, words=300)]
+    for index, (score, other) in enumerate([("score_rejected", 1.5), ("score_rejected", 1), ("score_rejected", None)]):
+        records[index][score] = other
+    records[3] |= {"chosen_rating": 2, "rejected_rating": 4.0}
     assert step(records, "--group-key", "prompt", length=128) == 0
     output = step.capsys.readouterr().out.splitlines()
     manifest = step.rows.manifest
@@ -167,6 +170,7 @@ def test_the_report_and_the_manifest_count_pairs(step: Step) -> None:
     assert rejected["tokens"] == manifest["tokens"] - chosen["tokens"]
     assert any(line.startswith(f"packed 40 pairs into {manifest['rows']} rows") for line in output)
     assert "dropped 1 pairs: longer than 128 tokens" in output
+    assert "note: 2 pairs score their chosen answer below the rejected one: are the sides exchanged?" in output
     assert any(line.startswith("lengths of pairs, both sides together: min ") for line in output)
     assert output[-1].startswith("next: bash tools/new_recipe data_")
     sample = output[: output.index("---- read 41 records of " + str(step.folder / "data.jsonl") + " (json lines) ----")]

@@ -15,7 +15,8 @@ from megatron.sft.data.tokenized import TokenizedRows, data_prefix, token_dtype
 from megatron.sft.runtime.errors import run
 from tests.support.material import smollm2_folder
 
-HEADER = '<|im_start|>user\n<script>alert("1")</script> & <b>x</b>\t😀<|im_end|>\n<|im_start|>assistant\n'
+HEADER = '<|im_start|>user\n<script>alert("1")</script> & <b>x</b>\t😀\x1b[8m\x9b\u202e<|im_end|>\n<|im_start|>assistant\n'
+SHOWN_HEADER = HEADER.translate({9: "⇥\t", 0x1B: "␛", 0x9B: "⟨U+009B⟩", 0x202E: "⟨U+202E⟩"})
 ANSWER = "a < b && c > d ' \" é<|im_end|>"
 
 
@@ -92,7 +93,7 @@ def test_the_page_shows_rows_with_their_masks_and_the_totals(
     assert page.open == []
     rows = TokenizedRows(prefix)
     shown = sum(len(rows[number].conversation_lengths) for number in (0, 1))
-    assert page.in_pre == [(HEADER + ANSWER).replace("\t", "⇥\t")] * shown
+    assert page.in_pre == [SHOWN_HEADER + ANSWER] * shown
     assert page.marked == [ANSWER] * shown
     assert "script" not in page.tags and "b" not in page.tags
     assert text.count('<div class="conversation">') == shown
@@ -101,6 +102,17 @@ def test_the_page_shows_rows_with_their_masks_and_the_totals(
     for wanted in ("30", "3 longer than 256 tokens", "/data/<x>.jsonl", "a <note>"):
         assert html.escape(wanted) in text
     assert page.tags.count("i") == len(rows.manifest["conversation_lengths"]["histogram"])
+
+
+@pytest.mark.parametrize("color", ["", "1"])
+def test_a_text_cannot_command_the_terminal(
+    prefix: Path, color: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", color)
+    assert show(monkeypatch, prefix, 0) == 0
+    printed = re.sub(r"\x1b\[\d+m", "", capsys.readouterr().out) if color else capsys.readouterr().out
+    assert SHOWN_HEADER + (ANSWER if color else f"[[{ANSWER}]]") in printed
+    assert all(character.isprintable() or character in "\n\t" for character in printed)
 
 
 def test_a_system_prompt_that_every_conversation_has_is_shown_once() -> None:
