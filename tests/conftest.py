@@ -1,8 +1,10 @@
 """Fixtures: tiny models made with transformers, tiny data, and real processes."""
 
+import importlib.util
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -16,6 +18,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, lambda *_: None)
 # Transformer Engine would have float32 products of this process in TensorFloat-32, as runs never have them.
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+# The same examples in every run, however busy the machine. Others are searched with --hypothesis-profile=default.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("the same in every run", derandomize=True, deadline=None)
+    settings.load_profile("the same in every run")
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Whichever tests this process ran before."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")
