@@ -3,9 +3,9 @@
 python -m tests.campaigns.resume_on_gpu [NAME ...]
 """
 
+import argparse
 import json
 import shutil
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -100,4 +100,9 @@ def check(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    check(sys.argv[1:] or list(KINDS))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of: {'; '.join(KINDS)}; default: all of them")
+    chosen = parser.parse_args().names or list(KINDS)
+    if unknown := set(chosen) - set(KINDS):
+        parser.error(f"there is no kind {', '.join(sorted(unknown))}: take {'; '.join(KINDS)}")
+    check(chosen)
