@@ -27,10 +27,15 @@ if importlib.util.find_spec("hypothesis"):
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers() -> None:
-    """Whichever tests this process ran before."""
+def _as_if_alone() -> Iterator[None]:
+    """The same random numbers and environment variables, whichever tests this process ran before."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

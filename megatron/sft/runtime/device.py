@@ -12,7 +12,7 @@ import random
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron.sft.runtime import ranks, stores
 
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 SMALLEST_FOR_THREADS = 20_000_000  # parameters; below, threads take longer to meet than to compute
 # Dense bf16 peaks in TFLOP/s from NVIDIA's data sheets (without sparsity); the name is searched in torch's device name.
 _PEAK_TFLOPS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "H800": 989.4, "A100": 312.0, "A800": 312.0}
@@ -213,23 +214,39 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[None]:
     timeout_minutes: of a collective, after which torch.distributed raises.
     """
     prepare()
-    if not ranks.in_a_run():
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(backend(), store=store, rank=0, world_size=1)
-    else:
-        stores.prepare()
-        device_id = current() if has_gpu() else None
-        timeout = timedelta(minutes=timeout_minutes)
-        torch.distributed.init_process_group(backend(), timeout=timeout, device_id=device_id)
-    failed = True
+    alone = {} if ranks.in_a_run() else _ALONE
+    with _variables(alone):
+        if alone:
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend(), store=store, rank=0, world_size=1)
+        else:
+            stores.prepare()
+            device_id = current() if has_gpu() else None
+            timeout = timedelta(minutes=timeout_minutes)
+            torch.distributed.init_process_group(backend(), timeout=timeout, device_id=device_id)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            # After an error the others may be waiting for this process, and leaving would wait for them: it just ends.
+            if not failed or torch.distributed.get_world_size() == 1:
+                torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables, until the end: where these stayed, accelerate and others would join a process group by them."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
-        failed = False
     finally:
-        # After an error the others may be waiting for this process, and leaving would wait for them: it just ends.
-        if not failed or torch.distributed.get_world_size() == 1:
-            torch.distributed.destroy_process_group()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def seed_everything(seed: int) -> None:
