@@ -32,7 +32,7 @@ from megatron.sft.chat.formats import ANSWERS, LISTS, PAIRS, TEXT, format_fields
 from megatron.sft.chat.preferences import (
     SIDE_NAMES,
     Pair,
-    doubted,
+    chosen_scored_lower,
     prompt_length,
     read_sides,
     side_fields,
@@ -152,7 +152,7 @@ class RecordReader:
             Example(turns.messages, side_flags(turns.loss_flags, num_prompt, name), turns.tools, "", kwargs)
             for turns, name in zip(both, sides.names, strict=True)
         )
-        return Pair(chosen, rejected, num_prompt, doubted(record))
+        return Pair(chosen, rejected, num_prompt, chosen_scored_lower(record))
 
     def _ignore(
         self, extras: list[tuple[str, str, Any]], record: dict[str, Any], fields: tuple[str, ...], conversations: list[Messages]

@@ -40,7 +40,7 @@ WHOLE_ALONE = "rejected_messages"
 ALONE = ("rejected_response", WHOLE_ALONE)
 SIDE_NAMES = {*CHOSEN, *REJECTED}
 # Numbers next to the sides, by which these were chosen: `score_chosen` of UltraFeedback, `chosen_rating` of Argilla.
-SCORE_OF_CHOSEN = re.compile(r"(.*_)?(?:chosen_(score|rating|reward)|(score|rating|reward)_chosen)", re.IGNORECASE)
+SCORE_OF_CHOSEN = re.compile(r"(.*_)?(chosen_(score|rating|reward)|(score|rating|reward)_chosen)")
 # A whole conversation as one text, as hh-rlhf has it.
 DIALOGUE = re.compile(r"\s*(human|user)\s*:.*\n\s*assistant\s*:", re.IGNORECASE | re.DOTALL)
 
@@ -49,13 +49,13 @@ DIALOGUE = re.compile(r"\s*(human|user)\s*:.*\n\s*assistant\s*:", re.IGNORECASE 
 class Pair:
     """Two conversations of one record. They begin with the same `num_prompt` messages, of which nothing is trained.
 
-    doubted: numbers of the record say that its rejected answer is the better one.
+    scored_lower: the record gives its chosen answer a lower score than its rejected one.
     """
 
     chosen: Example
     rejected: Example
     num_prompt: int
-    doubted: bool = False
+    scored_lower: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def prompt_length(chosen: Messages, rejected: Messages, sides: Sides) -> int:
     return num_prompt
 
 
-def doubted(record: dict[str, Any]) -> bool:
-    """Whether a score of the chosen side is below the same score of the rejected one."""
+def chosen_scored_lower(record: dict[str, Any]) -> bool:
+    """Whether the record has a score of its chosen side that is below the rejected side's."""
     for name, score in record.items():
         other = record.get(name.replace("chosen", "rejected"))
         if SCORE_OF_CHOSEN.fullmatch(name) and all(type(each) in (int, float) for each in (score, other)) and score < other:

@@ -160,8 +160,7 @@ def write_slices(
     sizes = [part.num_bytes for part in slices]
     groups = [group for group in balanced(sizes, min(max_files, num_files(sum(sizes)))) if group]
     paths = [folder / f"__{rank}_{index}.distcp" for index in range(len(groups))]
-    threads = ThreadPoolExecutor(max_workers=max(1, len(groups)), thread_name_prefix="checkpoint")
-    with _no_checksums_of_torch(), threads as pool:
+    with _threads(max(1, len(groups))) as pool:
         contents = [[slices[index] for index in group] for group in groups]
         jobs = [pool.submit(_write_file, *job, cancelled) for job in zip(paths, contents, strict=True)]
         errors = [error for job in jobs if (error := job.exception()) is not None]
@@ -174,14 +173,17 @@ def write_slices(
 
 
 @contextmanager
-def _no_checksums_of_torch() -> Iterator[None]:
-    """The manifest has checksums of the files. The switch is the process's, so that it is put back for others' files."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
+def _threads(number: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads whose torch.save computes no checksums, as the manifest has those of whole files.
+
+    Some versions of torch have that switch for each thread, others for the process, whose other files need it as it was.
+    """
+    switch, before = torch.serialization.set_crc32_options, torch.serialization.get_crc32_options()
     try:
-        yield
+        with ThreadPoolExecutor(number, "checkpoint", switch, (False,)) as pool:
+            yield pool
     finally:
-        torch.serialization.set_crc32_options(before)
+        switch(before)
 
 
 def _write_file(path: Path, slices: Sequence[ShardSlice], cancelled: Event) -> tuple[dict[str, Any], list[StoredSlice]]:

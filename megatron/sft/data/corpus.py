@@ -199,7 +199,7 @@ class Corpus:
 
     def _count(self, pending: Pending, unit: Unit) -> None:
         self.counts.lengths.add(unit_length(unit))
-        self.counts.num_doubted += isinstance(pending.example, Pair) and pending.example.doubted
+        self.counts.num_scored_lower += isinstance(pending.example, Pair) and pending.example.scored_lower
         self.counts.num_without_group += pending.group is None
         self.counts.num_merged_starts += sum(encoded.num_merged_starts for encoded in unit)
         texts = [message["content"] or "" for example in pending.examples for message in example.messages]

@@ -55,7 +55,7 @@ class Counts:
     num_parts_dropped: int = 0  # parts of kept records that are too long or have nothing trained
     num_merged_starts: int = 0  # answers whose first token also holds a part of the header, and is not trained
     num_with_control_tokens: int = 0  # conversations with the template's special tokens in their texts
-    num_doubted: int = 0  # pairs whose scores say that the rejected answer is the better one
+    num_scored_lower: int = 0  # pairs whose chosen answer has a lower score than the rejected one
     num_without_group: int = 0  # records without the field that records are grouped by
     dropped: Counter[str] = field(default_factory=Counter)  # by the reason
     lengths: Lengths = field(default_factory=Lengths)

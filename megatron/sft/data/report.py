@@ -171,8 +171,9 @@ def print_corpus(corpus: Corpus) -> None:
         print(f"split {counts.num_split} conversations into {parts}")
     if corpus.group_key and counts.num_without_group:
         print(f"note: {counts.num_without_group} records have no field {corpus.group_key!r}: each is its own group")
-    if counts.num_doubted:
-        print(f"note: {counts.num_doubted:,} pairs score their chosen answer below the rejected one: are the sides exchanged?")
+    if counts.num_scored_lower:
+        what = "pairs score their chosen answer below the rejected one: are the sides exchanged?"
+        print(f"note: {counts.num_scored_lower:,} {what}")
     if counts.num_with_control_tokens:
         count = counts.num_with_control_tokens
         print(f"note: {count} {units_name(corpus)} have the chat template's own special tokens in their texts")

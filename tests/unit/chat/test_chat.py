@@ -234,8 +234,8 @@ def test_templates_none_of_which_is_the_default_are_named() -> None:
 
 PIECES = ["a", " ", "\n", "é", "🙂", "<|im_end|>", "<|im_start|>assistant\n", "<think>", "</think>", "7", "."]
 texts = st.lists(st.sampled_from(PIECES), min_size=1, max_size=12).map("".join).filter(lambda text: bool(text.strip()))
-
-answers_to_learn = texts.filter(lambda text: bool(re.sub(r"<think>\s*</think>", "", text).strip()))
+# A thought without text and nothing after it is no answer: the next test.
+answers_to_learn = texts.filter(lambda text: not re.fullmatch(r"\s*<think>\s*</think>\s*", text))
 
 
 @given(answers=st.lists(st.tuples(texts, answers_to_learn), min_size=1, max_size=4))
@@ -249,6 +249,11 @@ def test_whatever_the_texts_say_the_answers_alone_are_trained(answers: list[tupl
     # Leading white space may stand in the header's last token.
     found = [text.lstrip() for text in trained_texts(tokenizer, conversation)]
     assert found == [(answer + "<|im_end|>").lstrip() for _, answer in answers]
+
+
+@pytest.mark.parametrize("answer", ["", "<think></think>", "<think>\n\n</think>\n"])
+def test_an_answer_without_text_is_refused(answer: str) -> None:
+    assert "turn 1 ('assistant') has no text to learn" in refusal(tokenizer_of("SmolLM2"), turns("2+2?", answer))
 
 
 def test_the_work_grows_linearly_with_the_number_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:
