@@ -3,7 +3,7 @@
 #   docker build -t megatron-sft .
 #   bash scripts/cluster/container.sh        a shell in it as yourself, with the GPUs and this repository
 # Image and megatron-core are a pair: 0.16.1 was released with 25.11, 0.19.2 with 26.06. The set-up takes the image's.
-ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:25.11-py3
+ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
 FROM ${BASE_IMAGE}
 
 WORKDIR /opt/megatron-sft

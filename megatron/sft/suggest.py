@@ -47,7 +47,11 @@ def table(suggestions: list[Suggestion], step_tokens: int, tokens: float) -> str
         here = step_tokens / suggestion.time.total
         time = f", {clock(tokens / here)} for {tokens / 1e6:,.0f} M tokens" if tokens else ""
         lines.append(f"  {' '.join(words)}  (DP {suggestion.data_parallel})")
-        lost = {"communication": suggestion.time.communication, "waiting for pipeline stages": suggestion.time.bubble}
+        lost = {
+            "communication": suggestion.time.communication,
+            "waiting for pipeline stages": suggestion.time.bubble,
+            "waiting for the processor": suggestion.time.launching,
+        }
         shares = ", ".join(f"{name} {part / suggestion.time.total:.0%}" for name, part in lost.items() if part)
         shares = f" ({shares})" if shares else ""
         lines.append(

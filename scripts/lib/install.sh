@@ -92,8 +92,6 @@ chosen_core() {
     core=0.19.2
     # An nvcr image, such as 25.11, has the Transformer Engine that one of them was released with.
     if [[ $1 == 3.11 ]] || ((10#${image//[!0-9]/} < 2606)); then core=0.16.1; fi
-    # Elsewhere a GPU gets the version that was run on GPUs, where there are builds of it.
-    if [[ $1 == 3.12 && -z ${NVIDIA_PYTORCH_VERSION-} ]] && { has_gpu || is_cluster; }; then core=0.16.1; fi
   fi
   [[ $core == 0.16.1 || $core == 0.19.2 ]] || die "MEGATRON_CORE_VERSION is '$core': give 0.16.1 or 0.19.2, or unset it"
   [[ $core == 0.16.1 || $1 != 3.11 ]] || die "MEGATRON_CORE_VERSION=$core needs Python 3.12 or 3.13, and $VENV has $1: take 0.16.1, or remove $VENV and put a newer Python first in PATH"

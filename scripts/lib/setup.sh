@@ -4,7 +4,7 @@
 #   MEGATRON_SFT_PYTHON       a Python that already has the requirements: used as is, nothing is installed
 #   MEGATRON_SFT_VENV         the environment's folder (default: .venv in the repository; in an nvcr container the name includes the
 #                             image's version, so that a container and its host can share one repository)
-#   MEGATRON_CORE_VERSION     0.16.1 or 0.19.2 (default: 0.16.1 with Python 3.11, with 3.12 for GPUs and in nvcr images before 26.06, else 0.19.2)
+#   MEGATRON_CORE_VERSION     0.16.1 or 0.19.2 (default: 0.16.1 with Python 3.11 and in nvcr images before 26.06, else 0.19.2)
 #   MEGATRON_SFT_CONSTRAINTS  a file of versions (default: constraints/3.12.txt and its like, by Python's version); none: the newest
 #                             that requirements.txt allows
 #   TORCH_INDEX_URL           an extra package index for torch (pip's --extra-index-url), such as that of an older CUDA version

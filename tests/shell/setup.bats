@@ -236,14 +236,7 @@ advised() {
   [[ $output != *"setting up"* ]]
   source "$root/scripts/lib/setup.sh"
   source "$root/scripts/lib/install.sh"
-  has_gpu() { false; }
-  is_cluster() { false; }
   [[ $(chosen_core 3.11) == 0.16.1 && $(chosen_core 3.12) == 0.19.2 && $(chosen_core 3.13) == 0.19.2 ]]
-  is_cluster() { true; } # its login node has none
-  [[ $(chosen_core 3.12) == 0.16.1 && $(chosen_core 3.13) == 0.19.2 ]]
-  is_cluster() { false; }
-  has_gpu() { true; }
-  [[ $(chosen_core 3.12) == 0.16.1 && $(chosen_core 3.13) == 0.19.2 ]]
   [[ $(NVIDIA_PYTORCH_VERSION=25.11 chosen_core 3.12) == 0.16.1 && $(NVIDIA_PYTORCH_VERSION=26.06 chosen_core 3.12) == 0.19.2 ]]
   [[ $(NVIDIA_PYTORCH_VERSION=25.11 MEGATRON_CORE_VERSION=0.19.2 chosen_core 3.12) == 0.19.2 ]]
   die() { echo "$1" && exit 2; }

@@ -124,10 +124,18 @@ def _add_time(found: Resolution) -> None:
     estimated = options.global_batch_size * load.tokens / step.total
     speed, where = tokens_per_second(options.tokens_per_second, options.save, estimated)
     tokens = found.train_iters * options.global_batch_size * load.tokens
-    if where.startswith(ESTIMATED) and os.environ.get("MEGATRON_SFT_DEVICE") == "cpu":
+    on_cpu = os.environ.get("MEGATRON_SFT_DEVICE") == "cpu"
+    if where.startswith(ESTIMATED) and on_cpu:
         found.add("time", f"for {tokens / 1e9:,.3f} G tokens not known on a CPU: the first steps show it")
         return
     found.add("time", f"{clock(tokens / speed)} for {tokens / 1e9:,.3f} G tokens at {speed:,.0f} tokens/s ({where})")
+    if step.launching > 0.1 * step.total and not on_cpu:
+        more = f" or MICRO_BATCH_SIZE={2 * options.micro_batch_size}" if settings.num_micro_batches % 2 == 0 else ""
+        found.add(
+            "waiting",
+            f"{step.launching / step.total:.0%} of a step, estimated, for the processor, which launches kernels more slowly "
+            f"than they run: longer rows (SEQ_LENGTH){more} give each of them more to do",
+        )
     if found.rows is not None and found.reference and not found.reference.logps:
         # A forward pass is a third of a step.
         tokens = found.rows.manifest["tokens"]

@@ -16,6 +16,7 @@ from megatron.sft.model.inputs import AttentionRuns
 from megatron.sft.model.norm import add_and_norm
 from megatron.sft.model.rotary import rotary_tables, rotate, split_and_rotate, with_query_tables
 from megatron.sft.model.swiglu import output_gate, swiglu
+from megatron.sft.runtime.errors import UserError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Rounding of results, relative to the largest value; sums over many tokens go through float32.
@@ -260,8 +261,10 @@ def test_attention_with_sinks_is_that_of_gpt_oss_in_transformers_conversation_by
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_gated_delta_rule_is_its_recurrence_and_conversations_do_not_share_a_state(device: str, dtype: torch.dtype) -> None:
     """Longer and shorter than the 64 tokens that are solved together; two value heads a key head."""
-    if device == "cuda" and dtype == torch.bfloat16:
-        pytest.importorskip("fla")
+    try:
+        delta_net.check_kernels(dtype, torch.device(device))
+    except UserError as refused:
+        pytest.skip(str(refused))
     torch.manual_seed(0)
     lengths, heads, dim = [150, 3, 64, 81], 2, 64 if device == "cuda" else 8
     total = sum(lengths)

@@ -169,3 +169,20 @@ def test_tools_plan_suggests_only_optimizers_that_a_run_takes(words: str, named:
     with pytest.raises(UserError) as error:
         suggest.main(["Qwen/Qwen2.5-3B-Instruct", "--gpus", "1", "--row-length", "1024", *words.split()])
     assert named in str(error.value) and not (unnamed and unnamed in str(error.value)), error.value
+
+
+def test_short_rows_of_a_small_model_wait_for_the_processor_and_more_of_them_at_once_do_less(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def waiting(model: str, **settings: Any) -> str:
+        return dict(planned(model, 1, **settings).lines).get("waiting", "")
+
+    monkeypatch.delenv("MEGATRON_SFT_DEVICE", raising=False)
+    few, more = (waiting("Qwen/Qwen2.5-0.5B-Instruct", micro_batch_size=rows, global_batch_size=8) for rows in (1, 2))
+    assert "MICRO_BATCH_SIZE=2" in few and "MICRO_BATCH_SIZE=4" in more
+    assert int(re.search(r"(\d+)%", few)[1]) > int(re.search(r"(\d+)%", more)[1])  # type: ignore[index]
+    # A micro-batch is all of the step already, and rows are long enough.
+    assert "SEQ_LENGTH" in (one := waiting("Qwen/Qwen2.5-0.5B-Instruct", global_batch_size=1)) and "MICRO_BATCH_SIZE" not in one
+    assert not waiting("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", seq_length=16384)
+    monkeypatch.setenv("MEGATRON_SFT_DEVICE", "cpu")
+    assert not waiting("Qwen/Qwen2.5-0.5B-Instruct")

@@ -70,10 +70,24 @@ def test_estimates_are_within_6_percent_of_measured_steps(
     assert abs(found.total / measured - 1) <= 0.06
 
 
-@pytest.mark.parametrize(("layout", "copies", "tokens_per_second"), [(PP2, 1, 88_165), (Layout(), 2, 118_274)])
+@pytest.mark.parametrize(
+    ("layout", "copies", "tokens_per_second"),
+    [(PP2, 1, 88_165), (Layout(), 2, 118_274), (TP2, 1, 70_474), (Layout(1, 1, 2), 1, 67_303)],
+)
 def test_estimates_of_fp8_over_two_gpus_are_within_9_percent(layout: Layout, copies: int, tokens_per_second: float) -> None:
     measured = 4 * copies * load(16384).tokens / tokens_per_second
     assert abs(time_of(SMALL, layout, copies, precision="fp8").total / measured - 1) <= 0.09
+
+
+def test_the_processor_is_the_limit_of_short_passes_which_more_rows_a_pass_lift() -> None:
+    short, wide = (
+        time_of(SMALL, TP2, 1, count=4 // rows, precision="fp8", micro_batch_size=rows, recompute="full") for rows in (1, 2)
+    )
+    assert short.launching > 0.2 * short.total and wide.launching < 0.01 * wide.total
+    # The same kernels, however little each has to do.
+    shorter = time_of(SMALL, TP2, 1, 4096, precision="fp8", recompute="full")
+    assert shorter.total - shorter.optimizer == pytest.approx(short.total - short.optimizer, rel=0.05)
+    assert time_of(SMALL, Layout(), 1).launching == 0
 
 
 def test_two_of_three_products_of_experts_gain_by_fp8_and_their_weights_are_cast_in_each_step() -> None:

@@ -37,6 +37,11 @@ _TO_CPU, _CPU_MEMORY, _CPU_STEP_BYTES = 50e9, 46e9, 32
 # Bytes a second that a GPU sends and receives: within a host, as collectives between the layers reach it and as sums of
 # gradients do, and between hosts (400 Gbit/s a GPU).
 _WITHIN_LAYERS, _WITHIN_GRADIENTS, BETWEEN_HOSTS = 200e9, 330e9, 40e9
+# Kernels that the processor launches for a layer, forward and backward, and seconds of each: products, norms, activation
+# functions and attention; sending with tensor parallelism; passing keys and values on with context parallelism; casts to 8
+# bits, and exchanges of the largest values of what is gathered in them.
+_LAUNCHES, _TENSOR_LAUNCHES, _CONTEXT_LAUNCHES, _FP8_LAUNCHES, _FP8_TENSOR_LAUNCHES = 65, 15, 40, 40, 8
+_LAUNCH_SECONDS = 62e-6
 # Attention over a part of each conversation, relative to the whole.
 _CONTEXT_ATTENTION = 1.95
 # Nothing, norms and activation functions, or whole layers computed again, relative to the first (docs/performance.md).
@@ -60,6 +65,7 @@ class StepTime:
     """Seconds of one step by what they go to; those of communication are what is not hidden behind computing."""
 
     compute: float
+    launching: float  # waiting for the processor, which launches the kernels of short rows more slowly than they run
     tensor: float
     context: float
     experts: float
@@ -141,13 +147,25 @@ def _micro_batch(
         head += head_forward_flops(architecture, trained) if two_heads else 0.0
         compute += head / spread / HEAD
     local = tokens / layout.context_parallel
-    return {
+    parts = {
         "compute": compute,
         "tensor": _tensor(architecture, layout, layers, local, cluster),
         "context": _context(architecture, layout, layers, local, cluster),
         "experts": _experts(architecture, layout, layers, local, cluster),
         "pipeline": _between_stages(architecture, layout, local, cluster, data_parallel, stage),
     }
+    launched = len(layers) * _launches(layout, settings) * recompute_cost(architecture, layout, settings) * _LAUNCH_SECONDS
+    return {**parts, "launching": max(0.0, launched - sum(parts.values()))}
+
+
+def _launches(layout: Layout, settings: MemorySettings) -> int:
+    """Kernels of a dense layer for one micro-batch; experts, delta nets and adapters have more, which are not counted."""
+    count, in_fp8 = _LAUNCHES, settings.precision == "fp8"
+    if layout.tensor_parallel > 1:
+        count += _TENSOR_LAUNCHES + (_FP8_TENSOR_LAUNCHES if in_fp8 else 0)
+    if layout.context_parallel > 1:
+        count += _CONTEXT_LAUNCHES
+    return count + (_FP8_LAUNCHES if in_fp8 else 0)
 
 
 def _compute(stage: Architecture, layout: Layout, settings: MemorySettings, tokens: float, squares: float) -> float:
