@@ -134,7 +134,7 @@ def _add_time(found: Resolution) -> None:
         found.add(
             "waiting",
             f"{step.launching / step.total:.0%} of a step, estimated, for the processor, which launches kernels more slowly "
-            f"than they run: longer rows (SEQ_LENGTH){more} give each of them more to do",
+            f"than they run: longer rows (SEQ_LENGTH, tools/repack){more} give each of them more to do",
         )
     if found.rows is not None and found.reference and not found.reference.logps:
         # A forward pass is a third of a step.
