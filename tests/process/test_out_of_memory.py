@@ -44,13 +44,16 @@ def _run(part: str, arguments: list[str]) -> int:
 
 def test_phase_parts_and_the_change_that_fits_are_named(converted: Path, packed_rows: Path, tmp_path: Path) -> None:
     options = ["--load", converted, "--data-path", packed_rows, "--train-iters", 2, "--global-batch-size", 4, "--lr", 1e-3]
-    options += ["--split", "90,10,0", "--precision", "bf16", "--validate-at-start", 1]
+    options += ["--split", "90,10,0", "--precision", "bf16", "--recompute", "auto", "--gpu-memory-gib", 1.5]
+    options += ["--validate-at-start", 1]
     for part in ("building", "optimizer step", "validation"):
         here = options[:-2] if part == "optimizer step" else options
         output = tiny.run(0, __file__, part, *here, "--save", tmp_path / part, status=2)
         error = next(line for line in output.splitlines() if line.startswith("error: "))
         assert f"is full in {part} ({WANTED}" in error and "advice" not in error
         assert "the cheapest change that fits is " in error or "no change of one or two settings fits" in error
+        # What was chosen is said when it is, and not where the message compares with it.
+        assert output.count("the cheapest that is estimated to fit") == (part != "building")
         if part == "building":
             continue
         sizes = re.search(

@@ -61,6 +61,9 @@ class Engine:
         options = plan.options
         dtype = DTYPES[options.precision]
         memory = memory_of(plan)
+        if options.recompute == "auto" and (gpu_bytes := gpu_memory(options)[0]):
+            words = recompute_words(memory)
+            ranks.print_rank_0(f"RECOMPUTE=auto: {words}, the cheapest that is estimated to fit {gpu_bytes / GIB:.0f} GiB")
         recompute = memory.recompute, memory.recompute_layers
         config = transformer_config(plan.architecture, plan.layout, options.precision, options.fp8_recipe, *recompute)
         # One chunk on each pipeline stage, or several that are interleaved.
@@ -265,8 +268,4 @@ def memory_of(plan: RunPlan) -> MemorySettings:
     gpu_bytes, _ = gpu_memory(options)
     if not gpu_bytes:
         return replace(settings, recompute="none")
-    settings = with_cheapest_recompute(plan.architecture, plan.layout, plan.data_parallel, settings, gpu_bytes)
-    ranks.print_rank_0(
-        f"RECOMPUTE=auto: {recompute_words(settings)}, the cheapest that is estimated to fit {gpu_bytes / GIB:.0f} GiB"
-    )
-    return settings
+    return with_cheapest_recompute(plan.architecture, plan.layout, plan.data_parallel, settings, gpu_bytes)
