@@ -16,6 +16,7 @@ from megatron.sft.chat.corrections import check_keeps_thinking, keep_thinking
 from megatron.sft.chat.template_settings import chosen_template
 from megatron.sft.hf.tokenizer import read_tokenizer
 from megatron.sft.hf.tokenizer_files import num_tokens, read_chat_template, tokens_to_add
+from megatron.sft.runtime.console import SIGNS
 from megatron.sft.runtime.errors import UserError, run
 from megatron.sft.runtime.manifest import write_text
 
@@ -233,7 +234,7 @@ def _difference(name: str, before: str, after: str) -> str:
     elif name != TEMPLATE:
         before = _as_text(json.loads(before)) if before else ""
     old, new = (text.replace("%}", "%}\n").replace("}}", "}}\n").splitlines() for text in (before, after))
-    return "\n".join(difflib.unified_diff(old, new, f"{name}{ORIGINAL}", name, lineterm="", n=1))
+    return "\n".join(difflib.unified_diff(old, new, f"{name}{ORIGINAL}", name, lineterm="", n=1)).translate(SIGNS)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

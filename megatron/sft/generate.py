@@ -15,6 +15,7 @@ from megatron.sft.chat.conversations import Messages
 from megatron.sft.inference.answer_file import answer_file
 from megatron.sft.inference.backends import Decoding
 from megatron.sft.inference.chat_model import BACKENDS, DTYPES, ChatModel, check_control, load_chat_model
+from megatron.sft.runtime.console import SIGNS
 from megatron.sft.runtime.errors import OneLineParser, UserError, run
 
 DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
@@ -49,22 +50,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def stream_answer(chat_model: ChatModel, messages: Messages, control: str, decoding: Decoding) -> str:
-    """Print the answer while it is made, and return it. `UserError` for a conversation longer than the model reads."""
+    """Print the answer while it is made, on a terminal with SIGNS, and return it. `UserError` for a conversation longer than
+    the model reads."""
     from tokenizers.decoders import DecodeStream
 
     print(control, end="", flush=True)
     stream, streamed = DecodeStream(skip_special_tokens=False), ""
+    signs = SIGNS if sys.stdout.isatty() else {}
 
     def show(token: int) -> None:
         nonlocal streamed
         if token not in chat_model.stop_ids:
             piece = stream.step(chat_model.tokenizer.backend_tokenizer, token) or ""  # None within a character
             streamed += piece
-            print(piece, end="", flush=True)
+            print(piece.translate(signs), end="", flush=True)
 
     [answer] = chat_model.generate([chat_model.prompt(messages, control)], decoding, show)
     rest = answer.text[len(streamed) :]  # of a character that the limit cut
-    print(rest + ("" if answer.finished else " [cut at MAX_NEW_TOKENS]"), flush=True)
+    print(rest.translate(signs) + ("" if answer.finished else " [cut at MAX_NEW_TOKENS]"), flush=True)
     return control + answer.text
 
 

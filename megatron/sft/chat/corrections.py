@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.sft.runtime.console import SIGNS
 from megatron.sft.runtime.errors import UserError
 
 
@@ -126,10 +127,11 @@ def corrected(template: str, corrections: tuple[Correction, ...]) -> str:
 
 
 def difference(before: str, after: str) -> str:
-    """The changed parts of a template, in the form of `diff -u`; one-line templates are cut at their tags."""
+    """The changed parts of a template, in the form of `diff -u`; one-line templates are cut at their tags.
+    Control characters are SIGNS."""
     names = ("the model's chat template", "the chat template used")
     lines = difflib.unified_diff(_pieces(before), _pieces(after), *names, lineterm="", n=1)
-    return "\n".join(lines)
+    return "\n".join(lines).translate(SIGNS)
 
 
 def _pieces(template: str) -> list[str]:

@@ -14,17 +14,15 @@ import jinja2
 import numpy as np
 
 from megatron.sft.data.tokenized import SIDES, Row, TokenizedRows
+from megatron.sft.runtime.console import SIGNS
 
 GREEN, GREY, RESET = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 SAMPLE_TOKENS = 600
 REPEATED_CHARACTERS = 120  # at the start of a conversation, from which on they are folded
 PAGE_TOKENS = 4000  # shown of a conversation on the page; of longer ones the middle is skipped
 Part = tuple[str, np.ndarray, np.ndarray]  # a heading, [n] tokens, and [n] which are trained
-# What cannot be seen, or would command a terminal (move its cursor, hide text, turn a line around), is shown as a sign:
-# control characters that have a picture in Unicode, those that have none, and changes of the direction of writing.
-_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "␡"}
-_NUMBERS = {code: f"⟨U+{code:04X}⟩" for code in (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
-INVISIBLE = _PICTURES | _NUMBERS | {0x09: "⇥\t", 0xA0: "⍽", 0x200B: "⟨zero width⟩", 0xFEFF: "⟨BOM⟩"}
+# What commands a terminal, or cannot be seen, is shown as a sign.
+INVISIBLE = SIGNS | {0x09: "⇥\t", 0xA0: "⍽", 0x200B: "⟨zero width⟩", 0xFEFF: "⟨BOM⟩"}
 
 
 def color_wanted(stream: IO[str] = sys.stdout) -> bool:

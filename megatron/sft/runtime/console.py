@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 FILE = "console.log"  # in a run's folder
+# Of texts from elsewhere, what would command a terminal (move its cursor, hide text, turn a line around), for `str.translate`:
+# control characters that have a picture in Unicode, those that have none, and changes of the direction of writing.
+_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "␡"}
+_NUMBERS = {code: f"⟨U+{code:04X}⟩" for code in (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+SIGNS = _PICTURES | _NUMBERS
 _fallback: Path | None = None
 
 

@@ -282,6 +282,11 @@ def test_a_correction_is_as_small_as_the_data_asks_for_and_is_made_once() -> Non
     assert not candidates(more.value.template)
 
 
+def test_the_shown_difference_of_a_template_cannot_command_the_terminal() -> None:
+    shown = difference("\x1b[2J{{ a }}", "\x1b[2J{{ b }}")
+    assert "␛[2J" in shown and "\x1b" not in shown
+
+
 def test_the_hybrid_recipe_needs_no_edit_by_hand() -> None:
     """Both kinds of answers begin right after the prompt, which gives neither away."""
     template = template_of("deepseek_v3+deepseek_r1_distill")

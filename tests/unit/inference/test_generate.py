@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron.sft.generate import chat
+from megatron.sft.generate import chat, stream_answer
 from megatron.sft.inference.answer_file import answer_file, read_questions
 from megatron.sft.inference.backends import Decoding
 from megatron.sft.inference.chat_model import Answer, ChatModel, load_chat_model
@@ -104,6 +104,23 @@ def test_chat_survives_an_answer_that_is_stopped_cut_or_impossible(taught, monke
     stopped, too_long, cut = capsys.readouterr().out.splitlines()
     assert "stopped" in stopped and "the model reads at most 512" in too_long
     assert TAUGHT[3][2].startswith(cut.removesuffix(" [cut at MAX_NEW_TOKENS]")) and cut.endswith("MAX_NEW_TOKENS]")
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_an_answer_cannot_command_the_terminal(taught, on_terminal, monkeypatch, capsys):
+    wanted = "\x1b[2Jgone\r\x9b1Afirst\n\tsecond"
+    tokens = taught.tokenizer(wanted, add_special_tokens=False).input_ids
+
+    def generate(prompts, decoding, on_token):
+        for token in tokens:
+            on_token(token)
+        return [tokens]
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: on_terminal)
+    model = ChatModel(taught.tokenizer, SimpleNamespace(longest_prompt=None, generate=generate), taught.stop_ids)
+    assert stream_answer(model, user("Hi"), "", Decoding(len(tokens))) == wanted  # the next turn sees it as it is
+    shown = "␛[2Jgone␍⟨U+009B⟩1Afirst\n\tsecond" if on_terminal else wanted
+    assert capsys.readouterr().out.startswith(shown)
 
 
 def test_file_that_was_cut_off_continues_where_it_was(tmp_path):
