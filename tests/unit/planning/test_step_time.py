@@ -80,12 +80,10 @@ def test_estimates_of_fp8_over_two_gpus_are_within_9_percent(layout: Layout, cop
 
 
 def test_the_processor_is_the_limit_of_short_passes_which_more_rows_a_pass_lift() -> None:
-    short, wide = (
-        time_of(SMALL, TP2, 1, count=4 // rows, precision="fp8", micro_batch_size=rows, recompute="full") for rows in (1, 2)
-    )
+    short, wide = (time_of(SMALL, TP2, 1, count=4 // rows, precision="fp8", micro_batch_size=rows) for rows in (1, 2))
     assert short.launching > 0.2 * short.total and wide.launching < 0.01 * wide.total
     # The same kernels, however little each has to do.
-    shorter = time_of(SMALL, TP2, 1, 4096, precision="fp8", recompute="full")
+    shorter = time_of(SMALL, TP2, 1, 4096, precision="fp8")
     assert shorter.total - shorter.optimizer == pytest.approx(short.total - short.optimizer, rel=0.05)
     assert time_of(SMALL, Layout(), 1).launching == 0
 

@@ -28,7 +28,7 @@ ALL_WEIGHTS = (
     Measured(1536, {"tensorwise": 1.15, "delayed": 1.21, "blockwise": 1.07}),  # 1.5B, two copies
     Measured(1792, {"tensorwise": 1.29, "delayed": 1.26}),  # 7B, TP 2
 )
-CONTEXT = Measured(1536, {"tensorwise": 0.9})  # 1.5B, CP 2
+CONTEXT = (Measured(1536, {"tensorwise": 0.9}),)  # 1.5B, CP 2
 MIXTURE = Measured(2048, {"tensorwise": 1.04})  # four layers of Qwen3-30B-A3B, one GPU
 ADAPTERS = (Measured(3584, {"tensorwise": 1.26}),)  # 7B, one GPU
 
@@ -40,17 +40,18 @@ def fp8_advice(architecture: Architecture, layout: Layout, adapters: bool) -> st
             "with experts, two of whose three products PRECISION=fp8 computes in 8 bits on Hopper, "
             f"{_gains(MIXTURE)} in four layers of Qwen3-30B-A3B, for 2 bytes more a weight of experts"
         )
-    if layout.context_parallel > 1:
-        return f"bf16 is the fastest with context parallelism: over two GPUs {_gains(CONTEXT)}"
     width = architecture.hidden_size // layout.tensor_parallel
     here = f"with {width:,} hidden units a tensor-parallel process"
     cases = ADAPTERS if adapters else ALL_WEIGHTS
+    if layout.context_parallel > 1:
+        cases, here = CONTEXT, f"{here} and context parallelism"
     slow = [case for case in cases if case.gains[case.best] < 1]
     fast = [case for case in cases if case not in slow]
     if slow and width <= slow[-1].width:
         return f"bf16 is the fastest {here}: at {slow[-1].width:,} {_gains(slow[-1])}"
-    if width < fast[0].width:
-        return f"not measured {here}: at {fast[0].width:,} {_gains(fast[0])}"
+    if not fast or width < fast[0].width:
+        nearest = (fast or slow)[0]
+        return f"not measured {here}: at {nearest.width:,} {_gains(nearest)}"
     nearest = [case for case in fast if case.width <= width][-1]
     return f"FP8_RECIPE={nearest.best} is the fastest measured {here}: at {nearest.width:,} {_gains(nearest)}"
 
